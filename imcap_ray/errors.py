@@ -1,0 +1,82 @@
+"""The error tree. Whoever catches `ImcapError` has caught every failure that is not a bug.
+
+    ImcapError            exit code 1: the run failed; what was written is kept, the same command resumes
+      InputError          exit code 2: wrong usage or wrong input, found before work began
+        ConfigError       a setting out of range, an unknown name in a recipe
+        DatasetError      captioned images that cannot be read as such
+        ModelError        a model folder or CNN weights that cannot be loaded
+        OutputError       an output folder that belongs to something else
+        ClusterError      a cluster that cannot be reached or cannot hold what was asked for
+      FailureBudgetError  exit code 3: the run finished, too many images failed
+      ImageError          one image that cannot be captioned; becomes a row, never stops a run
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+
+class ImcapError(Exception):
+    """The run failed; what was written is kept and the same command resumes."""
+
+    exit_code: int = 1
+
+
+class InputError(ImcapError):
+    """Wrong usage or wrong input, found before work began."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A setting out of its range, or a name that does not exist."""
+
+
+class DatasetError(InputError):
+    """Captioned images, or references, that cannot be read as such."""
+
+
+class ModelError(InputError):
+    """A model folder, or a CNN's weights, that cannot be loaded."""
+
+
+class OutputError(InputError):
+    """An output that exists and was made by something else."""
+
+
+class ClusterError(InputError):
+    """A cluster that cannot be reached or cannot hold what was asked for."""
+
+
+class FailureBudgetError(ImcapError):
+    """The run finished, and more images failed than `--max-failure-rate` allows."""
+
+    exit_code = 3
+
+
+IMAGE_ERROR_CODES: Final = (
+    "missing",
+    "permission_denied",
+    "empty_file",
+    "not_an_image",
+    "truncated",
+    "too_large",
+    "unsupported_format",
+    "read_error",
+    "out_of_memory",
+    "internal",
+)
+
+
+class ImageError(ImcapError):
+    """One image that cannot be captioned: `code` is one of `IMAGE_ERROR_CODES`, the text is for people."""
+
+    def __init__(self, code: str, message: str) -> None:
+        if code not in IMAGE_ERROR_CODES:
+            raise ValueError(f"unknown image error code {code!r}, expected one of {IMAGE_ERROR_CODES}")
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
+        return type(self), (self.code, self.message)
