@@ -1,14 +1,14 @@
 """The error tree. Whoever catches `ImcapError` has caught every failure that is not a bug.
 
-    ImcapError            exit code 1: the run failed; what was written is kept, the same command resumes
-      InputError          exit code 2: wrong usage or wrong input, found before work began
-        ConfigError       a setting out of range, an unknown name in a recipe
-        DatasetError      captioned images that cannot be read as such
-        ModelError        a model folder or CNN weights that cannot be loaded
-        OutputError       an output folder that belongs to something else
-        ClusterError      a cluster that cannot be reached or cannot hold what was asked for
-      FailureBudgetError  exit code 3: the run finished, too many images failed
-      ImageError          one image that cannot be captioned; becomes a row, never stops a run
+ImcapError            exit code 1: the run failed; what was written is kept, the same command resumes
+  InputError          exit code 2: wrong usage or wrong input, found before work began
+    ConfigError       a setting out of range, an unknown name in a recipe
+    DatasetError      captioned images that cannot be read as such
+    ModelError        a model folder or CNN weights that cannot be loaded
+    OutputError       an output folder that belongs to something else
+    ClusterError      a cluster that cannot be reached or cannot hold what was asked for
+  FailureBudgetError  exit code 3: the run finished, too many images failed
+  ImageError          one image that cannot be captioned; becomes a row, never stops a run
 """
 
 from __future__ import annotations

@@ -1,0 +1,363 @@
+"""Image bytes -> captions on one machine; saves and loads the model folder. Knows nothing of Ray.
+
+B images, S pixels a side, R regions, F channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor
+
+from imcap_ray import storage
+from imcap_ray.config import (
+    DecoderConfig,
+    EncoderConfig,
+    PreprocessingConfig,
+    SearchConfig,
+    from_mapping,
+    to_mapping,
+)
+from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder
+from imcap_ray.errors import ConfigError, ImageError, ModelError
+from imcap_ray.images import decode_image, image_error_from_os_error
+from imcap_ray.search import beam_search
+from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary
+
+FORMAT_VERSION: Final = 1
+CONFIG_FILE: Final = "config.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+VOCABULARY_FILE: Final = "vocabulary.json"
+METRICS_FILE: Final = "metrics.json"
+CARD_FILE: Final = "README.md"
+
+DEFAULT_MODEL: Final = "flickr8k-lite2"
+
+# Images computed together. Always this many, the last ones blank: matrix kernels choose their order of summation by
+# the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in.
+COMPUTE_BATCH_SIZE: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """A sentence for an image, and how sure the model is of it."""
+
+    text: str
+    """"" when the model's best answer is to say nothing."""
+    logprob: float
+    """Sum of the tokens' log-probabilities, the end token's among them, in nats."""
+    num_tokens: int
+    """Tokens with the end token."""
+
+    @property
+    def confidence(self) -> float:
+        """Exp of the mean log-probability of a token: 0..1."""
+        return math.exp(self.logprob / self.num_tokens)
+
+
+@torch.inference_mode()
+def search_captions(
+    decoder: Decoder, vocabulary: Vocabulary, features: Tensor, search: SearchConfig
+) -> list[list[Caption]]:
+    """For each image of `features` (B, R, F) its `search.num_captions` best captions, the best first."""
+    step, state = decoder.start(features, search.beam_size)
+    found = beam_search(
+        step,
+        state,
+        start_id=START_ID,
+        end_id=END_ID,
+        beam_size=search.beam_size,
+        max_length=search.max_length,
+        length_penalty=search.length_penalty,
+        num_captions=search.num_captions,
+        forbidden_ids=(PADDING_ID, START_ID, UNKNOWN_ID),
+    )
+    return [
+        [
+            Caption(text=vocabulary.to_text(one.token_ids), logprob=one.logprob, num_tokens=one.num_tokens)
+            for one in hypotheses
+        ]
+        for hypotheses in found
+    ]
+
+
+class Captioner:
+    """A CNN, an LSTM and a vocabulary: loaded once, used often.
+
+    >>> Captioner.load().caption(["photograph.jpg"])[0].text  # doctest: +SKIP
+    'a dog runs through the grass'
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: Encoder,
+        decoder: Decoder,
+        vocabulary: Vocabulary,
+        search: SearchConfig,
+        device: str | torch.device | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.encoder = encoder.to(self.device).eval()
+        self.decoder = decoder.to(self.device).eval()
+        self.vocabulary = vocabulary
+        self.search = search
+        self.fingerprint = fingerprint
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on each side of what `caption_pixels` takes."""
+        return self.encoder.image_size
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        device: str | torch.device | None = None,
+        search: SearchConfig | None = None,
+        encoder_weights: str | Path | None = None,
+    ) -> Captioner:
+        """The captioner of a model folder (path or URI), or the one that comes with the package.
+
+        Args:
+            search: instead of the folder's defaults.
+            encoder_weights: the CNN's weights, for a machine that cannot get them by itself.
+
+        Raises:
+            ModelError: the folder is not whole, or the CNN's weights cannot be had or are others than in training.
+        """
+        folder = read_model_folder(model)
+        encoder_inside = any(name.startswith("encoder.") for name in folder.tensors)
+        encoder = build_encoder(
+            folder.encoder,
+            folder.preprocessing,
+            weights_path=None if encoder_inside else encoder_weights,
+            expected=folder.encoder_weights,
+            load_weights=not encoder_inside,
+        )
+        decoder = build_decoder(
+            folder.decoder, num_channels=encoder.num_channels, vocabulary_size=folder.vocabulary_size
+        )
+        try:
+            if encoder_inside:
+                encoder.cnn.load_state_dict(_below("encoder.", folder.tensors))
+                encoder.weights = folder.encoder_weights
+            decoder.load_state_dict(_below("decoder.", folder.tensors))
+        except RuntimeError as error:
+            raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {error}") from error
+        return cls(
+            encoder=encoder,
+            decoder=decoder,
+            vocabulary=folder.vocabulary,
+            search=search or folder.search,
+            device=device,
+            fingerprint=folder.fingerprint,
+        )
+
+    def caption(self, images: Sequence[str | Path | bytes]) -> list[Caption | ImageError]:
+        """The best caption of each image (a path, a URI, or the file's bytes); an ImageError where there is none."""
+        pixels, errors = [], {}
+        for number, image in enumerate(images):
+            try:
+                pixels.append(self._pixels(image))
+            except ImageError as error:
+                errors[number] = error
+        captions = iter(self.caption_pixels(np.stack(pixels))) if pixels else iter(())
+        return [errors[number] if number in errors else next(captions)[0] for number in range(len(images))]
+
+    def _pixels(self, image: str | Path | bytes) -> np.ndarray[Any, Any]:
+        if isinstance(image, bytes):
+            return decode_image(image, image_size=self.image_size).pixels
+        try:
+            data = storage.read_bytes(str(image))
+        except OSError as error:
+            raise image_error_from_os_error(error, str(image)) from error
+        return decode_image(data, image_size=self.image_size).pixels
+
+    def encode(self, pixels: np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """Features (B, R, F) of uint8 pixels (B, 3, S, S), on the CPU."""
+        return torch.cat([self._encode(chunk)[:count].cpu() for chunk, count in self._chunks(pixels)])
+
+    def caption_pixels(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[list[Caption]]:
+        """The `search.num_captions` best captions of each image of uint8 pixels (B, 3, S, S), the best first."""
+        captions = []
+        for chunk, count in self._chunks(pixels):
+            found = search_captions(self.decoder, self.vocabulary, self._encode(chunk), self.search)
+            captions.extend(found[:count])
+        return captions
+
+    @torch.inference_mode()
+    def _encode(self, chunk: Tensor) -> Tensor:
+        features: Tensor = self.encoder(chunk)
+        return features
+
+    def _chunks(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[tuple[Tensor, int]]:
+        """`COMPUTE_BATCH_SIZE` images each, and how many of them are real."""
+        expected = (3, self.image_size, self.image_size)
+        if tuple(pixels.shape[1:]) != expected:
+            raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}")
+        chunks = []
+        for start in range(0, len(pixels), COMPUTE_BATCH_SIZE):
+            part = torch.as_tensor(np.array(pixels[start : start + COMPUTE_BATCH_SIZE]))
+            chunk = torch.zeros(COMPUTE_BATCH_SIZE, *expected, dtype=torch.uint8)
+            chunk[: len(part)] = part
+            chunks.append((chunk.to(self.device), len(part)))
+        return chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFolder:
+    """What a model folder holds."""
+
+    location: str
+    encoder: EncoderConfig
+    encoder_weights: EncoderWeights
+    preprocessing: PreprocessingConfig
+    decoder: DecoderConfig
+    search: SearchConfig
+    vocabulary: Vocabulary
+    vocabulary_size: int
+    tensors: dict[str, Tensor]
+    metrics: dict[str, Any]
+    fingerprint: str
+    """sha256 over the configuration, the weights and the vocabulary: the same answers, the same fingerprint."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights in the folder."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def default_model_folder() -> str:
+    """The folder of the model that comes with the package."""
+    return str(resources.files("imcap_ray") / "models" / DEFAULT_MODEL)
+
+
+def read_model_folder(model: str | Path | None = None) -> ModelFolder:
+    """Everything in a model folder (path or URI; None: the one in the package), the weights in float32.
+
+    Raises:
+        ModelError: not a model folder, a file is missing or damaged, or its parts do not belong together.
+    """
+    location = storage.absolute(str(model)) if model is not None else default_model_folder()
+    if not storage.exists(storage.join(location, CONFIG_FILE)):
+        raise ModelError(
+            f"{location} is not a model folder: expected a folder with {CONFIG_FILE}, as `imcap train` writes"
+        )
+    files = {}
+    for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
+        try:
+            files[name] = storage.read_bytes(storage.join(location, name))
+        except OSError as error:
+            raise ModelError(f"the model folder {location} lacks a readable {name}: {error}") from error
+    try:
+        config = json.loads(files[CONFIG_FILE])
+        if config["format_version"] != FORMAT_VERSION:
+            raise ModelError(
+                f"{location} has model format {config['format_version']}, this imcap_ray reads {FORMAT_VERSION}"
+            )
+        sections = {
+            "encoder": from_mapping(EncoderConfig, config["encoder"], section="encoder"),
+            "encoder_weights": EncoderWeights(**config["encoder_weights"]),
+            "preprocessing": from_mapping(PreprocessingConfig, config["preprocessing"], section="preprocessing"),
+            "decoder": from_mapping(DecoderConfig, config["decoder"], section="decoder"),
+            "search": from_mapping(SearchConfig, config["search"], section="search"),
+        }
+        vocabulary_size = int(config["vocabulary_size"])
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ModelError(f"{location}: {CONFIG_FILE} is damaged or of another kind: {error}") from error
+    vocabulary = Vocabulary.from_json(files[VOCABULARY_FILE].decode("utf-8"))
+    if len(vocabulary) != vocabulary_size:
+        raise ModelError(
+            f"{location}: the vocabulary has {len(vocabulary)} tokens but the decoder was trained with "
+            f"{vocabulary_size}: the folder mixes two trainings"
+        )
+    try:
+        from safetensors.torch import load
+
+        tensors = {name: tensor.float() for name, tensor in load(files[WEIGHTS_FILE]).items()}
+    except safetensors.SafetensorError as error:
+        raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {error}") from error
+    metrics_location = storage.join(location, METRICS_FILE)
+    metrics = json.loads(storage.read_bytes(metrics_location)) if storage.exists(metrics_location) else {}
+    digest = hashlib.sha256()
+    for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
+        digest.update(hashlib.sha256(files[name]).digest())
+    return ModelFolder(
+        location=location,
+        vocabulary=vocabulary,
+        vocabulary_size=vocabulary_size,
+        tensors=tensors,
+        metrics=metrics,
+        fingerprint=digest.hexdigest(),
+        **sections,
+    )
+
+
+def save_model_folder(
+    location: str | Path,
+    *,
+    encoder: EncoderConfig,
+    encoder_weights: EncoderWeights,
+    preprocessing: PreprocessingConfig,
+    decoder: DecoderConfig,
+    decoder_tensors: Mapping[str, Tensor],
+    search: SearchConfig,
+    vocabulary: Vocabulary,
+    metrics: Mapping[str, Any],
+    card: str,
+    encoder_tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a model folder (path or URI), its weights in float16.
+
+    Args:
+        encoder_tensors: the CNN's weights, when no library can bring them to another machine.
+    """
+    from safetensors.torch import save
+
+    if encoder_tensors is None and not encoder_weights.portable:
+        raise ValueError(f"weights from {encoder_weights.source} must be inside the model folder")
+    config = {
+        "format_version": FORMAT_VERSION,
+        "encoder": to_mapping(encoder),
+        "encoder_weights": asdict(encoder_weights),
+        "preprocessing": to_mapping(preprocessing),
+        "decoder": to_mapping(decoder),
+        "search": to_mapping(search),
+        "vocabulary_size": len(vocabulary),
+    }
+    tensors = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items()}
+    tensors |= {f"encoder.{name}": tensor for name, tensor in (encoder_tensors or {}).items()}
+    halves = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
+        for name, tensor in tensors.items()
+    }
+    folder = storage.absolute(str(location))
+    storage.write_bytes(storage.join(folder, WEIGHTS_FILE), save(halves))
+    storage.write_bytes(storage.join(folder, VOCABULARY_FILE), vocabulary.to_json().encode())
+    storage.write_bytes(storage.join(folder, METRICS_FILE), json.dumps(metrics, indent=2).encode())
+    storage.write_bytes(storage.join(folder, CARD_FILE), card.encode())
+    # The last file written is the one that makes it a model folder.
+    storage.write_bytes(storage.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
+
+
+def override_search(search: SearchConfig, **overrides: Any) -> SearchConfig:
+    """The same settings with those of `overrides` that are not None."""
+    return replace(search, **{name: value for name, value in overrides.items() if value is not None})
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

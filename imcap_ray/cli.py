@@ -1,0 +1,475 @@
+"""The command line: arguments -> one function -> its result in print. Imports torch and Ray only inside a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from imcap_ray import __version__, storage
+from imcap_ray.config import DEFAULT_RECIPE
+from imcap_ray.errors import ImcapError, InputError
+
+if TYPE_CHECKING:
+    from imcap_ray.distributed.captioning import CaptioningSummary
+    from imcap_ray.distributed.images import Progress
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+INTERRUPTED = 130
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and an exit code; anything else is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return super().invoke(ctx)
+        except ImcapError as error:
+            click.echo(f"imcap: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("imcap: interrupted; what is written is kept, the same command goes on", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="imcap")
+def main() -> None:
+    """Caption photographs, train captioners on your own, score them; on a laptop or a Ray cluster.
+
+    \b
+    imcap demo                              see it work
+    imcap caption ~/Pictures captions/      one Parquet row for every image
+    imcap train flickr8k/ runs/mine         a model of your own
+    imcap evaluate captions/ flickr8k/      a score that can be trusted
+    """
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_cluster_options = _options(
+    click.option("--address", help="A running Ray: HOST:PORT or auto. Default: RAY_ADDRESS, else this machine alone."),
+    click.option(
+        "--gpus-per-worker", type=click.FloatRange(0), help="GPUs of each process. Default: 1 where there are any."
+    ),
+    click.option("-v", "--verbose", is_flag=True, help="Ray's own messages too."),
+)
+_model_options = _options(
+    click.option("--model", help="Model folder, path or URI. Default: the one that comes with the package."),
+    click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded."),
+    click.option("--beam-size", type=click.IntRange(1), help="Partial captions kept at every position; 1: greedy."),
+    click.option("--max-length", type=click.IntRange(1), help="Longest caption, in words."),
+    click.option("--num-captions", type=click.IntRange(1), help="Captions of each image, the best first."),
+)
+_output_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there."),
+    click.option("-q", "--quiet", is_flag=True, help="Errors only."),
+)
+
+
+@main.command()
+@click.argument("input")
+@click.argument("output", required=False)
+@_model_options
+@click.option("--recursive/--no-recursive", default=True, help="Folders below INPUT too.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many images.")
+@click.option("--num-actors", type=click.IntRange(1), help="Processes with a model. Default: one per GPU, or per core.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images an actor takes at a time.")
+@click.option(
+    "--max-failure-rate",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="Share of images that may fail before the exit code is 3.",
+)
+@_cluster_options
+@_output_options
+def caption(input: str, output: str | None, **options: Any) -> None:
+    """Caption the images of INPUT (a folder, Parquet, or one image) into Parquet files in OUTPUT.
+
+    Every image becomes exactly one row: its caption, or the reason why there is none. Run again, the same command
+    goes on where it stopped. For one image without OUTPUT the caption is printed.
+
+    \b
+    imcap caption ~/Pictures captions/
+    imcap caption photographs.parquet captions/ --model runs/mine --beam-size 5
+    imcap caption one.jpg
+    """
+    if output is None:
+        _print_caption(input, options)
+        return
+    say, progress_line = _voice(options)
+    summary = run_captioning(input, output, options, say=say, on_progress=progress_line)
+    _print_summary(summary, options)
+
+
+def _print_caption(image: str, options: dict[str, Any]) -> None:
+    from imcap_ray.captioner import Captioner
+    from imcap_ray.errors import ImageError
+
+    if storage.is_folder(image):
+        raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
+    captioner = Captioner.load(options["model"], search=_search(options), encoder_weights=options["encoder_weights"])
+    result = captioner.caption([image])[0]
+    if isinstance(result, ImageError):
+        raise InputError(f"{image}: {result.message} ({result.code})")
+    if options["as_json"]:
+        click.echo(json.dumps({"caption": result.text, "confidence": result.confidence}, ensure_ascii=False))
+    else:
+        click.echo(result.text)
+
+
+def _search(options: dict[str, Any]) -> Any:
+    """The model's search settings with those of the command line, or None to leave them as they are."""
+    from imcap_ray.captioner import override_search, read_model_folder
+
+    names = ("beam_size", "max_length", "num_captions")
+    if all(options.get(name) is None for name in names):
+        return None
+    return override_search(read_model_folder(options["model"]).search, **{name: options.get(name) for name in names})
+
+
+def run_captioning(
+    input: str,
+    output: str,
+    options: dict[str, Any],
+    *,
+    say: Callable[[str], None],
+    on_progress: Callable[[Progress, int], None],
+) -> CaptioningSummary:
+    """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
+    from functools import partial
+
+    from imcap_ray.captioner import DEFAULT_MODEL, Captioner
+    from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
+    from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
+
+    refuse_relative_paths_in_job({"OUTPUT": output})
+    if not storage.exists(input):
+        raise InputError(f"no such input: {storage.absolute(input)}")
+    model = options["model"] and storage.absolute(options["model"])
+    weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
+    search = _search(options)
+    Captioner.load(model, search=search, encoder_weights=weights)  # a broken model is found before Ray starts
+    return caption_images(
+        input,
+        output,
+        load_captioner=partial(Captioner.load, model, search=search, encoder_weights=weights),
+        resources=connect(options["address"], verbose=options["verbose"]),
+        model_name=model or DEFAULT_MODEL,
+        num_actors=options["num_actors"],
+        gpus_per_actor=options["gpus_per_worker"],
+        batch_size=options["batch_size"] or BATCH_SIZE,
+        recursive=options["recursive"],
+        limit=options["limit"],
+        max_failure_rate=options["max_failure_rate"],
+        echo=say,
+        on_progress=on_progress,
+    )
+
+
+def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Progress, int], None]]:
+    """How to say a line, and how to show progress: one changing line on a terminal, else a line every ten seconds."""
+    if options["quiet"]:
+        return (lambda line: None), (lambda progress, total: None)
+    start = time.monotonic()
+    last = start
+    on_terminal = sys.stderr.isatty()
+
+    def say(line: str) -> None:
+        click.echo(("\r\033[K" if on_terminal else "") + line, err=True)
+
+    def show(progress: Progress, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if not progress.num_images or (not on_terminal and now - last < 10):
+            return
+        last = now
+        rate = progress.num_images / (now - start)
+        line = f"{progress.num_images:,} of {total:,} images, {rate:.1f} images/s, {_duration((total - progress.num_images) / rate)} left"
+        click.echo(f"\r\033[K{line}" if on_terminal else line, err=True, nl=not on_terminal)
+
+    return say, show
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _print_summary(summary: CaptioningSummary, options: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(summary)))
+        return
+    if options["quiet"]:
+        return
+    counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.counts.items(), reverse=True))
+    errors = ", ".join(f"{count:,} {code}" for code, count in summary.error_counts.items())
+    if summary.num_new:
+        speed = f"{summary.images_per_second:.1f} images/s in {_duration(summary.seconds)}; {summary.bound}"
+    else:
+        speed = "nothing to do, all were done before"
+    prefix = "\r\033[K" if sys.stderr.isatty() else ""
+    click.echo(f"{prefix}{summary.output}: {counts}{f' ({errors})' if errors else ''}; {speed}", err=True)
+
+
+@main.command()
+@click.argument("data")
+@click.argument("model")
+@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="A recipe's name, or a TOML file.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override a setting of the recipe."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the dropout.")
+@click.option("--num-workers", type=click.IntRange(1), help="Data-parallel processes. Default: one per GPU, or one.")
+@click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
+@click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
+@_cluster_options
+@_output_options
+def train(data: str, model: str, **options: Any) -> None:
+    """Train on the captioned images of DATA and write the model folder MODEL.
+
+    DATA is recognised by looking: Flickr8k as distributed, Kaggle's form, or Parquet with captions. Run again, the
+    same command goes on after the last finished epoch.
+
+    \b
+    imcap train flickr8k/ runs/mine
+    imcap train flickr8k/ runs/seed --recipe vgg16-lstm
+    imcap train flickr8k/ runs/short --set training.epochs=5 --num-workers 2
+    """
+    from dataclasses import asdict
+
+    from imcap_ray.config import load_recipe
+    from imcap_ray.datasets import load_dataset
+    from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
+    from imcap_ray.distributed.trainer import train as run_training
+
+    refuse_relative_paths_in_job(
+        {"MODEL": model} | ({"--features": options["features"]} if options["features"] else {})
+    )
+    recipe = load_recipe(options["recipe"], dict(_parse_override(text) for text in options["overrides"]))
+    dataset = load_dataset(data)
+    say, _ = _voice(options)
+    say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
+    result = run_training(
+        dataset,
+        model,
+        recipe=recipe,
+        recipe_name=options["recipe"],
+        resources=connect(options["address"], verbose=options["verbose"]),
+        num_workers=options["num_workers"],
+        gpus_per_worker=options["gpus_per_worker"],
+        seed=options["seed"],
+        encoder_weights=options["encoder_weights"],
+        features=options["features"],
+        echo=say,
+    )
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(result)))
+    else:
+        say(
+            f"{result.model}: epoch {result.metrics['epoch']} of {result.num_epochs} kept, validation CIDEr-D "
+            f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; {_duration(result.seconds)}"
+        )
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    from imcap_ray.config import tomllib
+
+    name, equals, value = text.partition("=")
+    if not equals or "." not in name:
+        raise InputError(f"--set takes SECTION.NAME=VALUE, for example training.epochs=5, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value
+
+
+@main.command()
+@click.argument("captions")
+@click.argument("references")
+@click.option(
+    "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the one the captions are of."
+)
+@click.option("--save", help="Folder for scores.json and scores.md. Default: _imcap in CAPTIONS, if that is a folder.")
+@_output_options
+def evaluate(captions: str, references: str, **options: Any) -> None:
+    """Score CAPTIONS (a captions folder or Parquet) against the captions of the data set REFERENCES.
+
+    \b
+    imcap evaluate captions/ flickr8k/
+    """
+    from imcap_ray.datasets import load_dataset
+    from imcap_ray.evaluation import evaluate_captions
+
+    report = evaluate_captions(captions, load_dataset(references), split=options["split"])
+    folder = options["save"] or (storage.join(captions, "_imcap") if storage.is_folder(captions) else None)
+    if folder:
+        storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
+        storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
+    if options["as_json"]:
+        click.echo(report.to_json())
+    elif not options["quiet"]:
+        click.echo(report.to_text())
+
+
+@main.command()
+@click.argument("captions")
+@click.option("--references", help="A data set whose captions stand beside ours.")
+@click.option("--output", type=click.Path(), help="The HTML file. Default: report.html in CAPTIONS.")
+@click.option("--max-images", type=click.IntRange(0), default=1000, show_default=True, help="Photographs shown.")
+def report(captions: str, references: str | None, output: str | None, max_images: int) -> None:
+    """Write one self-contained HTML file: photographs, captions, scores, failures."""
+    click.echo(write_captions_report(captions, output, references=references, max_images=max_images))
+
+
+def write_captions_report(
+    captions: str, output: str | None, *, references: str | None = None, max_images: int = 1000
+) -> str:
+    """Write the report of a captions folder; where it is."""
+    from imcap_ray.datasets import load_dataset
+    from imcap_ray.evaluation import evaluate_captions
+    from imcap_ray.manifest import open_captions
+    from imcap_ray.report import write_report
+
+    table = open_captions(captions)
+    dataset = load_dataset(references) if references else None
+    run_file = storage.join(captions, "_imcap", "run.json")
+    output = output or storage.join(captions, "report.html")
+    write_report(
+        table,
+        output,
+        load_image=_load_image,
+        references=dataset.references() if dataset else None,
+        evaluation=json.loads(evaluate_captions(captions, dataset).to_json()) if dataset else None,
+        run=json.loads(storage.read_bytes(run_file)) if storage.exists(run_file) else None,
+        max_images=max_images,
+    )
+    return output
+
+
+def _load_image(row: dict[str, Any]) -> bytes | None:
+    return storage.read_bytes(row["image_path"]) if row["image_path"] else None
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def model(model: str | None, as_json: bool) -> None:
+    """What a model folder is: architecture, vocabulary, preprocessing, scores, size. Default: the package's own."""
+    from dataclasses import asdict
+
+    from imcap_ray.captioner import read_model_folder
+    from imcap_ray.config import to_mapping
+
+    folder = read_model_folder(model)
+    facts = {
+        "location": folder.location,
+        "fingerprint": folder.fingerprint,
+        "encoder": to_mapping(folder.encoder),
+        "encoder_weights": asdict(folder.encoder_weights),
+        "preprocessing": to_mapping(folder.preprocessing),
+        "decoder": to_mapping(folder.decoder),
+        "parameters": sum(tensor.numel() for tensor in folder.tensors.values()),
+        "vocabulary": {"tokens": len(folder.vocabulary), "tokenizer": folder.vocabulary.tokenizer},
+        "search": to_mapping(folder.search),
+        "metrics": folder.metrics,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(
+                f"{key} {item}" for key, item in value.items() if not isinstance(item, dict)
+            ) or json.dumps(value)
+        click.echo(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
+
+
+@main.command()
+@click.argument("out", default="imcap-demo")
+def demo(out: str) -> None:
+    """Caption the sample photographs with the model that comes with the package; OUT gets Parquet and report.html."""
+    import shutil
+
+    from imcap_ray.manifest import open_captions
+    from imcap_ray.samples import sample_photographs
+
+    photographs = Path(out, "photographs")
+    photographs.mkdir(parents=True, exist_ok=True)
+    samples = sample_photographs()
+    for sample in samples:
+        shutil.copyfile(sample.path, photographs / sample.file_name)
+    captions = str(Path(out, "captions"))
+    options = dict.fromkeys(
+        (
+            "model",
+            "encoder_weights",
+            "beam_size",
+            "max_length",
+            "num_captions",
+            "limit",
+            "num_actors",
+            "batch_size",
+            "gpus_per_worker",
+        )
+    )
+    options |= {"recursive": True, "max_failure_rate": 0.0, "address": "local", "verbose": False, "quiet": False}
+    say, show = _voice(options)
+    summary = run_captioning(str(photographs), captions, options, say=say, on_progress=show)
+    rows = {row["image_id"]: row for row in open_captions(captions).to_table().to_pylist()}
+    for sample in samples:
+        row = rows[sample.file_name]
+        click.echo(f"{sample.file_name:24} {row['caption']}  ({row['confidence']:.2f})")
+    report_path = write_captions_report(captions, str(Path(out, "report.html")))
+    click.echo(f"{summary.output}: {summary.num_images} rows of Parquet; {report_path}: the report")
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
+@click.option("--submission-id", help="A name for the job.")
+@click.option("--no-wait", is_flag=True, help="Do not follow the job.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def submit(address: str | None, submission_id: str | None, no_wait: bool, command: tuple[str, ...]) -> None:
+    """Run an imcap command as a Ray job on a cluster, follow it, and return its exit code.
+
+    \b
+    imcap submit caption s3://bucket/images s3://bucket/captions
+    imcap submit --address http://127.0.0.1:8265 train /mnt/flickr8k /mnt/runs/mine
+    """
+    if command[0] not in ("caption", "train", "evaluate", "report", "demo"):
+        raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
+    from imcap_ray.distributed.submission import submit as submit_job
+
+    arguments = [command[0], *(_absolute_if_local(word) for word in command[1:])]
+    sys.exit(submit_job(arguments, address=address, submission_id=submission_id, follow=not no_wait, echo=click.echo))
+
+
+def _absolute_if_local(word: str) -> str:
+    """A path that exists here, or that is written as one, made absolute: the job runs in another folder."""
+    if word.startswith("-") or storage.is_uri(word):
+        return word
+    return os.path.abspath(word) if os.path.exists(word) or "/" in word else word

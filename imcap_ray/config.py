@@ -1,0 +1,260 @@
+"""Every setting: frozen dataclasses, and TOML or JSON -> dataclass.
+
+Settings that change the answers (encoder, preprocessing, vocabulary, decoder, search, training) travel in recipes
+and model folders. Settings that change only the speed are arguments of the functions that run the work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from imcap_ray.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Config = TypeVar("Config")
+
+DEFAULT_RECIPE = "lite2-attention"
+
+
+def _require(condition: bool, name: str, expectation: str, value: object) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {expectation}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """Which CNN turns pixels into features, and which of its layers they are read from."""
+
+    name: str = "efficientnet_lite2"
+    """A name of `encoders.ENCODERS`, or `timm:NAME` for any other CNN that timm knows."""
+    layer: str = "grid"
+    """`grid`: the last feature map, one region per cell; `penultimate`: one vector, the classifier's input."""
+
+    def __post_init__(self) -> None:
+        _require(self.layer in ("grid", "penultimate"), "encoder.layer", "'grid' or 'penultimate'", self.layer)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessingConfig:
+    """From an image to the encoder's input; the same in training and in captioning."""
+
+    image_size: int = 224
+    """Pixels on each side; the whole image is squashed into this square, as the Flickr8k copies were."""
+    mean: tuple[float, ...] | None = None
+    """Subtracted from each channel (0..255); None: what the encoder was trained with."""
+    std: tuple[float, ...] | None = None
+    """Divides each channel after the mean is subtracted; None: what the encoder was trained with."""
+
+    def __post_init__(self) -> None:
+        _require(32 <= self.image_size <= 2048, "preprocessing.image_size", "32 to 2048", self.image_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyConfig:
+    """How captions are cut into tokens, and which tokens are kept."""
+
+    tokenizer: str = "ptb"
+    """A name of `tokenization.TOKENIZERS`."""
+    min_count: int = 4
+    """A token seen less often than this in the training captions becomes unknown."""
+
+    def __post_init__(self) -> None:
+        _require(self.min_count >= 1, "vocabulary.min_count", "at least 1", self.min_count)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """The recurrent network that turns features into a caption."""
+
+    name: str = "attention"
+    """`attention`: attention over the regions between two LSTMs; `lstm`: one LSTM, merged before the softmax."""
+    embedding_size: int = 512
+    """Size of a token's vector."""
+    hidden_size: int = 512
+    """Size of an LSTM's state."""
+    num_heads: int = 8
+    """Attention heads; `lstm` has none and ignores it."""
+    dropout: float = 0.5
+    """Share of units dropped in training."""
+
+    def __post_init__(self) -> None:
+        _require(self.name in ("attention", "lstm"), "decoder.name", "'attention' or 'lstm'", self.name)
+        _require(0 <= self.dropout < 1, "decoder.dropout", "in [0, 1)", self.dropout)
+        for name in ("embedding_size", "hidden_size", "num_heads"):
+            _require(getattr(self, name) >= 1, f"decoder.{name}", "at least 1", getattr(self, name))
+        _require(
+            self.name != "attention" or self.hidden_size % self.num_heads == 0,
+            "decoder.num_heads",
+            f"a divisor of decoder.hidden_size ({self.hidden_size})",
+            self.num_heads,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchConfig:
+    """How a caption is sought among all token sequences."""
+
+    beam_size: int = 4
+    """Partial captions kept at every position; 1 is greedy search."""
+    max_length: int = 22
+    """Longest caption, in tokens without the end token."""
+    length_penalty: float = 0.7
+    """A finished caption's score is its log-probability divided by its number of tokens to this power."""
+    num_captions: int = 1
+    """How many captions an image gets, the best first; at most `beam_size`."""
+
+    def __post_init__(self) -> None:
+        _require(self.beam_size >= 1, "search.beam_size", "at least 1", self.beam_size)
+        _require(self.max_length >= 1, "search.max_length", "at least 1", self.max_length)
+        _require(self.length_penalty >= 0, "search.length_penalty", "at least 0", self.length_penalty)
+        _require(
+            1 <= self.num_captions <= self.beam_size,
+            "search.num_captions",
+            f"1 to search.beam_size ({self.beam_size})",
+            self.num_captions,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig:
+    """How the decoder's weights are found."""
+
+    epochs: int = 20
+    """Passes over the training images; each pass shows every caption of every image once."""
+    batch_size: int = 32
+    """Images per optimizer step over all workers, each with all its captions."""
+    optimizer: str = "adamw"
+    """`adamw` or `adam`."""
+    learning_rate: float = 5e-4
+    """Peak of the schedule."""
+    schedule: str = "cosine"
+    """`cosine`: linear warm-up, then down to 1 % of the peak; `constant`."""
+    warmup_steps: int = 200
+    """Steps of linear warm-up; `constant` has none."""
+    weight_decay: float = 1e-3
+    """AdamW's decoupled weight decay."""
+    label_smoothing: float = 0.1
+    """Share of the target probability spread evenly over the vocabulary."""
+    gradient_clip: float = 1.0
+    """Largest norm of a step's gradient; 0 clips nothing."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves."""
+    flip: bool = False
+    """Cache features of the mirrored image as well, and draw one of the two at each step."""
+    max_caption_length: int = 22
+    """Longer training captions are cut to this many tokens."""
+    patience: int = 6
+    """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        _require(self.optimizer in ("adam", "adamw"), "training.optimizer", "'adam' or 'adamw'", self.optimizer)
+        _require(
+            self.schedule in ("cosine", "constant"),
+            "training.schedule",
+            "'cosine' or 'constant'",
+            self.schedule,
+        )
+        for name in ("epochs", "batch_size", "max_caption_length"):
+            _require(getattr(self, name) >= 1, f"training.{name}", "at least 1", getattr(self, name))
+        for name in ("warmup_steps", "weight_decay", "gradient_clip", "patience"):
+            _require(getattr(self, name) >= 0, f"training.{name}", "at least 0", getattr(self, name))
+        for name in ("label_smoothing", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"training.{name}", "in [0, 1)", getattr(self, name))
+        _require(self.learning_rate > 0, "training.learning_rate", "above 0", self.learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """All that a training starts from, but the data and the seed."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The CNN."""
+    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
+    """From an image to the CNN's input."""
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """The tokens."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The recurrent network."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """How it is trained."""
+    search: SearchConfig = field(default_factory=SearchConfig)
+    """How captions are sought, in validation and as the trained model's default."""
+
+
+def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:
+    """The dataclass with these values; an unknown name or a value of another type raises a ConfigError."""
+    hints = get_type_hints(config_class)
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        place = f"{section}.{name}" if section else name
+        if name not in hints:
+            raise ConfigError(f"unknown setting {place}: expected one of {', '.join(hints)}")
+        arguments[name] = _convert(hints[name], value, place)
+    return config_class(**arguments)
+
+
+def _convert(hint: Any, value: Any, place: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{place} must be a section, got {value!r}")
+        return from_mapping(cast("type[Any]", hint), value, section=place)
+    expected = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
+    if isinstance(value, bool):
+        matches = bool in expected
+    elif isinstance(value, int) and float in expected:
+        return float(value)
+    elif isinstance(value, list):
+        matches = any(get_origin(option) is tuple for option in expected)
+        value = tuple(float(item) for item in value) if matches else value
+    else:
+        matches = type(value) in expected
+    if not matches:
+        names = " or ".join(getattr(option, "__name__", str(option)) for option in expected)
+        raise ConfigError(f"{place} must be {names}, got {value!r}")
+    return value
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The dataclass as plain dictionaries and lists, ready for JSON."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
+    }
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = resources.files("imcap_ray") / "recipes"
+    return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of this name inside the package, or the TOML file at this path.
+
+    `overrides` maps dotted names to values and wins over the file: `{"training.epochs": 3}`.
+    """
+    if name_or_path in recipe_names():
+        text = (resources.files("imcap_ray") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"no recipe {name_or_path!r}: expected one of {', '.join(recipe_names())}, or the path of a TOML file"
+        )
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
+    for dotted, value in (overrides or {}).items():
+        section, _, name = dotted.partition(".")
+        values.setdefault(section, {})[name] = value
+    return from_mapping(Recipe, values)

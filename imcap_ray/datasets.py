@@ -1,0 +1,262 @@
+"""Captioned images in any of the formats people have -> one table. Knows no model and no pixel."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imcap_ray import storage
+from imcap_ray.errors import DatasetError
+
+TRAIN: Final = "train"
+VALIDATION: Final = "validation"
+TEST: Final = "test"
+SPLITS: Final = (TRAIN, VALIDATION, TEST)
+
+# One row per image: image_id, image_path, split, captions.
+DATASET_SCHEMA: Final = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("image_path", pa.string()),
+        ("split", pa.string()),
+        ("captions", pa.list_(pa.string())),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImages:
+    """A data set: its table (`DATASET_SCHEMA`, one row per image) and what was noticed while reading it."""
+
+    location: str
+    format: str
+    """As a person would call it: "Flickr8k as distributed"."""
+    table: pa.Table
+    notes: list[str] = field(default_factory=list)
+    """One line for each kind of oddity, with its count."""
+
+    def split(self, name: str) -> pa.Table:
+        """The rows of one split, or DatasetError naming those there are."""
+        rows = self.table.filter(pa.compute.equal(self.table["split"], name))
+        if not rows.num_rows:
+            raise DatasetError(f"{self.location} has no {name} images: it has {self.describe_splits()}")
+        return rows
+
+    def describe_splits(self) -> str:
+        """The splits with their numbers of images."""
+        counts = self.table.group_by("split").aggregate([([], "count_all")]).to_pylist()
+        found = {row["split"]: row["count_all"] for row in counts}
+        return ", ".join(f"{found[name]:,} {name}" for name in (*SPLITS, "") if name in found) or "nothing"
+
+    def references(self, split: str | None = None) -> dict[str, list[str]]:
+        """image_id -> captions, of one split or of all images."""
+        rows = self.split(split) if split else self.table
+        return dict(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
+
+
+def load_dataset(location: str) -> CaptionedImages:
+    """The captioned images of a folder or file, its format recognised by looking.
+
+    Raises:
+        DatasetError: nothing there, or nothing in a format that is known; the message lists those that are.
+    """
+    location = storage.absolute(location)
+    if not storage.exists(location):
+        raise DatasetError(f"no such data set: {location}")
+    for recognise, read in _FORMATS:
+        if recognise(location):
+            return read(location)
+    raise DatasetError(
+        f"{location} holds no captioned images: expected Flickr8k as distributed (Flickr8k.token.txt beside the image "
+        "folder), Kaggle's form (captions.txt beside Images/), or Parquet with the columns image_id or image_path, "
+        "and captions"
+    )
+
+
+def split_of(image_id: str) -> str:
+    """The split of an image that has no official one, by a hash of its name: 90 % train, 5 % validation, 5 % test."""
+    number = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") % 100
+    return TRAIN if number < 90 else VALIDATION if number < 95 else TEST
+
+
+# ---- Flickr8k as distributed
+
+
+_FLICKR8K_SPLITS: Final = {
+    "Flickr_8k.trainImages.txt": TRAIN,
+    "Flickr_8k.devImages.txt": VALIDATION,
+    "Flickr_8k.testImages.txt": TEST,
+}
+_FLICKR8K_IMAGES: Final = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
+
+
+def _is_flickr8k(location: str) -> bool:
+    return storage.is_file(storage.join(location, "Flickr8k.token.txt"))
+
+
+def _read_flickr8k(location: str) -> CaptionedImages:
+    captions: dict[str, list[str]] = defaultdict(list)
+    num_odd_lines = 0
+    for line in _read_text(storage.join(location, "Flickr8k.token.txt")).splitlines():
+        key, tab, caption = line.partition("\t")
+        image_id, hash_sign, _ = key.rpartition("#")
+        if tab and hash_sign and caption.strip():
+            captions[image_id].append(caption.strip())
+        elif line.strip():
+            num_odd_lines += 1
+
+    splits: dict[str, str] = {}
+    for file_name, split in _FLICKR8K_SPLITS.items():
+        path = storage.join(location, file_name)
+        if storage.exists(path):
+            splits.update(dict.fromkeys(_read_text(path).split(), split))
+
+    notes = [_count(num_odd_lines, "line is", "lines are", "not `name#number<TAB>caption`")]
+    notes += [_count(len(set(captions) - set(splits)), "captioned image is", "captioned images are", "in no split")]
+    if splits:
+        without_captions = sorted(set(splits) - set(captions))
+        if without_captions:
+            raise DatasetError(
+                f"{location}: {len(without_captions)} images of the split lists have no caption, "
+                f"the first is {without_captions[0]}"
+            )
+        captions = {image_id: captions[image_id] for image_id in splits}
+    else:
+        splits = {image_id: split_of(image_id) for image_id in captions}
+    return _to_dataset(location, "Flickr8k as distributed", captions, splits, _FLICKR8K_IMAGES, notes)
+
+
+# ---- Kaggle's form of Flickr8k
+
+
+def _is_kaggle(location: str) -> bool:
+    return storage.is_file(storage.join(location, "captions.txt"))
+
+
+def _read_kaggle(location: str) -> CaptionedImages:
+    captions: dict[str, list[str]] = defaultdict(list)
+    num_odd_lines = 0
+    for number, fields in enumerate(csv.reader(io.StringIO(_read_text(storage.join(location, "captions.txt"))))):
+        if number == 0 and fields[:1] == ["image"]:
+            continue
+        caption = ",".join(fields[1:]).strip()  # an unquoted comma belongs to the caption
+        if caption:
+            captions[fields[0]].append(caption)
+        elif fields:
+            num_odd_lines += 1
+    notes = [
+        _count(num_odd_lines, "line is", "lines are", "not `image,caption`"),
+        "no official splits: each image's split is a hash of its name",
+    ]
+    splits = {image_id: split_of(image_id) for image_id in captions}
+    return _to_dataset(location, "Flickr8k in Kaggle's form", captions, splits, _FLICKR8K_IMAGES, notes)
+
+
+# ---- Parquet
+
+
+def _is_parquet(location: str) -> bool:
+    return any(True for _ in _parquet_files(location))
+
+
+def _parquet_files(location: str) -> Iterable[str]:
+    if storage.is_file(location):
+        return [location] if location.endswith(".parquet") else []
+    found = storage.list_files(location, recursive=False)
+    return [path for path, name in found if name.endswith(".parquet") and not name.startswith("_")]
+
+
+def _read_parquet(location: str) -> CaptionedImages:
+    """Columns `captions` (list of strings) or `caption`; `image_id` and `image_path`, either is enough; `split`."""
+    tables = []
+    for path in _parquet_files(location):
+        filesystem, inner = storage.resolve(path)
+        try:
+            names = pq.read_schema(inner, filesystem=filesystem).names
+            wanted = [n for n in ("image_id", "image_path", "split", "captions", "caption") if n in names]
+            tables.append(pq.read_table(inner, filesystem=filesystem, columns=wanted))
+        except (pa.ArrowException, OSError) as error:
+            raise DatasetError(f"{path} is not readable Parquet: {error}") from error
+    table = pa.concat_tables(tables, promote_options="permissive")
+    names = table.column_names
+    captions_column = "captions" if "captions" in names else "caption"
+    if captions_column not in names or not {"image_id", "image_path"} & set(names):
+        raise DatasetError(
+            f"{location}: expected the columns image_id or image_path, and captions or caption; got {', '.join(names)}"
+        )
+    captions: dict[str, list[str]] = defaultdict(list)
+    splits: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    for row in table.to_pylist():
+        image_id = row.get("image_id") or row["image_path"]
+        found = row[captions_column] or []
+        captions[image_id].extend([found] if isinstance(found, str) else found)
+        splits[image_id] = row.get("split") or split_of(image_id)
+        paths[image_id] = row.get("image_path") or ""
+    dataset = _to_dataset(location, "Parquet", captions, splits, (), [])
+    base = location if not storage.is_file(location) else storage.parent(location)
+    resolved = [_beside(base, paths[image_id]) for image_id in dataset.table["image_id"].to_pylist()]
+    place = DATASET_SCHEMA.get_field_index("image_path")
+    return CaptionedImages(
+        location, "Parquet", dataset.table.set_column(place, "image_path", pa.array(resolved, pa.string()))
+    )
+
+
+def _beside(base: str, path: str) -> str:
+    return path if not path or storage.is_uri(path) or path.startswith("/") else storage.join(base, path)
+
+
+# ---- common
+
+
+_FORMATS: Final[list[tuple[Callable[[str], bool], Callable[[str], CaptionedImages]]]] = [
+    (_is_flickr8k, _read_flickr8k),
+    (_is_kaggle, _read_kaggle),
+    (_is_parquet, _read_parquet),
+]
+
+
+def _read_text(location: str) -> str:
+    try:
+        return storage.read_bytes(location).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{location} is not UTF-8: {error}") from error
+
+
+def _count(number: int, singular: str, plural: str, rest: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural} {rest}" if number else ""
+
+
+def _to_dataset(
+    location: str,
+    format_name: str,
+    captions: Mapping[str, list[str]],
+    splits: Mapping[str, str],
+    image_folders: Iterable[str],
+    notes: list[str],
+) -> CaptionedImages:
+    if not captions:
+        raise DatasetError(f"{location}: {format_name}, but not one caption in it")
+    folder = next(
+        (storage.join(location, name) for name in image_folders if storage.is_folder(storage.join(location, name))),
+        location,
+    )
+    image_ids = list(captions)
+    table = pa.table(
+        [
+            image_ids,
+            [storage.join(folder, image_id) for image_id in image_ids],
+            [splits[image_id] for image_id in image_ids],
+            [captions[image_id] for image_id in image_ids],
+        ],
+        schema=DATASET_SCHEMA,
+    )
+    return CaptionedImages(location, format_name, table, [note for note in notes if note])

@@ -1,0 +1,201 @@
+"""LSTMs: features and tokens -> log-probabilities of the next token. Knows no image and no word.
+
+I images and N captions in training, T positions of the longest caption, P positions of all captions together,
+B images in a search, K beams, R regions, F channels of a region, E size of an embedding, H size of an LSTM's
+state, V vocabulary.
+
+In training all captions run as one packed sequence (`torch.nn.utils.rnn.PackedSequence`): no time goes into padding,
+which is 40 % of a batch of Flickr8k's captions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from imcap_ray.config import DecoderConfig
+from imcap_ray.search import State, Step
+
+
+class AttentionDecoder(nn.Module):
+    """Attention over the regions between two LSTMs; the output layer shares the embedding's weights.
+
+    The first LSTM reads the words and the mean region and asks where to look; multi-head attention (Vaswani et al.
+    2017, arXiv 1706.03762, section 3.2.2) answers; the second LSTM reads both and says the next word. The order is
+    that of Up-Down (Anderson et al. 2018, arXiv 1707.07998, section 3.2) without the second LSTM's feedback into the
+    first, so that in training each layer runs over all positions in one call.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_channels: int,
+        vocabulary_size: int,
+        embedding_size: int = 512,
+        hidden_size: int = 512,
+        num_heads: int = 8,
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size)
+        self.project_features = nn.Sequential(
+            nn.Linear(num_channels, hidden_size), nn.LayerNorm(hidden_size), nn.ReLU()
+        )
+        self.attention_lstm = nn.LSTM(embedding_size + hidden_size, hidden_size, batch_first=True)
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.language_lstm = nn.LSTM(2 * hidden_size, hidden_size, batch_first=True)
+        self.project_output = nn.Linear(2 * hidden_size, embedding_size)
+        self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
+        self.dropout = nn.Dropout(dropout)
+        nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
+
+    def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
+        """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
+
+        Args:
+            features: (I, R, F).
+            token_ids: (N, T), from the start token on, the longest caption first.
+            lengths: (N,) on the CPU, falling.
+            image_of_caption: (N,) index into `features`.
+        """
+        keys, values, mean = self._memory(features)
+        words = _pack(self.dropout(self.embedding(token_ids)), lengths)
+        image_of_position = _pack(image_of_caption.unsqueeze(1).expand_as(token_ids), lengths).data  # (P,)
+        inputs = torch.cat([words.data, mean[image_of_position]], dim=-1)
+        hidden = self.attention_lstm(_like(words, inputs))[0]
+        hidden = _like(words, self.dropout(hidden.data))  # (P, H)
+        queries, _ = pad_packed_sequence(hidden, batch_first=True)  # (N, T, H): attention wants whole captions
+        attended = _pack(self._attend(queries, keys[image_of_caption], values[image_of_caption]), lengths).data
+        attended = self.dropout(attended)
+        spoken = self.language_lstm(_like(words, torch.cat([hidden.data, attended], dim=-1)))[0].data
+        return self._logits(torch.cat([spoken, attended], dim=-1))
+
+    def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
+        """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
+        num_images = features.shape[0]
+        keys, values, mean = self._memory(features)
+
+        def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
+            words = self.embedding(tokens)  # (B, K, E)
+            inputs = torch.cat([words, mean.unsqueeze(1).expand(-1, tokens.shape[1], -1)], dim=-1)
+            hidden, first = _advance(self.attention_lstm, inputs, state[:2])
+            attended = self._attend(hidden, keys, values)
+            spoken, second = _advance(self.language_lstm, torch.cat([hidden, attended], dim=-1), state[2:])
+            logits = self._logits(torch.cat([spoken, attended], dim=-1))
+            return functional.log_softmax(logits, dim=-1), (*first, *second)
+
+        blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
+        return step, (blank, blank, blank, blank)
+
+    def _memory(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (I, heads, R, H / heads) and the mean region (I, H)."""
+        projected = self.dropout(self.project_features(features))
+        keys, values = self.key(projected), self.value(projected)
+        return self._split_heads(keys), self._split_heads(values), projected.mean(dim=1)
+
+    def _split_heads(self, vectors: Tensor) -> Tensor:
+        return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def _attend(self, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Hidden states (I, Q, H) of Q queries per image -> (I, Q, H)."""
+        queries = self._split_heads(self.query(hidden))
+        attended = functional.scaled_dot_product_attention(queries, keys, values)
+        return attended.transpose(1, 2).flatten(2)
+
+    def _logits(self, outputs: Tensor) -> Tensor:
+        vectors = self.dropout(torch.tanh(self.project_output(outputs)))
+        return functional.linear(vectors, self.embedding.weight, self.output_bias)
+
+
+class MergeDecoder(nn.Module):
+    """The seed's: the image's vector and an LSTM over the words, added before the softmax ("merge" in Tanti et al.
+    2017, arXiv 1708.02043)."""
+
+    def __init__(
+        self,
+        *,
+        num_channels: int,
+        vocabulary_size: int,
+        embedding_size: int = 256,
+        hidden_size: int = 256,
+        dropout: float = 0.4,
+    ) -> None:
+        super().__init__()
+        self.project_features = nn.Linear(num_channels, hidden_size)
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size)
+        self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True)
+        self.merge = nn.Linear(hidden_size, hidden_size)
+        self.output = nn.Linear(hidden_size, vocabulary_size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
+        """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
+
+        Args:
+            features: (I, R, F).
+            token_ids: (N, T), from the start token on, the longest caption first.
+            lengths: (N,) on the CPU, falling.
+            image_of_caption: (N,) index into `features`.
+        """
+        hidden = self.lstm(_pack(self.dropout(self.embedding(token_ids)), lengths))[0].data  # (P, H)
+        image_of_position = _pack(image_of_caption.unsqueeze(1).expand_as(token_ids), lengths).data
+        return self._logits(hidden + self._image(features)[image_of_position])
+
+    def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
+        """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
+        image = self._image(features).unsqueeze(1)
+
+        def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
+            hidden, state = _advance(self.lstm, self.embedding(tokens), state)
+            return functional.log_softmax(self._logits(hidden + image), dim=-1), state
+
+        blank = features.new_zeros(features.shape[0], beam_size, self.lstm.hidden_size)
+        return step, (blank, blank)
+
+    def _image(self, features: Tensor) -> Tensor:
+        return functional.relu(self.project_features(self.dropout(features.mean(dim=1))))
+
+    def _logits(self, merged: Tensor) -> Tensor:
+        logits: Tensor = self.output(functional.relu(self.merge(merged)))
+        return logits
+
+
+Decoder = AttentionDecoder | MergeDecoder
+
+
+def build_decoder(config: DecoderConfig, *, num_channels: int, vocabulary_size: int) -> Decoder:
+    """The decoder of this configuration, with random weights."""
+    sizes = {
+        "num_channels": num_channels,
+        "vocabulary_size": vocabulary_size,
+        "embedding_size": config.embedding_size,
+        "hidden_size": config.hidden_size,
+    }
+    if config.name == "attention":
+        return AttentionDecoder(**sizes, num_heads=config.num_heads, dropout=config.dropout)
+    return MergeDecoder(**sizes, dropout=config.dropout)
+
+
+def _pack(padded: Tensor, lengths: Tensor) -> PackedSequence:
+    return pack_padded_sequence(padded, lengths, batch_first=True)
+
+
+def _like(packed: PackedSequence, data: Tensor) -> PackedSequence:
+    """A packed sequence of the same captions with other vectors (P, ...)."""
+    return PackedSequence(data, packed.batch_sizes)
+
+
+def _advance(lstm: nn.LSTM, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    """One position of a one-layer LSTM for all beams. Inputs (B, K, ...) -> output (B, K, H), state."""
+    shape = inputs.shape[:2]
+    flat = tuple(tensor.flatten(0, 1).contiguous() for tensor in state)
+    hidden, cell = torch.lstm_cell(
+        inputs.flatten(0, 1), flat, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0
+    )
+    hidden, cell = hidden.view(*shape, -1), cell.view(*shape, -1)
+    return hidden, (hidden, cell)

@@ -1,0 +1,344 @@
+"""A manifest of images -> Parquet with one row per image, computed by a pool of actors. Shared by captioning, which
+writes captions, and by training, which writes features."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import posixpath
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.block import BlockAccessor
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.datasource import BlockBasedFileDatasink, FilenameProvider
+from ray.exceptions import RayError
+
+from imcap_ray import storage
+from imcap_ray.errors import ImageError, ImcapError
+from imcap_ray.images import DecodedImage, decode_image, image_error_from_os_error
+from imcap_ray.manifest import read_table_images
+
+IMAGES_PER_BLOCK = 64
+"""Images of a decode task; 9.6 MB of pixels at 224 x 224."""
+
+LOADED_SCHEMA = pa.schema(
+    [
+        ("manifest_id", pa.int64()),
+        ("image_id", pa.string()),
+        ("image_path", pa.string()),
+        ("pixels", pa.binary()),  # uint8 (3, S, S); b"" where there is an error
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("format", pa.string()),
+        ("sha256", pa.string()),
+        ("error_code", pa.string()),  # "" where there are pixels
+        ("error_message", pa.string()),
+    ]
+)
+
+
+@dataclass
+class Progress:
+    """What a run has done so far, summed over its tasks and actors."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    """Images by status."""
+    decode_seconds: float = 0.0
+    """Time spent reading and decoding, over all tasks."""
+    busy_seconds: float = 0.0
+    """Time the actors spent on batches."""
+    waiting_seconds: float = 0.0
+    """Time the actors spent between two batches."""
+
+    @property
+    def num_images(self) -> int:
+        """Images done."""
+        return sum(self.counts.values())
+
+    def describe_bound(self) -> str:
+        """One sentence: what limits the speed, from what the actors waited."""
+        total = self.busy_seconds + self.waiting_seconds
+        if not total or not self.num_images:
+            return "too short to tell what bounds it"
+        share = self.waiting_seconds / total
+        if share > 0.25:
+            return f"decode-bound: the model waited {share:.0%} of the time; more CPUs would help"
+        return f"model-bound: the model was busy {1 - share:.0%} of the time; more GPUs or CPUs for it would help"
+
+
+@ray.remote(num_cpus=0, max_restarts=-1)
+class ProgressCounter:
+    """Sums what tasks and actors report. Losing it loses the progress line, nothing else."""
+
+    def __init__(self) -> None:
+        self._progress = Progress()
+
+    def add_decoding(self, seconds: float) -> None:
+        """A decode task reports its time."""
+        self._progress.decode_seconds += seconds
+
+    def add_batch(self, counts: dict[str, int], busy_seconds: float, waiting_seconds: float) -> None:
+        """An actor reports a batch."""
+        for status, count in counts.items():
+            self._progress.counts[status] = self._progress.counts.get(status, 0) + count
+        self._progress.busy_seconds += busy_seconds
+        self._progress.waiting_seconds += waiting_seconds
+
+    def get(self) -> Progress:
+        """The sums so far."""
+        return self._progress
+
+
+class BatchReporter:
+    """Tells the counter how an actor spends its time."""
+
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+        self._last_end: float | None = None
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[dict[str, int]]:
+        """Around the work on a batch, which fills in its counts by status."""
+        counts: dict[str, int] = {}
+        start = time.perf_counter()
+        waited = start - self._last_end if self._last_end is not None else 0.0
+        yield counts
+        self._last_end = time.perf_counter()
+        self._counter.add_batch.remote(counts, self._last_end - start, waited)
+
+
+def load_images(rows: pa.Table, *, image_size: int, counter: Any) -> Iterator[pa.Table]:
+    """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not."""
+    start = time.perf_counter()
+    batch: list[dict[str, Any]] = []
+    for row, data in _read_rows(rows.to_pylist()):
+        batch.append(_load_row(row, data, image_size=image_size))
+        if len(batch) == IMAGES_PER_BLOCK:
+            yield pa.Table.from_pylist(batch, schema=LOADED_SCHEMA)
+            batch = []
+    if batch:
+        yield pa.Table.from_pylist(batch, schema=LOADED_SCHEMA)
+    counter.add_decoding.remote(time.perf_counter() - start)
+
+
+def _read_rows(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
+    in_tables: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["table_path"]:
+            in_tables[row["table_path"], row["row_group"]].append(row)
+            continue
+        try:
+            yield row, storage.read_bytes(row["image_path"])
+        except OSError as error:
+            yield row, image_error_from_os_error(error, row["image_path"])
+        except MemoryError:
+            yield row, ImageError("out_of_memory", "not enough memory to read the file")
+    for (table_path, row_group), group in in_tables.items():
+        by_row = {row["row"]: row for row in group}
+        try:
+            for number, data in read_table_images(table_path, row_group=row_group, rows=set(by_row)):
+                row = by_row.pop(number)
+                yield (
+                    row,
+                    data if data is not None else ImageError("missing", "the table holds no image in this row"),
+                )
+        except (OSError, pa.ArrowException) as error:
+            for row in by_row.values():
+                yield row, ImageError("read_error", f"cannot read the table: {error}")
+
+
+def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int) -> dict[str, Any]:
+    loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
+    loaded |= {"pixels": b"", "width": 0, "height": 0, "format": "", "sha256": ""}
+    try:
+        if isinstance(data, ImageError):
+            raise data
+        image: DecodedImage = decode_image(data, image_size=image_size)
+    except ImageError as error:
+        return loaded | {"error_code": error.code, "error_message": error.message}
+    return loaded | {
+        "pixels": image.pixels.tobytes(),
+        "width": image.width,
+        "height": image.height,
+        "format": image.format,
+        "sha256": image.sha256,
+        "error_code": "",
+        "error_message": "",
+    }
+
+
+def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
+    """The pixels (B, 3, S, S) of the rows without an error, in their order."""
+    column = rows["pixels"].filter(pa.compute.equal(rows["error_code"], ""))
+    flat = [np.frombuffer(value.as_buffer(), dtype=np.uint8) for value in column]
+    return (
+        np.stack(flat).reshape(-1, 3, image_size, image_size)
+        if flat
+        else np.empty((0, 3, image_size, image_size), np.uint8)
+    )
+
+
+class ParquetParts(BlockBasedFileDatasink):
+    """Parquet files of one schema that a reader never meets half-written.
+
+    Ray's own Parquet writer opens the final path and fills it, so that a reader, or a crash, finds a file without its
+    footer. Here a file is written beside and then renamed; object stores show uploads only when they are complete.
+    The schema's key-value metadata goes into every file, and columns outside the schema are left out: Ray has noted
+    `manifest_id` as done by then.
+
+    Args:
+        folder: where the parts go.
+        unfinished: folder on the same file system for parts being written.
+        min_rows_per_file: rows are collected until a file has this many.
+    """
+
+    def __init__(self, folder: str, *, unfinished: str, schema: pa.Schema, min_rows_per_file: int) -> None:
+        super().__init__(
+            folder,
+            min_rows_per_file=min_rows_per_file,
+            file_format="parquet",
+            filename_provider=FilenameProvider(file_format="parquet"),
+            filesystem=storage.resolve(folder)[0] if storage.is_uri(folder) else None,
+        )
+        self._schema = schema
+        self._unfinished = unfinished
+        self._is_remote = storage.is_uri(folder)
+
+    def open_output_stream(self, path: str) -> pa.NativeFile:
+        """Where Ray writes a part before it is complete."""
+        return super().open_output_stream(path if self._is_remote else self._unfinished_path(path))
+
+    def write_block(self, block: BlockAccessor, block_index: int, ctx: Any) -> None:
+        """Write one part, complete or not at all."""
+        if not self._is_remote:
+            os.makedirs(self._unfinished, exist_ok=True)
+        super().write_block(block, block_index, ctx)
+        if not self._is_remote:
+            name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
+            path = posixpath.join(self.path, name)
+            os.replace(self._unfinished_path(path), path)
+
+    def _unfinished_path(self, path: str) -> str:
+        return posixpath.join(self._unfinished, posixpath.basename(path))
+
+    def write_block_to_file(self, block: BlockAccessor, file: pa.NativeFile) -> None:
+        """Write the rows under the schema."""
+        table = block.to_arrow().select(self._schema.names)
+        pq.write_table(table.cast(self._schema), file, compression="zstd")
+
+
+def map_images(
+    manifest: str,
+    output: str,
+    *,
+    work: str,
+    schema: pa.Schema,
+    actor_class: type,
+    actor_arguments: Mapping[str, Any],
+    image_size: int,
+    num_images: int,
+    num_actors: int,
+    gpus_per_actor: float,
+    batch_size: int,
+    on_progress: Callable[[Progress], None],
+    images_per_block: int = IMAGES_PER_BLOCK,
+) -> Progress:
+    """Read a manifest, decode its images in tasks, hand them to a pool of actors, and write what these return.
+
+    Images that an earlier, interrupted call has written are not read again.
+
+    Args:
+        manifest: folder of Parquet files with `MANIFEST_SCHEMA`.
+        output: folder for the parts; `work` below it is ours: what is done and what is being written.
+        schema: of the parts; the actors return it with `manifest_id` besides.
+        actor_class: called with a table of `LOADED_SCHEMA`; built with `actor_arguments` and `reporter`.
+        on_progress: called about once a second.
+
+    Raises:
+        ImcapError: the run failed; what is written stays, and the same call goes on from there.
+    """
+    context = DataContext.get_current().copy()
+    context.execution_options.preserve_order = False
+    # Only ids are kept: eight bytes an image. The id is in what is read, or a resumed run dies with a KeyError.
+    context.checkpoint_config = CheckpointConfig(
+        id_column="manifest_id",
+        checkpoint_path=storage.join(work, "done"),
+        delete_checkpoint_on_success=False,
+        override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
+    )
+    storage.remove(storage.join(work, "unfinished"))  # parts that a dead process was writing
+    counter = ProgressCounter.remote()  # type: ignore[attr-defined]
+    sink = ParquetParts(
+        output,
+        unfinished=storage.join(work, "unfinished"),
+        schema=schema,
+        min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
+    )
+    with DataContext.current(context):
+        dataset: Dataset = (
+            ray.data.read_parquet(manifest, filesystem=storage.resolve(manifest)[0])
+            # Ray reads a manifest of 100,000 rows as one block whatever `override_num_blocks` says.
+            .repartition(target_num_rows_per_block=images_per_block)
+            .map_batches(
+                partial(load_images, image_size=image_size, counter=counter),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=1,
+            )
+            .map_batches(
+                actor_class,
+                fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter)},
+                batch_size=batch_size,
+                batch_format="pyarrow",
+                num_cpus=1,
+                num_gpus=gpus_per_actor or None,
+                compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=4),
+            )
+        )
+        with _watch(counter, on_progress):
+            try:
+                dataset.write_datasink(sink)
+            except (RayError, OSError) as error:
+                raise ImcapError(_explain(error)) from error
+    progress: Progress = ray.get(counter.get.remote())
+    return progress
+
+
+@contextlib.contextmanager
+def _watch(counter: Any, on_progress: Callable[[Progress], None]) -> Iterator[None]:
+    """Call `on_progress` once a second from a thread of its own, as long as the block runs."""
+    finished = threading.Event()
+
+    def watch() -> None:
+        while not finished.wait(1.0):
+            with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
+                on_progress(ray.get(counter.get.remote()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _explain(error: BaseException) -> str:
+    """The first line of what went wrong, without Ray's traceback around it."""
+    cause = error
+    while isinstance(getattr(cause, "cause", None), BaseException):
+        cause = cause.cause  # type: ignore[attr-defined]
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1] if lines else 'no reason given'}"

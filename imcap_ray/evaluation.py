@@ -1,0 +1,71 @@
+"""A captions table and a data set's references -> scores."""
+
+from __future__ import annotations
+
+from imcap_ray.datasets import SPLITS, TRAIN, CaptionedImages
+from imcap_ray.errors import DatasetError
+from imcap_ray.manifest import open_captions
+from imcap_ray.metrics import EvaluationReport, evaluate
+
+
+def read_captions(location: str) -> dict[str, str]:
+    """image_id -> caption of a captions table (folder or Parquet file); "" for images that have none."""
+    table = open_captions(location).to_table(columns=["image_id", "caption"])
+    image_ids = table["image_id"].to_pylist()
+    captions = dict(zip(image_ids, table["caption"].to_pylist(), strict=True))
+    if len(captions) != len(image_ids):
+        raise DatasetError(f"{location}: {len(image_ids) - len(captions):,} image ids stand there more than once")
+    return captions
+
+
+def evaluate_captions(location: str, references: CaptionedImages, *, split: str | None = None) -> EvaluationReport:
+    """Score the captions table at `location` against a data set.
+
+    An image is looked up by its id, or by its file name where the captions were made from a folder above the images.
+    Without a split, the captions must be of images of one split, or of all images.
+
+    Raises:
+        DatasetError: the captions are of other images, or some of the split's images have none.
+    """
+    captions = _match(location, read_captions(location), references)
+    if split is None:
+        split = _split_of(captions, references)
+        wanted = references.references(split) if split else references.references()
+        if split is None:
+            wanted = {image_id: wanted[image_id] for image_id in captions}
+    else:
+        wanted = references.references(split)
+        captions = {image_id: caption for image_id, caption in captions.items() if image_id in wanted}
+    missing = [image_id for image_id in wanted if image_id not in captions]
+    if missing:
+        raise DatasetError(
+            f"{location} has captions for {len(wanted) - len(missing):,} of the {len(wanted):,} "
+            f"{split or 'captioned'} images of {references.location}, {missing[0]} is missing: caption them all, "
+            "a score over a part cannot be compared"
+        )
+    notes = "images of the training split: no measure of quality" if split == TRAIN else ""
+    return evaluate(captions, wanted, split=split or "", notes=notes)
+
+
+def _match(location: str, captions: dict[str, str], references: CaptionedImages) -> dict[str, str]:
+    """The captions under the data set's image ids."""
+    known = set(references.table["image_id"].to_pylist())
+    if not captions.keys() & known:
+        by_name = {image_id.rpartition("/")[2]: caption for image_id, caption in captions.items()}
+        if len(by_name) == len(captions):
+            captions = by_name
+    strangers = [image_id for image_id in captions if image_id not in known]
+    if strangers:
+        raise DatasetError(
+            f"{location} does not match {references.location}: {len(strangers):,} of {len(captions):,} captioned "
+            f"images have no references there, the first is {strangers[0]}"
+        )
+    return captions
+
+
+def _split_of(captions: dict[str, str], references: CaptionedImages) -> str | None:
+    """The split that all captioned images are of; None where they are of several."""
+    table = references.table
+    splits = dict(zip(table["image_id"].to_pylist(), table["split"].to_pylist(), strict=True))
+    found = {splits[image_id] for image_id in captions}
+    return found.pop() if len(found) == 1 and found <= set(SPLITS) else None

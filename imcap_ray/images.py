@@ -1,0 +1,433 @@
+"""Image bytes to upright uint8 RGB pixels of one square size, or an ImageError that says why not.
+
+Knows nothing of files, models or Ray. Colour profiles (ICC) are ignored, as in most training pipelines: the
+stored numbers are taken for sRGB. A photograph in another colour space looks a little pale, and is captioned.
+
+What an error code means here, beyond its name:
+
+    truncated           the data end before the picture does; it may be whole at its source
+    not_an_image        not image data at all, or an image so damaged that it does not decode
+    unsupported_format  an image, but of a kind that is not read here
+    too_large           more pixels are declared than are allowed; nothing was decoded
+    internal            an error that this module did not expect, and so most likely ours
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib
+import io
+import re
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+
+from imcap_ray.errors import ImageError
+
+MAX_PIXELS: Final = 178_956_970
+"""Most pixels that are decoded: Pillow's own limit, 512 MiB of three bytes each."""
+
+# Pillow reads more than these. Left out are those that run a program (EPS runs Ghostscript), that only
+# recognise a file without reading it (HDF5, GRIB, MPEG), or that lack a signature and take noise for pixels.
+_FORMATS: Final[tuple[str, ...]] = (
+    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "PSD", "QOI"),
+    *("ICNS", "CUR", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM"),
+)
+
+# (position, bytes, name) of kinds in _FORMATS, for files whose header is damaged or cut.
+_READABLE: Final = (
+    (0, b"\xff\xd8\xff", "jpeg"),
+    (0, b"\x89PNG", "png"),
+    (0, b"GIF8", "gif"),
+    (8, b"WEBP", "webp"),
+    (0, b"II*\0", "tiff"),
+    (0, b"MM\0*", "tiff"),
+    (0, b"II+\0", "tiff"),
+    (0, b"MM\0+", "tiff"),
+    (4, b"ftypavif", "avif"),
+    (4, b"ftypavis", "avif"),
+    (4, b"ftyphe", "heif"),
+    (4, b"ftypmif1", "heif"),
+    (4, b"ftypmsf1", "heif"),
+    (0, b"BM", "bmp"),
+    (0, b"8BPS\0\1", "psd"),
+    (0, b"DDS ", "dds"),
+    (0, b"\0\0\0\x0cjP  ", "jpeg2000"),
+    (0, b"\xff\x4f\xff\x51", "jpeg2000"),
+    (0, b"\0\0\1\0", "ico"),
+    (0, b"qoif", "qoi"),
+)
+
+_UNREADABLE: Final = (
+    (0, b"%PDF", "a PDF document"),
+    (0, b"%!PS", "a PostScript drawing"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript drawing"),
+    (8, b"CR\x02", "a Canon camera raw file"),
+    (4, b"ftypcrx ", "a Canon camera raw file"),
+    (0, b"FUJIFILMCCD-RAW", "a Fujifilm camera raw file"),
+    (0, b"IIRO", "an Olympus camera raw file"),
+    (0, b"IIRS", "an Olympus camera raw file"),
+    (0, b"MMOR", "an Olympus camera raw file"),
+    (0, b"IIU\0", "a Panasonic camera raw file"),
+    (0, b"FOVb", "a Sigma camera raw file"),
+    (0, b"\xff\x0a", "a JPEG XL image"),
+    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
+    (0, b"II\xbc", "a JPEG XR image"),
+    (0, b"8BPS\0\2", "a large Photoshop document (PSB)"),
+    (0, b"gimp xcf", "a GIMP document"),
+    (0, b"v/1\1", "an OpenEXR image"),
+    (0, b"#?RADIANCE", "a Radiance image"),
+    (0, b"AT&TFORM", "a DjVu document"),
+    (0, b"SIMPLE  =", "a FITS image"),
+    (0, b"\x89HDF", "an HDF5 file"),
+    (0, b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
+    (40, b" EMF", "a Windows metafile"),
+)
+
+# Kinds with so many sub-kinds that a header which Pillow refuses is more likely unknown than damaged.
+_MANY_KINDS: Final = ("tiff", "bmp", "psd", "dds", "avif", "heif", "jpeg2000")
+
+# In bytes. What is shorter, and begins like an image, is the beginning of one.
+_SHORTEST_HEADER: Final = 32
+
+# What Pillow's readers raise on damaged data; anything else is a surprise, and `internal`.
+_DAMAGE: Final = (
+    *(OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, RuntimeError),
+    *(AttributeError, AssertionError, struct.error, zlib.error),
+)
+
+_SAYS_TRUNCATED: Final = re.compile(r"truncated|end of file|EOF|not enough|not large enough", re.IGNORECASE)
+_SAYS_UNSUPPORTED: Final = re.compile(r"unsupported|not supported|not available", re.IGNORECASE)
+
+_TRANSPOSES: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecodedImage:
+    """An upright picture, squashed to a square, and what its file said of it."""
+
+    pixels: npt.NDArray[np.uint8]
+    """(3, image_size, image_size), C-contiguous, red green blue."""
+    width: int
+    """Of the full picture, upright."""
+    height: int
+    """Of the full picture, upright."""
+    format: str
+    """Pillow's name in lower case: jpeg, png, webp, ..."""
+    sha256: str
+    """Hex digest of the bytes."""
+
+
+def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:
+    """The whole picture, upright and squashed to image_size x image_size, for its proportions are not kept.
+
+    A picture of that size already comes back unchanged. Transparency is laid on white, an animation gives its
+    first frame. A JPEG much larger than needed is decoded at an eighth, quarter or half of its size, never
+    less than twice image_size. Above Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, `max_pixels` has no
+    effect: that one belongs to the whole process and is not changed here.
+
+    Raises ImageError, and nothing else, when there is no picture to be had from the data.
+    """
+    if not data:
+        raise ImageError("empty_file", "expected an image, got zero bytes")
+    try:
+        with _warnings_ignored_in_this_thread():
+            return _decode(data, image_size=image_size, max_pixels=max_pixels)
+    except ImageError:
+        raise
+    except MemoryError as error:
+        raise ImageError("out_of_memory", "not enough memory to decode the image") from error
+    except Exception as error:
+        raise ImageError("internal", f"unexpected {type(error).__name__}: {_plain(error)}") from error
+
+
+def image_error_from_os_error(error: OSError, path: object) -> ImageError:
+    """The ImageError that tells why the file or URI `path` could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return ImageError("missing", f"no such file: {path}")
+    if isinstance(error, PermissionError):
+        return ImageError("permission_denied", f"not allowed to read {path}")
+    if error.errno == errno.ENOMEM:
+        return ImageError("out_of_memory", f"not enough memory to read {path}")
+    return ImageError("read_error", f"cannot read {path}: {error.strerror or _plain(error)}")
+
+
+def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
+    # Another library may have set this for the whole process; half a picture would then pass for a whole one.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    unreadable = _name(data, _UNREADABLE) or _drawing(data)
+    if unreadable:
+        raise ImageError("unsupported_format", _not_read(unreadable))
+    try:
+        image = _open(data)
+        with image:
+            width, height = image.size
+            _check_size(width, height, max_pixels=max_pixels)
+            _check_is_no_preview(image)
+            reduced = image.draft(None, (2 * image_size, 2 * image_size)) is not None
+            image.load()
+            if not reduced:  # an ICO or a TIFF may know its true size only now
+                width, height = image.size
+            orientation = _orientation(image)
+            image_format = (image.format or "unknown").lower()
+            if _is_cut_and_filled(data):
+                raise ImageError("truncated", "the picture data end early and are filled up with zeros")
+            rgb = _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", _plain(error).partition(", could be")[0]) from error
+    except UnidentifiedImageError as error:
+        raise _unidentified(data) from error
+    except _DAMAGE as error:
+        raise _damaged(data, error) from error
+
+    rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    if orientation in _TRANSPOSES:  # after resizing, for now it costs nothing
+        rgb = rgb.transpose(_TRANSPOSES[orientation])
+        if orientation >= 5:
+            width, height = height, width
+    return DecodedImage(
+        pixels=np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)),
+        width=width,
+        height=height,
+        format=image_format,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    formats = _FORMATS
+    if _name(data, _READABLE) == "heif" and _can_read_heif():
+        formats += ("HEIF",)
+    if data.endswith(b"TRUEVISION-XFILE.\0"):  # a TGA has its signature, if any, at its end
+        formats += ("TGA",)
+    return Image.open(io.BytesIO(data), formats=formats)
+
+
+def _check_size(width: int, height: int, *, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageError(
+            "too_large",
+            f"expected at most {max_pixels:,} pixels, got {width} x {height} = {width * height:,}",
+        )
+
+
+def _check_is_no_preview(image: ImageFile.ImageFile) -> None:
+    """Camera raw files are TIFFs whose first picture is a thumbnail, and says so in NewSubfileType."""
+    tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
+    kind = tags.get(ExifTags.Base.NewSubfileType) if tags else None
+    if isinstance(kind, int) and kind & 1:
+        raise ImageError("unsupported_format", _not_read("a camera raw file (TIFF with a preview first)"))
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8 as in EXIF; 1, upright, when the EXIF data are damaged, which says nothing of the pixels."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGE:
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_to_8_bits(image)).convert("RGB")
+    if image.has_transparency_data:
+        if image.mode in ("La", "PA"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        image = image.convert("RGBA")
+        on_white = Image.new("RGB", image.size, "white")
+        on_white.paste(image.convert("RGB"), mask=image.getchannel("A"))
+        return on_white
+    try:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except ValueError as error:  # LAB, for one
+        raise ImageError("unsupported_format", _not_read(f"an image of {image.mode} pixels")) from error
+
+
+def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Grey of more than 8 bits in 8, by the range it is stored in.
+
+    That is 16 bits, or 8 bits in wider numbers, or 0 to 1 for floats; and where the values fit none of these,
+    whatever lies between the darkest and the lightest pixel.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
+    darkest, lightest = float(values.min()), float(values.max())
+    if image.mode.startswith("I;16"):
+        darkest, lightest = 0.0, 65535.0
+    elif image.mode == "F" and darkest >= 0 and lightest <= 1:
+        darkest, lightest = 0.0, 1.0
+    elif darkest >= 0 and lightest <= 255:
+        darkest, lightest = 0.0, 255.0
+    elif darkest >= 0 and lightest <= 65535:
+        darkest, lightest = 0.0, 65535.0
+    scaled = (values - darkest) * (255.0 / max(lightest - darkest, 1e-30))
+    pixels: npt.NDArray[np.uint8] = np.rint(scaled).clip(0, 255).astype(np.uint8)
+    return pixels
+
+
+# --- what is wrong with data that do not decode ---
+
+
+def _unidentified(data: bytes) -> ImageError:
+    readable = _name(data, _READABLE)
+    if readable == "heif" and not _can_read_heif():
+        return ImageError("unsupported_format", f"{_not_read('a HEIC image')}; the package pillow_heif adds it")
+    if not readable:
+        return ImageError("not_an_image", f"expected an image, got data that begin with {_beginning(data)}")
+    if _ends_early(data) or len(data) < _SHORTEST_HEADER:
+        return ImageError("truncated", f"the {readable} data end early, after {len(data):,} bytes")
+    if readable in _MANY_KINDS:
+        return ImageError("unsupported_format", f"this kind of {readable} is not read here, or it is damaged")
+    return ImageError("not_an_image", f"begins like a {readable} image, but its header makes no sense")
+
+
+def _damaged(data: bytes, error: Exception) -> ImageError:
+    text = _plain(error)
+    name = _name(data, _READABLE) or "image"
+    if "MAX_TEXT_CHUNK" in text or "MAX_TEXT_MEMORY" in text:
+        return ImageError("too_large", "the texts stored beside the picture are too large when unpacked")
+    if "out of memory" in text.lower():
+        return ImageError("out_of_memory", "not enough memory to decode the image")
+    if _ends_early(data) or isinstance(error, EOFError) or _SAYS_TRUNCATED.search(text):
+        return ImageError("truncated", f"the {name} data end early, after {len(data):,} bytes: {text}")
+    if isinstance(error, NotImplementedError) or _SAYS_UNSUPPORTED.search(text):
+        return ImageError("unsupported_format", f"this kind of {name} is not read here: {text}")
+    return ImageError("not_an_image", f"the {name} data are damaged: {text}")
+
+
+def _ends_early(data: bytes) -> bool:
+    """Whether the end mark of the format is missing, or its declared length reaches beyond the data.
+
+    Asked only of data that are in doubt, for many a GIF without its end mark is complete to the last pixel.
+    """
+    match _name(data, _READABLE):
+        case "jpeg":
+            return data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda") or b"\xff\xda" not in data
+        case "png":
+            return b"IEND" not in data
+        case "gif":
+            return not data.rstrip(b"\0").endswith(b";")
+        case "webp":
+            return 8 + int.from_bytes(data[4:8], "little") > len(data)
+        case "bmp":
+            return int.from_bytes(data[2:6], "little") > len(data)
+        case "tiff":
+            return _directory_ends_early(data)
+        case "avif" | "heif":
+            return _boxes_end_early(data)
+        case _:
+            return False
+
+
+def _directory_ends_early(tiff: bytes) -> bool:
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"I") else "big"
+    start = int.from_bytes(tiff[4:8], order)
+    num_entries = int.from_bytes(tiff[start : start + 2], order)
+    return start + 2 + 12 * num_entries + 4 > len(tiff)  # two bytes of count, the entries, the next directory
+
+
+def _boxes_end_early(data: bytes) -> bool:
+    position = 0
+    while position + 8 <= len(data):
+        size = int.from_bytes(data[position : position + 4], "big")
+        if size < 8:  # 0: to the end of the file, 1: a box beyond 4 GB
+            return False
+        position += size
+    return position != len(data) or b"mdat" not in data
+
+
+def _is_cut_and_filled(data: bytes) -> bool:
+    """A JPEG of a broken download or disk, zeros where its end was: a decoder makes grey pixels of zeros."""
+    return data.startswith(b"\xff\xd8") and data.endswith(bytes(64)) and _ends_early(data)
+
+
+def _name(data: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str:
+    return next((name for position, mark, name in signatures if data.startswith(mark, position)), "")
+
+
+def _drawing(data: bytes) -> str:
+    beginning = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    is_svg = beginning.startswith((b"<svg", b"<!doctype svg")) or (
+        beginning.startswith((b"<?xml", b"<!--")) and b"<svg" in beginning
+    )
+    return "an SVG drawing" if is_svg else ""
+
+
+def _can_read_heif() -> bool:
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError:
+        return False
+    return True
+
+
+def _not_read(name: str) -> str:
+    return f"{name} is not read here; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
+
+
+def _beginning(data: bytes) -> str:
+    head = data[:24]
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        return f"the text {' '.join(head.decode('ascii').split())!r}"
+    return f"the bytes {head[:12].hex(' ')}"
+
+
+def _plain(error: BaseException) -> str:
+    """The error's text on one short line, without the addresses and objects that differ from run to run."""
+    text = re.sub(r"<[^<>]*>|\b0x[0-9a-fA-F]+", "", str(error))
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(text.split())[:160] or type(error).__name__
+
+
+# --- warnings ---
+
+
+class _AnyTextWhileDecoding:
+    """Takes the place of a warnings filter's pattern: matches any text, in threads that are decoding only."""
+
+    def __init__(self) -> None:
+        self.thread = threading.local()
+
+    def match(self, text: str) -> bool:
+        return getattr(self.thread, "is_decoding", False)
+
+
+_any_text_while_decoding: Final = _AnyTextWhileDecoding()
+_FILTER: Final[Any] = ("ignore", _any_text_while_decoding, Warning, None, 0)
+_filter_lock: Final = threading.Lock()
+
+
+@contextmanager
+def _warnings_ignored_in_this_thread() -> Iterator[None]:
+    """Pillow warns of damaged EXIF and the like, which fills the log, or raises where warnings are errors.
+
+    `warnings.catch_warnings` swaps the filters of all threads, and threads that overlap leave them wrong. So
+    one filter stays in the list, first, and asks in which thread it is: other threads warn as ever.
+    """
+    filters: Any = warnings.filters
+    if not filters or filters[0] is not _FILTER:
+        with _filter_lock:
+            filters[:] = [_FILTER, *(other for other in filters if other is not _FILTER)]
+    _any_text_while_decoding.thread.is_decoding = True
+    try:
+        yield
+    finally:
+        _any_text_while_decoding.thread.is_decoding = False

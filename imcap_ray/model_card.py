@@ -1,0 +1,85 @@
+"""A training's settings and scores -> the model card, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+from imcap_ray.config import Recipe, to_mapping
+
+_CARD = """\
+# {{ name }}
+
+An image captioner of imcap_ray: {{ recipe.encoder.name }} ({{ recipe.encoder.layer }}) and {{ decoder }}.
+
+| | |
+|---|---|
+| trained on | {{ data_format }}: {{ "{:,}".format(num_images) }} images, {{ "{:,}".format(num_captions) }} captions |
+| recipe | `{{ recipe_name }}`, seed {{ seed }} |
+| kept | epoch {{ metrics.epoch }} of {{ recipe.training.epochs }}, the best CIDEr-D on the validation split |
+| vocabulary | {{ "{:,}".format(vocabulary_size) }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
+| CNN weights | {{ encoder_weights }} |
+| image | squashed to {{ recipe.preprocessing.image_size }} x {{ recipe.preprocessing.image_size }} pixels |
+| search | beam {{ recipe.search.beam_size }}, length penalty {{ recipe.search.length_penalty }} |
+
+## Scores on the validation split
+
+{{ metrics.num_images }} images; the epoch was chosen on these same images, so expect a little less on others.
+
+| BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | ROUGE-L | CIDEr-D |
+|---|---|---|---|---|---|
+|{% for name in percent %} {{ "%.1f" | format(100 * metrics[name]) }} |{% endfor %} {{ "%.3f" | format(metrics.cider_d) }} |
+
+Protocol: corpus BLEU with the closest reference length and no smoothing, ROUGE-L and CIDEr-D as coco-caption defines
+them, all references, `{{ protocol_tokenizer }}` tokens; computed by `imcap train` with the moving average's or the
+decoder's float32 weights. `imcap evaluate` scores any captions again.
+
+## Limits
+
+The captioner says what its training captions say. On photographs unlike those it will describe the nearest thing
+it knows, with a confidence that is lower but not zero; it repeats the habits of its captions, among them guesses of
+people's sex and age from clothes, and it cannot count far or read text. Do not use it where a wrong caption harms.
+
+## Train it again
+
+    imcap train {{ data }} {{ name }} --recipe {{ recipe_name }} --seed {{ seed }}
+"""
+
+
+def write_card(
+    *,
+    name: str,
+    recipe: Recipe,
+    recipe_name: str,
+    seed: int,
+    data: str,
+    data_format: str,
+    num_images: int,
+    num_captions: int,
+    vocabulary_size: int,
+    encoder_weights: str,
+    metrics: Mapping[str, Any],
+) -> str:
+    """The card of a model folder; `metrics` are those of the epoch that was kept."""
+    decoders = {
+        "attention": "attention over the CNN's regions between two LSTMs",
+        "lstm": "an LSTM merged with the image before the softmax",
+    }
+    return jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+        name=name,
+        recipe=to_mapping(recipe),
+        recipe_name=recipe_name,
+        decoder=decoders[recipe.decoder.name],
+        seed=seed,
+        data=data,
+        data_format=data_format,
+        num_images=num_images,
+        num_captions=num_captions,
+        vocabulary_size=vocabulary_size,
+        encoder_weights=encoder_weights,
+        metrics=metrics,
+        percent=("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
+        protocol_tokenizer="ptb",
+    )

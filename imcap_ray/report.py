@@ -1,0 +1,378 @@
+"""Scores, captions and thumbnails -> one HTML file that opens from disk and loads nothing else.
+
+Knows neither where photographs lie (it is handed `load_image`) nor how scores are computed.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from imcap_ray.errors import ConfigError, ImageError, InputError
+from imcap_ray.images import decode_image
+from imcap_ray.manifest import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
+
+# One caption under more than a fifth of the images is the sign of a model that no longer looks at them.
+COLLAPSE_SHARE: Final = 0.2
+COLLAPSE_MIN_IMAGES: Final = 20
+
+# (longest side in pixels, JPEG quality), tried in turn until a thumbnail fits. A thousand of THUMBNAIL_BYTES
+# are 16 MB in base64, which leaves 4 MB of the 20 for the text of the page.
+_THUMBNAIL_TRIES: Final = ((256, 82), (256, 65), (256, 45), (192, 45), (128, 40), (64, 40))
+THUMBNAIL_BYTES: Final = 12_000
+
+# Of the cards, failed images may always take a quarter; more where the others leave room.
+_FAILED_SHARE: Final = 0.25
+_FREQUENT_CAPTIONS: Final = 10
+_MESSAGE_LENGTH: Final = 400
+_LONGEST_BAR_WORDS: Final = 30
+_LOADER_THREADS: Final = 8
+
+# Name in metrics.Scores: label, factor and format, as `imcap evaluate` prints them.
+_SCORES: Final = {
+    "bleu_1": ("BLEU-1", 100, ".1f"),
+    "bleu_2": ("BLEU-2", 100, ".1f"),
+    "bleu_3": ("BLEU-3", 100, ".1f"),
+    "bleu_4": ("BLEU-4", 100, ".1f"),
+    "rouge_l": ("ROUGE-L", 100, ".1f"),
+    "cider_d": ("CIDEr-D", 1, ".3f"),
+    "length_ratio": ("length ratio", 1, ".2f"),
+}
+_EVALUATED: Final = (
+    ("scores", "this model"),
+    ("floor", "best constant caption"),
+    ("human", "human, leave one out"),
+)
+
+Row = dict[str, Any]
+
+
+def write_report(
+    captions: pa.Table | ds.Dataset,
+    path: str | Path,
+    *,
+    load_image: Callable[[Row], bytes | None],
+    references: Mapping[str, Sequence[str]] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+    title: str = "Image captions",
+    max_images: int = 1000,
+) -> None:
+    """Write the report of `captions`, which has the columns of `CAPTIONS_SCHEMA`, to `path`.
+
+    A pyarrow dataset is read batch by batch: what is kept of it is its distinct captions and one byte per
+    image. An earlier report at `path` stands until the new one is whole.
+
+    Args:
+        load_image: the file's bytes for a row of `captions`. None, an `ImageError` or an `OSError` where
+            there are none: the card then says so. Called from several threads, never for a failed row.
+        references: human captions by image_id, shown beside the caption.
+        evaluation: an `EvaluationReport` as a dict. Further lines of its table may stand under "rows", as
+            `{"name": ..., "bleu_1": ..., "cider_d": ...}`, with what scores there are.
+        run: what `run.json` holds. `model` (a name, or a mapping with `name` and `fingerprint`) and
+            `images_per_second` stand in the header, all of it under "Provenance".
+        max_images: beyond it the gallery is an even sample with every failure that fits; the counts,
+            tables and the histogram are always of all images.
+
+    Raises:
+        InputError: `captions` lacks columns.
+        ConfigError: `max_images` is negative.
+    """
+    if max_images < 0:
+        raise ConfigError(f"max_images must be at least 0, got {max_images}")
+    missing = [name for name in CAPTIONS_SCHEMA.names if name not in captions.schema.names]
+    if missing:
+        raise InputError(f"this is not a captions table: it lacks the columns {', '.join(missing)}")
+
+    summary = _summarise(captions)
+    shown = _positions_shown(summary.failed, max_images=max_images)
+    rows = sorted(captions.take(pa.array(shown, pa.int64())).to_pylist(), key=lambda row: str(row["image_id"]))
+    page = _template().stream(
+        title=title,
+        summary=summary,
+        model=_model_line(run or {}),
+        run=_flatten(run or {}),
+        scores=_score_table(evaluation or {}),
+        protocol=_protocol(evaluation or {}),
+        histogram=_histogram(summary.captions),
+        num_cards=len(rows),
+        num_failed_cards=sum(row["status"] == FAILED for row in rows),
+        statuses_shown=[s for s in (OK, DUPLICATE, FAILED) if any(row["status"] == s for row in rows)],
+        has_references=bool(references),
+        cards=_cards(rows, load_image=load_image, references=references or {}),
+    )
+    page.enable_buffering()
+    _replace(Path(path), page)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Summary:
+    """What a page says of all images, however many of them it shows."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str] = field(default_factory=Counter)  # of the images that are ok
+    error_codes: Counter[str] = field(default_factory=Counter)
+    error_messages: dict[str, str] = field(default_factory=dict)  # the first one by code
+    failed: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    @property
+    def num_images(self) -> int:
+        return self.statuses.total()
+
+    @property
+    def frequent(self) -> list[tuple[str, int]]:
+        """The captions given more than once, most frequent first."""
+        return [(c, n) for c, n in self.captions.most_common(_FREQUENT_CAPTIONS) if n > 1]
+
+    @property
+    def collapse(self) -> tuple[str, float] | None:
+        """The caption that stands under too many images, and its share of them."""
+        num_ok = self.captions.total()
+        if num_ok < COLLAPSE_MIN_IMAGES:
+            return None
+        caption, count = self.captions.most_common(1)[0]
+        return (caption, count / num_ok) if count / num_ok > COLLAPSE_SHARE else None
+
+
+def _summarise(captions: pa.Table | ds.Dataset) -> _Summary:
+    columns = ["status", "caption", "error_code", "error_message"]
+    batches = (
+        captions.select(columns).to_batches()
+        if isinstance(captions, pa.Table)
+        else captions.to_batches(columns=columns)
+    )
+    summary = _Summary()
+    failed = [summary.failed]
+    for batch in batches:
+        status = batch["status"]
+        summary.statuses.update(_value_counts(status))
+        summary.captions.update(_value_counts(batch["caption"].filter(pc.equal(status, OK))))
+        is_failed = pc.equal(status, FAILED)
+        failed.append(is_failed.to_numpy(zero_copy_only=False))
+        failures = batch.filter(is_failed)
+        for code, message in zip(failures["error_code"], failures["error_message"], strict=True):
+            summary.error_codes[code.as_py()] += 1
+            summary.error_messages.setdefault(code.as_py(), _clip(message.as_py()))
+    summary.failed = np.concatenate(failed)
+    return summary
+
+
+def _value_counts(values: pa.Array) -> dict[str, int]:
+    return {pair["values"]: pair["counts"] for pair in pc.value_counts(values).to_pylist()}
+
+
+def _positions_shown(failed: np.ndarray[Any, np.dtype[np.bool_]], *, max_images: int) -> list[int]:
+    """Rows that get a card: all, or an even sample of `max_images` with every failure its share allows."""
+    failures, others = np.flatnonzero(failed), np.flatnonzero(~failed)
+    num_failed = min(len(failures), max(int(max_images * _FAILED_SHARE), max_images - len(others)))
+    num_others = min(len(others), max_images - num_failed)
+    return [*_evenly(failures, num_failed), *_evenly(others, num_others)]
+
+
+def _evenly(positions: np.ndarray[Any, np.dtype[np.intp]], count: int) -> list[int]:
+    return [int(positions[i * len(positions) // count]) for i in range(count)]
+
+
+def _cards(
+    rows: Sequence[Row],
+    *,
+    load_image: Callable[[Row], bytes | None],
+    references: Mapping[str, Sequence[str]],
+) -> Iterator[Row]:
+    """The rows, each with what only its card needs: thumbnail, references, the other captions."""
+
+    def thumbnail_of(row: Row) -> str | None:
+        if row["status"] == FAILED:
+            return None
+        try:
+            data = load_image(row)
+            return None if data is None else _thumbnail(data)
+        except (ImageError, OSError):
+            return None
+
+    # Reading is mostly waiting, for a disk or a network.
+    with ThreadPoolExecutor(_LOADER_THREADS) as threads:
+        for row, thumbnail in zip(rows, threads.map(thumbnail_of, rows), strict=True):
+            confidence = row["confidence"]
+            yield {
+                **row,
+                "thumbnail": thumbnail,
+                "confidence": None if confidence is None or math.isnan(confidence) else confidence,
+                "error_message": _clip(row["error_message"]),
+                "other_captions": [c for c in row["captions"] or () if c != row["caption"]],
+                "references": references.get(row["image_id"], ()),
+            }
+
+
+def _thumbnail(data: bytes) -> str:
+    """A JPEG data URI, upright and small; raises an `ImageError` for bytes that are no picture (any more)."""
+    largest = _THUMBNAIL_TRIES[0][0]
+    decoded = decode_image(data, image_size=largest)
+    square = Image.fromarray(decoded.pixels.transpose(1, 2, 0))
+    encoded = b""
+    for side, quality in _THUMBNAIL_TRIES:
+        scale = min(1, side / max(decoded.width, decoded.height))
+        picture = square.resize((math.ceil(decoded.width * scale), math.ceil(decoded.height * scale)))
+        buffer = BytesIO()
+        picture.save(buffer, "JPEG", quality=quality, optimize=True)
+        encoded = buffer.getvalue()
+        if len(encoded) <= THUMBNAIL_BYTES:
+            break
+    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode("ascii")
+
+
+def _model_line(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The header's share of `run`: model name, fingerprint, images per second; None where it is silent."""
+    model = run.get("model")
+    details = model if isinstance(model, Mapping) else {"name": model}
+    return {
+        "name": details.get("name"),
+        "fingerprint": details.get("fingerprint") or run.get("model_fingerprint"),
+        "images_per_second": run.get("images_per_second"),
+    }
+
+
+def _score_table(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """Labels of the scores that any line has, and the lines: a name and cells of value, low and high."""
+    lines = [{"name": name, **evaluation[key]} for key, name in _EVALUATED if evaluation.get(key)]
+    lines += evaluation.get("rows", ())
+    names = [name for name in _SCORES if any(name in line for line in lines)]
+    rows = [{"name": line["name"], "cells": [{"value": _score(name, line)} for name in names]} for line in lines]
+    if evaluation.get("scores"):
+        for name, cell in zip(names, rows[0]["cells"], strict=True):
+            if name in evaluation.get("intervals", {}):
+                low, high = evaluation["intervals"][name]
+                cell |= {"low": _score(name, {name: low}), "high": _score(name, {name: high})}
+    return {"labels": [_SCORES[name][0] for name in names], "rows": rows}
+
+
+def _score(name: str, scores: Mapping[str, float]) -> str:
+    if scores.get(name) is None:
+        return "–"
+    _, factor, form = _SCORES[name]
+    return format(factor * scores[name], form)
+
+
+def _protocol(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the scores depend on, in (name, text) pairs."""
+    protocol = dict(evaluation.get("protocol", {}))
+    if "references_per_image" in protocol:
+        fewest, most = protocol["references_per_image"]
+        protocol["references_per_image"] = most if fewest == most else f"{fewest} to {most}"
+    pairs = _flatten({**protocol, "best_constant_caption": evaluation.get("floor_caption", "")})
+    return [(name.replace("_", " "), text) for name, text in pairs if text]
+
+
+def _number(value: Any) -> str:
+    """A number as people read it: 12,345; 0.254; 17.3."""
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as (dotted name, text) pairs."""
+    pairs: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            pairs += _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            pairs.append((f"{prefix}{key}", ", ".join(map(str, value))))
+        else:
+            pairs.append((f"{prefix}{key}", str(value)))
+    return pairs
+
+
+def _histogram(captions: Counter[str]) -> dict[str, Any] | None:
+    """Images by number of words in their caption: one bar for each length, drawn on a plane of 360 x 120."""
+    lengths: Counter[int] = Counter()
+    for caption, count in captions.items():
+        lengths[len(caption.split())] += count
+    if not lengths:
+        return None
+    shortest, longest = min(lengths), max(lengths)
+    first, last = min(shortest, _LONGEST_BAR_WORDS), min(max(longest, shortest + 9), _LONGEST_BAR_WORDS)
+    bars: Counter[int] = Counter()
+    for length, count in lengths.items():
+        bars[min(length, last)] += count
+    width, tallest = 360 / (last - first + 1), max(bars.values())
+    return {
+        "bars": [
+            {
+                "words": f"{length}+" if length == last < longest else str(length),
+                "count": bars[length],
+                "x": (length - first) * width,
+                "width": width,
+                "height": 120 * bars[length] / tallest,
+                "labelled": length in (first, last) or (length % 5 == 0 and first + 2 <= length <= last - 2),
+            }
+            for length in range(first, last + 1)
+        ],
+        "shortest": shortest,
+        "longest": longest,
+        "median": _median(lengths),
+    }
+
+
+def _median(counts: Counter[int]) -> int:
+    """The middle value, of two the lower; without writing out 100 million of them."""
+    seen = 0
+    for value in sorted(counts):
+        seen += counts[value]
+        if 2 * seen >= counts.total():
+            return value
+    raise ValueError("no median of nothing")
+
+
+def _clip(message: str) -> str:
+    return message if len(message) <= _MESSAGE_LENGTH else message[: _MESSAGE_LENGTH - 1] + "…"
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("imcap_ray"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    environment.filters["csp_hash"] = _csp_hash
+    return environment.get_template("report.html")
+
+
+def _csp_hash(source: str) -> str:
+    """How a Content-Security-Policy names the one inline script, or style, that it lets through."""
+    digest = hashlib.sha256(source.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
+
+
+def _replace(path: Path, chunks: Iterable[str]) -> None:
+    """Write `path` whole or not at all; an earlier report stands until then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        # newline: the policy's hashes hold only for the line ends they were computed with.
+        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.writelines(chunks)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""Beam search over next-token log-probabilities. Knows nothing of images, models or words.
+
+B images, K beams per image, V vocabulary, L longest caption with its end token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, ...]  # each (B, K, ...)
+Step = Callable[[Tensor, State], tuple[Tensor, State]]  # tokens (B, K), state -> log-probabilities (B, K, V), state
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One finished token sequence."""
+
+    token_ids: tuple[int, ...]
+    """Without start and end."""
+    logprob: float
+    """Sum over the tokens and the end token, in nats."""
+    num_tokens: int
+    """Tokens with the end token."""
+
+
+def beam_search(
+    step: Step,
+    state: State,
+    *,
+    start_id: int,
+    end_id: int,
+    beam_size: int,
+    max_length: int,
+    length_penalty: float = 0.0,
+    num_captions: int = 1,
+    forbidden_ids: Sequence[int] = (),
+) -> list[list[Hypothesis]]:
+    """For each image the `num_captions` best finished sequences, the best first.
+
+    A sequence's score is its log-probability divided by its number of tokens (the end counts) to the power of
+    `length_penalty` (Wu et al. 2016, arXiv 1609.08144, section 7, without the constants). A beam that
+    ends leaves the beam and waits in the pool of finished ones; after `max_length` tokens the end is forced. With
+    beam size 1 this is greedy search. Fewer than `num_captions` come back only when the search space has no more.
+
+    Args:
+        step: tokens (B, K) and state to log-probabilities (B, K, V) of the next token and the next state.
+        state: each tensor (B, K, ...), equal along K at the start.
+        forbidden_ids: tokens that never occur in a result.
+    """
+    num_images = state[0].shape[0]
+    device = state[0].device
+    minus_infinity = float("-inf")
+
+    tokens = torch.full((num_images, beam_size), start_id, dtype=torch.long, device=device)
+    live_scores = torch.full((num_images, beam_size), minus_infinity, device=device)
+    live_scores[:, 0] = 0.0  # all beams are equal at the start: only one of them may be continued
+    sequences = torch.full((num_images, beam_size, max_length + 1), end_id, dtype=torch.long, device=device)
+
+    pool_scores = torch.full((num_images, beam_size), minus_infinity, device=device)  # normalised
+    pool_logprobs = torch.full((num_images, beam_size), minus_infinity, device=device)
+    pool_lengths = torch.zeros((num_images, beam_size), dtype=torch.long, device=device)
+    pool_sequences = sequences.clone()
+
+    for position in range(max_length + 1):
+        log_probs, state = step(tokens, state)
+        log_probs = log_probs.float()
+        vocabulary_size = log_probs.shape[-1]
+        if forbidden_ids:
+            log_probs[..., list(forbidden_ids)] = minus_infinity
+        if position == max_length:
+            ending = log_probs[..., end_id].clone()
+            log_probs.fill_(minus_infinity)
+            log_probs[..., end_id] = ending
+
+        totals = (live_scores.unsqueeze(-1) + log_probs).flatten(1)  # (B, K * V)
+        live_scores, choice = totals.topk(beam_size, dim=1)
+        parent, tokens = choice // vocabulary_size, choice % vocabulary_size
+        state = tuple(_gather_beams(tensor, parent) for tensor in state)
+        sequences = _gather_beams(sequences, parent)
+        sequences[:, :, position] = tokens
+
+        ended = tokens == end_id
+        length = position + 1
+        ended_logprobs = live_scores.masked_fill(~ended, minus_infinity)
+        ended_scores = ended_logprobs / length**length_penalty
+        pool_scores, order = torch.cat([pool_scores, ended_scores], dim=1).topk(beam_size, dim=1)
+        pool_logprobs = torch.cat([pool_logprobs, ended_logprobs], dim=1).gather(1, order)
+        lengths = torch.full_like(pool_lengths, length)
+        pool_lengths = torch.cat([pool_lengths, lengths], dim=1).gather(1, order)
+        pool_sequences = _gather_beams(torch.cat([pool_sequences, sequences], dim=1), order)
+
+        live_scores = live_scores.masked_fill(ended, minus_infinity)
+        # No continuation can score more than this: log-probabilities only fall, and the longest divisor is known.
+        bound = live_scores.amax(dim=1) / (max_length + 1) ** length_penalty
+        if bool((bound <= pool_scores[:, num_captions - 1]).all()):
+            break
+
+    return _to_hypotheses(pool_logprobs, pool_lengths, pool_sequences, num_captions)
+
+
+def _gather_beams(tensor: Tensor, beams: Tensor) -> Tensor:
+    """Rows `beams` (B, K') of a tensor (B, K, ...), per image: (B, K', ...)."""
+    index = beams.reshape(*beams.shape, *(1,) * (tensor.dim() - 2))
+    return tensor.gather(1, index.expand(*beams.shape, *tensor.shape[2:]))
+
+
+def _to_hypotheses(logprobs: Tensor, lengths: Tensor, sequences: Tensor, count: int) -> list[list[Hypothesis]]:
+    results = []
+    for image_logprobs, image_lengths, image_sequences in zip(
+        logprobs.tolist(), lengths.tolist(), sequences.tolist(), strict=True
+    ):
+        found = zip(image_logprobs[:count], image_lengths, image_sequences, strict=False)
+        results.append(
+            [
+                Hypothesis(token_ids=tuple(sequence[: length - 1]), logprob=logprob, num_tokens=length)
+                for logprob, length, sequence in found
+                if logprob > float("-inf")
+            ]
+        )
+    return results

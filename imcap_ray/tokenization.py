@@ -1,0 +1,130 @@
+"""Caption text to a list of tokens, by named tokenizers, and back. Knows nothing of vocabularies or scores.
+
+ptb      the tokens captions are scored on: lower case, split like the Penn Treebank, no punctuation
+unicode  for languages other than English: runs of letters and digits; a token a character for scripts
+         that put no spaces between words
+seed     the cleaning of the Keras tutorials, for comparison with scores computed on it
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Final, Protocol
+
+from imcap_ray.errors import ConfigError
+
+# What coco-caption drops ("#" and "&" it keeps). A comma or a colon between digits is part of the number.
+_PUNCTUATION: Final = re.compile(r"""["`?!;()\[\]{}]|''+|--+|\.\.\.|[,:](?!\d)|(?<!\d)[,:]""")
+# These are dropped where they stand alone: most often they are a part of a word.
+_PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
+
+# Their period is part of the word. So is that of an initial ("p.") and of letters with periods ("d.c.").
+ABBREVIATIONS: Final = frozenset(["mr.", "mrs.", "ms.", "dr.", "jr.", "sr.", "st.", "vs."])
+
+CONTRACTIONS: Final = frozenset(["'s", "'m", "'d", "'ll", "'re", "'ve", "n't"])
+
+_TYPOGRAPHIC: Final = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--"} | {"\u2026": "..."}
+)
+
+# Thai, Lao, Myanmar, Khmer, kana and the Chinese characters.
+_SCRIPTS_WITHOUT_SPACES: Final = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\U00020000-\U0003ffff"
+)
+
+
+class _TreebankTokenizer(Protocol):
+    def tokenize(self, text: str) -> list[str]: ...
+
+
+def tokenize(text: str, tokenizer: str = "ptb") -> list[str]:
+    """Tokens of the text, none if it is all punctuation. Raises `ConfigError` for an unknown tokenizer."""
+    if tokenizer not in TOKENIZERS:
+        raise ConfigError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
+    return TOKENIZERS[tokenizer](text)
+
+
+def detokenize(tokens: Sequence[str]) -> str:
+    """Text that reads well; its ptb tokens are these again: "'s" and unspaced characters are joined on."""
+    text = ""
+    previous = ""
+    for token in tokens:
+        text += token if not previous or _is_joined(previous, token) else f" {token}"
+        previous = token
+    return text
+
+
+def tokenize_ptb(text: str) -> list[str]:
+    """Lower-case Penn Treebank tokens ("do n't", "dog 's", "can not") without coco-caption's punctuation."""
+    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower())
+    if not text.isascii():
+        text = _unspaced_character().sub(r" \g<0> ", text)
+    words = [_without_sentence_end(word) for word in _PUNCTUATION.sub(" ", text).split()]
+    # The treebank tokenizer takes the last period for the end of the sentence: give it one to take.
+    tokens = _treebank_tokenizer().tokenize(" ".join([*words, "."]))
+    return [token for token in tokens if token not in _PUNCTUATION_ALONE]
+
+
+def tokenize_unicode(text: str) -> list[str]:
+    """Case-folded runs of letters and digits, with the apostrophes and hyphens inside them."""
+    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).casefold())
+    return [match.group() for match in _unicode_token().finditer(text)]
+
+
+def tokenize_seed(text: str) -> list[str]:
+    """Lower-case words of a to z of two letters and more: "a", "'s" and numbers are lost."""
+    words = re.sub(r"[^a-z\s]", "", text.lower()).split()
+    return [word for word in words if len(word) > 1]
+
+
+TOKENIZERS: Final[Mapping[str, Callable[[str], list[str]]]] = {
+    "ptb": tokenize_ptb,
+    "unicode": tokenize_unicode,
+    "seed": tokenize_seed,
+}
+
+
+def _is_joined(previous: str, token: str) -> bool:
+    if token in CONTRACTIONS:
+        return previous[-1].isalnum() and previous not in CONTRACTIONS
+    if previous.isascii() or token.isascii():
+        return False
+    character = _unspaced_character()
+    return character.fullmatch(previous) is not None and character.fullmatch(token) is not None
+
+
+def _without_sentence_end(word: str) -> str:
+    stem = word.rstrip(".")
+    is_abbreviation = len(stem) == 1 or "." in stem or word in ABBREVIATIONS
+    return word if is_abbreviation else stem
+
+
+@cache
+def _treebank_tokenizer() -> _TreebankTokenizer:
+    from nltk.tokenize.treebank import TreebankWordTokenizer  # a second and a half
+
+    tokenizer: _TreebankTokenizer = TreebankWordTokenizer()
+    return tokenizer
+
+
+@cache
+def _combining_marks() -> str:
+    """A character class: accents and vowel signs belong to the letter before them, and are not in `\\w`."""
+    marks = (chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)).startswith("M"))
+    return f"[{''.join(marks)}\u200c\u200d]"
+
+
+@cache
+def _unspaced_character() -> re.Pattern[str]:
+    return re.compile(rf"(?=\w)[{_SCRIPTS_WITHOUT_SPACES}]{_combining_marks()}*")
+
+
+@cache
+def _unicode_token() -> re.Pattern[str]:
+    unspaced = _unspaced_character().pattern
+    run = rf"(?:(?!{unspaced})[^\W_]{_combining_marks()}*)+"
+    return re.compile(rf"{unspaced}|{run}(?:['-]{run})*")

@@ -1,0 +1,69 @@
+"""Captions <-> token ids."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from imcap_ray.errors import ModelError
+from imcap_ray.tokenization import detokenize, tokenize
+
+SPECIAL_TOKENS = ("<padding>", "<start>", "<end>", "<unknown>")
+PADDING_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
+
+
+class Vocabulary:
+    """The two-way table between tokens and ids. The first four ids are the special tokens.
+
+    Args:
+        tokens: the words, without the special tokens, in the order of their ids.
+        tokenizer: a name of `tokenization.TOKENIZERS`.
+    """
+
+    def __init__(self, tokens: Sequence[str], *, tokenizer: str = "ptb") -> None:
+        self.tokens: list[str] = [*SPECIAL_TOKENS, *tokens]
+        self.tokenizer = tokenizer
+        self._ids = {token: token_id for token_id, token in enumerate(self.tokens)}
+        if len(self._ids) != len(self.tokens):
+            repeated = [token for token, count in Counter(self.tokens).items() if count > 1]
+            raise ModelError(f"the vocabulary repeats {len(repeated)} tokens, the first is {repeated[0]!r}")
+
+    @classmethod
+    def build(cls, captions: Iterable[str], *, tokenizer: str = "ptb", min_count: int = 1) -> Vocabulary:
+        """The tokens seen at least `min_count` times in the captions, the most frequent first."""
+        counts = Counter(token for caption in captions for token in tokenize(caption, tokenizer))
+        kept = sorted((token for token, count in counts.items() if count >= min_count), key=lambda t: (-counts[t], t))
+        return cls([token for token in kept if token not in SPECIAL_TOKENS], tokenizer=tokenizer)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to_ids(self, caption: str, *, max_length: int) -> list[int]:
+        """Token ids of the caption between start and end, cut to `max_length` words; unseen words become unknown."""
+        words = tokenize(caption, self.tokenizer)[:max_length]
+        return [START_ID, *(self._ids.get(word, UNKNOWN_ID) for word in words), END_ID]
+
+    def to_text(self, token_ids: Iterable[int]) -> str:
+        """The caption these ids spell, up to the first end token, without special tokens."""
+        words = []
+        for token_id in token_ids:
+            if token_id == END_ID:
+                break
+            if token_id >= len(SPECIAL_TOKENS):
+                words.append(self.tokens[token_id])
+        return detokenize(words)
+
+    def to_json(self) -> str:
+        """What `from_json` reads."""
+        words = self.tokens[len(SPECIAL_TOKENS) :]
+        return json.dumps({"tokenizer": self.tokenizer, "tokens": words}, ensure_ascii=False, indent=0)
+
+    @classmethod
+    def from_json(cls, text: str) -> Vocabulary:
+        """The vocabulary that `to_json` wrote."""
+        try:
+            values = json.loads(text)
+            return cls(values["tokens"], tokenizer=values["tokenizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"vocabulary.json must hold `tokenizer` and `tokens`: {error!r}") from error

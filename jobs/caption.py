@@ -1,0 +1,11 @@
+"""imcap caption as a program, for Ray Jobs. Its arguments are those of `imcap caption`; paths are absolute, or URIs.
+
+    ray job submit --working-dir . -- python jobs/caption.py s3://bucket/images s3://bucket/captions
+"""
+
+import sys
+
+from imcap_ray.cli import main
+
+if __name__ == "__main__":
+    main(["caption", *sys.argv[1:]])

@@ -1,0 +1,11 @@
+"""imcap evaluate as a program, for Ray Jobs. Its arguments are those of `imcap evaluate`; paths are absolute, or URIs.
+
+    ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/captions s3://bucket/flickr8k
+"""
+
+import sys
+
+from imcap_ray.cli import main
+
+if __name__ == "__main__":
+    main(["evaluate", *sys.argv[1:]])

@@ -1,0 +1,11 @@
+"""imcap train as a program, for Ray Jobs. Its arguments are those of `imcap train`; paths are absolute, or URIs.
+
+    ray job submit --working-dir . -- python jobs/train.py s3://bucket/flickr8k s3://bucket/runs/mine
+"""
+
+import sys
+
+from imcap_ray.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,391 @@
+"""Whatever the bytes, there is the right picture or an ImageError with the right code."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFile
+
+from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
+from imcap_ray.images import DecodedImage, decode_image, image_error_from_os_error
+from tests.odd_images import OK, encode, encode_frames, exif, odd_images, photo, png_header
+
+SIZE = 48
+
+# How a picture with each EXIF orientation is stored: the inverse of what the orientation asks for.
+STORED_AS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def decode(data: bytes, image_size: int = SIZE, **options: int) -> DecodedImage:
+    return decode_image(data, image_size=image_size, **options)
+
+
+def error_of(data: bytes, **options: int) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        decode(data, **options)
+    return caught.value
+
+
+def channels_first(image: Image.Image) -> npt.NDArray[np.uint8]:
+    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def mean_difference(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
+    return float(np.abs(a.astype(float) - b.astype(float)).mean())
+
+
+def stored_with_orientation(upright: Image.Image, orientation: int, format: str) -> bytes:
+    transpose = STORED_AS[orientation]
+    stored = upright if transpose is None else upright.transpose(transpose)
+    return encode(stored, format, exif=exif(orientation))
+
+
+# --- every kind of file has its status ---
+
+
+@pytest.mark.parametrize(("data", "expected"), [pytest.param(data, code, id=name) for name, data, code in odd_images()])
+def test_each_odd_file_has_its_code(data: bytes, expected: str) -> None:
+    try:
+        image = decode(data)
+    except ImageError as error:
+        assert error.code == expected, error.message
+        assert 10 < len(error.message) < 300 and error.message.isprintable()
+    else:
+        assert expected == OK
+        assert image.pixels.shape == (3, SIZE, SIZE)
+        assert image.pixels.dtype == np.uint8 and image.pixels.flags.c_contiguous
+        assert image.pixels.flags.writeable  # torch.from_numpy warns of arrays that are not
+        assert image.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_the_odd_files_have_unique_names_and_cover_all_that_bytes_can_do_wrong() -> None:
+    names = [name for name, _, _ in odd_images()]
+    assert len(set(names)) == len(names) >= 60
+    not_from_bytes = {"missing", "permission_denied", "read_error", "out_of_memory", "internal"}
+    assert {code for _, _, code in odd_images()} - {OK} == set(IMAGE_ERROR_CODES) - not_from_bytes
+
+
+def test_messages_say_what_came() -> None:
+    assert "'<!DOCTYPE html>" in error_of(b"<!DOCTYPE html> not found").message
+    assert "PDF" in error_of(b"%PDF-1.7").message
+    assert "300 x 200 = 60,000" in error_of(encode(photo(300, 200), "PNG"), max_pixels=59_999).message
+
+
+def test_heic_without_its_plugin_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    error = error_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300))
+    assert error.code == "unsupported_format"
+    assert "pillow_heif" in error.message
+
+
+# --- the picture is the right one ---
+
+
+@pytest.mark.parametrize("format", ["PNG", "BMP", "TIFF", "PPM", "QOI"])
+def test_a_picture_of_the_target_size_is_unchanged(format: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+    image = decode(encode(Image.fromarray(noise), format))
+    np.testing.assert_array_equal(image.pixels, noise.transpose(2, 0, 1))
+
+
+def test_a_jpeg_of_the_target_size_is_as_pillow_decodes_it() -> None:
+    data = encode(photo(SIZE, SIZE), "JPEG")
+    np.testing.assert_array_equal(decode(data).pixels, channels_first(Image.open(io.BytesIO(data))))
+
+
+def test_the_whole_picture_is_squashed() -> None:
+    data = encode(photo(200, 100), "PNG")
+    image = decode(data)
+    squashed = photo(200, 100).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    assert (image.width, image.height, image.format) == (200, 100, "png")
+    np.testing.assert_array_equal(image.pixels, channels_first(squashed))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_all_orientations_give_the_same_upright_picture(orientation: int, format: str) -> None:
+    upright = photo(SIZE, SIZE)
+    transpose = STORED_AS[orientation]
+    stored = upright if transpose is None else upright.transpose(transpose)
+    options = {"lossless": True} if format == "WEBP" else {}
+    data = encode(stored, format, exif=exif(orientation), **options)
+    np.testing.assert_array_equal(decode(data).pixels, channels_first(upright))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_photograph_is_measured_upright(orientation: int) -> None:
+    upright = photo(640, 400)
+    image = decode(stored_with_orientation(upright, orientation, "JPEG"))
+    assert (image.width, image.height) == (640, 400)
+    assert mean_difference(image.pixels, decode(encode(upright, "PNG")).pixels) < 3
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = encode(Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0)), "PNG")
+    half = encode(Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 128)), "PNG")
+    half_grey = encode(Image.new("LA", (SIZE, SIZE), (0, 128)), "PNG")
+    assert (decode(clear).pixels == 255).all()
+    assert (decode(half).pixels == 127).all()
+    assert (decode(half_grey).pixels == 127).all()
+
+
+@pytest.mark.parametrize("clear_colour", [0, bytes([0] + [255] * 15)], ids=["colour", "alpha_table"])
+def test_a_clear_palette_colour_becomes_white(clear_colour: int | bytes) -> None:
+    palette = Image.new("P", (SIZE, SIZE), 0)
+    palette.putpalette([10, 20, 30] + [1, 2, 3] * 15)
+    assert (decode(encode(palette, "PNG", transparency=clear_colour)).pixels == 255).all()
+
+
+def test_an_opaque_alpha_channel_changes_nothing() -> None:
+    opaque = photo(SIZE, SIZE)
+    opaque.putalpha(255)
+    np.testing.assert_array_equal(decode(encode(opaque, "PNG")).pixels, channels_first(photo(SIZE, SIZE)))
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_mid_grey_of_16_bits_is_mid_grey(format: str) -> None:
+    pixels = decode(encode(Image.new("I;16", (SIZE, SIZE), 32768), format)).pixels
+    assert set(np.unique(pixels)) <= {127, 128}
+
+
+def test_grey_levels_are_the_same_in_8_bits_16_bits_and_floats() -> None:
+    grey = np.asarray(photo(SIZE, SIZE).convert("L"))
+    versions = [grey.astype(np.uint16) * 257, grey.astype(np.int32) * 257, grey.astype(np.float32) / 255]
+    versions += [grey.astype(np.float32), grey.astype(np.int32)]
+    for version in versions:
+        pixels = decode(encode(Image.fromarray(version), "TIFF")).pixels
+        np.testing.assert_array_equal(pixels, np.broadcast_to(grey, (3, SIZE, SIZE)))
+
+
+def test_values_beyond_any_known_range_are_stretched() -> None:
+    depths = np.linspace(-1000.0, 90_000.0, SIZE * SIZE, dtype=np.float32).reshape(SIZE, SIZE)
+    pixels = decode(encode(Image.fromarray(depths), "TIFF")).pixels
+    assert (pixels.min(), pixels.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF", "MPO"])
+def test_an_animation_gives_its_first_frame(format: str) -> None:
+    image = decode(encode_frames(format))
+    expected = decode(encode(photo(), "PNG")).pixels
+    assert mean_difference(image.pixels, expected) < 8  # an upside-down photo is 80 away
+    assert (image.width, image.height) == photo().size
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "F"])
+def test_white_is_white_in_every_mode(mode: str) -> None:
+    white = Image.new("RGB", (SIZE, SIZE), "white").convert(mode)
+    assert (decode(encode(white, "TIFF")).pixels == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1400, 1000), (500, 375), (1500, 110), (110, 1500)])
+def test_decoding_at_a_reduced_scale_is_close_to_a_full_decode(
+    mode: str, progressive: bool, size: tuple[int, int]
+) -> None:
+    data = encode(photo(*size).convert(mode), "JPEG", progressive=progressive)
+    full = Image.open(io.BytesIO(data)).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    image = decode(data)
+    assert (image.width, image.height) == size
+    assert mean_difference(image.pixels, channels_first(full)) < 1
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(1400, 1000), (500, 375), (1500, 110), (96, 95), (40, 30)])
+def test_a_jpeg_is_decoded_no_larger_than_needed_and_no_smaller_than_twice_the_target(
+    orientation: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded_sizes = []
+    resize = Image.Image.resize
+
+    def noting_resize(image: Image.Image, *args: Any, **options: Any) -> Image.Image:
+        decoded_sizes.append(image.size)
+        return resize(image, *args, **options)
+
+    data = encode(photo(*size), "JPEG", exif=exif(orientation))
+    monkeypatch.setattr(Image.Image, "resize", noting_resize)
+    decode(data)
+    [decoded_size] = decoded_sizes
+    if min(size) >= 2 * 2 * SIZE:
+        assert decoded_size < size
+        assert 2 * SIZE <= min(decoded_size) < 2 * 2 * SIZE + 1
+    else:
+        assert decoded_size == size
+
+
+# --- no half pictures ---
+
+CUT_FILES = {
+    "jpeg": encode(photo(), "JPEG"),
+    "jpeg_progressive": encode(photo(), "JPEG", progressive=True),
+    "jpeg_decoded_at_an_eighth": encode(photo(900, 800), "JPEG"),
+    "jpeg_progressive_decoded_at_an_eighth": encode(photo(900, 800), "JPEG", progressive=True),
+    "png": encode(photo(), "PNG"),
+    "gif": encode(photo(), "GIF"),
+    "webp": encode(photo(), "WEBP"),
+    "webp_lossless": encode(photo(), "WEBP", lossless=True),
+    "avif": encode(photo(), "AVIF"),
+    "bmp": encode(photo(), "BMP"),
+    "tiff_lzw": encode(photo(), "TIFF", compression="tiff_lzw"),
+}
+
+
+@pytest.mark.parametrize("name", CUT_FILES)
+def test_a_cut_file_gives_the_whole_picture_or_an_error(name: str) -> None:
+    data = CUT_FILES[name]
+    whole = decode(data).pixels
+    step = max(1, len(data) // 60)
+    for length in {*range(1, 40), *range(40, len(data), step), *range(len(data) - 9, len(data))}:
+        try:
+            pixels = decode(data[:length]).pixels
+        except ImageError as error:
+            if 16 <= length < len(data) - 9:  # less is no header yet, more may lack an end mark only
+                assert error.code == "truncated", (length, error.message)
+        else:
+            np.testing.assert_array_equal(pixels, whole, err_msg=f"cut to {length} of {len(data)}")
+
+
+def test_a_half_picture_is_an_error_though_another_library_allows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    for name in ("jpeg", "png", "gif"):
+        assert error_of(CUT_FILES[name][: len(CUT_FILES[name]) // 2]).code == "truncated"
+
+
+# --- limits and surprises ---
+
+
+def test_too_many_pixels_are_refused_even_where_pillow_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert error_of(png_header(60_000, 60_000) + b"\0\0\0\0IDAT").code == "too_large"
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
+def test_pictures_that_pillow_only_warns_of_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert decode(encode(photo(40, 30), "PNG")).width == 40
+
+
+def test_max_pixels_is_the_most_that_is_decoded() -> None:
+    data = encode(photo(30, 20), "PNG")
+    assert decode(data, max_pixels=600).width == 30
+    assert error_of(data, max_pixels=599).code == "too_large"
+
+
+def test_no_memory_is_an_error_of_that_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "resize", no_memory)
+    assert error_of(CUT_FILES["png"]).code == "out_of_memory"
+
+
+def test_the_unexpected_is_internal_and_reads_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(image: Image.Image, *_: object, **__: object) -> None:
+        raise ZeroDivisionError(f"bad {object()} in {image!r}\n at 0x7fe61c2b5a90 {'x' * 1000}")
+
+    monkeypatch.setattr(Image.Image, "resize", fail)
+    errors = [error_of(CUT_FILES["png"]) for _ in range(2)]
+    assert errors[0].code == "internal"
+    assert errors[0].message == errors[1].message
+    assert "0x" not in errors[0].message and len(errors[0].message) < 250
+
+
+def test_warnings_of_the_image_reader_are_ignored_and_all_others_are_not() -> None:
+    warned = [data for name, data, _ in odd_images() if name in ("jpeg_exif_cut", "png_invalid_animation")]
+    decoding_has_begun = threading.Event()
+
+    def decode_all() -> None:
+        for _ in range(20):
+            for data in warned:
+                decode(data)
+                decoding_has_begun.set()
+
+    with ThreadPoolExecutor(3) as pool, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        futures = [pool.submit(decode_all) for _ in range(3)]
+        decoding_has_begun.wait()
+        for _ in range(100):
+            with pytest.raises(UserWarning, match="of the test"):
+                warnings.warn("of the test", stacklevel=1)
+        for future in futures:
+            future.result()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (FileNotFoundError(2, "No such file or directory"), "missing"),
+        (PermissionError(13, "Permission denied"), "permission_denied"),
+        (IsADirectoryError(21, "Is a directory"), "read_error"),
+        (OSError(5, "Input/output error"), "read_error"),
+        (OSError("connection reset by <Socket at 0x7f3d>"), "read_error"),
+        (TimeoutError(), "read_error"),
+        (OSError(12, "Cannot allocate memory"), "out_of_memory"),
+    ],
+)
+def test_a_file_that_cannot_be_read_has_its_code_and_its_path(error: OSError, code: str) -> None:
+    image_error = image_error_from_os_error(error, "photos/1.jpg")
+    assert image_error.code == code
+    assert "photos/1.jpg" in image_error.message
+    assert "0x" not in image_error.message
+
+
+# --- any bytes at all ---
+
+VALID_FILES = [data for _, data, code in odd_images() if code == OK and len(data) < 8000]
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+@given(
+    file=st.sampled_from(VALID_FILES),
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=4)),
+        min_size=1,
+        max_size=8,
+    ),
+    in_header=st.booleans(),
+)
+def test_damaged_bytes_give_a_picture_or_an_image_error(
+    file: bytes, changes: list[tuple[float, bytes]], in_header: bool
+) -> None:
+    damaged = bytearray(file)
+    for place, patch in changes:
+        position = int(place * (min(len(file), 120) if in_header else len(file)))
+        damaged[position : position + len(patch)] = patch
+    try:
+        image = decode(bytes(damaged), max_pixels=1_000_000)
+    except ImageError as error:
+        assert error.code != "internal", error.message
+    else:
+        assert image.pixels.shape == (3, SIZE, SIZE)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(signature=st.sampled_from([b"", *(data[:16] for data in VALID_FILES)]), data=st.binary(max_size=300))
+def test_noise_gives_a_picture_or_an_image_error(signature: bytes, data: bytes) -> None:
+    try:
+        decode(signature + data, max_pixels=1_000_000)
+    except ImageError as error:
+        assert error.code != "internal", error.message

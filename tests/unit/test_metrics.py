@@ -1,0 +1,375 @@
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+
+import pytest
+from nltk.translate.bleu_score import corpus_bleu as nltk_corpus_bleu
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+
+from imcap_ray.errors import DatasetError
+from imcap_ray.metrics import (
+    CiderD,
+    DocumentFrequencies,
+    constant_caption_floor,
+    corpus_bleu,
+    evaluate,
+    human_agreement,
+    rouge_l,
+    score,
+)
+from imcap_ray.tokenization import tokenize
+
+WHO = ["a dog", "a brown dog", "two dogs", "a man", "a man in a red shirt", "a little girl", "two children"]
+DOES = [
+    "runs",
+    "is running",
+    "jumps",
+    "plays with a ball",
+    "stands",
+    "is standing and looks at a dog",
+    "sits",
+]
+WHERE = [
+    "through the grass",
+    "in the snow",
+    "on a street",
+    "on the beach",
+    "near the water",
+    "in a field",
+    "",
+]
+
+
+def make_references(num_images: int, references_per_image: int = 5, seed: int = 0) -> dict[str, list[str]]:
+    """Sentences about the same scene share two of their three parts with most of the others."""
+    generator = random.Random(seed)
+
+    def reference(scene: list[str]) -> str:
+        parts = [
+            part if generator.random() < 0.7 else generator.choice(parts)
+            for part, parts in zip(scene, (WHO, DOES, WHERE), strict=True)
+        ]
+        return f"{' '.join(parts).capitalize()} .".replace("  ", " ")
+
+    references = {}
+    for image in range(num_images):
+        scene = [generator.choice(parts) for parts in (WHO, DOES, WHERE)]
+        references[f"image-{image}.jpg"] = [reference(scene) for _ in range(references_per_image)]
+    return references
+
+
+def to_tokens(references: Mapping[str, Sequence[str]]) -> list[list[list[str]]]:
+    return [[tokenize(text) for text in texts] for texts in references.values()]
+
+
+def in_coco_form(hypotheses: list[list[str]], references: list[list[list[str]]]) -> tuple[dict, dict]:
+    """In the order coco-caption's scorers take them: references, hypotheses."""
+    return (
+        {index: [" ".join(reference) for reference in image] for index, image in enumerate(references)},
+        {index: [" ".join(hypothesis)] for index, hypothesis in enumerate(hypotheses)},
+    )
+
+
+@pytest.fixture(params=["plain", "with empty and short hypotheses", "single references"])
+def corpus(request: pytest.FixtureRequest) -> tuple[list[list[str]], list[list[list[str]]]]:
+    images = to_tokens(make_references(60))
+    hypotheses = [references[0] for references in images]
+    references = [references[1:] for references in images]
+    if request.param == "with empty and short hypotheses":
+        hypotheses[3], hypotheses[4], hypotheses[5] = [], ["dog"], ["a", "dog"]
+    if request.param == "single references":
+        references = [image_references[:1] for image_references in references]
+    return hypotheses, references
+
+
+def test_bleu_is_that_of_coco_caption(corpus):
+    expected, _ = Bleu(4).compute_score(*in_coco_form(*corpus), verbose=0)
+
+    assert corpus_bleu(*corpus) == pytest.approx(expected, abs=1e-6)
+
+
+def test_rouge_l_is_that_of_coco_caption(corpus):
+    expected_mean, expected = Rouge().compute_score(*in_coco_form(*corpus))
+
+    mean, per_image = rouge_l(*corpus)
+
+    assert mean == pytest.approx(expected_mean, abs=1e-9)
+    assert per_image == pytest.approx(list(expected), abs=1e-9)
+
+
+def test_cider_d_is_that_of_coco_caption(corpus):
+    hypotheses, references = corpus
+    expected_mean, expected = Cider().compute_score(*in_coco_form(*corpus))
+
+    cider_d = CiderD(references)
+    mean, per_image = cider_d.score_all(hypotheses)
+
+    assert mean == pytest.approx(expected_mean, abs=1e-9)
+    assert per_image == pytest.approx(list(expected), abs=1e-9)
+    assert [cider_d.score(index, hypothesis) for index, hypothesis in enumerate(hypotheses)] == per_image
+
+
+def test_bleu_is_that_of_nltk_which_takes_the_references_first():
+    images = to_tokens(make_references(60))
+    hypotheses = [[*references[0], "near", "by"] for references in images]  # none is shorter than four tokens
+    references = [references[1:] for references in images]
+
+    weights = [(1 / order,) * order for order in (1, 2, 3, 4)]
+    expected = nltk_corpus_bleu(references, hypotheses, weights=weights)
+
+    assert corpus_bleu(hypotheses, references) == pytest.approx(expected, abs=1e-12)
+
+
+def test_bleu_and_rouge_l_computed_by_hand():
+    hypothesis = ["a", "dog", "runs"]
+    reference = ["a", "brown", "dog", "runs", "fast"]
+
+    bleu_1, bleu_2, bleu_3, bleu_4 = corpus_bleu([hypothesis], [[reference]])
+    mean, _ = rouge_l([hypothesis], [[reference]])
+
+    brevity_penalty = math.exp(1 - 5 / 3)
+    assert bleu_1 == pytest.approx(brevity_penalty)  # 3 of 3 words
+    assert bleu_2 == pytest.approx(brevity_penalty * math.sqrt(1 * 1 / 2))  # "dog runs", not "a dog"
+    assert (bleu_3, bleu_4) == (0.0, 0.0)
+    precision, recall = 3 / 3, 3 / 5
+    assert mean == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
+
+
+def test_the_closest_reference_length_is_the_shorter_of_two_as_close():
+    two, four = ["a", "dog"], ["a", "dog", "runs", "fast"]
+
+    assert corpus_bleu([["a", "dog", "runs"]], [[four, two]])[0] == 1.0
+
+
+def test_rouge_l_takes_the_best_precision_and_the_best_recall_of_different_references():
+    short, long = ["dog"], ["a", "big", "dog", "runs", "by"]
+
+    mean, _ = rouge_l([["dog", "runs"]], [[short, long]])
+
+    assert mean == 1.0  # the recall of the short one, the precision of the long one
+
+
+def test_cider_d_by_hand_of_one_shared_rare_word():
+    cider_d = CiderD([[["dog"]], [["cat"]]])
+
+    # Of the four orders the unigrams agree exactly and the others do not exist.
+    assert cider_d.score(0, ["dog"]) == pytest.approx(10 / 4)
+    assert cider_d.score(1, ["dog"]) == 0.0
+
+
+def test_cider_d_gives_nothing_for_saying_a_word_again():
+    cider_d = CiderD(to_tokens(make_references(20)))
+
+    once, twice = cider_d.score(0, ["a", "dog"]), cider_d.score(0, ["a", "dog", "dog", "dog"])
+
+    assert twice < once
+
+
+def test_cider_d_takes_document_frequencies_of_another_corpus():
+    training = to_tokens(make_references(100, seed=1))
+    references = to_tokens(make_references(20))
+    frequencies = DocumentFrequencies.of(training)
+
+    # A batch of the training split is scored as in the whole split, whatever the batch.
+    of_the_split = CiderD(training)
+    of_a_batch = CiderD(training[30:40], frequencies)
+
+    hypothesis = references[0][0]
+    assert of_a_batch.score(5, hypothesis) == of_the_split.score(35, hypothesis)
+    assert of_a_batch.score(5, hypothesis) != CiderD(training[30:40]).score(5, hypothesis)
+
+
+def test_score_constant_is_the_mean_of_one_hypothesis_for_all_images():
+    references = to_tokens(make_references(20))
+    hypothesis = ["a", "dog", "runs", "in", "the", "snow"]
+    cider_d = CiderD(references)
+
+    mean, _ = cider_d.score_all([hypothesis] * len(references))
+
+    assert cider_d.score_constant(hypothesis) == pytest.approx(mean, abs=1e-12)
+
+
+def test_the_only_reference_repeated_is_a_perfect_caption():
+    references = make_references(30, references_per_image=1)
+    captions = {image_id: texts[0].upper() for image_id, texts in references.items()}  # case is not scored
+
+    scores = score(captions, references)
+
+    assert (scores.bleu_1, scores.bleu_4, scores.rouge_l) == pytest.approx((1, 1, 1))
+    assert scores.length_ratio == 1.0
+    assert 5 < scores.cider_d <= 10
+
+
+def test_references_as_captions_score_worse_than_captions_as_references():
+    long = {"a": "a dog runs through the tall grass", "b": "two men stand on a street"}
+    short = {"a": "a dog runs", "b": "two men"}
+
+    brief = score(short, {image_id: [text] for image_id, text in long.items()})
+    wordy = score(long, {image_id: [text] for image_id, text in short.items()})
+
+    assert (brief.length_ratio, wordy.length_ratio) == pytest.approx((5 / 13, 13 / 5))
+    assert brief.bleu_1 == pytest.approx(math.exp(1 - 13 / 5))  # nothing wrong, too little said
+    assert wordy.bleu_1 == pytest.approx(5 / 13)  # too much said
+
+
+def test_an_empty_caption_is_scored_and_not_left_out():
+    references = make_references(10)
+    captions = {image_id: texts[0] for image_id, texts in references.items()}
+    complete = score(captions, references)
+
+    scores = score({**captions, "image-3.jpg": " ."}, references)
+
+    assert scores.num_images == 10
+    assert scores.rouge_l < complete.rouge_l
+    assert scores.bleu_1 < complete.bleu_1  # through the brevity penalty
+
+
+def test_captions_that_are_all_empty_score_zero():
+    references = make_references(10)
+
+    scores = score(dict.fromkeys(references, ""), references)
+
+    assert scores.to_dict() == {
+        **dict.fromkeys(["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "length_ratio"], 0.0),
+        "num_images": 10,
+        "num_distinct_captions": 1,
+    }
+
+
+def test_the_order_of_the_images_does_not_matter():
+    references = make_references(20)
+    captions = {image_id: texts[1] for image_id, texts in references.items()}
+    reversed_captions = dict(reversed(captions.items()))
+
+    assert score(reversed_captions, references) == score(captions, references)
+
+
+def test_missing_and_unknown_images_are_counted_and_named():
+    references = make_references(4)
+    captions = {"image-0.jpg": "a dog", "image-1.jpg": "a dog", "other.jpg": "a dog"}
+
+    with pytest.raises(DatasetError) as raised:
+        score(captions, references)
+
+    assert "2 images with references have no caption, for example 'image-2.jpg'" in str(raised.value)
+    assert "1 captions have no references, for example 'other.jpg'" in str(raised.value)
+
+
+def test_an_image_without_references_is_refused():
+    with pytest.raises(DatasetError, match="1 images have no reference, for example 'a.jpg'"):
+        score({"a.jpg": "a dog"}, {"a.jpg": []})
+    with pytest.raises(DatasetError, match="nothing to score against"):
+        score({}, {})
+
+
+def test_the_floor_is_the_best_of_all_constant_captions():
+    references = make_references(40)
+    cider_d = CiderD(to_tokens(references))
+    constants = [tokenize(text) for texts in references.values() for text in texts]
+
+    caption, scores = constant_caption_floor(references)
+
+    assert scores.cider_d == pytest.approx(max(map(cider_d.score_constant, constants)))
+    assert scores == score(dict.fromkeys(references, caption), references)
+    assert scores.num_distinct_captions == 1
+
+
+def test_the_floor_is_chosen_among_the_candidates_given():
+    candidates = ["A zebra .", "A dog runs through the grass .", "Nothing ."]
+
+    caption, _ = constant_caption_floor(make_references(40), candidates=candidates)
+
+    assert caption == "A dog runs through the grass ."
+
+
+def test_human_agreement_is_the_mean_over_annotators():
+    references = make_references(20, references_per_image=3)
+    one_out = [
+        score(
+            {image_id: texts[annotator] for image_id, texts in references.items()},
+            {image_id: texts[:annotator] + texts[annotator + 1 :] for image_id, texts in references.items()},
+        )
+        for annotator in range(3)
+    ]
+
+    human = human_agreement(references)
+
+    for name in ("bleu_1", "bleu_4", "rouge_l", "cider_d", "length_ratio"):
+        assert getattr(human, name) == pytest.approx(sum(getattr(scores, name) for scores in one_out) / 3)
+
+
+def test_human_agreement_is_of_the_images_with_two_references():
+    references = make_references(20)
+
+    assert human_agreement({**references, "lonely.jpg": ["A dog ."]}) == human_agreement(references)
+    with pytest.raises(DatasetError, match="two references or more"):
+        human_agreement({"lonely.jpg": ["A dog ."]})
+
+
+def test_a_report_holds_what_its_parts_compute():
+    references = make_references(30)
+    captions = {image_id: texts[0] for image_id, texts in references.items()}
+
+    report = evaluate(captions, references, split="validation", notes="beam 4")
+
+    assert report.scores == score(captions, references)
+    assert (report.floor_caption, report.floor) == constant_caption_floor(references)
+    assert report.human == human_agreement(references)
+    assert report.protocol.references_per_image == (5, 5)
+    assert (report.protocol.split, report.protocol.num_images) == ("validation", 30)
+
+
+def test_intervals_surround_the_scores_and_are_the_same_every_time():
+    references = make_references(60)
+    captions = {image_id: references[f"image-{(i // 2) * 2}.jpg"][0] for i, image_id in enumerate(references)}
+
+    report = evaluate(captions, references)
+
+    for name, (low, high) in report.intervals.items():
+        assert low < report.scores.to_dict()[name] < high
+    assert evaluate(captions, references).intervals == report.intervals
+
+
+def test_a_report_reads_as_json_markdown_and_text():
+    references = make_references(30)
+    captions = {image_id: texts[0] for image_id, texts in references.items()}
+    report = evaluate(captions, references, split="validation", notes="beam 4")
+
+    as_json = json.loads(report.to_json())
+    assert as_json["scores"] == report.scores.to_dict()
+    assert as_json["protocol"]["tokenizer"] == "ptb"
+    assert as_json["floor_caption"] == report.floor_caption
+
+    *percentages, cider_d = list(report.scores.to_dict().values())[:6]
+    model_row = [f"{100 * value:.1f}" for value in percentages]
+    model_row += [f"{cider_d:.3f}", f"{report.scores.length_ratio:.2f}"]
+    assert f"| this model | {' | '.join(model_row)} |" in report.to_markdown().splitlines()
+    assert ["this", "model", *model_row] in [line.split() for line in report.to_text().splitlines()]
+    for text in (report.to_markdown(), report.to_text()):
+        assert "30 images (validation)" in text
+        assert "best constant caption" in text
+        assert "human, leave one out" in text
+        assert "beam 4" in text
+
+
+def test_a_report_on_single_references_has_no_human_line():
+    references = make_references(10, references_per_image=1)
+    captions = {image_id: texts[0] for image_id, texts in references.items()}
+
+    report = evaluate(captions, references)
+
+    assert report.human is None
+    assert "human" not in report.to_markdown()
+    assert json.loads(report.to_json())["human"] is None
+
+
+def test_importing_loads_neither_nltk_nor_torch_nor_ray():
+    code = "import sys, imcap_ray.metrics; print([m for m in ('nltk', 'torch', 'ray') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")

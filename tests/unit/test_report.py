@@ -1,0 +1,561 @@
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from imcap_ray.errors import ConfigError, ImageError, InputError
+from imcap_ray.manifest import CAPTIONS_SCHEMA
+from imcap_ray.metrics import EvaluationReport, Protocol, Scores
+from imcap_ray.report import write_report
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
+
+Row = dict[str, Any]
+
+
+def ok(image_id: str, caption: str = "a dog runs", **columns: Any) -> Row:
+    row = dict.fromkeys(CAPTIONS_SCHEMA.names, "") | {
+        "image_id": image_id,
+        "caption": caption,
+        "captions": [caption],
+        "confidence": 0.5,
+        "logprob": -2.0,
+        "num_tokens": 4,
+        "status": "ok",
+        "width": 40,
+        "height": 30,
+        "format": "JPEG",
+    }
+    return row | columns
+
+
+def failed(image_id: str, code: str = "truncated", message: str = "image file is truncated") -> Row:
+    nothing = {"captions": [], "confidence": float("nan"), "logprob": float("nan"), "num_tokens": 0}
+    no_image = {"width": 0, "height": 0, "format": ""}
+    error = {"status": "failed", "error_code": code, "error_message": message}
+    return ok(image_id, "", **nothing, **no_image, **error)
+
+
+def table(*rows: Row) -> pa.Table:
+    return pa.Table.from_pylist(list(rows), schema=CAPTIONS_SCHEMA)
+
+
+def encoded(image: Image.Image, format: str = "JPEG", **options: Any) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+RED = encoded(Image.new("RGB", (40, 30), "red"))
+
+
+class Page(HTMLParser):
+    """A report as a browser reads it: tags with their attributes, and the text within each tag."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in {"meta", "link", "img", "input", "br"}:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> closes another tag"
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append((self._open[-1], data.strip()))
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    def with_class(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for _, attributes in self.tags if name in (attributes.get("class") or "").split()]
+
+    @property
+    def text(self) -> str:
+        visible = " ".join(text for tag, text in self.texts if tag not in {"script", "style"})
+        return re.sub(r"\s+", " ", visible)
+
+    @property
+    def policy(self) -> str:
+        metas = self.all("meta")
+        [policy] = [m["content"] for m in metas if m.get("http-equiv") == "Content-Security-Policy"]
+        assert policy is not None
+        return policy
+
+
+Report = Callable[..., Page]
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    def make(*rows: Row, load_image: Callable[[Row], bytes | None] = lambda row: RED, **options: Any) -> Page:
+        path = tmp_path / "report.html"
+        write_report(table(*rows), path, load_image=load_image, **options)
+        return Page(path)
+
+    return make
+
+
+def thumbnails(page: Page) -> list[Image.Image]:
+    sources = [attributes["src"] or "" for attributes in page.all("img")]
+    prefix = "data:image/jpeg;base64,"
+    assert all(source.startswith(prefix) for source in sources)
+    return [Image.open(BytesIO(base64.b64decode(source.removeprefix(prefix)))) for source in sources]
+
+
+def test_a_card_shows_photograph_caption_confidence_and_image_id(report: Report) -> None:
+    page = report(ok("dogs/rex.jpg", "a dog runs on grass", confidence=0.634))
+
+    assert [attributes["alt"] for attributes in page.all("img")] == ["Photograph dogs/rex.jpg"]
+    for text in ("a dog runs on grass", "0.63", "dogs/rex.jpg", "40 × 30 JPEG"):
+        assert text in page.text
+
+
+def test_the_header_counts_images_by_status(report: Report) -> None:
+    rows = [ok(f"{i}.jpg") for i in range(6)]
+    page = report(*rows, failed("x.jpg"), ok("y.jpg", status="duplicate", duplicate_of="0.jpg"))
+
+    assert "images 8 captioned 6 75.0 % duplicates 1 12.5 % failed 1 12.5 %" in page.text
+
+
+def test_a_failed_image_is_a_card_with_its_code_and_message_and_is_not_loaded(report: Report) -> None:
+    loaded: list[str] = []
+
+    def load_image(row: Row) -> bytes:
+        loaded.append(row["image_id"])
+        return RED
+
+    page = report(
+        ok("good.jpg"), failed("bad.jpg", "not_an_image", "this is a letter"), load_image=load_image
+    )
+
+    assert loaded == ["good.jpg"]
+    assert len(page.with_class("card")) == 2
+    assert len(page.with_class("failed")) == 1
+    for text in ("bad.jpg", "not_an_image", "this is a letter"):
+        assert text in page.text
+
+
+def test_failures_are_counted_by_code_the_most_frequent_first(report: Report) -> None:
+    page = report(
+        failed("1.jpg", "missing", "no such file"),
+        failed("2.jpg"),
+        failed("3.jpg"),
+        ok("4.jpg"),
+        max_images=0,
+    )
+
+    assert (
+        "Failures Code First message Images truncated image file is truncated 2 missing no such file 1"
+        in (page.text)
+    )
+
+
+def test_html_in_captions_and_names_is_text_and_not_markup(report: Report) -> None:
+    hostile = ok(
+        HOSTILE, HOSTILE, captions=[HOSTILE, f"{HOSTILE} again"], format=HOSTILE, duplicate_of=HOSTILE
+    )
+    page = report(
+        *[hostile] * 30,
+        failed(HOSTILE, HOSTILE, HOSTILE),
+        references={HOSTILE: [HOSTILE]},
+        evaluation={
+            "rows": [{"name": HOSTILE, "bleu_1": 0.5}],
+            "protocol": {HOSTILE: HOSTILE},
+            "floor_caption": HOSTILE,
+        },
+        run={"model": {"name": HOSTILE, "fingerprint": HOSTILE}, HOSTILE: HOSTILE},
+        title=HOSTILE,
+    )
+
+    assert len(page.all("script")) == 1
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert len(page.all("img")) == 30
+    assert HOSTILE in page.text
+
+
+def test_the_page_loads_nothing_from_a_network(report: Report) -> None:
+    page = report(ok("1.jpg"), failed("2.jpg"), run={"model": "m"}, references={"1.jpg": ["a dog"]})
+
+    assert not re.search(r"https?:|//[\w.-]+\.\w+/|@import|url\(", page.source)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:"))
+        assert "style" not in attributes
+
+
+def test_the_content_security_policy_allows_this_style_and_script_and_data_images_only(
+    report: Report,
+) -> None:
+    page = report(ok("1.jpg"))
+
+    directives = dict(directive.strip().split(" ", 1) for directive in page.policy.split(";"))
+
+    [style] = re.findall(r"<style>(.*?)</style>", page.source, re.DOTALL)
+    [script] = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    assert directives == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": _hash_source(style),
+        "script-src": _hash_source(script),
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
+def _hash_source(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def test_thumbnails_are_jpegs_of_256_pixels_at_most(report: Report) -> None:
+    page = report(ok("wide.png"), load_image=lambda row: encoded(Image.new("RGB", (1000, 500)), "PNG"))
+
+    [thumbnail] = thumbnails(page)
+
+    assert thumbnail.format == "JPEG"
+    assert thumbnail.size == (256, 128)
+
+
+def test_thumbnails_stand_upright_as_exif_says(report: Report) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    sideways = encoded(Image.new("RGB", (400, 200)), exif=exif)
+
+    [thumbnail] = thumbnails(report(ok("phone.jpg"), load_image=lambda row: sideways))
+
+    assert thumbnail.size == (128, 256)
+
+
+def test_what_is_transparent_is_white_in_a_thumbnail(report: Report) -> None:
+    glass = encoded(Image.new("RGBA", (20, 20), (0, 0, 0, 0)), "PNG")
+
+    [thumbnail] = thumbnails(report(ok("logo.png"), load_image=lambda row: glass))
+
+    assert thumbnail.getpixel((10, 10)) == (255, 255, 255)
+
+
+def _raises(error: Exception) -> Callable[[Row], bytes]:
+    def load_image(row: Row) -> bytes:
+        raise error
+
+    return load_image
+
+
+@pytest.mark.parametrize(
+    "load_image",
+    [
+        lambda row: None,
+        lambda row: b"",
+        lambda row: b"Dear Sir or Madam",
+        lambda row: RED[:200],
+        _raises(FileNotFoundError("gone since")),
+        _raises(ImageError("missing", "gone since")),
+    ],
+)
+def test_a_photograph_that_cannot_be_shown_leaves_its_caption(
+    report: Report, load_image: Callable[[Row], bytes | None]
+) -> None:
+    page = report(ok("1.jpg", "a dog runs"), load_image=load_image)
+
+    assert page.all("img") == []
+    assert "no picture a dog runs" in page.text
+
+
+def test_references_stand_beside_the_caption_of_their_image(report: Report) -> None:
+    page = report(
+        ok("1.jpg", "a dog runs"),
+        ok("2.jpg", "a cat sits"),
+        references={"1.jpg": ["a brown dog", "a running dog"]},
+    )
+
+    assert (
+        "Caption a dog runs 0.50 confidence References, by people a brown dog a running dog 1.jpg"
+        in page.text
+    )
+    assert page.text.count("by people") == 1
+
+
+def test_the_other_captions_of_an_image_are_listed_once(report: Report) -> None:
+    page = report(ok("1.jpg", "a dog", captions=["a dog", "a brown dog", "an animal"]))
+
+    assert "2 more captions a brown dog an animal" in page.text
+
+
+SCORES = Scores(
+    bleu_1=0.6123,
+    bleu_2=0.43,
+    bleu_3=0.295,
+    bleu_4=0.2,
+    rouge_l=0.45,
+    cider_d=0.5,
+    num_images=9,
+    length_ratio=1.0,
+    num_distinct_captions=8,
+)
+EVALUATION = EvaluationReport(
+    protocol=Protocol(
+        tokenizer="ptb",
+        references_per_image=(5, 5),
+        num_images=9,
+        split="test",
+        notes="beam 3",
+        nltk_version="3.9",
+    ),
+    scores=SCORES,
+    intervals={"bleu_1": (0.6, 0.62), "cider_d": (0.4, 0.6)},
+    floor_caption="a man in a red shirt",
+    floor=replace(SCORES, bleu_1=0.41, cider_d=0.03),
+    human=None,
+)
+
+
+@pytest.mark.parametrize("as_dict", [asdict, lambda evaluation: json.loads(evaluation.to_json())])
+def test_an_evaluation_is_shown_with_intervals_baseline_and_protocol(
+    report: Report, as_dict: Callable[[Any], dict[str, Any]]
+) -> None:
+    page = report(ok("1.jpg"), evaluation=as_dict(EVALUATION))
+
+    assert (
+        "BLEU-1 BLEU-2 BLEU-3 BLEU-4 ROUGE-L CIDEr-D length ratio this model 61.2 60.0 to 62.0" in page.text
+    )
+    assert "0.500 0.400 to 0.600 1.00 best constant caption 41.0" in page.text
+    assert (
+        "tokenizer: ptb · references per image: 5 · num images: 9 · split: test · notes: beam 3" in page.text
+    )
+    assert "best constant caption: a man in a red shirt" in page.text
+    assert "human" not in page.text
+
+
+def test_people_are_a_line_of_the_scores_where_they_were_scored(report: Report) -> None:
+    page = report(ok("1.jpg"), evaluation=asdict(replace(EVALUATION, human=replace(SCORES, bleu_1=0.7))))
+
+    assert "human, leave one out 70.0" in page.text
+
+
+def test_further_scores_are_lines_of_the_same_table(report: Report) -> None:
+    rows = [{"name": "last year", "cider_d": 0.4, "bleu_1": 0.5}, {"name": "older", "bleu_1": 0.45}]
+
+    page = report(ok("1.jpg"), evaluation={"rows": rows})
+
+    assert "BLEU-1 CIDEr-D last year 50.0 0.400 older 45.0 –" in page.text
+
+
+def test_the_run_names_its_model_and_speed_and_all_else_it_holds(report: Report) -> None:
+    page = report(
+        ok("1.jpg"),
+        run={
+            "model": {"name": "resnet50-attention", "fingerprint": "3fb1c2"},
+            "images_per_second": 1234.5,
+            "settings": {"search": {"beam_size": 3}},
+        },
+    )
+
+    assert "Captions by resnet50-attention with fingerprint 3fb1c2" in page.text
+    assert "1,234.5" in page.text
+    assert "settings.search.beam_size 3" in page.text
+
+
+def test_without_run_evaluation_and_references_the_page_has_no_empty_sections(report: Report) -> None:
+    page = report(ok("1.jpg"))
+
+    for absent in ("Scores", "Provenance", "Captions by", "images per second", "by people", "Failures"):
+        assert absent not in page.text
+
+
+def test_a_caption_of_more_than_a_fifth_of_twenty_images_is_a_warning(report: Report) -> None:
+    rows = [ok(f"{i:02}.jpg", "a man in a red shirt" if i < 5 else f"caption {i}") for i in range(20)]
+
+    page = report(*rows)
+
+    assert "One caption stands under 25 % of the captioned images: “ a man in a red shirt ”" in page.text
+    assert "a man in a red shirt 5 25.0 %" in page.text
+
+
+@pytest.mark.parametrize(("num_same", "num_images"), [(4, 20), (19, 19)])
+def test_a_fifth_or_too_few_images_are_no_warning(report: Report, num_same: int, num_images: int) -> None:
+    rows = [ok(f"{i:02}.jpg", "a man" if i < num_same else f"caption {i}") for i in range(num_images)]
+
+    assert "One caption stands under" not in report(*rows).text
+
+
+def test_the_histogram_has_a_bar_for_every_length_and_gathers_the_longest(report: Report) -> None:
+    lengths = [3, 3, 7, 30, 31, 90]
+    page = report(*[ok(f"{i}.jpg", " ".join(["dog"] * n)) for i, n in enumerate(lengths)])
+
+    bars = dict(re.findall(r"(\d+\+?) words: (\d+) images", page.text))
+
+    assert {words: int(count) for words, count in bars.items() if count != "0"} == {"3": 2, "7": 1, "30+": 3}
+    assert "3 to 90, median 7" in page.text
+
+
+@pytest.mark.parametrize("caption", ["", "dog", " ".join(["dog"] * 70)])
+def test_the_histogram_of_a_single_length_is_drawn(report: Report, caption: str) -> None:
+    page = report(ok("1.jpg", caption))
+
+    assert sum(float(bar["height"] or 0) for bar in page.all("rect") if bar.get("x")) == 120
+
+
+def test_cards_come_in_the_order_of_image_ids(report: Report) -> None:
+    page = report(ok("c.jpg"), failed("b.jpg"), ok("a.jpg"))
+
+    assert [text for _, text in page.texts if text.endswith(".jpg")] == ["a.jpg", "b.jpg", "c.jpg"]
+
+
+def test_cards_carry_what_sorting_and_filtering_need(report: Report) -> None:
+    page = report(ok("1.jpg", confidence=0.25), failed("2.jpg"), ok("3.jpg", confidence=None))
+
+    cards = page.with_class("card")
+
+    assert [card["data-status"] for card in cards] == ["ok", "failed", "ok"]
+    assert [card["data-confidence"] for card in cards] == ["0.25", "", ""]
+    assert [option["value"] for option in page.all("option")][-3:] == ["", "ok", "failed"]
+
+
+def test_every_control_has_a_label(report: Report) -> None:
+    page = report(ok("1.jpg"))
+
+    assert len(page.all("label")) == len(page.all("select")) + len(page.all("input")) == 3
+
+
+def test_beyond_max_images_the_gallery_is_an_even_sample_with_every_failure_and_says_so(
+    report: Report,
+) -> None:
+    rows = [failed(f"{i:03}.jpg") if i % 50 == 0 else ok(f"{i:03}.jpg") for i in range(200)]
+
+    page = report(*rows, max_images=20)
+
+    statuses = Counter(card["data-status"] for card in page.with_class("card"))
+    assert statuses == {"failed": 4, "ok": 16}
+    assert "A sample of 20 of 200 images, taken evenly, with every failed image among them." in page.text
+    shown = [int(name) for name in re.findall(r"Photograph (\d+)\.jpg", page.source)]
+    assert max(b - a for a, b in zip(shown, shown[1:], strict=False)) <= 14
+    assert "98.0 %" in page.text
+
+
+def test_many_failures_leave_room_for_photographs(report: Report) -> None:
+    rows = [ok(f"{i:03}.jpg") if i % 2 else failed(f"{i:03}.jpg") for i in range(200)]
+
+    page = report(*rows, max_images=20)
+
+    assert Counter(card["data-status"] for card in page.with_class("card")) == {"ok": 15, "failed": 5}
+    assert "with 5 of the 100 failed images among them" in page.text
+
+
+def test_failures_use_the_room_that_photographs_leave(report: Report) -> None:
+    page = report(*[failed(f"{i:03}.jpg") for i in range(50)], ok("x.jpg"), max_images=20)
+
+    assert Counter(card["data-status"] for card in page.with_class("card")) == {"ok": 1, "failed": 19}
+
+
+@pytest.mark.parametrize("num_images", [1, 19, 20])
+def test_up_to_max_images_every_image_is_shown_and_no_sample_is_mentioned(
+    report: Report, num_images: int
+) -> None:
+    page = report(*[ok(f"{i:02}.jpg") for i in range(num_images)], max_images=20)
+
+    assert len(page.with_class("card")) == num_images
+    assert "A sample of" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"), [([], "There are no images."), ([ok("1.jpg")], "The gallery was left out.")]
+)
+def test_without_cards_the_page_says_why_and_has_no_controls(
+    report: Report, rows: list[Row], text: str
+) -> None:
+    page = report(*rows, max_images=0)
+
+    assert text in page.text
+    assert page.all("form") == page.all("script") == page.with_class("card") == []
+
+
+def test_a_thousand_photographs_stay_under_20_megabytes(tmp_path: Path) -> None:
+    # Noise is the hardest thing to compress, and long texts stand on every card.
+    noise = encoded(Image.frombytes("RGB", (256, 256), random.Random(0).randbytes(256 * 256 * 3)), "PNG")
+    rows = [ok(f"{'folder/' * 12}{i:04}.jpg", f"a dog number {i} " + "runs " * 15) for i in range(20)]
+    references = {
+        row["image_id"]: ["a brown dog runs over the wet grass of a large field"] * 5 for row in rows
+    }
+    few, more = tmp_path / "few.html", tmp_path / "more.html"
+
+    write_report(table(*rows[:10]), few, load_image=lambda row: noise, references=references)
+    write_report(table(*rows), more, load_image=lambda row: noise, references=references)
+
+    bytes_per_image = (more.stat().st_size - few.stat().st_size) / 10
+    assert few.stat().st_size + 1000 * bytes_per_image <= 20_000_000
+
+
+def test_a_long_error_message_is_cut(report: Report) -> None:
+    page = report(failed("1.jpg", message="x" * 100_000))
+
+    assert len(page.source) < 50_000
+
+
+def test_a_dataset_of_parquet_files_gives_the_same_page_as_a_table(tmp_path: Path) -> None:
+    rows = [failed(f"{i:02}.jpg") if i % 7 == 0 else ok(f"{i:02}.jpg", f"a dog {i % 3}") for i in range(40)]
+    (tmp_path / "captions").mkdir()
+    for part in range(4):
+        pq.write_table(table(*rows[part * 10 : part * 10 + 10]), tmp_path / "captions" / f"{part}.parquet")
+    streamed, whole = tmp_path / "streamed.html", tmp_path / "whole.html"
+
+    dataset = ds.dataset(tmp_path / "captions", format="parquet")
+    write_report(dataset, streamed, load_image=lambda row: RED, max_images=10)
+    write_report(table(*rows), whole, load_image=lambda row: RED, max_images=10)
+
+    assert streamed.read_bytes() == whole.read_bytes()
+
+
+def test_a_table_of_something_else_is_an_input_error_that_names_the_columns(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lacks the columns .*caption"):
+        write_report(pa.table({"image_id": ["1.jpg"]}), tmp_path / "r.html", load_image=lambda row: None)
+
+
+def test_a_negative_max_images_is_a_config_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_images must be at least 0, got -1"):
+        write_report(table(ok("1.jpg")), tmp_path / "r.html", load_image=lambda row: None, max_images=-1)
+
+
+def test_a_report_that_fails_leaves_the_earlier_one_and_no_rubbish(tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    path.write_text("the earlier report")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        write_report(table(ok("1.jpg")), path, load_image=_raises(RuntimeError("a bug")))
+
+    assert path.read_text() == "the earlier report"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_of_the_report_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "report.html"
+
+    write_report(table(ok("1.jpg")), path, load_image=lambda row: RED)
+
+    assert path.is_file()

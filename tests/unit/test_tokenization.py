@@ -1,0 +1,124 @@
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imcap_ray.errors import ConfigError
+from imcap_ray.tokenization import TOKENIZERS, detokenize, tokenize
+
+COCO_PUNCTUATION = "'' ' `` ` ( ) { } . ? ! , : - -- ... ; \""
+
+# In the style of Flickr8k.token.txt, whose captions are tokenized already.
+TOKENIZED_CAPTIONS = [
+    "A child in a pink dress is climbing up a set of stairs in an entry way .",
+    "Two men , one in a red T-shirt , are watching a dog 's ball ...",
+    'A man wearing a shirt that says " Crossing Guard " ; he is n\'t smiling !',
+    "Soccer player # 14 kicks the ball ( hard ) past number 3 & runs .",
+    "The 10 year old boy 's-eye-view of a half-pipe -- at 3:30 o'clock ?",
+    "Mr. Brown visits Washington D.C. with his dog",
+]
+
+WORDS = (
+    "a dog runs can not do 's n't 're 'll u.s. mr. d.c. bench. cannot gonna don't it’s boys' 3:30 1,000 # & "
+    "T-shirt é 狗 红 犬が走る สุนัข हिन्दी . , ... -- - ! ? : ; ' \" “ ” … ( )"
+)
+
+
+@pytest.mark.parametrize("caption", TOKENIZED_CAPTIONS)
+def test_tokenized_captions_keep_their_tokens_and_lose_their_punctuation(caption: str):
+    expected = [token for token in caption.lower().split() if token not in COCO_PUNCTUATION.split()]
+
+    assert tokenize(caption) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("The dogs don't run.", ["the", "dogs", "do", "n't", "run"]),
+        ("They cannot stop, they won't", ["they", "can", "not", "stop", "they", "wo", "n't"]),
+        ("He said “Stop!” — it’s the dog’s.", ["he", "said", "stop", "it", "'s", "the", "dog", "'s"]),
+        ("A dog runs. Two cats don't.", ["a", "dog", "runs", "two", "cats", "do", "n't"]),
+        ("Mr. Brown of the U.S.", ["mr.", "brown", "of", "the", "u.s."]),
+        ("#1 & 1,000 others at 3:30", ["#", "1", "&", "1,000", "others", "at", "3:30"]),
+        ("(a) [b] {c}; d:e,f", ["a", "b", "c", "d", "e", "f"]),
+        ("Une tête-à-tête\u00a0d'été", ["une", "tête-à-tête", "d'été"]),
+        ("...", []),
+        ("", []),
+    ],
+)
+def test_ptb_tokens_of_free_text(text: str, tokens: list[str]):
+    assert tokenize(text, "ptb") == tokens
+
+
+@settings(deadline=None)  # the first example imports nltk
+@given(st.lists(st.sampled_from(WORDS.split()), max_size=8).map(" ".join))
+def test_ptb_tokens_survive_becoming_text(text: str):
+    tokens = tokenize(text)
+
+    assert tokenize(detokenize(tokens)) == tokens
+    assert tokenize(" ".join(tokens)) == tokens
+
+
+@settings(deadline=None)
+@given(st.text(), st.sampled_from(sorted(TOKENIZERS)))
+def test_any_text_has_tokens_without_spaces_and_is_read_without_regard_to_them(text: str, tokenizer: str):
+    tokens = tokenize(text, tokenizer)
+
+    assert all(token and not any(map(str.isspace, token)) for token in tokens)
+    assert tokenize(f"\t{text}\n", tokenizer) == tokens
+
+
+def test_composed_and_decomposed_letters_are_the_same_token():
+    for tokenizer in ("ptb", "unicode"):
+        assert tokenize("cafe\u0301", tokenizer) == tokenize("caf\u00e9", tokenizer) == ["caf\u00e9"]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("L'homme, à la T-shirt...", ["l'homme", "à", "la", "t-shirt"]),
+        ("Ein GROẞER Hund", ["ein", "grosser", "hund"]),
+        ("红色的狗在3只猫旁边。", ["红", "色", "的", "狗", "在", "3", "只", "猫", "旁", "边"]),
+        ("犬が走る", ["犬", "が", "走", "る"]),
+        ("개가 공원에서 뛰고 있다", ["개가", "공원에서", "뛰고", "있다"]),
+        ("हिन्दी में कुत्ता", ["हिन्दी", "में", "कुत्ता"]),
+        ("สุนัขวิ่ง", ["สุ", "นั", "ข", "วิ่", "ง"]),
+        ("— ! ?", []),
+    ],
+)
+def test_unicode_tokens_are_words_or_characters_of_unspaced_scripts(text: str, tokens: list[str]):
+    assert tokenize(text, "unicode") == tokens
+    assert tokenize(detokenize(tokens), "unicode") == tokens
+
+
+def test_seed_tokens_are_words_of_two_letters_and_more():
+    assert tokenize("A dog's 2 T-shirts, in the U.S.", "seed") == ["dogs", "tshirts", "in", "the", "us"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (["the", "dog", "'s", "ball", "is", "n't", "red"], "the dog's ball isn't red"),
+        (["'s", "dog"], "'s dog"),
+        (["红", "色", "的", "狗", "runs", "far"], "红色的狗 runs far"),
+        ([], ""),
+    ],
+)
+def test_detokenized_text_reads_as_people_write_it(tokens: list[str], text: str):
+    assert detokenize(tokens) == text
+
+
+def test_an_unknown_tokenizer_is_answered_with_the_known_ones():
+    with pytest.raises(ConfigError, match="must be one of ptb, unicode, seed, got 'moses'"):
+        tokenize("a dog", "moses")
+
+
+def test_importing_loads_neither_nltk_nor_torch_nor_ray():
+    code = (
+        "import sys, imcap_ray.tokenization; print([m for m in ('nltk', 'torch', 'ray') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
