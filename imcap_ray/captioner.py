@@ -157,7 +157,8 @@ class Captioner:
                 encoder.weights = folder.encoder_weights
             decoder.load_state_dict(_below("decoder.", folder.tensors))
         except RuntimeError as error:
-            raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {error}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}") from error
         return cls(
             encoder=encoder,
             decoder=decoder,
@@ -211,9 +212,10 @@ class Captioner:
             raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}")
         chunks = []
         for start in range(0, len(pixels), COMPUTE_BATCH_SIZE):
-            part = torch.as_tensor(np.array(pixels[start : start + COMPUTE_BATCH_SIZE]))
+            part = pixels[start : start + COMPUTE_BATCH_SIZE]
             chunk = torch.zeros(COMPUTE_BATCH_SIZE, *expected, dtype=torch.uint8)
-            chunk[: len(part)] = part
+            # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
+            chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
             chunks.append((chunk.to(self.device), len(part)))
         return chunks
 
@@ -269,7 +271,7 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
             raise ModelError(
                 f"{location} has model format {config['format_version']}, this imcap_ray reads {FORMAT_VERSION}"
             )
-        sections = {
+        sections: dict[str, Any] = {
             "encoder": from_mapping(EncoderConfig, config["encoder"], section="encoder"),
             "encoder_weights": EncoderWeights(**config["encoder_weights"]),
             "preprocessing": from_mapping(PreprocessingConfig, config["preprocessing"], section="preprocessing"),
@@ -279,7 +281,7 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
         vocabulary_size = int(config["vocabulary_size"])
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"{location}: {CONFIG_FILE} is damaged or of another kind: {error}") from error
-    vocabulary = Vocabulary.from_json(files[VOCABULARY_FILE].decode("utf-8"))
+    vocabulary = Vocabulary.from_json(files[VOCABULARY_FILE])
     if len(vocabulary) != vocabulary_size:
         raise ModelError(
             f"{location}: the vocabulary has {len(vocabulary)} tokens but the decoder was trained with "
@@ -288,11 +290,17 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
     try:
         from safetensors.torch import load
 
-        tensors = {name: tensor.float() for name, tensor in load(files[WEIGHTS_FILE]).items()}
+        tensors = {
+            name: tensor.float() if tensor.is_floating_point() else tensor
+            for name, tensor in load(files[WEIGHTS_FILE]).items()
+        }
     except safetensors.SafetensorError as error:
         raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {error}") from error
     metrics_location = storage.join(location, METRICS_FILE)
-    metrics = json.loads(storage.read_bytes(metrics_location)) if storage.exists(metrics_location) else {}
+    try:
+        metrics = json.loads(storage.read_bytes(metrics_location)) if storage.exists(metrics_location) else {}
+    except ValueError as error:
+        raise ModelError(f"{location}: {METRICS_FILE} is damaged: {error}") from error
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
         digest.update(hashlib.sha256(files[name]).digest())

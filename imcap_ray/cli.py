@@ -206,7 +206,8 @@ def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Pr
             return
         last = now
         rate = progress.num_images / (now - start)
-        line = f"{progress.num_images:,} of {total:,} images, {rate:.1f} images/s, {_duration((total - progress.num_images) / rate)} left"
+        left = _duration((total - progress.num_images) / rate)
+        line = f"{progress.num_images:,} of {total:,} images, {rate:.1f} images/s, {left} left"
         click.echo(f"\r\033[K{line}" if on_terminal else line, err=True, nl=not on_terminal)
 
     return say, show
@@ -262,7 +263,7 @@ def train(data: str, model: str, **options: Any) -> None:
     """
     from dataclasses import asdict
 
-    from imcap_ray.config import load_recipe
+    from imcap_ray.config import load_recipe, parse_override
     from imcap_ray.datasets import load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.trainer import train as run_training
@@ -270,7 +271,7 @@ def train(data: str, model: str, **options: Any) -> None:
     refuse_relative_paths_in_job(
         {"MODEL": model} | ({"--features": options["features"]} if options["features"] else {})
     )
-    recipe = load_recipe(options["recipe"], dict(_parse_override(text) for text in options["overrides"]))
+    recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     dataset = load_dataset(data)
     say, _ = _voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
@@ -294,18 +295,6 @@ def train(data: str, model: str, **options: Any) -> None:
             f"{result.model}: epoch {result.metrics['epoch']} of {result.num_epochs} kept, validation CIDEr-D "
             f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; {_duration(result.seconds)}"
         )
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    from imcap_ray.config import tomllib
-
-    name, equals, value = text.partition("=")
-    if not equals or "." not in name:
-        raise InputError(f"--set takes SECTION.NAME=VALUE, for example training.epochs=5, got {text!r}")
-    try:
-        return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name, value
 
 
 @main.command()

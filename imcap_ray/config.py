@@ -57,6 +57,10 @@ class PreprocessingConfig:
 
     def __post_init__(self) -> None:
         _require(32 <= self.image_size <= 2048, "preprocessing.image_size", "32 to 2048", self.image_size)
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            _require(value is None or len(value) == 3, f"preprocessing.{name}", "three numbers", value)
+        _require(self.std is None or all(x > 0 for x in self.std), "preprocessing.std", "above 0", self.std)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,6 +197,8 @@ class Recipe:
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:
     """The dataclass with these values; an unknown name or a value of another type raises a ConfigError."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{section or 'the settings'} must be a section, got {values!r}")
     hints = get_type_hints(config_class)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
@@ -205,8 +211,6 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, secti
 
 def _convert(hint: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{place} must be a section, got {value!r}")
         return from_mapping(cast("type[Any]", hint), value, section=place)
     expected = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
     if isinstance(value, bool):
@@ -214,7 +218,9 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     elif isinstance(value, int) and float in expected:
         return float(value)
     elif isinstance(value, list):
-        matches = any(get_origin(option) is tuple for option in expected)
+        matches = any(get_origin(option) is tuple for option in expected) and all(
+            type(item) in (int, float) for item in value
+        )
         value = tuple(float(item) for item in value) if matches else value
     else:
         matches = type(value) in expected
@@ -226,9 +232,11 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The dataclass as plain dictionaries and lists, ready for JSON."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
-    }
+    return dataclasses.asdict(config, dict_factory=_listed)
+
+
+def _listed(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
 def recipe_names() -> list[str]:
@@ -245,7 +253,10 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     if name_or_path in recipe_names():
         text = (resources.files("imcap_ray") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
+        try:
+            text = Path(name_or_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"recipe {name_or_path} cannot be read: {error}") from error
     else:
         raise ConfigError(
             f"no recipe {name_or_path!r}: expected one of {', '.join(recipe_names())}, or the path of a TOML file"
@@ -256,5 +267,17 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
     for dotted, value in (overrides or {}).items():
         section, _, name = dotted.partition(".")
-        values.setdefault(section, {})[name] = value
+        if isinstance(values.setdefault(section, {}), dict):  # else it is refused below
+            values[section][name] = value
     return from_mapping(Recipe, values)
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Dotted name and value of `SECTION.NAME=VALUE`. The value is TOML; text needs no quotes."""
+    name, equals, value = text.partition("=")
+    if not equals or "." not in name:
+        raise ConfigError(f"--set takes SECTION.NAME=VALUE, for example training.epochs=5, got {text!r}")
+    try:
+        return name, tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name, value

@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import pyarrow as pa
@@ -175,17 +175,21 @@ def _parquet_files(location: str) -> Iterable[str]:
 
 
 def _read_parquet(location: str) -> CaptionedImages:
-    """Columns `captions` (list of strings) or `caption`; `image_id` and `image_path`, either is enough; `split`."""
+    """Columns `captions` (list of strings) or `caption`; `image_id` and `image_path`, either is enough; `split`.
+
+    An image may have several rows. Rows without an image or a caption are counted and left out.
+    """
     tables = []
     for path in _parquet_files(location):
         filesystem, inner = storage.resolve(path)
         try:
             names = pq.read_schema(inner, filesystem=filesystem).names
             wanted = [n for n in ("image_id", "image_path", "split", "captions", "caption") if n in names]
-            tables.append(pq.read_table(inner, filesystem=filesystem, columns=wanted))
+            table = pq.read_table(inner, filesystem=filesystem, columns=wanted)
+            tables.append(table.cast(pa.schema([(f.name, _text_type(f.type)) for f in table.schema])))
         except (pa.ArrowException, OSError) as error:
-            raise DatasetError(f"{path} is not readable Parquet: {error}") from error
-    table = pa.concat_tables(tables, promote_options="permissive")
+            raise DatasetError(f"{path} is not readable Parquet of captions: {error}") from error
+    table = pa.concat_tables(tables, promote_options="default")
     names = table.column_names
     captions_column = "captions" if "captions" in names else "caption"
     if captions_column not in names or not {"image_id", "image_path"} & set(names):
@@ -195,19 +199,33 @@ def _read_parquet(location: str) -> CaptionedImages:
     captions: dict[str, list[str]] = defaultdict(list)
     splits: dict[str, str] = {}
     paths: dict[str, str] = {}
+    num_odd_rows = 0
     for row in table.to_pylist():
-        image_id = row.get("image_id") or row["image_path"]
-        found = row[captions_column] or []
-        captions[image_id].extend([found] if isinstance(found, str) else found)
-        splits[image_id] = row.get("split") or split_of(image_id)
+        image_id = row.get("image_id") or row.get("image_path")
+        found = row[captions_column]
+        found = [found] if isinstance(found, str) else found or []
+        found = [caption.strip() for caption in found if caption and caption.strip()]
+        if not image_id or not found:
+            num_odd_rows += 1
+            continue
+        captions[image_id] += found
         paths[image_id] = row.get("image_path") or ""
-    dataset = _to_dataset(location, "Parquet", captions, splits, (), [])
+        split = row.get("split") or split_of(image_id)
+        if split not in SPLITS:
+            raise DatasetError(f"{location}: split must be {', '.join(SPLITS)}, got {split!r} at {image_id}")
+        if splits.setdefault(image_id, split) != split:
+            raise DatasetError(f"{location}: {image_id} is in two splits, {splits[image_id]} and {split}")
+    notes = [_count(num_odd_rows, "row has", "rows have", "no image or no caption")]
+    dataset = _to_dataset(location, "Parquet", captions, splits, (), notes)
     base = location if not storage.is_file(location) else storage.parent(location)
     resolved = [_beside(base, paths[image_id]) for image_id in dataset.table["image_id"].to_pylist()]
     place = DATASET_SCHEMA.get_field_index("image_path")
-    return CaptionedImages(
-        location, "Parquet", dataset.table.set_column(place, "image_path", pa.array(resolved, pa.string()))
-    )
+    return replace(dataset, table=dataset.table.set_column(place, "image_path", pa.array(resolved, pa.string())))
+
+
+def _text_type(stored: pa.DataType) -> pa.DataType:
+    is_list = pa.types.is_list(stored) or pa.types.is_large_list(stored)
+    return pa.list_(pa.string()) if is_list else pa.string()
 
 
 def _beside(base: str, path: str) -> str:

@@ -99,7 +99,7 @@ class AttentionDecoder(nn.Module):
         return self._split_heads(keys), self._split_heads(values), projected.mean(dim=1)
 
     def _split_heads(self, vectors: Tensor) -> Tensor:
-        return vectors.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return vectors.reshape(*vectors.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
     def _attend(self, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Hidden states (I, Q, H) of Q queries per image -> (I, Q, H)."""
@@ -194,8 +194,6 @@ def _advance(lstm: nn.LSTM, inputs: Tensor, state: State) -> tuple[Tensor, State
     """One position of a one-layer LSTM for all beams. Inputs (B, K, ...) -> output (B, K, H), state."""
     shape = inputs.shape[:2]
     flat = tuple(tensor.flatten(0, 1).contiguous() for tensor in state)
-    hidden, cell = torch.lstm_cell(
-        inputs.flatten(0, 1), flat, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0, lstm.bias_hh_l0
-    )
+    hidden, cell = torch.lstm_cell(inputs.flatten(0, 1), flat, *lstm.all_weights[0])
     hidden, cell = hidden.view(*shape, -1), cell.view(*shape, -1)
     return hidden, (hidden, cell)

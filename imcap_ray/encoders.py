@@ -280,6 +280,7 @@ class Encoder(nn.Module):
         self.num_regions, self.num_channels = blank.shape[1:]
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Features (B, R, F): the cells of the map row by row, or one vector."""
         normalised = ((pixels.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         features: Tensor = self.cnn(normalised)
         if features.dim() == 4:
@@ -363,9 +364,12 @@ def _load_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]]
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if convert is not None and not set(tensors) >= set(cnn.state_dict()):
-            tensors = convert(tensors)
-        cnn.load_state_dict(tensors if convert is not None else {f"cnn.{k}": v for k, v in tensors.items()})
+        if convert is None:
+            tensors = {f"cnn.{name}": tensor for name, tensor in tensors.items()}
+        elif set(tensors) != (expected := set(cnn.state_dict())):
+            # The file's layers behind the one that features are read from are not needed.
+            tensors = {name: tensor for name, tensor in convert(tensors).items() if name in expected}
+        cnn.load_state_dict(tensors)
     except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path} does not hold the weights of this CNN: {reason}") from error

@@ -11,8 +11,10 @@ from imcap_ray.metrics import EvaluationReport, evaluate
 def read_captions(location: str) -> dict[str, str]:
     """image_id -> caption of a captions table (folder or Parquet file); "" for images that have none."""
     table = open_captions(location).to_table(columns=["image_id", "caption"])
-    image_ids = table["image_id"].to_pylist()
-    captions = dict(zip(image_ids, table["caption"].to_pylist(), strict=True))
+    image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
+    captions = {
+        image_id: caption or "" for image_id, caption in zip(image_ids, table["caption"].to_pylist(), strict=True)
+    }
     if len(captions) != len(image_ids):
         raise DatasetError(f"{location}: {len(image_ids) - len(captions):,} image ids stand there more than once")
     return captions

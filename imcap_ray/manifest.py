@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -164,7 +165,7 @@ def build_manifest(location: str, folder: str, *, recursive: bool = True, limit:
     location = storage.absolute(location)
     if not storage.exists(location):
         raise InputError(f"no such input: {location}")
-    tables, ignored = _list_tables(location)
+    tables, ignored = _list_tables(location, recursive)
     if tables:
         entries: Iterable[dict[str, Any]] = _table_entries(location, tables)
         description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
@@ -193,7 +194,7 @@ def build_manifest(location: str, folder: str, *, recursive: bool = True, limit:
     if not tables:
         ignored = counter.number
     if not num_images:
-        seen = f"{ignored:,} other files" if ignored else "nothing"
+        seen = f"{ignored:,} other file{'s' * (ignored != 1)}" if ignored else "nothing"
         raise InputError(f"no images in {location}: found {seen} there; images are known by names like .jpg or .png")
     return InputSummary(num_images=num_images, num_ignored=ignored, description=description)
 
@@ -238,14 +239,18 @@ def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def _list_tables(location: str) -> tuple[list[str], int]:
+def _is_image(name: str) -> bool:
+    return _extension(name) in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith(".")
+
+
+def _list_tables(location: str, recursive: bool) -> tuple[list[str], int]:
     """The Parquet files of an input, and the number of files beside them; none when it is a folder of images."""
     if storage.is_file(location):
         return ([location] if _extension(location) == "parquet" else []), 0
     tables: list[str] = []
     others = 0
-    for path, name in storage.list_files(location):
-        if _extension(name) in IMAGE_EXTENSIONS:
+    for path, name in storage.list_files(location, recursive=recursive):
+        if _is_image(name):
             return [], 0  # images are what an input is for: a table among them is not one
         if _extension(name) == "parquet" and not name.rpartition("/")[2].startswith(("_", ".")):
             tables.append(path)
@@ -261,7 +266,7 @@ def _file_entries(location: str, recursive: bool, ignored: _IgnoredFiles) -> Ite
         else storage.list_files(location, recursive=recursive)
     )
     for path, name in found:
-        if _extension(name) in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith("."):
+        if _is_image(name):
             yield _entry(name, path)
         else:
             ignored.number += 1
@@ -298,10 +303,19 @@ def _table_entries(location: str, tables: list[str]) -> Iterator[dict[str, Any]]
             first_row += num_rows
 
 
+@contextmanager
+def _open_table(table_path: str) -> Iterator[pq.ParquetFile]:
+    filesystem, path = storage.resolve(table_path)
+    try:
+        with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
+            yield table
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{table_path} is not readable Parquet: {error}") from error
+
+
 def _row_groups(table_path: str) -> Iterator[tuple[int, int, list[str | None] | None]]:
     """Number, rows and, where the images are paths, the paths of each row group."""
-    filesystem, path = storage.resolve(table_path)
-    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
+    with _open_table(table_path) as table:
         column = find_image_column(table.schema_arrow, table_path)
         for row_group in range(table.num_row_groups):
             num_rows = table.metadata.row_group(row_group).num_rows
@@ -316,24 +330,20 @@ def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, bool]:
     chunks: list[pa.Array] = []
     is_explicit = False
     for table_path in tables:
-        filesystem, path = storage.resolve(table_path)
-        try:
-            with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
-                schema = table.schema_arrow
-                column = find_image_column(schema, table_path)
-                id_column = next((name for name in _ID_COLUMNS if name in schema.names), None)
-                is_explicit = is_explicit or id_column is not None
-                if id_column is None and column.kind == "struct":
-                    id_column = f"{column.name}.path"
-                    if schema.field(column.name).type.get_field_index("path") < 0:
-                        return None, False
-                elif id_column is None and column.kind == "path":
-                    id_column = column.name
-                elif id_column is None:
+        with _open_table(table_path) as table:
+            schema = table.schema_arrow
+            column = find_image_column(schema, table_path)
+            id_column = next((name for name in _ID_COLUMNS if name in schema.names), None)
+            is_explicit = is_explicit or id_column is not None
+            if id_column is None and column.kind == "struct":
+                id_column = f"{column.name}.path"
+                if schema.field(column.name).type.get_field_index("path") < 0:
                     return None, False
-                values = table.read(columns=[id_column]).column(0)
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{table_path} is not readable Parquet: {error}") from error
+            elif id_column is None and column.kind == "path":
+                id_column = column.name
+            elif id_column is None:
+                return None, False
+            values = table.read(columns=[id_column]).column(0)
         if pa.types.is_struct(values.type):
             values = pc.struct_field(values, "path")
         chunks.extend(values.cast(pa.string()).chunks)

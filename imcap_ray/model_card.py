@@ -30,7 +30,8 @@ An image captioner of imcap_ray: {{ recipe.encoder.name }} ({{ recipe.encoder.la
 
 | BLEU-1 | BLEU-2 | BLEU-3 | BLEU-4 | ROUGE-L | CIDEr-D |
 |---|---|---|---|---|---|
-|{% for name in percent %} {{ "%.1f" | format(100 * metrics[name]) }} |{% endfor %} {{ "%.3f" | format(metrics.cider_d) }} |
+|{% for name in percent %} {{ "%.1f" | format(100 * metrics[name]) }} |{% endfor -%}
+{{ " %.3f" | format(metrics.cider_d) }} |
 
 Protocol: corpus BLEU with the closest reference length and no smoothing, ROUGE-L and CIDEr-D as coco-caption defines
 them, all references, `{{ protocol_tokenizer }}` tokens; computed by `imcap train` with the moving average's or the
@@ -67,7 +68,7 @@ def write_card(
         "attention": "attention over the CNN's regions between two LSTMs",
         "lstm": "an LSTM merged with the image before the softmax",
     }
-    return jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+    card: str = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
         name=name,
         recipe=to_mapping(recipe),
         recipe_name=recipe_name,
@@ -83,3 +84,4 @@ def write_card(
         percent=("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
         protocol_tokenizer="ptb",
     )
+    return card

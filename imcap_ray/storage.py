@@ -60,7 +60,7 @@ def _remote(scheme: str, authority: str) -> fs.FileSystem:
         return fs.FileSystem.from_uri(root)[0]
     except (ValueError, OSError) as arrow_error:
         try:
-            import fsspec
+            import fsspec  # type: ignore[import-untyped]
 
             return fs.PyFileSystem(fs.FSSpecHandler(fsspec.core.url_to_fs(root)[0]))
         except (ImportError, ValueError, OSError) as error:
@@ -89,33 +89,53 @@ def list_files(folder: str, *, recursive: bool = True) -> Iterator[tuple[str, st
     """Location and path relative to `folder` of each file below it, sorted within each folder.
 
     One folder at a time is held in memory. Links are followed; a folder met a second time on the way down is not
-    entered again. A folder that cannot be read raises InputError.
+    entered again. A link that leads nowhere is listed: it is somebody's image, and its row will say `missing`.
+    A folder that cannot be read raises InputError.
     """
     folder = absolute(folder)
     filesystem, root = resolve(folder)
-    prefix = folder[: -len(root)] if is_uri(folder) else ""
-    yield from _walk(filesystem, root, root, prefix, recursive, ancestors=())
+    yield from _walk(filesystem, root, folder, "", recursive, ancestors=())
 
 
 def _walk(
-    filesystem: fs.FileSystem, root: str, path: str, prefix: str, recursive: bool, ancestors: tuple[str, ...]
+    filesystem: fs.FileSystem, path: str, location: str, name: str, recursive: bool, ancestors: tuple[str, ...]
 ) -> Iterator[tuple[str, str]]:
-    real_path = os.path.realpath(path) if not prefix else path
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    real_path = os.path.realpath(path) if is_local else path
     if real_path in ancestors:
         return
     try:
-        entries = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
+        entries = sorted(_list_local(path) if is_local else _list_remote(filesystem, path))
     except OSError as error:
-        raise InputError(f"cannot list {prefix}{path}: {error}") from error
-    folders = []
-    for entry in sorted(entries, key=lambda entry: entry.path):
-        if entry.type == fs.FileType.Directory:
-            folders.append(entry.path)
-        else:  # a dangling link is `NotFound`: it is somebody's image, and its row will say `missing`
-            yield prefix + entry.path, posixpath.relpath(entry.path, root)
-    if recursive:
-        for entry_path in folders:
-            yield from _walk(filesystem, root, entry_path, prefix, recursive, (*ancestors, real_path))
+        raise InputError(f"cannot list {location}: {error}") from error
+    for entry, is_folder in entries:
+        if not is_folder:
+            yield join(location, _printable(entry)), name + _printable(entry)
+    for entry, is_folder in entries:
+        if is_folder and recursive:
+            below = (join(path, entry), join(location, _printable(entry)), f"{name}{_printable(entry)}/")
+            yield from _walk(filesystem, *below, recursive, (*ancestors, real_path))
+
+
+def _list_local(path: str) -> list[tuple[str, bool]]:
+    """Names in a folder, and whether each is a folder. Not through pyarrow, which leaves out links that lead nowhere
+    and stops at a name that is not UTF-8."""
+    with os.scandir(path) as entries:
+        return [
+            (entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())
+            for entry in entries
+            if entry.is_symlink() or entry.is_dir() or entry.is_file()  # a pipe would be waited for
+        ]
+
+
+def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool]]:
+    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
+    return [(entry.base_name, entry.type == fs.FileType.Directory) for entry in entries]
+
+
+def _printable(name: str) -> str:
+    """The name with bytes that are not UTF-8 written as `\\xff`: no table holds them, so its image is `missing`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_bytes(location: str) -> bytes:

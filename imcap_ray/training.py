@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,14 +61,15 @@ class Optimization:
         self.model = model  # what is called: the decoder, or DDP around it
         self.config = config
         optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        options = {"weight_decay": config.weight_decay} if config.optimizer == "adamw" else {}
+        options: dict[str, Any] = {"weight_decay": config.weight_decay} if config.optimizer == "adamw" else {}
         self.optimizer = optimizer_class(decoder.parameters(), lr=config.learning_rate, fused=True, **options)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: learning_rate_factor(step, total_steps, config)
         )
-        self.average = (
-            AveragedModel(decoder, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)) if config.ema_decay else None
-        )
+        self.average = None
+        if config.ema_decay:
+            update = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
+            self.average = AveragedModel(decoder, multi_avg_fn=update)
         self.decoder = decoder
 
     def step(self, batch: CaptionBatch) -> tuple[float, int]:
@@ -82,7 +84,7 @@ class Optimization:
         smoothing = self.config.label_smoothing  # Szegedy et al. 2016, arXiv 1512.00567, section 7
         loss = (1 - smoothing) * cross_entropy - smoothing * log_probs.mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.config.gradient_clip:
             nn.utils.clip_grad_norm_(self.decoder.parameters(), self.config.gradient_clip)
         self.optimizer.step()
@@ -128,6 +130,6 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) ->
 def prefers_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

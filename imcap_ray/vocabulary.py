@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from imcap_ray.errors import ModelError
-from imcap_ray.tokenization import detokenize, tokenize
+from imcap_ray.tokenization import TOKENIZERS, detokenize, tokenize
 
 SPECIAL_TOKENS = ("<padding>", "<start>", "<end>", "<unknown>")
 PADDING_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
@@ -60,10 +60,15 @@ class Vocabulary:
         return json.dumps({"tokenizer": self.tokenizer, "tokens": words}, ensure_ascii=False, indent=0)
 
     @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
+    def from_json(cls, text: str | bytes) -> Vocabulary:
         """The vocabulary that `to_json` wrote."""
         try:
             values = json.loads(text)
-            return cls(values["tokens"], tokenizer=values["tokenizer"])
+            tokens, tokenizer = values["tokens"], values["tokenizer"]
+            if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+                raise ValueError("tokens must be a list of strings")
+            if tokenizer not in TOKENIZERS:
+                raise ValueError(f"no tokenizer {tokenizer!r}")
+            return cls(tokens, tokenizer=tokenizer)
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"vocabulary.json must hold `tokenizer` and `tokens`: {error!r}") from error

@@ -1,6 +1,6 @@
 """imcap caption as a program, for Ray Jobs. Its arguments are those of `imcap caption`; paths are absolute, or URIs.
 
-    ray job submit --working-dir . -- python jobs/caption.py s3://bucket/images s3://bucket/captions
+ray job submit --working-dir . -- python jobs/caption.py s3://bucket/images s3://bucket/captions
 """
 
 import sys

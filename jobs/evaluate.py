@@ -1,6 +1,6 @@
 """imcap evaluate as a program, for Ray Jobs. Its arguments are those of `imcap evaluate`; paths are absolute, or URIs.
 
-    ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/captions s3://bucket/flickr8k
+ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/captions s3://bucket/flickr8k
 """
 
 import sys

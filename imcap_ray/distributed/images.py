@@ -295,7 +295,9 @@ def map_images(
                 partial(load_images, image_size=image_size, counter=counter),
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=1,
+                # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing
+                # both into one: a file that kills its decoder must not take a model with it.
+                num_cpus=0.5,
             )
             .map_batches(
                 actor_class,
@@ -311,7 +313,9 @@ def map_images(
             try:
                 dataset.write_datasink(sink)
             except (RayError, OSError) as error:
-                raise ImcapError(_explain(error)) from error
+                raise ImcapError(
+                    f"stopped by an error: {explain(error)}; what is written is kept, the same command goes on"
+                ) from error
     progress: Progress = ray.get(counter.get.remote())
     return progress
 
@@ -335,10 +339,10 @@ def _watch(counter: Any, on_progress: Callable[[Progress], None]) -> Iterator[No
         thread.join()
 
 
-def _explain(error: BaseException) -> str:
-    """The first line of what went wrong, without Ray's traceback around it."""
-    cause = error
-    while isinstance(getattr(cause, "cause", None), BaseException):
-        cause = cause.cause  # type: ignore[attr-defined]
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1] if lines else 'no reason given'}"
+def explain(error: BaseException) -> str:
+    """What went wrong, in one line, out of the tracebacks of Ray's processes."""
+    # A chain of exceptions from other processes arrives as text, the first cause on top; the last indented line of a
+    # traceback is code, what follows is the exception.
+    lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
+    last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
+    return " ".join(line.strip() for line in lines[last_code + 1 :]) or type(error).__name__

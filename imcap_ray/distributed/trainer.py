@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data.expressions
 import ray.train
 import torch
 from ray.data import DataContext
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, DataConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2.api.config import FailureConfig  # the one `ray.train` exports at run time; mypy sees the old one
 
 from imcap_ray import storage
 from imcap_ray.captioner import CONFIG_FILE, save_model_folder, search_captions
@@ -31,7 +34,7 @@ from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImage
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key
-from imcap_ray.distributed.images import Progress
+from imcap_ray.distributed.images import Progress, explain
 from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.metrics import score
@@ -41,6 +44,12 @@ from imcap_ray.vocabulary import Vocabulary
 
 WORK_FOLDER: Final = "_training"
 SHUFFLE_BUFFER_IMAGES: Final = 1024
+RESIDENT_SHARE: Final = 0.4
+"""Of the free memory, what a worker's features may fill to be kept there."""
+
+BatchSource = Callable[..., Iterator[tuple[torch.Tensor, list[str]]]]
+"""Called with batch_size and seed: one epoch of shuffled batches, features (I, views, R, F) and image ids."""
+
 _STATE_FILE: Final = "training_state.pt"
 _DECODER_FILE: Final = "decoder.safetensors"
 _METRICS_FILE: Final = "metrics.jsonl"
@@ -232,8 +241,12 @@ def _fit(
     with DataContext.current(context):
         datasets = {
             split: ray.data.read_parquet(
-                cache.files(), filesystem=storage.resolve(cache.folder)[0], columns=["image_id", "features"]
+                [storage.resolve(file)[1] for file in cache.files()],
+                filesystem=storage.resolve(cache.folder)[0],
+                columns=["image_id", "features", "error_code"],
             )
+            # Before Ray splits the rows: workers with unequal numbers of batches would wait for each other.
+            .filter(expr=ray.data.expressions.col("error_code") == "")
             for split, cache in caches.items()
         }
         trainer = TorchTrainer(
@@ -244,7 +257,7 @@ def _fit(
                 "seed": seed,
                 "threads": threads,
                 "shapes": {split: cache.shape for split, cache in caches.items()},
-                "num_train_images": caches[TRAIN].num_images,
+                "num_train_images": caches[TRAIN].num_images - len(caches[TRAIN].failures),
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -259,8 +272,7 @@ def _fit(
                     num_to_keep=1, checkpoint_score_attribute="cider_d", checkpoint_score_order="max"
                 ),
             ),
-            datasets=datasets,
-            # Validation is not split by Ray: an equal split would drop images. Each worker takes every n-th.
+            datasets={**datasets},
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
         with _echo_epochs(work, echo):
@@ -268,7 +280,7 @@ def _fit(
                 result = trainer.fit()
             except (RayError, ray.train.TrainingFailedError) as error:
                 raise ImcapError(
-                    f"training failed: {_reason(error)}; the same command goes on from its last epoch"
+                    f"training stopped by an error: {explain(error)}; the same command goes on after its last epoch"
                 ) from error
     best = result.get_best_checkpoint("cider_d", "max")
     if best is None:
@@ -279,11 +291,6 @@ def _fit(
         tensors = load_file(Path(folder, _DECODER_FILE))
         metrics = json.loads(Path(folder, "metrics.json").read_text())
     return _Kept(decoder_tensors=tensors, metrics=metrics)
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[-1] if text else type(error).__name__
 
 
 @contextlib.contextmanager
@@ -404,14 +411,24 @@ def train_worker(config: dict[str, Any]) -> None:
         optimization.load_state_dict(state["optimization"])
         history = state["history"]
 
-    validation = list(_validation_part(config["shapes"][VALIDATION], rank, world_size))
+    source = _choose_source(config["num_train_images"] // world_size, shape)
+    # Every worker is handed all validation images, for an equal split would drop some; it keeps each n-th batch.
+    validation = [
+        (features[:, 0], image_ids)
+        for number, (features, image_ids) in enumerate(
+            _read_shard(VALIDATION, config["shapes"][VALIDATION], batch_size=64)
+        )
+        if number % world_size == rank
+    ]
     ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
     while len(history) < settings.epochs and not _has_stopped(history, settings.patience):
         epoch = len(history) + 1
         start = time.time()
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch * 1009 + rank)
-        torch.manual_seed(seed * 1_000_003 + epoch * 1009 + rank)  # dropout differs between workers and epochs
-        train_loss = _run_epoch(optimization, ids, shape, local_batch_size, seed + epoch, generator, device)
+        epoch_seed = seed * 1_000_003 + epoch * 1009 + rank
+        generator = torch.Generator().manual_seed(epoch_seed)
+        torch.manual_seed(epoch_seed)  # dropout differs between workers and epochs
+        batches = source(batch_size=local_batch_size, seed=epoch_seed)
+        train_loss = _run_epoch(optimization, batches, ids, generator, device)
         hypotheses = _caption(optimization.kept, vocabulary, validation, recipe, device)
         hypotheses = _gather(hypotheses, world_size)
         metrics: dict[str, Any] = {}
@@ -433,32 +450,20 @@ def _has_stopped(history: list[dict[str, Any]], patience: int) -> bool:
     if not patience or len(history) <= patience:
         return False
     scores = [row["cider_d"] for row in history]
-    return max(scores[-patience:]) <= max(scores[:-patience])
+    return bool(max(scores[-patience:]) <= max(scores[:-patience]))
 
 
 def _run_epoch(
     optimization: Optimization,
+    batches: Iterator[tuple[torch.Tensor, list[str]]],
     ids: Mapping[str, list[list[int]]],
-    shape: tuple[int, int, int],
-    batch_size: int,
-    shuffle_seed: int,
     generator: torch.Generator,
     device: torch.device,
 ) -> float:
-    """One pass over this worker's images; the mean cross-entropy of a token."""
+    """One pass over this worker's images; the mean cross-entropy of a token, in nats."""
     loss_sum, num_tokens = 0.0, 0
-    shard = ray.train.get_dataset_shard(TRAIN)
-    for rows in shard.iter_batches(
-        batch_size=batch_size,
-        batch_format="pyarrow",
-        prefetch_batches=2,
-        local_shuffle_buffer_size=SHUFFLE_BUFFER_IMAGES,
-        local_shuffle_seed=shuffle_seed,
-    ):
-        features, image_ids = _features(rows, shape)
-        if not image_ids:
-            continue
-        views = torch.randint(shape[0], (len(image_ids),), generator=generator)
+    for features, image_ids in batches:
+        views = torch.randint(features.shape[1], (len(image_ids),), generator=generator)
         chosen = features[torch.arange(len(image_ids)), views]
         batch = make_batch(chosen, [ids[image_id] for image_id in image_ids], device)
         loss, count = optimization.step(batch)
@@ -466,27 +471,51 @@ def _run_epoch(
     return loss_sum / max(1, num_tokens)
 
 
-def _features(rows: pa.Table, shape: tuple[int, int, int]) -> tuple[torch.Tensor, list[str]]:
-    """Features (I, views, R, F) in float16 and ids of the rows that have features."""
-    image_ids, arrays = [], []
-    for image_id, value in zip(rows["image_id"], rows["features"], strict=True):
-        buffer = value.as_buffer()
-        if buffer.size:
-            image_ids.append(image_id.as_py())
-            arrays.append(np.frombuffer(buffer, np.float16).reshape(shape))
-    return torch.from_numpy(np.stack(arrays)) if arrays else torch.empty(0, *shape), image_ids
+def _choose_source(num_images: int, shape: tuple[int, int, int]) -> BatchSource:
+    """How this worker reads its shard of the training features.
+
+    Features that fit in memory are read once: while Ray Data streams, its scheduler keeps half a core busy (Ray 2.60),
+    a quarter of a two-core machine. Larger ones are streamed anew in every epoch.
+    """
+    available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size_bytes = num_images * int(np.prod(shape)) * np.dtype(np.float16).itemsize
+    if size_bytes > RESIDENT_SHARE * available_bytes:
+        return partial(_stream_shard, shape)
+    parts = list(_read_shard(TRAIN, shape, batch_size=256))
+    features = torch.empty(sum(len(part) for part, _ in parts), *shape, dtype=torch.float16)
+    image_ids: list[str] = []
+    while parts:  # each part is freed when it is copied, so that the peak is little more than the whole
+        part, part_ids = parts.pop(0)
+        features[len(image_ids) : len(image_ids) + len(part)] = part
+        image_ids += part_ids
+    return partial(_shuffle_resident, features, image_ids)
 
 
-def _validation_part(
-    shape: tuple[int, int, int], rank: int, world_size: int
+def _shuffle_resident(
+    features: torch.Tensor, image_ids: list[str], *, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """This worker's share of the validation images, in batches: every `world_size`-th batch."""
-    shard = ray.train.get_dataset_shard(VALIDATION)
-    for number, rows in enumerate(shard.iter_batches(batch_size=64, batch_format="pyarrow")):
-        if number % world_size == rank:
-            features, image_ids = _features(rows, shape)
-            if image_ids:
-                yield features[:, 0], image_ids
+    order = torch.randperm(len(image_ids), generator=torch.Generator().manual_seed(seed))
+    for chosen in torch.split(order, batch_size):
+        yield features[chosen], [image_ids[number] for number in chosen.tolist()]
+
+
+def _stream_shard(
+    shape: tuple[int, int, int], *, batch_size: int, seed: int
+) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    yield from _read_shard(
+        TRAIN,
+        shape,
+        batch_size=batch_size,
+        local_shuffle_buffer_size=SHUFFLE_BUFFER_IMAGES,
+        local_shuffle_seed=seed,
+    )
+
+
+def _read_shard(split: str, shape: tuple[int, int, int], **options: Any) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    """Batches of this worker's images: features (I, views, R, F) in float16, and ids."""
+    for rows in ray.train.get_dataset_shard(split).iter_batches(batch_format="pyarrow", **options):
+        arrays = [np.frombuffer(value.as_buffer(), np.float16).reshape(shape) for value in rows["features"]]
+        yield torch.from_numpy(np.stack(arrays)), rows["image_id"].to_pylist()
 
 
 def _caption(

@@ -152,9 +152,7 @@ def test_a_failed_image_is_a_card_with_its_code_and_message_and_is_not_loaded(re
         loaded.append(row["image_id"])
         return RED
 
-    page = report(
-        ok("good.jpg"), failed("bad.jpg", "not_an_image", "this is a letter"), load_image=load_image
-    )
+    page = report(ok("good.jpg"), failed("bad.jpg", "not_an_image", "this is a letter"), load_image=load_image)
 
     assert loaded == ["good.jpg"]
     assert len(page.with_class("card")) == 2
@@ -172,16 +170,13 @@ def test_failures_are_counted_by_code_the_most_frequent_first(report: Report) ->
         max_images=0,
     )
 
-    assert (
-        "Failures Code First message Images truncated image file is truncated 2 missing no such file 1"
-        in (page.text)
+    assert "Failures Code First message Images truncated image file is truncated 2 missing no such file 1" in (
+        page.text
     )
 
 
 def test_html_in_captions_and_names_is_text_and_not_markup(report: Report) -> None:
-    hostile = ok(
-        HOSTILE, HOSTILE, captions=[HOSTILE, f"{HOSTILE} again"], format=HOSTILE, duplicate_of=HOSTILE
-    )
+    hostile = ok(HOSTILE, HOSTILE, captions=[HOSTILE, f"{HOSTILE} again"], format=HOSTILE, duplicate_of=HOSTILE)
     page = report(
         *[hostile] * 30,
         failed(HOSTILE, HOSTILE, HOSTILE),
@@ -295,10 +290,7 @@ def test_references_stand_beside_the_caption_of_their_image(report: Report) -> N
         references={"1.jpg": ["a brown dog", "a running dog"]},
     )
 
-    assert (
-        "Caption a dog runs 0.50 confidence References, by people a brown dog a running dog 1.jpg"
-        in page.text
-    )
+    assert "Caption a dog runs 0.50 confidence References, by people a brown dog a running dog 1.jpg" in page.text
     assert page.text.count("by people") == 1
 
 
@@ -342,13 +334,9 @@ def test_an_evaluation_is_shown_with_intervals_baseline_and_protocol(
 ) -> None:
     page = report(ok("1.jpg"), evaluation=as_dict(EVALUATION))
 
-    assert (
-        "BLEU-1 BLEU-2 BLEU-3 BLEU-4 ROUGE-L CIDEr-D length ratio this model 61.2 60.0 to 62.0" in page.text
-    )
+    assert "BLEU-1 BLEU-2 BLEU-3 BLEU-4 ROUGE-L CIDEr-D length ratio this model 61.2 60.0 to 62.0" in page.text
     assert "0.500 0.400 to 0.600 1.00 best constant caption 41.0" in page.text
-    assert (
-        "tokenizer: ptb · references per image: 5 · num images: 9 · split: test · notes: beam 3" in page.text
-    )
+    assert "tokenizer: ptb · references per image: 5 · num images: 9 · split: test · notes: beam 3" in page.text
     assert "best constant caption: a man in a red shirt" in page.text
     assert "human" not in page.text
 
@@ -475,21 +463,15 @@ def test_failures_use_the_room_that_photographs_leave(report: Report) -> None:
 
 
 @pytest.mark.parametrize("num_images", [1, 19, 20])
-def test_up_to_max_images_every_image_is_shown_and_no_sample_is_mentioned(
-    report: Report, num_images: int
-) -> None:
+def test_up_to_max_images_every_image_is_shown_and_no_sample_is_mentioned(report: Report, num_images: int) -> None:
     page = report(*[ok(f"{i:02}.jpg") for i in range(num_images)], max_images=20)
 
     assert len(page.with_class("card")) == num_images
     assert "A sample of" not in page.text
 
 
-@pytest.mark.parametrize(
-    ("rows", "text"), [([], "There are no images."), ([ok("1.jpg")], "The gallery was left out.")]
-)
-def test_without_cards_the_page_says_why_and_has_no_controls(
-    report: Report, rows: list[Row], text: str
-) -> None:
+@pytest.mark.parametrize(("rows", "text"), [([], "There are no images."), ([ok("1.jpg")], "The gallery was left out.")])
+def test_without_cards_the_page_says_why_and_has_no_controls(report: Report, rows: list[Row], text: str) -> None:
     page = report(*rows, max_images=0)
 
     assert text in page.text
@@ -500,9 +482,7 @@ def test_a_thousand_photographs_stay_under_20_megabytes(tmp_path: Path) -> None:
     # Noise is the hardest thing to compress, and long texts stand on every card.
     noise = encoded(Image.frombytes("RGB", (256, 256), random.Random(0).randbytes(256 * 256 * 3)), "PNG")
     rows = [ok(f"{'folder/' * 12}{i:04}.jpg", f"a dog number {i} " + "runs " * 15) for i in range(20)]
-    references = {
-        row["image_id"]: ["a brown dog runs over the wet grass of a large field"] * 5 for row in rows
-    }
+    references = {row["image_id"]: ["a brown dog runs over the wet grass of a large field"] * 5 for row in rows}
     few, more = tmp_path / "few.html", tmp_path / "more.html"
 
     write_report(table(*rows[:10]), few, load_image=lambda row: noise, references=references)

@@ -1,0 +1,272 @@
+"""An address, or nothing -> a quiet connection to Ray, and what that Ray can hold.
+
+Knows nothing of images, models or job submission.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Final
+
+# Three things of Ray's private side are used here, which is safe as long as the requirement keeps to one minor
+# version: its reading of addresses and tokens, because Ray re-reads neither from a changed environment by itself,
+# and the steps ray.init takes to reach a cluster, because ray.init takes minutes to give up on them.
+import grpc  # type: ignore[import-untyped]
+import ray
+import ray.data
+from ray._private import services, worker
+from ray._private.utils import get_num_cpus
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+from ray.exceptions import AuthenticationError, RayError
+
+from imcap_ray.errors import ClusterError, InputError
+
+ANSWER_TIMEOUT_SECONDS: Final = 5
+NODE_TIMEOUT_SECONDS: Final = 5
+
+# Ray Data holds CPUs for its readers and writers while the actors hold theirs: with fewer than this a pipeline that
+# resumes deadlocks (ray-project/ray#44687). Logical CPUs are tickets, not cores: spare ones cost nothing.
+MINIMUM_LOCAL_CPUS: Final = 4
+SPARE_LOCAL_CPUS: Final = 2
+
+# [2026-08-14 13:22:09,694 I 5360 5360] logging.cc:303: Set ray log level ...
+BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
+
+AUTHENTICATION_ADVICE: Final = (
+    "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds it, "
+    "and leave RAY_AUTH_MODE unset or set it to token"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterResources:
+    """What the connected Ray has now; an autoscaled cluster may grow beyond it."""
+
+    is_local: bool
+    """Whether this process started the Ray it is connected to."""
+
+    cpus: float
+    """Logical CPUs: what tasks and actors may ask for in sum."""
+
+    gpus: float
+    """Logical GPUs."""
+
+    nodes: int
+    """Machines alive, the head among them."""
+
+    physical_cores: int
+    """How many processes can be busy at once: this machine's cores when local, else the cluster's CPUs."""
+
+
+def connect(address: str | None = None, *, verbose: bool = False) -> ClusterResources:
+    """Connect this process to Ray and say what it has; once connected, further calls keep the connection.
+
+    `address` is HOST:PORT or "auto", the Ray that runs on this machine; without one RAY_ADDRESS counts, which is set
+    inside a Ray job. "local", or nothing at all, starts a private Ray that ends with this process. `verbose` lets
+    Ray's own log lines through. Raises ClusterError, within seconds, if there is no such cluster, if it refuses this
+    process or runs other versions of Ray or Python.
+    """
+    if not ray.is_initialized():
+        address = address or os.environ.get("RAY_ADDRESS") or "local"
+        if address == "local":
+            _start(verbose=verbose)
+        else:
+            _join(address, verbose=verbose)
+    _quieten(verbose=verbose)
+    return _resources()
+
+
+def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str) -> None:
+    """Raise ClusterError unless Ray can hold `cpus` and `gpus` at once; `what` is the setting that needs them."""
+    holder, advice = ("this machine", "") if resources.is_local else ("the cluster", ", or add nodes")
+    for unit, needed, available in (("CPU", cpus, resources.cpus), ("GPU", gpus, resources.gpus)):
+        if needed > available:
+            raise ClusterError(
+                f"{what} needs {needed:g} {unit}{'' if needed == 1 else 's'}, "
+                f"{holder} has {available:g}: ask for less{advice}"
+            )
+
+
+def refuse_relative_paths_in_job(paths: Mapping[str, str]) -> None:
+    """Raise InputError if this is a Ray job and one of `paths`, by name, is relative.
+
+    Meant for what a run writes: a job's folder is a temporary copy of its working_dir, or one of the cluster's
+    choosing, and what is written there is lost.
+    """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # set by Ray in the driver of a submitted job, nowhere else
+        return
+    for name, path in paths.items():
+        if "://" not in path and not os.path.isabs(path):
+            raise InputError(
+                f"{name} must be an absolute path or a URI inside a Ray job, got {path}: "
+                f"the job's folder {os.getcwd()} is not kept"
+            )
+
+
+def authentication_headers() -> dict[str, str]:
+    """The HTTP header that shows the user's token to a cluster; empty if there is no token to show.
+
+    Raises AuthenticationError if RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+    """
+    token = AuthenticationTokenLoader.instance()
+    if not ray.is_initialized():  # a private Ray's token is in that cache and nowhere else
+        token.reset_cache()
+    return dict(token.get_token_for_http_header(ignore_auth_mode=True))
+
+
+@contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _start(*, verbose: bool) -> None:
+    variables = {}
+    if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
+        # Ray listens on all interfaces and runs what it is sent, so it gets a token; one that only this process and
+        # its children know. Ray itself would save one as ~/.ray/auth_token, and from then on every `ray start` of
+        # this user demands it while no client that is given an address shows it.
+        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with _init_environment(variables, verbose=verbose):
+        ray.init(
+            address="local",
+            num_cpus=max(MINIMUM_LOCAL_CPUS, _cores() + SPARE_LOCAL_CPUS),
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level=_logging_level(verbose),
+        )
+
+
+def _join(address: str, *, verbose: bool) -> None:
+    if "://" in address:
+        raise ClusterError(
+            f"expected HOST:PORT of a cluster this machine is part of, got {address}: "
+            "use `imcap submit` from outside a cluster, or give --address local"
+        )
+    try:
+        # Given an address, ray.init shows no token unless told to, although `ray start --head` demands one as soon
+        # as it finds one.
+        headers = authentication_headers()
+        mode = os.environ.get("RAY_AUTH_MODE") or ("token" if headers else "disabled")
+        if mode.lower() == "token" and not headers:
+            raise AuthenticationError("RAY_AUTH_MODE=token, but there is none")  # Ray would abort the process
+        with _init_environment({"RAY_AUTH_MODE": mode}, verbose=verbose):
+            place = services.canonicalize_bootstrap_address_or_die(address)
+            _knock(place)
+            ray.init(address=place, log_to_driver=verbose, logging_level=_logging_level(verbose))
+    except AuthenticationError as error:
+        reason = _one_line(error).split(". ")[0]  # Ray goes on with advice for those who run clusters
+        raise ClusterError(f"no access to the cluster at {address}: {reason}: {AUTHENTICATION_ADVICE}") from error
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        advice = ": install the cluster's versions here" if "Version mismatch" in str(error) else ""
+        raise ClusterError(f"cannot join the cluster at {address}: {_one_line(error)}{advice}") from error
+
+
+def _knock(place: str) -> None:
+    """Take the steps on which ray.init waits 20 to 120 s for a cluster that is not there, with short deadlines."""
+    channel = grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)])
+    try:
+        grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise ConnectionError(
+            f"no Ray answered within {ANSWER_TIMEOUT_SECONDS} s: give the HOST:PORT that `ray start --head` prints, "
+            "usually with port 6379"
+        ) from None
+    finally:
+        channel.close()
+    client = GcsClient(address=place)
+    try:
+        services.get_node_to_connect_for_driver(client, timeout_seconds=NODE_TIMEOUT_SECONDS)
+    except RuntimeError:
+        raise ConnectionError("this machine is not one of its nodes: use `imcap submit` instead") from None
+
+
+@contextmanager
+def _init_environment(variables: Mapping[str, str], *, verbose: bool) -> Iterator[None]:
+    """Set variables that Ray reads while it starts, and take them back: its processes have them by then."""
+    defaults = {"RAY_USAGE_STATS_ENABLED": "0"}
+    if not verbose:
+        # Else an error line for every pool of actors (ray-project/ray#53727), about nothing one could change.
+        defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    variables = {name: os.environ.get(name, value) for name, value in defaults.items()} | dict(variables)
+    with environment(variables), nullcontext() if verbose else _without_backend_notices():
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        yield
+
+
+@contextmanager
+def _without_backend_notices() -> Iterator[None]:
+    """Let stderr through, but for information and warnings of Ray's C++ side, which even says that it will be silent.
+
+    It writes to the file descriptor. Another process sifts, so that what an abort says is not lost.
+    """
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    reading, writing = os.pipe()
+    sieve = subprocess.Popen(
+        ["grep", "-a", "-v", "-E", BACKEND_NOTICE], stdin=reading, stdout=stderr, start_new_session=True
+    )
+    os.close(reading)
+    os.dup2(writing, 2)
+    os.close(writing)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        sieve.wait()
+
+
+def _quieten(*, verbose: bool) -> None:
+    # imcap prints one line of its own. Ray warns that there will be no bars, and would log them instead.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    if not verbose:
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _resources() -> ClusterResources:
+    node: Any = worker._global_node
+    is_local = bool(node and node.is_head())
+    available = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus = available.get("CPU", 0.0)
+    return ClusterResources(
+        is_local=is_local,
+        cpus=cpus,
+        gpus=available.get("GPU", 0.0),
+        nodes=sum(node["Alive"] for node in ray.nodes()),  # type: ignore[no-untyped-call]
+        physical_cores=_cores() if is_local else int(cpus),
+    )
+
+
+def _cores() -> int:
+    """Cores this process may use: a container's quota and a CPU affinity both count."""
+    quota = int(get_num_cpus(override_docker_cpu_warning=True))
+    return min(quota, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else quota
+
+
+def _logging_level(verbose: bool) -> int:
+    return logging.INFO if verbose else logging.WARNING
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

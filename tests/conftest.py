@@ -1,0 +1,62 @@
+"""What the tests share. A test's tier (its marker and its time limit) is the folder it lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+
+from tests import small_data
+
+if TYPE_CHECKING:
+    from imcap_ray.captioner import Captioner
+
+TIMEOUT_SECONDS: Final = {"unit": 60, "integration": 180, "end_to_end": 300, "chaos": 300}
+
+_VARIABLES: Final = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_MODE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        tier = item.path.relative_to(Path(__file__).parent).parts[0]
+        if tier in TIMEOUT_SECONDS:
+            item.add_marker(tier)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS[tier]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clean_environment() -> Iterator[None]:
+    """No test joins a cluster, or becomes part of a job, that the surrounding shell names."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in _VARIABLES:
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def make_jpeg() -> Callable[..., bytes]:
+    """`make_jpeg(number, width=, height=)`: the bytes of a photograph, another one for each number."""
+    return small_data.jpeg
+
+
+@pytest.fixture(scope="session")
+def make_flickr8k() -> Callable[..., Path]:
+    """`make_flickr8k(folder, num_train=, ...)`: writes a small Flickr8k as distributed and returns the folder."""
+    return small_data.write_flickr8k
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder with its CNN inside. Not to be changed: all tests share it."""
+    return small_data.write_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def captioner(model_dir: Path) -> Captioner:
+    """The captioner of `model_dir`, on the CPU."""
+    from imcap_ray.captioner import Captioner
+
+    return Captioner.load(model_dir, device="cpu")

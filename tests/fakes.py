@@ -1,0 +1,42 @@
+"""Captioners for tests: they go in through `load_captioner`, as the real one does."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from imcap_ray.captioner import Caption
+from imcap_ray.config import SearchConfig
+
+
+class EchoCaptioner:
+    """Says the hash of what it sees: the same pixels, the same words, and no model to load."""
+
+    def __init__(self, *, image_size: int = 32, fingerprint: str = "echo", search: SearchConfig | None = None) -> None:
+        self.image_size = image_size
+        self.fingerprint = fingerprint
+        self.search = search or SearchConfig()
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2)] for image in pixels]
+
+
+class FailsOn(EchoCaptioner):
+    """Raises when it sees one of these images; stands for a bug, for what images can do ends in their rows."""
+
+    def __init__(self, *, words: frozenset[str]) -> None:
+        super().__init__()
+        self._words = words
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        captions = super().caption_pixels(pixels)
+        if any(caption[0].text in self._words for caption in captions):
+            raise RuntimeError("planted")
+        return captions
+
+
+def echo(image: npt.NDArray[np.uint8]) -> str:
+    """What `EchoCaptioner` says of pixels (3, S, S)."""
+    return f"seen {hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:12]}"

@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from imcap_ray.distributed.cluster import ClusterResources, connect
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[ClusterResources]:
+    """One Ray on this machine for all integration tests."""
+    yield connect("local")
+    ray.shutdown()

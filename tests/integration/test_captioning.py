@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray.captioner import Captioner
+from imcap_ray.config import SearchConfig
+from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
+from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.errors import ClusterError, FailureBudgetError, ImcapError, InputError, OutputError
+from imcap_ray.images import decode_image
+from imcap_ray.manifest import CAPTIONS_SCHEMA
+from tests.fakes import EchoCaptioner, FailsOn, echo
+from tests.odd_images import OK, encode, odd_images, photo
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:ray.*"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+Run = Callable[..., CaptioningSummary]
+
+
+@pytest.fixture
+def run(local_ray: ClusterResources) -> Run:
+    return partial(
+        caption_images,
+        load_captioner=EchoCaptioner,
+        resources=local_ray,
+        num_actors=2,
+        max_failure_rate=1.0,
+        echo=lambda line: None,
+    )
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """100 different JPEGs in two folders."""
+    folder = tmp_path / "photographs"
+    for number in range(100):
+        path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(40 + number, 50), "JPEG"))
+    return folder
+
+
+def read(output: Path) -> list[dict[str, Any]]:
+    """The rows in the order of their ids, as any reader of Parquet meets them."""
+    rows: list[dict[str, Any]] = pads.dataset([str(path) for path in output.glob("*.parquet")]).to_table().to_pylist()
+    return sorted(rows, key=lambda row: row["image_id"])
+
+
+def expected(data: bytes) -> str:
+    return echo(decode_image(data, image_size=32).pixels)
+
+
+def test_every_file_of_a_folder_is_one_row_whatever_it_holds(run: Run, tmp_path: Path) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    codes, contents = {}, {}
+    for number, (name, data, code) in enumerate(odd_images()):
+        image_id = f"{number:03}-{name.replace('/', ' ').replace(' ', '-')}.jpg"
+        (folder / image_id).write_bytes(data)
+        codes[image_id], contents[image_id] = code, data
+    (folder / "dangling.jpg").symlink_to("nowhere.jpg")
+    codes["dangling.jpg"] = "missing"
+
+    run(str(folder), str(output))
+
+    rows = read(output)
+    assert {row["image_id"]: row["error_code"] or OK for row in rows} == codes
+    assert len(rows) == len(codes)
+    for row in rows:
+        if row["status"] == "ok":
+            assert row["caption"] == expected(contents[row["image_id"]])
+            assert row["captions"] == [row["caption"]]
+            assert math.isclose(row["confidence"], math.exp(-0.5), rel_tol=1e-6)
+        else:
+            assert row["status"] == "failed"
+            assert row["caption"] == ""
+            assert math.isnan(row["confidence"])
+            assert row["error_message"]
+
+
+def test_rows_have_the_schema_of_the_contract_and_say_what_made_them(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    run(str(photographs), str(tmp_path / "out"), limit=3)
+
+    (file,) = (tmp_path / "out").glob("*.parquet")
+    schema = pq.read_schema(file)
+    assert schema.remove_metadata() == CAPTIONS_SCHEMA
+    assert schema.metadata[b"imcap_ray.model_fingerprint"] == b"echo"
+    assert json.loads(schema.metadata[b"imcap_ray.search"])["beam_size"] == SearchConfig().beam_size
+
+
+def test_summary_and_run_file_count_the_rows(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (photographs / "empty.jpg").write_bytes(b"")
+
+    summary = run(str(photographs), str(tmp_path / "out"))
+
+    assert summary.counts == {"ok": 100, "failed": 1}
+    assert summary.error_counts == {"empty_file": 1}
+    run_file = json.loads((tmp_path / "out" / "_imcap" / "run.json").read_text())
+    assert run_file["state"] == "complete"
+    assert run_file["num_images"] == 101
+
+
+def test_a_failed_run_goes_on_where_it_stopped(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    words = expected((photographs / "odd" / "099.jpg").read_bytes())
+    with pytest.raises(ImcapError, match="planted"):
+        run(
+            str(photographs),
+            str(output),
+            load_captioner=partial(FailsOn, words=frozenset({words})),
+            num_actors=1,
+            batch_size=8,
+        )
+    state = json.loads((output / "_imcap" / "run.json").read_text())["state"]
+    before = {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}
+
+    run(str(photographs), str(output))
+
+    assert state == "failed"
+    assert [row["image_id"] for row in read(output)] == sorted(
+        str(path.relative_to(photographs)) for path in photographs.rglob("*.jpg")
+    )
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in output.glob("*.parquet")}.items()
+
+
+def test_new_images_are_captioned_and_finished_ones_are_not(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert run(str(photographs), str(output), limit=30).num_new == 30
+    (photographs / "aaa.jpg").write_bytes(encode(photo(70, 70), "JPEG"))
+
+    summary = run(str(photographs), str(output))
+
+    assert (summary.num_new, summary.num_images) == (71, 101)
+    assert len({row["image_id"] for row in read(output)}) == len(read(output)) == 101
+    assert run(str(photographs), str(output)).num_new == 0
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
+def test_parquet_gives_the_same_captions_as_the_folder(run: Run, photographs: Path, tmp_path: Path, kind: str) -> None:
+    paths = sorted(photographs.rglob("*.jpg"))[:20]
+    values: dict[str, list[Any]] = {
+        "bytes": [path.read_bytes() for path in paths],
+        "struct": [{"bytes": path.read_bytes(), "path": path.name} for path in paths],
+        "path": [str(path.relative_to(tmp_path)) for path in paths],
+    }
+    table = pa.table({"id": [path.name for path in paths], {"path": "file_name"}.get(kind, "image"): values[kind]})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=7)
+
+    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+
+    found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
+    assert found == {path.name: expected(path.read_bytes()) for path in paths}
+
+
+def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:
+    table = pa.table({"image": [encode(photo(), "PNG"), None]}, schema=pa.schema([("image", pa.binary())]))
+    pq.write_table(table, tmp_path / "in.parquet")
+
+    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+
+    assert [row["error_code"] for row in read(tmp_path / "out")] == ["", "missing"]
+
+
+def test_captions_do_not_depend_on_actors_or_batches(
+    local_ray: ClusterResources, run: Run, photographs: Path, tmp_path: Path, model_dir: Path
+) -> None:
+    load = partial(Captioner.load, str(model_dir))
+    alone = load()
+    keys = ("image_id", "caption", "confidence")
+
+    found = []
+    for number, (num_actors, batch_size) in enumerate([(1, 64), (2, 3)]):
+        output = tmp_path / f"out{number}"
+        run(str(photographs), str(output), load_captioner=load, num_actors=num_actors, batch_size=batch_size, limit=40)
+        found.append([{key: row[key] for key in keys} for row in read(output)])
+
+    assert found[0] == found[1]
+    first = decode_image((photographs / found[0][0]["image_id"]).read_bytes(), image_size=alone.image_size)
+    assert alone.caption_pixels(first.pixels[None])[0][0].text == found[0][0]["caption"]
+
+
+def test_too_many_failures_are_an_error_after_all_is_written(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (photographs / "empty.jpg").write_bytes(b"")
+
+    with pytest.raises(FailureBudgetError, match="1 of 101 images failed.*1 empty_file") as caught:
+        run(str(photographs), str(tmp_path / "out"), max_failure_rate=0.005)
+
+    assert caught.value.exit_code == 3
+    assert len(read(tmp_path / "out")) == 101
+
+
+@pytest.mark.parametrize(
+    ("captioner", "difference"),
+    [
+        (partial(EchoCaptioner, fingerprint="other"), "another model"),
+        (partial(EchoCaptioner, search=SearchConfig(beam_size=9)), "another search settings"),
+    ],
+)
+def test_an_output_of_another_model_or_search_is_refused(
+    run: Run, photographs: Path, tmp_path: Path, captioner: Callable[[], EchoCaptioner], difference: str
+) -> None:
+    output = tmp_path / "out"
+    run(str(photographs), str(output), limit=2)
+    before = read(output)
+
+    with pytest.raises(OutputError, match=difference):
+        run(str(photographs), str(output), load_captioner=captioner)
+
+    assert read(output) == before
+
+
+def test_a_folder_with_other_things_is_no_output(run: Run, photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+
+    with pytest.raises(OutputError, match="is no captions folder of imcap"):
+        run(str(photographs), str(tmp_path / "out"))
+
+
+def test_a_folder_without_images_leaves_no_output(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+
+    with pytest.raises(InputError, match="no images in .* 1 other file"):
+        run(str(tmp_path / "in"), str(tmp_path / "out"))
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_actors_than_the_cluster_holds_are_refused_at_once(run: Run, photographs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="--num-actors 500 needs 502 CPUs"):
+        run(str(photographs), str(tmp_path / "out"), num_actors=500)
+
+    assert not (tmp_path / "out").exists()

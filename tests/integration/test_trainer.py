@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from imcap_ray.captioner import Captioner, read_model_folder
+from imcap_ray.config import Recipe, load_recipe
+from imcap_ray.datasets import load_dataset
+from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.trainer import TrainingResult, train
+from imcap_ray.errors import ClusterError, OutputError
+from tests import small_data
+
+pytestmark = [
+    pytest.mark.timeout(400),
+    pytest.mark.filterwarnings("ignore::UserWarning:ray.*"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+SMALL = {
+    "encoder.name": "efficientnet_lite0",
+    "preprocessing.image_size": 64,
+    "vocabulary.min_count": 1,
+    "decoder.embedding_size": 32,
+    "decoder.hidden_size": 32,
+    "decoder.num_heads": 4,
+    "decoder.dropout": 0.0,
+    "training.batch_size": 4,
+    "training.learning_rate": 1e-2,
+    "training.warmup_steps": 0,
+    "training.ema_decay": 0.0,
+}
+
+
+def small_recipe(**training: object) -> Recipe:
+    return load_recipe("lite2-attention", SMALL | {f"training.{name}": value for name, value in training.items()})
+
+
+@pytest.fixture
+def tiny_flickr8k(tmp_path: Path) -> Path:
+    return small_data.write_flickr8k(tmp_path / "flickr8k", num_train=12, num_validation=4)
+
+
+@pytest.fixture
+def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Callable[..., TrainingResult]:
+    def run(name: str = "model", recipe: Recipe | None = None, **options: object) -> TrainingResult:
+        return train(
+            load_dataset(str(tiny_flickr8k)),
+            str(tmp_path / name),
+            recipe=recipe or small_recipe(epochs=2),
+            recipe_name="small",
+            resources=local_ray,
+            features=str(tmp_path / "features"),
+            echo=lambda line: None,
+            **options,  # type: ignore[arg-type]
+        )
+
+    return run
+
+
+def test_two_workers_train_a_model_that_captions(
+    run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path
+) -> None:
+    result = run(num_workers=2)
+
+    folder = read_model_folder(tmp_path / "model")
+    assert result.num_epochs == 2
+    assert folder.metrics["validation"] == result.metrics
+    assert result.metrics["num_images"] == len(load_dataset(str(tiny_flickr8k)).split("validation"))
+    captioner = Captioner.load(tmp_path / "model")
+    image = next(path for path in tiny_flickr8k.rglob("*.jpg") if path.stat().st_size)
+    assert captioner.caption([image])[0] == captioner.caption([image.read_bytes()])[0]
+    assert not [path for path in (tmp_path / "model").iterdir() if path.suffix in {".pt", ".pkl", ".pth", ".bin"}]
+    history = [json.loads(line) for line in (tmp_path / "model/_training/metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in history] == [1, 2]
+    assert max(history, key=lambda row: row["cider_d"])["cider_d"] == result.metrics["cider_d"]
+
+
+def test_the_same_command_again_keeps_what_is_done_and_another_is_refused(
+    run: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    first = run(seed=3)
+    weights = (tmp_path / "model" / "model.safetensors").read_bytes()
+
+    again = run(seed=3)
+    with pytest.raises(OutputError, match="another recipe.training.epochs, seed"):
+        run(recipe=small_recipe(epochs=3), seed=4)
+
+    assert again.metrics == first.metrics
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_at_once(run: Callable[..., TrainingResult]) -> None:
+    with pytest.raises(ClusterError, match="--num-workers 90 needs 91 CPUs"):
+        run(recipe=small_recipe(batch_size=90), num_workers=90)
+
+
+def test_a_killed_training_goes_on_after_its_last_epoch(tiny_flickr8k: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    command = [sys.executable, "-m", "imcap_ray", "train", str(tiny_flickr8k), str(model)]
+    for name, value in (SMALL | {"training.epochs": 40, "training.patience": 0}).items():
+        command += ["--set", f"{name}={value}"]
+    metrics = model / "_training" / "metrics.jsonl"
+
+    process = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 180
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+        assert process.poll() is None, "training ended before it could be killed"
+        assert time.monotonic() < deadline, "no third epoch within three minutes"
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(metrics.read_text().splitlines())
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+    assert again.returncode == 0, again.stderr
+    assert "going on after epoch" in again.stderr
+    history = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["epoch"] for row in history] == list(range(1, 41))
+    assert done < 40

@@ -1,0 +1,107 @@
+"""Small real things to test with: a photograph, a data set as it is distributed, a model folder."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from imcap_ray.config import SearchConfig
+
+WORDS = (
+    *("a", "the", "two", "in", "on", "of", "and", "with", "dog", "cat", "man", "woman", "child", "ball", "grass"),
+    *("water", "snow", "red", "blue", "black", "white", "runs", "jumps", "sits", "plays", "holds", "is", "at"),
+)
+IMAGE_SIZE = 64
+ODD_KEY = "odd.jpg.1"
+"""A key of the token file that, as in the real one, is in no split and has no file."""
+
+
+def jpeg(number: int = 0, *, width: int = 80, height: int = 60) -> bytes:
+    """A photograph of coloured rectangles, another one for each number."""
+    random = np.random.default_rng(number)
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    pixels[:] = random.integers(0, 256, 3)
+    for _ in range(6):
+        top, left = random.integers(0, height - 10), random.integers(0, width - 10)
+        pixels[top : top + random.integers(8, height), left : left + random.integers(8, width)] = random.integers(
+            0, 256, 3
+        )
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "JPEG", quality=90)
+    return stream.getvalue()
+
+
+def captions_of(number: int) -> list[str]:
+    """Five captions of the photograph of this number."""
+    noun = WORDS[8 + number % 6]
+    return [f"A {WORDS[17 + (number + k) % 4]} {noun} {WORDS[21 + (number + k) % 5]} in the grass ." for k in range(5)]
+
+
+def write_flickr8k(folder: Path, *, num_train: int = 8, num_validation: int = 2, num_test: int = 2) -> Path:
+    """Flickr8k as distributed, in small: the token file, the split lists and the folder of images."""
+    names = [f"{number:04}_photo.jpg" for number in range(num_train + num_validation + num_test)]
+    (folder / "Flicker8k_Dataset").mkdir(parents=True)
+    lines = []
+    for number, name in enumerate(names):
+        (folder / "Flicker8k_Dataset" / name).write_bytes(jpeg(number))
+        lines += [f"{name}#{k}\t{caption}" for k, caption in enumerate(captions_of(number))]
+    lines += [f"{ODD_KEY}#{k}\tA dog of which there is no photograph ." for k in range(5)]
+    (folder / "Flickr8k.token.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    starts = {"train": 0, "dev": num_train, "test": num_train + num_validation}
+    for split, count in (("train", num_train), ("dev", num_validation), ("test", num_test)):
+        chosen = names[starts[split] : starts[split] + count]
+        (folder / f"Flickr_8k.{split}Images.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_model_folder(
+    folder: Path,
+    *,
+    seed: int = 0,
+    decoder: str = "attention",
+    words: tuple[str, ...] = WORDS,
+    search: SearchConfig | None = None,
+    **changes: Any,
+) -> Path:
+    """A tiny untrained model whose random weights, the CNN's among them, are large enough to tell images apart."""
+    import torch
+
+    from imcap_ray.captioner import save_model_folder
+    from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
+    from imcap_ray.decoders import build_decoder
+    from imcap_ray.encoders import EncoderWeights, build_encoder, resolve_normalisation
+    from imcap_ray.vocabulary import Vocabulary
+
+    encoder_config = EncoderConfig(name="timm:test_efficientnet")
+    decoder_config = DecoderConfig(name=decoder, embedding_size=16, hidden_size=16, num_heads=2)
+    preprocessing = resolve_normalisation(encoder_config, PreprocessingConfig(image_size=IMAGE_SIZE))
+    vocabulary = Vocabulary(words)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(encoder_config, preprocessing, load_weights=False)
+        built = build_decoder(decoder_config, num_channels=encoder.num_channels, vocabulary_size=len(vocabulary))
+    decoder_tensors: dict[str, Tensor] = {name: 3 * tensor for name, tensor in built.state_dict().items()}
+    for name in ("project_features.weight", "project_features.0.weight"):
+        if name in decoder_tensors:
+            decoder_tensors[name] *= 100  # an untrained CNN's features are small
+    arguments: dict[str, Any] = {
+        "encoder": encoder_config,
+        "encoder_weights": EncoderWeights(source="random", sha256=""),
+        "preprocessing": preprocessing,
+        "decoder": decoder_config,
+        "decoder_tensors": decoder_tensors,
+        "search": search or SearchConfig(beam_size=3, max_length=8),
+        "vocabulary": vocabulary,
+        "metrics": {"cider_d": 0.5},
+        "card": "# A tiny model\n",
+        "encoder_tensors": encoder.cnn.state_dict(),
+    }
+    save_model_folder(folder, **arguments | changes)
+    return folder

@@ -1,0 +1,336 @@
+"""A model folder comes back as it was saved; the same image gets the same caption in any company."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from imcap_ray.captioner import (
+    COMPUTE_BATCH_SIZE,
+    Caption,
+    Captioner,
+    default_model_folder,
+    override_search,
+    read_model_folder,
+)
+from imcap_ray.config import EncoderConfig, PreprocessingConfig, SearchConfig
+from imcap_ray.encoders import EncoderWeights, build_encoder
+from imcap_ray.errors import ConfigError, ImageError, ModelError
+from imcap_ray.images import decode_image
+from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
+
+Found = list[list[Caption]]
+
+NUM_IMAGES = 20  # more than one compute batch
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray[Any, Any]:
+    return np.stack([decode_image(jpeg(number), image_size=IMAGE_SIZE).pixels for number in range(NUM_IMAGES)])
+
+
+@pytest.fixture(scope="module")
+def lstm_captioner(tmp_path_factory: pytest.TempPathFactory) -> Captioner:
+    return Captioner.load(write_model_folder(tmp_path_factory.mktemp("lstm"), decoder="lstm"), device="cpu")
+
+
+@pytest.fixture(scope="module", params=["attention", "lstm"])
+def either_captioner(request: pytest.FixtureRequest, captioner: Captioner, lstm_captioner: Captioner) -> Captioner:
+    return captioner if request.param == "attention" else lstm_captioner
+
+
+@pytest.fixture(scope="module")
+def all_together(either_captioner: Captioner, pixels: np.ndarray[Any, Any]) -> Found:
+    return either_captioner.caption_pixels(pixels)
+
+
+def error_of_reading(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        read_model_folder(folder)
+    return str(caught.value)
+
+
+# ---- captions
+
+
+def test_the_tiny_model_tells_images_apart(all_together: Found) -> None:
+    assert len({found[0].text for found in all_together}) > 3, "the other tests of this file would prove nothing"
+
+
+def test_a_caption_is_made_of_words_only(either_captioner: Captioner, all_together: Found) -> None:
+    for found in all_together:
+        words = found[0].text.split()
+
+        assert set(words) <= set(WORDS)
+        assert len(words) <= either_captioner.search.max_length
+        assert found[0].num_tokens == len(words) + 1  # the end token
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[0], [19], [7, 3, 11], list(range(3, 3 + COMPUTE_BATCH_SIZE)), list(range(NUM_IMAGES))[::-1]],
+    ids=["the first alone", "the last alone", "three in another order", "shifted", "all in reverse"],
+)
+def test_captions_and_their_logprobs_do_not_depend_on_the_batch_by_a_single_bit(
+    either_captioner: Captioner, pixels: np.ndarray[Any, Any], all_together: Found, numbers: list[int]
+) -> None:
+    found = either_captioner.caption_pixels(pixels[numbers])
+
+    assert found == [all_together[number] for number in numbers]
+
+
+def test_the_n_best_captions_are_different_and_the_best_is_first(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+    search = SearchConfig(beam_size=4, max_length=6, num_captions=4, length_penalty=0.0)
+    captioner = Captioner.load(model_dir, device="cpu", search=search)
+
+    for found in captioner.caption_pixels(pixels[:5]):
+        assert len(found) == len({one.text for one in found}) == 4
+        assert [one.logprob for one in found] == sorted((one.logprob for one in found), reverse=True)
+
+
+def test_confidence_is_the_geometric_mean_of_the_tokens_probabilities() -> None:
+    caption = Caption(text="a dog", logprob=math.log(0.5) + math.log(0.25) + math.log(0.125), num_tokens=3)
+
+    assert caption.confidence == pytest.approx(0.25)
+
+
+def test_a_path_a_uri_and_the_bytes_of_a_file_get_the_same_caption(captioner: Captioner, tmp_path: Path) -> None:
+    path = tmp_path / "one.jpg"
+    path.write_bytes(jpeg(1))
+
+    found = captioner.caption([path, str(path), f"file://{path}", path.read_bytes()])
+
+    assert len(found) == 4
+    assert len(set(found)) == 1
+
+
+def test_an_image_that_cannot_be_captioned_is_an_error_in_its_place(captioner: Captioner, tmp_path: Path) -> None:
+    found = captioner.caption([jpeg(0), b"no image", tmp_path / "nowhere.jpg", jpeg(1)])
+
+    alone = captioner.caption([jpeg(0), jpeg(1)])
+    assert [found[0], found[3]] == alone
+    errors = found[1:3]
+    assert [error.code for error in errors if isinstance(error, ImageError)] == ["not_an_image", "missing"]
+
+
+def test_no_images_give_no_captions(captioner: Captioner) -> None:
+    assert captioner.caption([]) == []
+
+
+def test_pixels_of_another_size_are_refused(captioner: Captioner) -> None:
+    with pytest.raises(ValueError, match=r"pixels must be \(B, 3, 64, 64\), got \(2, 3, 32, 64\)"):
+        captioner.caption_pixels(np.zeros((2, 3, 32, 64), np.uint8))
+
+
+def test_encode_gives_the_features_of_each_image(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> None:
+    features = captioner.encode(pixels)
+
+    assert features.shape == (NUM_IMAGES, captioner.encoder.num_regions, captioner.encoder.num_channels)
+    assert torch.equal(features[7:9], captioner.encode(torch.as_tensor(pixels[7:9])))
+
+
+def test_overriding_the_search_leaves_what_is_not_given() -> None:
+    search = SearchConfig(beam_size=4, max_length=9)
+
+    assert override_search(search, beam_size=2, max_length=None) == SearchConfig(beam_size=2, max_length=9)
+    with pytest.raises(ConfigError, match="search.num_captions must be 1 to search.beam_size"):
+        override_search(search, num_captions=5)
+
+
+# ---- the model folder
+
+
+def test_a_model_folder_comes_back_as_it_was_saved(model_dir: Path) -> None:
+    folder = read_model_folder(model_dir)
+
+    assert folder.vocabulary.tokens[4:] == list(WORDS)
+    assert folder.vocabulary_size == len(WORDS) + 4
+    assert folder.search == SearchConfig(beam_size=3, max_length=8)
+    assert folder.encoder == EncoderConfig(name="timm:test_efficientnet")
+    assert folder.preprocessing.image_size == IMAGE_SIZE
+    assert folder.preprocessing.mean is not None
+    assert folder.metrics == {"cider_d": 0.5}
+    assert folder.num_bytes == sum(tensor.nbytes for tensor in folder.tensors.values()) > 0
+    assert {tensor.dtype for tensor in folder.tensors.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_a_copy_of_a_model_folder_gives_the_same_captions_and_fingerprint(
+    captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    copy = Captioner.load(f"file://{tmp_path}/", device="cpu")
+
+    assert copy.fingerprint == captioner.fingerprint != ""
+    assert copy.caption_pixels(pixels[:3]) == captioner.caption_pixels(pixels[:3])
+
+
+def test_saving_what_was_loaded_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
+    folder = read_model_folder(model_dir)
+
+    write_model_folder(
+        tmp_path,
+        encoder_weights=folder.encoder_weights,
+        search=folder.search,
+        decoder_tensors={k.removeprefix("decoder."): v for k, v in folder.tensors.items() if k.startswith("decoder.")},
+        encoder_tensors={k.removeprefix("encoder."): v for k, v in folder.tensors.items() if k.startswith("encoder.")},
+    )
+
+    assert read_model_folder(tmp_path).fingerprint == folder.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"search": SearchConfig(beam_size=2, max_length=8)},
+        {"words": (*WORDS[1:], WORDS[0])},
+        {"seed": 1},
+        {"preprocessing": PreprocessingConfig(image_size=IMAGE_SIZE, mean=(0, 0, 0), std=(1, 1, 1))},
+    ],
+    ids=["search", "vocabulary", "weights", "preprocessing"],
+)
+def test_whatever_changes_the_captions_changes_the_fingerprint(
+    model_dir: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    changed = write_model_folder(tmp_path, **change)
+
+    assert read_model_folder(changed).fingerprint != read_model_folder(model_dir).fingerprint
+
+
+def test_metrics_and_card_do_not_change_the_fingerprint(model_dir: Path, tmp_path: Path) -> None:
+    changed = write_model_folder(tmp_path, metrics={"cider_d": 0.7}, card="# Another card")
+
+    assert read_model_folder(changed).fingerprint == read_model_folder(model_dir).fingerprint
+
+
+def test_a_model_folder_holds_five_files_and_none_is_a_pickle(model_dir: Path) -> None:
+    files = {path.name: path.read_bytes() for path in model_dir.iterdir()}
+
+    assert set(files) == {"config.json", "model.safetensors", "vocabulary.json", "metrics.json", "README.md"}
+    for name in ("config.json", "vocabulary.json", "metrics.json"):
+        json.loads(files.pop(name))
+    files.pop("README.md").decode()
+    (weights,) = files.values()
+    header_size = int.from_bytes(weights[:8], "little")
+    assert "decoder.embedding.weight" in json.loads(weights[8 : 8 + header_size])
+
+
+def test_weights_that_no_library_can_bring_must_be_inside_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights from file:mine.pth must be inside the model folder"):
+        write_model_folder(tmp_path, encoder_weights=EncoderWeights("file:mine.pth", ""), encoder_tensors=None)
+
+
+def test_the_cnn_of_a_wheel_is_named_in_the_folder_and_loaded_from_the_wheel(tmp_path: Path) -> None:
+    config, preprocessing = EncoderConfig(name="efficientnet_lite0"), PreprocessingConfig(image_size=IMAGE_SIZE)
+    encoder = build_encoder(config, preprocessing)
+    channels = {"project_features.0.weight": torch.randn(16, encoder.num_channels)}
+    tiny = load_file(write_model_folder(tmp_path / "tiny") / "model.safetensors")
+    decoder_tensors = {k.removeprefix("decoder."): v for k, v in tiny.items() if k.startswith("decoder.")}
+
+    saved = write_model_folder(
+        tmp_path / "lite0",
+        encoder=config,
+        preprocessing=preprocessing,
+        encoder_weights=encoder.weights,
+        encoder_tensors=None,
+        decoder_tensors=decoder_tensors | channels,
+    )
+
+    loaded = Captioner.load(saved, device="cpu")
+    assert loaded.encoder.weights == encoder.weights
+    assert torch.equal(
+        loaded.encoder.cnn.state_dict()["cnn.conv_stem.weight"], encoder.cnn.state_dict()["cnn.conv_stem.weight"]
+    )
+    assert not [name for name in read_model_folder(saved).tensors if name.startswith("encoder.")]
+
+    settings = json.loads((saved / "config.json").read_text())
+    settings["encoder_weights"]["sha256"] = "0" * 64
+    (saved / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"was trained on the CNN weights efficientnet-lite0.*--encoder-weights FILE"):
+        Captioner.load(saved, device="cpu")
+
+
+# ---- folders that are not whole
+
+
+def test_a_folder_without_config_is_no_model_folder(tmp_path: Path) -> None:
+    assert f"{tmp_path} is not a model folder" in error_of_reading(tmp_path)
+    assert "is not a model folder" in error_of_reading(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vocabulary.json"])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    (write_model_folder(tmp_path) / name).unlink()
+
+    assert f"the model folder {tmp_path} lacks a readable {name}" in error_of_reading(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff\xfe\xff", b'{"tokenizer": "ptb"}'])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocabulary.json"])
+def test_a_damaged_file_is_named(model_dir: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(content)
+
+    assert name in error_of_reading(tmp_path)
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    (write_model_folder(tmp_path) / "metrics.json").write_text("{")
+
+    assert "metrics.json is damaged" in error_of_reading(tmp_path)
+
+
+def test_cut_weights_are_named(tmp_path: Path) -> None:
+    weights = write_model_folder(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+    assert "model.safetensors is damaged" in error_of_reading(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("format_version", 2, "has model format 2, this imcap_ray reads 1"),
+        ("encoder", "vgg16", "config.json is damaged or of another kind: encoder must be a section, got 'vgg16'"),
+        ("search", {"beam_size": 0}, "search.beam_size must be at least 1, got 0"),
+        ("decoder", {"hidden": 16}, "unknown setting decoder.hidden"),
+    ],
+)
+def test_a_setting_that_is_not_understood_is_named(tmp_path: Path, section: str, value: Any, message: str) -> None:
+    path = write_model_folder(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {section: value}))
+
+    assert message in error_of_reading(tmp_path)
+
+
+def test_a_vocabulary_of_another_training_is_refused_with_both_sizes(tmp_path: Path) -> None:
+    path = write_model_folder(tmp_path) / "vocabulary.json"
+    path.write_text(json.dumps({"tokenizer": "ptb", "tokens": WORDS[:10]}))
+
+    message = error_of_reading(tmp_path)
+
+    assert f"the vocabulary has 14 tokens but the decoder was trained with {len(WORDS) + 4}" in message
+
+
+def test_weights_of_another_decoder_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = write_model_folder(tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["decoder.query.weight"]
+    save_file(tensors, path)
+
+    with pytest.raises(ModelError, match=r"model.safetensors and config.json do not match.*query\.weight") as caught:
+        Captioner.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_default_model_is_inside_the_package() -> None:
+    assert Path(default_model_folder()).parent.parent.name == "imcap_ray"

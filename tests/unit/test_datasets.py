@@ -1,0 +1,256 @@
+"""Every format that people have becomes the same table, and nothing odd in it goes unsaid."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset, split_of
+from imcap_ray.errors import DatasetError
+from tests.small_data import ODD_KEY, captions_of
+
+
+@pytest.fixture
+def flickr8k(tmp_path: Path, make_flickr8k: Callable[..., Path]) -> Path:
+    return make_flickr8k(tmp_path / "flickr8k")
+
+
+def load(location: object) -> CaptionedImages:
+    """The data set, the laws of its table checked on the way."""
+    dataset = load_dataset(str(location))
+    assert dataset.table.schema == DATASET_SCHEMA
+    rows = dataset.table.to_pylist()
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    assert all(row["captions"] for row in rows)
+    assert {row["split"] for row in rows} <= set(SPLITS)
+    return dataset
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+# ---- Flickr8k as distributed
+
+
+def test_flickr8k_is_recognised_with_its_official_splits(flickr8k: Path) -> None:
+    dataset = load(flickr8k)
+
+    assert dataset.format == "Flickr8k as distributed"
+    assert dataset.describe_splits() == "8 train, 2 validation, 2 test"
+    assert dataset.split("test")["image_id"].to_pylist() == ["0010_photo.jpg", "0011_photo.jpg"]
+    assert dataset.references("validation")["0008_photo.jpg"] == captions_of(8)
+    for row in dataset.table.to_pylist():
+        assert row["image_path"] == f"{flickr8k}/Flicker8k_Dataset/{row['image_id']}"
+        assert Path(row["image_path"]).is_file()
+
+
+def test_the_key_without_an_image_is_left_out_and_counted(flickr8k: Path) -> None:
+    dataset = load(flickr8k)
+
+    assert ODD_KEY not in dataset.references()
+    assert dataset.notes == ["1 captioned image is in no split"]
+
+
+def test_odd_lines_are_counted(flickr8k: Path) -> None:
+    append(flickr8k / "Flickr8k.token.txt", "no tab\nno_number.jpg\tcaption\n0000_photo.jpg#7\t  \n\n")
+
+    dataset = load(flickr8k)
+
+    assert "3 lines are not `name#number<TAB>caption`" in dataset.notes
+    assert len(dataset.references()["0000_photo.jpg"]) == 5
+
+
+def test_line_ends_and_the_mark_of_windows_are_no_part_of_a_caption(flickr8k: Path) -> None:
+    token_file = flickr8k / "Flickr8k.token.txt"
+    expected = load(flickr8k).references()
+    token_file.write_bytes(b"\xef\xbb\xbf" + token_file.read_bytes().replace(b"\n", b"\r\n"))
+
+    assert load(flickr8k).references() == expected
+
+
+def test_without_split_lists_each_image_gets_a_split_of_its_own(flickr8k: Path) -> None:
+    for path in flickr8k.glob("Flickr_8k.*Images.txt"):
+        path.unlink()
+
+    rows = load(flickr8k).table.to_pylist()
+
+    assert len(rows) == 13
+    assert all(row["split"] == split_of(row["image_id"]) for row in rows)
+
+
+def test_an_image_of_a_split_list_without_a_caption_is_refused(flickr8k: Path) -> None:
+    append(flickr8k / "Flickr_8k.testImages.txt", "z.jpg\nlost.jpg\n")
+
+    with pytest.raises(DatasetError, match="2 images of the split lists have no caption, the first is lost.jpg"):
+        load_dataset(str(flickr8k))
+
+
+def test_a_file_that_is_not_utf8_is_named(flickr8k: Path) -> None:
+    (flickr8k / "Flickr8k.token.txt").write_bytes(b"a.jpg#0\tcaf\xe9\n")
+
+    with pytest.raises(DatasetError, match=r"Flickr8k.token.txt is not UTF-8"):
+        load_dataset(str(flickr8k))
+
+
+def test_no_caption_at_all_is_refused(flickr8k: Path) -> None:
+    for path in flickr8k.glob("Flickr_8k.*Images.txt"):
+        path.unlink()
+    (flickr8k / "Flickr8k.token.txt").write_text("")
+
+    with pytest.raises(DatasetError, match="Flickr8k as distributed, but not one caption in it"):
+        load_dataset(str(flickr8k))
+
+
+@pytest.mark.parametrize("name", ["Flickr8k_Dataset", "Images", "images"])
+def test_the_image_folder_may_have_another_name(flickr8k: Path, name: str) -> None:
+    (flickr8k / "Flicker8k_Dataset").rename(flickr8k / name)
+
+    assert Path(load(flickr8k).table["image_path"][0].as_py()).parent.name == name
+
+
+# ---- Kaggle's form
+
+
+def write_kaggle(folder: Path, text: str) -> Path:
+    (folder / "Images").mkdir()
+    (folder / "captions.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_kaggles_form_is_recognised(tmp_path: Path) -> None:
+    write_kaggle(
+        tmp_path,
+        'image,caption\na.jpg,A dog .\nb.jpg,"A cat , asleep ."\na.jpg,A dog, again .\nb.jpg,"He says ""hi"" ."\n',
+    )
+
+    dataset = load(tmp_path)
+
+    assert dataset.format == "Flickr8k in Kaggle's form"
+    assert dataset.references() == {
+        "a.jpg": ["A dog .", "A dog, again ."],
+        "b.jpg": ["A cat , asleep .", 'He says "hi" .'],
+    }
+    assert dataset.table["image_path"].to_pylist() == [f"{tmp_path}/Images/a.jpg", f"{tmp_path}/Images/b.jpg"]
+    assert dataset.notes == ["no official splits: each image's split is a hash of its name"]
+
+
+def test_kaggles_odd_lines_are_counted(tmp_path: Path) -> None:
+    dataset = load(write_kaggle(tmp_path, "image,caption\na.jpg,A dog\nb.jpg\nc.jpg, \n\n"))
+
+    assert dataset.notes[0] == "2 lines are not `image,caption`"
+    assert list(dataset.references()) == ["a.jpg"]
+
+
+# ---- Parquet
+
+
+def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_parquet_with_paths_splits_and_lists_of_captions(tmp_path: Path) -> None:
+    columns = {
+        "image_path": ["a.jpg", "/elsewhere/b.jpg", "s3://bucket/c.jpg"],
+        "captions": [["x", " y "], ["z"], ["w"]],
+        "split": ["train", "validation", "test"],
+    }
+    path = write_parquet(tmp_path / "data.parquet", columns)
+
+    dataset = load(path)
+
+    assert dataset.format == "Parquet"
+    assert dataset.describe_splits() == "1 train, 1 validation, 1 test"
+    assert dataset.references()["a.jpg"] == ["x", "y"]
+    assert dataset.table["image_path"].to_pylist() == [f"{tmp_path}/a.jpg", "/elsewhere/b.jpg", "s3://bucket/c.jpg"]
+
+
+def test_parquet_with_a_row_for_each_caption(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "1.parquet", {"image_id": ["a", "a", "b"], "caption": ["x", "y", "z"]})
+    write_parquet(tmp_path / "2.parquet", {"image_id": ["b", "c"], "caption": ["w", "v"]})
+    write_parquet(tmp_path / "_metadata.parquet", {"other": [1]})
+
+    dataset = load(tmp_path)
+
+    assert dataset.references() == {"a": ["x", "y"], "b": ["z", "w"], "c": ["v"]}
+    assert all(row["split"] == split_of(row["image_id"]) for row in dataset.table.to_pylist())
+
+
+def test_parquet_ids_may_be_numbers_and_text_may_be_large(tmp_path: Path) -> None:
+    captions = pa.array([["x"], ["y"]], pa.large_list(pa.large_string()))
+
+    dataset = load(write_parquet(tmp_path / "a.parquet", {"image_id": [7, 8], "captions": captions}))
+
+    assert dataset.references() == {"7": ["x"], "8": ["y"]}
+
+
+def test_parquet_rows_without_an_image_or_a_caption_are_counted(tmp_path: Path) -> None:
+    columns = {"image_id": ["a", "b", None, "c", "d"], "captions": [["x"], [], ["y"], None, [None, " "]]}
+
+    dataset = load(write_parquet(tmp_path / "a.parquet", columns))
+
+    assert dataset.references() == {"a": ["x"]}
+    assert dataset.notes == ["4 rows have no image or no caption"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"image_id": ["a", "a"], "caption": ["x", "y"], "split": ["train", "test"]}, "a is in two splits, train and"),
+        ({"image_id": ["a"], "caption": ["x"], "split": ["val"]}, "split must be train, validation, test, got 'val'"),
+        ({"image_id": ["a"], "text": ["x"]}, "expected the columns image_id or image_path, and captions or caption"),
+        ({"image": ["a"], "caption": ["x"]}, "expected the columns image_id or image_path, and captions or caption"),
+        ({"image_id": [["a"]], "caption": [{"text": "x"}]}, "is not readable Parquet of captions"),
+        ({"image_id": ["a"], "caption": [""]}, "Parquet, but not one caption in it"),
+    ],
+)
+def test_parquet_that_is_no_data_set_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(str(write_parquet(tmp_path / "a.parquet", columns)))
+
+
+def test_damaged_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+
+    with pytest.raises(DatasetError, match=f"{tmp_path}/a.parquet is not readable Parquet"):
+        load_dataset(str(tmp_path))
+
+
+# ---- any format
+
+
+def test_what_is_not_there_or_not_recognised_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=f"no such data set: {tmp_path}/nowhere"):
+        load_dataset(f"{tmp_path}/nowhere")
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    with pytest.raises(DatasetError, match=r"holds no captioned images: expected Flickr8k as distributed .*Parquet"):
+        load_dataset(str(tmp_path))
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    columns = {"image_id": ["a", "b"], "caption": ["x", "y"], "split": ["train", "train"]}
+    dataset = load(write_parquet(tmp_path / "a.parquet", columns))
+
+    with pytest.raises(DatasetError, match="has no test images: it has 2 train"):
+        dataset.split("test")
+
+
+def test_the_split_of_a_name_never_changes() -> None:
+    """Other numbers would move images between training and test from one version to the next."""
+    assert [number for number in range(60) if split_of(f"{number}.jpg") == "validation"] == [18, 27, 59]
+    assert [number for number in range(60) if split_of(f"{number}.jpg") == "test"] == [14, 40, 43, 50]
+
+
+def test_about_a_twentieth_is_kept_for_validation_and_for_test() -> None:
+    counts = Counter(split_of(f"{number}.jpg") for number in range(4000))
+
+    assert set(counts) == set(SPLITS)
+    assert 160 <= counts["validation"] <= 240
+    assert 160 <= counts["test"] <= 240

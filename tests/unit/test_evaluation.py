@@ -1,0 +1,149 @@
+"""Which captions are scored against which references, and when a score would mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
+from imcap_ray.errors import DatasetError, InputError
+from imcap_ray.evaluation import evaluate_captions, read_captions
+
+REFERENCES = {
+    "train/a.jpg": ("train", ["a dog runs in the grass", "the dog runs"]),
+    "train/b.jpg": ("train", ["a man holds a ball", "the man has a red ball"]),
+    "test/c.jpg": ("test", ["two cats sit on a wall", "cats on a wall"]),
+    "test/d.jpg": ("test", ["a child jumps in the water", "the child jumps"]),
+}
+PERFECT = {image_id: captions[0] for image_id, (_, captions) in REFERENCES.items()}
+
+
+@pytest.fixture
+def references() -> CaptionedImages:
+    rows = [
+        {"image_id": image_id, "image_path": image_id, "split": split, "captions": captions}
+        for image_id, (split, captions) in REFERENCES.items()
+    ]
+    return CaptionedImages("the data set", "Parquet", pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+
+
+def write(path: Path, captions: Mapping[str, str | None]) -> str:
+    pq.write_table(pa.table({"image_id": list(captions), "caption": list(captions.values())}), path)
+    return str(path)
+
+
+def of_split(split: str) -> dict[str, str]:
+    return {image_id: caption for image_id, caption in PERFECT.items() if REFERENCES[image_id][0] == split}
+
+
+def test_captions_of_one_split_are_scored_against_it(tmp_path: Path, references: CaptionedImages) -> None:
+    report = evaluate_captions(write(tmp_path / "a.parquet", of_split("test")), references)
+
+    assert (report.protocol.split, report.protocol.num_images) == ("test", 2)
+    assert report.protocol.notes == ""
+    assert report.scores.bleu_4 == pytest.approx(1.0)
+
+
+def test_a_score_on_training_images_says_so(tmp_path: Path, references: CaptionedImages) -> None:
+    report = evaluate_captions(write(tmp_path / "a.parquet", of_split("train")), references)
+
+    assert report.protocol.notes == "images of the training split: no measure of quality"
+
+
+def test_captions_of_all_images_are_scored_together(tmp_path: Path, references: CaptionedImages) -> None:
+    report = evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references)
+
+    assert (report.protocol.split, report.protocol.num_images) == ("", 4)
+
+
+def test_a_split_can_be_chosen_from_captions_of_all(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write(tmp_path / "a.parquet", PERFECT)
+
+    report = evaluate_captions(captions, references, split="test")
+
+    assert (report.protocol.split, report.protocol.num_images) == ("test", 2)
+    assert report.scores == evaluate_captions(write(tmp_path / "b.parquet", of_split("test")), references).scores
+
+
+def test_captions_from_a_folder_above_are_matched_by_file_name(tmp_path: Path, references: CaptionedImages) -> None:
+    above = {f"Photographs/{image_id}": caption for image_id, caption in of_split("test").items()}
+    beside = CaptionedImages(
+        "the data set",
+        "Parquet",
+        references.table.set_column(0, "image_id", pa.array(["a.jpg", "b.jpg", "c.jpg", "d.jpg"])),
+    )
+
+    assert evaluate_captions(write(tmp_path / "a.parquet", above), beside).scores.bleu_1 == pytest.approx(1.0)
+
+
+def test_the_order_of_the_rows_does_not_matter(tmp_path: Path, references: CaptionedImages) -> None:
+    reports = [
+        evaluate_captions(write(tmp_path / f"{number}.parquet", captions), references, split="test")
+        for number, captions in enumerate((PERFECT, dict(reversed(PERFECT.items()))))
+    ]
+
+    assert reports[0].to_json() == reports[1].to_json()
+
+
+def test_a_missing_caption_is_refused(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write(tmp_path / "a.parquet", {"test/d.jpg": "a child"})
+
+    with pytest.raises(
+        DatasetError, match="captions for 1 of the 2 test images of the data set, test/c.jpg is missing: caption them"
+    ):
+        evaluate_captions(captions, references)
+
+
+def test_an_image_that_failed_is_scored_as_silence(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = of_split("test") | {"test/c.jpg": None}
+
+    report = evaluate_captions(write(tmp_path / "a.parquet", captions), references)
+
+    assert report.protocol.num_images == 2
+    assert report.scores.bleu_1 < 1
+
+
+def test_captions_of_other_images_are_refused(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write(tmp_path / "a.parquet", PERFECT | {"stranger.jpg": "a dog"})
+
+    with pytest.raises(
+        DatasetError,
+        match="does not match the data set: 1 of 5 captioned images have no references there, .*stranger.jpg",
+    ):
+        evaluate_captions(captions, references)
+
+
+def test_a_file_name_that_stands_for_two_images_matches_none(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write(tmp_path / "a.parquet", {"x/test/c.jpg": "a dog", "y/test/c.jpg": "a cat"})
+
+    with pytest.raises(DatasetError, match="2 of 2 captioned images have no references"):
+        evaluate_captions(captions, references)
+
+
+def test_a_split_without_images_is_refused(tmp_path: Path, references: CaptionedImages) -> None:
+    with pytest.raises(DatasetError, match="has no validation images: it has 2 train, 2 test"):
+        evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references, split="validation")
+
+
+def test_repeated_ids_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image_id": ["a", "b", "a"], "caption": ["x", "y", "z"]}), path)
+
+    with pytest.raises(DatasetError, match="1 image ids stand there more than once"):
+        read_captions(str(path))
+
+
+def test_ids_may_be_numbers_and_captions_absent(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image_id": [1, 2], "caption": ["x", None]}), path)
+
+    assert read_captions(str(path)) == {"1": "x", "2": ""}
+
+
+def test_captions_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such captions"):
+        read_captions(str(tmp_path / "nowhere"))

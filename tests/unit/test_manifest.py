@@ -1,0 +1,426 @@
+"""Every image of an input is one row of its manifest, whatever the input is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray import manifest, storage
+from imcap_ray.errors import InputError
+from imcap_ray.manifest import (
+    CAPTIONS_SCHEMA,
+    MANIFEST_SCHEMA,
+    InputSummary,
+    build_manifest,
+    count_rows,
+    find_image_column,
+    open_captions,
+    read_table_images,
+)
+from tests.small_data import jpeg
+
+IMAGES = [jpeg(number, width=20, height=20) for number in range(7)]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "input").mkdir()
+    return tmp_path / "input"
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> str:
+    return str(tmp_path / "manifest")
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+    """The manifest's rows in the order of their numbers, its laws checked on the way."""
+    tables = [pq.read_table(location) for location, _ in storage.list_files(folder)]
+    assert all(table.schema == MANIFEST_SCHEMA for table in tables)
+    rows: list[dict[str, Any]] = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["manifest_id"])
+    assert [row["manifest_id"] for row in rows] == list(range(len(rows)))
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return rows
+
+
+def ids(folder: str) -> list[str]:
+    return [row["image_id"] for row in read(folder)]
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def write_table(path: Path, columns: dict[str, Any], *, row_group_size: int = 3) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def hugging_face(images: Sequence[bytes | None], paths: Sequence[str | None]) -> pa.Array:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.array([{"bytes": data, "path": path} for data, path in zip(images, paths, strict=True)], kind)
+
+
+def captured_bytes(rows: list[dict[str, Any]]) -> list[bytes | None]:
+    """What the rows of tables point at."""
+    return [
+        dict(read_table_images(row["table_path"], row_group=row["row_group"], rows={row["row"]}))[row["row"]]
+        for row in rows
+    ]
+
+
+# ---- a folder of images
+
+
+def test_a_folder_is_read_with_all_below_it(source: Path, target: str) -> None:
+    touch(source, "b.jpg", "a.PNG", "deep/er/c.webp", "notes.txt", "deep/README")
+
+    summary = build_manifest(str(source), target)
+
+    assert summary == InputSummary(num_images=3, num_ignored=2, description="folder")
+    rows = read(target)
+    assert [row["image_id"] for row in rows] == ["a.PNG", "b.jpg", "deep/er/c.webp"]
+    assert [row["image_path"] for row in rows] == [f"{source}/{row['image_id']}" for row in rows]
+    assert {(row["table_path"], row["row_group"], row["row"]) for row in rows} == {("", -1, -1)}
+
+
+def test_a_folder_is_read_alone_when_asked(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "deep/b.jpg", "deep/c.txt")
+
+    summary = build_manifest(str(source), target, recursive=False)
+
+    assert summary == InputSummary(num_images=1, num_ignored=0, description="folder")
+    assert ids(target) == ["a.jpg"]
+
+
+def test_hidden_files_are_no_images(source: Path, target: str) -> None:
+    touch(source, "a.jpg", ".b.jpg", "deep/._c.jpg")
+
+    assert build_manifest(str(source), target) == InputSummary(num_images=1, num_ignored=2, description="folder")
+    assert ids(target) == ["a.jpg"]
+
+
+def test_one_image_is_an_input_too(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "b.jpg")
+
+    summary = build_manifest(str(source / "a.jpg"), target)
+
+    assert summary == InputSummary(num_images=1, num_ignored=0, description="image")
+    assert [(row["image_id"], row["image_path"]) for row in read(target)] == [("a.jpg", f"{source}/a.jpg")]
+
+
+def test_a_link_that_leads_nowhere_is_somebodys_image(source: Path, target: str) -> None:
+    (source / "lost.jpg").symlink_to(source / "nowhere.jpg")
+
+    assert build_manifest(str(source), target).num_images == 1
+    assert ids(target) == ["lost.jpg"]
+
+
+def test_a_loop_of_links_ends(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "deep/b.jpg")
+    (source / "deep" / "up").symlink_to(source)
+
+    assert build_manifest(str(source), target).num_images == 2
+
+
+def test_a_name_that_is_not_utf8_is_a_row_like_the_others(source: Path, target: str) -> None:
+    touch(source, "a.jpg")
+    try:
+        with open(os.fsencode(source) + b"/caf\xe9.jpg", "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system holds only names in UTF-8")
+
+    assert build_manifest(str(source), target).num_images == 2
+    assert ids(target) == ["a.jpg", "caf\\xe9.jpg"]
+
+
+def test_a_limit_takes_the_first(source: Path, target: str) -> None:
+    touch(source, *(f"{number}.jpg" for number in range(5)))
+
+    assert build_manifest(str(source), target, limit=3).num_images == 3
+    assert ids(target) == ["0.jpg", "1.jpg", "2.jpg"]
+
+
+def test_a_file_system_that_is_not_local_is_read_alike(target: str) -> None:
+    for name in ("a.jpg", "deep/b.jpg", "c.txt"):
+        storage.write_bytes(f"memory://manifest-test/in/{name}", b"1")
+
+    summary = build_manifest("memory://manifest-test/in/", target)
+
+    assert (summary.num_images, summary.num_ignored) == (2, 1)
+    assert [(row["image_id"], row["image_path"]) for row in read(target)] == [
+        ("a.jpg", "memory://manifest-test/in/a.jpg"),
+        ("deep/b.jpg", "memory://manifest-test/in/deep/b.jpg"),
+    ]
+
+
+# ---- again
+
+
+def test_the_same_input_again_adds_nothing(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "b.jpg")
+    build_manifest(str(source), target)
+    before = {path.name: path.read_bytes() for path in Path(target).iterdir()}
+
+    summary = build_manifest(str(source), target)
+
+    assert summary.num_images == 2
+    assert {path.name: path.read_bytes() for path in Path(target).iterdir()} == before
+
+
+def test_new_images_get_numbers_behind_the_old_ones(source: Path, target: str) -> None:
+    touch(source, "b.jpg", "d.jpg")
+    build_manifest(str(source), target)
+    touch(source, "a.jpg", "c.jpg")
+    build_manifest(str(source), target)
+    touch(source, "0.jpg")
+
+    assert build_manifest(str(source), target).num_images == 5
+
+    assert ids(target) == ["b.jpg", "d.jpg", "a.jpg", "c.jpg", "0.jpg"]
+
+
+def test_a_limit_can_be_lifted_later(source: Path, target: str) -> None:
+    touch(source, *(f"{number}.jpg" for number in range(4)))
+    build_manifest(str(source), target, limit=2)
+
+    assert build_manifest(str(source), target).num_images == 4
+    assert ids(target) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+
+
+def test_a_long_manifest_has_several_parts(source: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROWS_PER_PART", 2)
+    touch(source, *(f"{number}.jpg" for number in range(5)))
+    build_manifest(str(source), target)
+    touch(source, "00.jpg", "5.jpg")
+
+    build_manifest(str(source), target)
+
+    assert len(list(Path(target).iterdir())) >= 4
+    assert ids(target) == [*(f"{number}.jpg" for number in range(5)), "00.jpg", "5.jpg"]
+
+
+# ---- Parquet
+
+
+def test_bytes_are_found_by_table_row_group_and_row(source: Path, target: str) -> None:
+    path = write_table(source / "photos.parquet", {"caption": ["x"] * 7, "image": IMAGES})
+
+    summary = build_manifest(str(path), target)
+
+    assert summary == InputSummary(num_images=7, num_ignored=0, description="Parquet, 1 file")
+    rows = read(target)
+    assert [row["image_id"] for row in rows] == [f"photos.parquet#{number}" for number in range(7)]
+    assert [(row["row_group"], row["row"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+    assert {row["image_path"] for row in rows} == {""}
+    assert captured_bytes(rows) == IMAGES
+
+
+def test_several_tables_in_folders_are_one_input(source: Path, target: str) -> None:
+    (source / "deep").mkdir()
+    write_table(source / "b.parquet", {"img": IMAGES[:2]})
+    write_table(source / "deep" / "a.parquet", {"img": IMAGES[2:4]})
+    touch(source, "notes.txt", "_metadata.parquet")
+
+    summary = build_manifest(str(source), target)
+
+    assert summary == InputSummary(num_images=4, num_ignored=2, description="Parquet, 2 files")
+    assert ids(target) == ["b.parquet#0", "b.parquet#1", "deep/a.parquet#0", "deep/a.parquet#1"]
+    assert captured_bytes(read(target)) == IMAGES[:4]
+
+
+@pytest.mark.parametrize("column", ["image_id", "__key__", "key", "id"])
+def test_an_id_column_names_the_images(source: Path, target: str, column: str) -> None:
+    path = write_table(source / "photos.parquet", {"jpg": IMAGES[:4], column: ["d", "a", "c", "b"]})
+
+    build_manifest(str(path), target)
+
+    assert ids(target) == ["d", "a", "c", "b"]
+    assert captured_bytes(read(target)) == IMAGES[:4]
+
+
+def test_ids_may_be_numbers(source: Path, target: str) -> None:
+    build_manifest(str(write_table(source / "photos.parquet", {"image": IMAGES[:3], "id": [30, 10, 20]})), target)
+
+    assert ids(target) == ["30", "10", "20"]
+
+
+def test_paths_start_at_the_tables_folder(source: Path, target: str) -> None:
+    paths = ["a.jpg", "deep/b.jpg", "/elsewhere/c.jpg", "s3://bucket/d.jpg"]
+    build_manifest(str(write_table(source / "list.parquet", {"path": paths, "title": ["x"] * 4})), target)
+
+    rows = read(target)
+
+    assert [row["image_id"] for row in rows] == paths
+    assert [row["image_path"] for row in rows] == [f"{source}/a.jpg", f"{source}/deep/b.jpg", *paths[2:]]
+    assert {row["table_path"] for row in rows} == {""}
+
+
+def test_hugging_faces_struct_gives_bytes_and_names(source: Path, target: str) -> None:
+    path = write_table(source / "train.parquet", {"image": hugging_face(IMAGES[:4], ["a", "b", "c", "d"])})
+
+    build_manifest(str(path), target)
+
+    assert ids(target) == ["a", "b", "c", "d"]
+    assert captured_bytes(read(target)) == IMAGES[:4]
+
+
+def test_hugging_faces_struct_may_point_at_a_file_instead(source: Path, target: str) -> None:
+    (source / "images").mkdir()
+    (source / "images" / "b.jpg").write_bytes(IMAGES[1])
+    images = hugging_face([IMAGES[0], None, None], ["a.jpg", "images/b.jpg", None])
+    path = write_table(source / "train.parquet", {"image": images})
+
+    build_manifest(str(path), target)
+
+    assert ids(target) == ["train.parquet#0", "train.parquet#1", "train.parquet#2"]  # the last one has no name
+    assert captured_bytes(read(target)) == [IMAGES[0], IMAGES[1], None]
+
+
+def test_names_that_are_not_unique_are_no_ids(source: Path, target: str) -> None:
+    images = hugging_face(IMAGES[:2], ["image.jpg", "image.jpg"])
+
+    build_manifest(str(write_table(source / "train.parquet", {"image": images})), target)
+
+    assert ids(target) == ["train.parquet#0", "train.parquet#1"]
+
+
+def test_repeated_ids_are_refused_even_across_files(source: Path, target: str) -> None:
+    write_table(source / "a.parquet", {"image": IMAGES[:2], "id": ["x", "y"]})
+    write_table(source / "b.parquet", {"image": IMAGES[:2], "id": ["z", "x"]})
+
+    with pytest.raises(InputError, match="image ids must be unique, but 'x' stands there more than once"):
+        build_manifest(str(source), target)
+
+
+def test_a_null_is_an_image_that_is_missing_and_stays_a_row(source: Path, target: str) -> None:
+    path = write_table(source / "a.parquet", {"image": pa.array([IMAGES[0], None], pa.binary())})
+
+    assert build_manifest(str(path), target).num_images == 2
+    assert captured_bytes(read(target)) == [IMAGES[0], None]
+
+
+def test_a_limit_ends_within_a_table(source: Path, target: str) -> None:
+    path = write_table(source / "a.parquet", {"image": IMAGES, "id": list("abcdefg")})
+
+    assert build_manifest(str(path), target, limit=5).num_images == 5
+    assert ids(target) == list("abcde")
+
+
+def test_images_beside_a_table_are_the_input(source: Path, target: str) -> None:
+    write_table(source / "captions.parquet", {"image_path": ["a.jpg"], "caption": ["x"]})
+    touch(source, "a.jpg")
+
+    assert build_manifest(str(source), target) == InputSummary(num_images=1, num_ignored=1, description="folder")
+
+
+def test_only_the_rows_asked_for_are_read(source: Path) -> None:
+    path = write_table(source / "a.parquet", {"image": IMAGES}, row_group_size=7)
+
+    found = dict(read_table_images(str(path), row_group=0, rows={1, 5}))
+
+    assert found == {1: IMAGES[1], 5: IMAGES[5]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"image": pa.binary(), "data": pa.binary()}, ("image", "bytes")),
+        ({"pixels": pa.binary(), "caption": pa.string()}, ("pixels", "bytes")),
+        ({"image": pa.large_binary(), "path": pa.string()}, ("image", "bytes")),
+        ({"image": pa.string(), "caption": pa.string()}, ("image", "path")),
+        ({"file_name": pa.large_string()}, ("file_name", "path")),
+        ({"photo": pa.struct([("bytes", pa.binary())]), "image": pa.binary()}, ("photo", "struct")),
+    ],
+)
+def test_the_column_of_images_is_known_by_its_type_and_name(
+    columns: dict[str, pa.DataType], expected: tuple[str, str]
+) -> None:
+    column = find_image_column(pa.schema(columns), "a.parquet")
+
+    assert (column.name, column.kind) == expected
+
+
+# ---- inputs that cannot be captioned
+
+
+def test_what_is_not_there_is_named(tmp_path: Path, target: str) -> None:
+    with pytest.raises(InputError, match=f"no such input: {tmp_path}/nowhere"):
+        build_manifest(f"{tmp_path}/nowhere", target)
+
+
+def test_an_empty_folder_is_refused(source: Path, target: str) -> None:
+    with pytest.raises(InputError, match=f"no images in {source}: found nothing there"):
+        build_manifest(str(source), target)
+
+
+def test_a_folder_without_images_is_refused_with_the_number_of_its_files(source: Path, target: str) -> None:
+    touch(source, "a.txt", "b.pdf", "deep/.c.jpg")
+
+    with pytest.raises(InputError, match="found 3 other files there; images are known by names like .jpg"):
+        build_manifest(str(source), target)
+    assert not Path(target).exists()
+
+
+def test_a_table_without_images_is_refused_with_its_columns(source: Path, target: str) -> None:
+    path = write_table(source / "a.parquet", {"caption": ["x"], "score": [0.5]})
+
+    with pytest.raises(InputError, match=r"a.parquet has no column of images: .* got caption \(string\), score \(dou"):
+        build_manifest(str(path), target)
+
+
+@pytest.mark.parametrize("columns", [{"image": IMAGES[:1]}, {"image": IMAGES[:1], "id": ["a"]}])
+def test_a_damaged_table_is_named_even_if_it_is_the_second(source: Path, target: str, columns: dict[str, Any]) -> None:
+    write_table(source / "a.parquet", columns)
+    (source / "b.parquet").write_bytes(b"PAR1 no table")
+
+    with pytest.raises(InputError, match=f"{source}/b.parquet is not readable Parquet"):
+        build_manifest(str(source), target)
+
+
+# ---- captions
+
+
+def captions_table(rows: list[dict[str, Any]]) -> pa.Table:
+    return pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
+
+
+def test_captions_are_read_from_a_folder_past_our_own_files(tmp_path: Path) -> None:
+    (tmp_path / "_imcap").mkdir()
+    for number in range(2):
+        table = captions_table([{"image_id": f"{number}.jpg", "caption": "a dog", "status": "ok", "error_code": ""}])
+        pq.write_table(table, tmp_path / f"part-{number}.parquet")
+    (tmp_path / "_imcap" / "run.json").write_text("{}")
+    (tmp_path / "report.html").write_text("")
+
+    assert sorted(open_captions(str(tmp_path)).to_table()["image_id"].to_pylist()) == ["0.jpg", "1.jpg"]
+
+
+def test_rows_are_counted_by_status_and_failures_by_code(tmp_path: Path) -> None:
+    statuses = [("ok", ""), ("ok", ""), ("duplicate", ""), ("failed", "truncated"), ("failed", "missing")]
+    rows = [{"image_id": str(n), "status": status, "error_code": code} for n, (status, code) in enumerate(statuses)]
+    pq.write_table(captions_table(rows), tmp_path / "a.parquet")
+
+    assert count_rows(str(tmp_path)) == ({"ok": 2, "duplicate": 1, "failed": 2}, {"truncated": 1, "missing": 1})
+
+
+def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"no such captions: {tmp_path}/nowhere"):
+        open_captions(f"{tmp_path}/nowhere")
+    with pytest.raises(InputError, match="is no captions table: .* got no Parquet file"):
+        open_captions(str(tmp_path))
+    pq.write_table(pa.table({"image_id": ["a"], "text": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(InputError, match="expected the columns image_id and caption, got image_id, text"):
+        open_captions(str(tmp_path))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no table")
+    with pytest.raises(InputError, match="is not readable Parquet"):
+        open_captions(str(tmp_path))

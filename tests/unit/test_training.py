@@ -1,0 +1,239 @@
+"""A batch is its captions, a training can be interrupted, and a tiny model learns eight images by heart."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from imcap_ray import training
+from imcap_ray.config import DecoderConfig, TrainingConfig
+from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.training import Optimization, learning_rate_factor, make_batch
+from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID
+
+CPU = torch.device("cpu")
+NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS, VOCABULARY_SIZE = 8, 4, 12, 30
+PLAIN = TrainingConfig(schedule="constant", learning_rate=1e-2, label_smoothing=0.0, weight_decay=0.0)
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some CPUs would compute in bfloat16, with three digits."""
+    monkeypatch.setattr(training, "prefers_bfloat16", lambda device: False)
+
+
+@pytest.fixture(params=["attention", "lstm"])
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return make_decoder(request.param)
+
+
+def make_decoder(name: str = "attention", *, dropout: float = 0.0) -> Decoder:
+    torch.manual_seed(0)
+    config = DecoderConfig(name=name, embedding_size=16, hidden_size=32, num_heads=2, dropout=dropout)
+    return build_decoder(config, num_channels=NUM_CHANNELS, vocabulary_size=VOCABULARY_SIZE)
+
+
+def make_features() -> Tensor:
+    return torch.randn(NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS, generator=torch.Generator().manual_seed(1))
+
+
+def make_captions() -> list[list[list[int]]]:
+    """Two captions of each image, of three to nine words."""
+    generator = torch.Generator().manual_seed(2)
+
+    def words(count: int) -> list[int]:
+        return list(torch.randint(4, VOCABULARY_SIZE, (count,), generator=generator).tolist())
+
+    return [[[START_ID, *words(3 + (image + 3 * k) % 7), END_ID] for k in range(2)] for image in range(NUM_IMAGES)]
+
+
+def optimize(decoder: nn.Module, config: TrainingConfig = PLAIN, *, total_steps: int = 20) -> Optimization:
+    return Optimization(decoder, decoder, config, total_steps=total_steps)
+
+
+def whole_batch() -> Any:
+    return make_batch(make_features(), make_captions(), CPU)
+
+
+def test_a_batch_holds_every_token_but_the_start_as_a_target_once() -> None:
+    captions = make_captions()
+
+    batch = whole_batch()
+
+    words = sorted(token for of_image in captions for ids in of_image for token in ids[1:])
+    assert sorted(batch.targets.tolist()) == words
+    assert len(batch.targets) == int(batch.lengths.sum())
+    assert batch.lengths.tolist() == sorted(batch.lengths.tolist(), reverse=True)
+    assert PADDING_ID not in batch.targets
+    for row, image in enumerate(batch.image_of_caption.tolist()):
+        length = int(batch.lengths[row])
+        assert [*batch.token_ids[row, :length].tolist(), END_ID] in captions[image]
+
+
+def test_a_batchs_loss_is_the_sum_over_its_captions_alone(decoder: Decoder) -> None:
+    features, captions = make_features(), make_captions()
+
+    loss, num_tokens = optimize(copy.deepcopy(decoder)).step(whole_batch())
+
+    alone = [
+        optimize(copy.deepcopy(decoder)).step(make_batch(features[image : image + 1], [[ids]], CPU))
+        for image, of_image in enumerate(captions)
+        for ids in of_image
+    ]
+    assert num_tokens == sum(number for _, number in alone)
+    assert loss == pytest.approx(sum(value for value, _ in alone), rel=1e-5)
+
+
+def test_an_image_without_captions_changes_nothing(decoder: Decoder) -> None:
+    features, captions = make_features(), make_captions()
+    expected = optimize(copy.deepcopy(decoder)).step(make_batch(features[1:], captions[1:], CPU))
+
+    found = optimize(copy.deepcopy(decoder)).step(make_batch(features, [[], *captions[1:]], CPU))
+
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_label_smoothing_changes_the_step_and_not_the_reported_loss() -> None:
+    plain, smooth = make_decoder(), make_decoder()
+
+    losses = [
+        optimize(decoder, replace(PLAIN, label_smoothing=smoothing)).step(whole_batch())
+        for decoder, smoothing in ((plain, 0.0), (smooth, 0.2))
+    ]
+
+    assert losses[0] == losses[1]
+    assert not equal(plain.state_dict(), smooth.state_dict())
+
+
+def test_a_tiny_model_learns_eight_images_by_heart(decoder: Decoder) -> None:
+    optimization, batch = optimize(decoder, replace(PLAIN, learning_rate=2e-2)), whole_batch()
+
+    losses = [loss / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(100))]
+
+    assert losses[0] == pytest.approx(math.log(VOCABULARY_SIZE), rel=0.2), "it starts by knowing nothing"
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_gradient_is_clipped() -> None:
+    decoder = make_decoder()
+
+    optimize(decoder, replace(PLAIN, gradient_clip=1e-3)).step(whole_batch())
+
+    norms = [parameter.grad.norm() for parameter in decoder.parameters() if parameter.grad is not None]
+    assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_training_steps_with_dropout_whatever_the_module_was_left_in() -> None:
+    decoder = make_decoder(dropout=0.5).eval()
+    optimization = optimize(decoder)
+
+    optimization.step(whole_batch())
+
+    assert decoder.training
+
+
+# ---- the schedule
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
+    config = TrainingConfig(warmup_steps=10)
+    factors = [learning_rate_factor(step, 100, config) for step in range(101)]
+
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == max(factors) == 1.0
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert factors[55] == pytest.approx(0.505)  # half way between the peak and 1 %
+    assert factors[100] == pytest.approx(0.01)
+    assert learning_rate_factor(500, 100, config) == pytest.approx(0.01)
+
+
+def test_a_constant_learning_rate_is_constant() -> None:
+    assert {learning_rate_factor(step, 100, PLAIN) for step in range(101)} == {1.0}
+
+
+def test_a_training_shorter_than_its_warm_up_is_possible() -> None:
+    factors = [learning_rate_factor(step, 3, TrainingConfig(warmup_steps=10)) for step in range(4)]
+
+    assert factors == sorted(factors)
+    assert learning_rate_factor(0, 0, TrainingConfig(warmup_steps=0)) == 1.0
+
+
+def test_each_step_uses_the_learning_rate_of_the_schedule() -> None:
+    config = replace(PLAIN, schedule="cosine", warmup_steps=2)
+    optimization = optimize(make_decoder(), config, total_steps=5)
+
+    found = []
+    for _ in range(5):
+        found.append(optimization.optimizer.param_groups[0]["lr"])
+        optimization.step(whole_batch())
+
+    assert found == pytest.approx([config.learning_rate * learning_rate_factor(step, 5, config) for step in range(5)])
+
+
+# ---- what is kept
+
+
+def test_without_a_moving_average_the_decoder_itself_is_kept() -> None:
+    decoder = make_decoder()
+
+    assert optimize(decoder).kept is decoder
+
+
+def test_the_moving_average_follows_the_weights() -> None:
+    decay, decoder = 0.8, make_decoder()
+    optimization = optimize(decoder, replace(PLAIN, ema_decay=decay))
+
+    optimization.step(whole_batch())
+    assert equal(optimization.kept.state_dict(), decoder.state_dict()), "it starts at the first step's weights"
+    expected = clone(decoder.state_dict())
+    for _ in range(3):
+        optimization.step(whole_batch())
+        expected = {
+            name: decay * expected[name] + (1 - decay) * tensor for name, tensor in decoder.state_dict().items()
+        }
+
+    for name, tensor in optimization.kept.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_training_goes_on_from_its_state_as_if_never_interrupted(optimizer: str, ema_decay: float) -> None:
+    config = replace(PLAIN, optimizer=optimizer, ema_decay=ema_decay, schedule="cosine", warmup_steps=3)
+    batch = whole_batch()
+    uninterrupted = optimize(make_decoder(), config)
+    for _ in range(4):
+        uninterrupted.step(batch)
+    file = io.BytesIO()
+    torch.save(uninterrupted.state_dict(), file)
+    torch.manual_seed(99)
+    resumed = optimize(
+        build_decoder(  # other weights than those of the state
+            DecoderConfig(embedding_size=16, hidden_size=32, num_heads=2, dropout=0.0),
+            num_channels=NUM_CHANNELS,
+            vocabulary_size=VOCABULARY_SIZE,
+        ),
+        config,
+    )
+
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+
+    for _ in range(3):
+        assert resumed.step(batch) == uninterrupted.step(batch)
+    assert equal(resumed.decoder.state_dict(), uninterrupted.decoder.state_dict())
+    assert equal(resumed.kept.state_dict(), uninterrupted.kept.state_dict())
+
+
+def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
