@@ -173,13 +173,14 @@ class Captioner:
         pixels, errors = [], {}
         for number, image in enumerate(images):
             try:
-                pixels.append(self._pixels(image))
+                pixels.append(self.read_pixels(image))
             except ImageError as error:
                 errors[number] = error
         captions = iter(self.caption_pixels(np.stack(pixels))) if pixels else iter(())
         return [errors[number] if number in errors else next(captions)[0] for number in range(len(images))]
 
-    def _pixels(self, image: str | Path | bytes) -> np.ndarray[Any, Any]:
+    def read_pixels(self, image: str | Path | bytes) -> np.ndarray[Any, Any]:
+        """The image as uint8 pixels (3, S, S), or ImageError."""
         if isinstance(image, bytes):
             return decode_image(image, image_size=self.image_size).pixels
         try:
@@ -296,6 +297,9 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
         }
     except safetensors.SafetensorError as error:
         raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {error}") from error
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(f"{location}: {WEIGHTS_FILE} holds values that are no numbers, in {broken[0]} first")
     metrics_location = storage.join(location, METRICS_FILE)
     try:
         metrics = json.loads(storage.read_bytes(metrics_location)) if storage.exists(metrics_location) else {}

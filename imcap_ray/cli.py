@@ -130,13 +130,15 @@ def _print_caption(image: str, options: dict[str, Any]) -> None:
     if storage.is_folder(image):
         raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
     captioner = Captioner.load(options["model"], search=_search(options), encoder_weights=options["encoder_weights"])
-    result = captioner.caption([image])[0]
-    if isinstance(result, ImageError):
-        raise InputError(f"{image}: {result.message} ({result.code})")
+    try:
+        captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0]
+    except ImageError as error:
+        raise InputError(f"{image}: {error.message} ({error.code})") from error
     if options["as_json"]:
-        click.echo(json.dumps({"caption": result.text, "confidence": result.confidence}, ensure_ascii=False))
+        found = [{"caption": one.text, "confidence": one.confidence} for one in captions]
+        click.echo(json.dumps({**found[0], "captions": found}, ensure_ascii=False))
     else:
-        click.echo(result.text)
+        click.echo("\n".join(one.text for one in captions))
 
 
 def _search(options: dict[str, Any]) -> Any:

@@ -24,45 +24,46 @@ def evaluate_captions(location: str, references: CaptionedImages, *, split: str 
     """Score the captions table at `location` against a data set.
 
     An image is looked up by its id, or by its file name where the captions were made from a folder above the images.
-    Without a split, the captions must be of images of one split, or of all images.
+    With a split the captions of other images are left aside; without one there must be none, and the captions must
+    be of all images of one split, or of all images.
 
     Raises:
         DatasetError: the captions are of other images, or some of the split's images have none.
     """
-    captions = _match(location, read_captions(location), references)
+    captions = _match(read_captions(location), references)
     if split is None:
+        _refuse_strangers(location, captions, references)
         split = _split_of(captions, references)
-        wanted = references.references(split) if split else references.references()
-        if split is None:
-            wanted = {image_id: wanted[image_id] for image_id in captions}
-    else:
-        wanted = references.references(split)
-        captions = {image_id: caption for image_id, caption in captions.items() if image_id in wanted}
+    wanted = references.references(split)
+    captions = {image_id: caption for image_id, caption in captions.items() if image_id in wanted}
     missing = [image_id for image_id in wanted if image_id not in captions]
     if missing:
         raise DatasetError(
             f"{location} has captions for {len(wanted) - len(missing):,} of the {len(wanted):,} "
-            f"{split or 'captioned'} images of {references.location}, {missing[0]} is missing: caption them all, "
-            "a score over a part cannot be compared"
+            f"{split or 'captioned'} images of {references.location}, {missing[0]} is missing: caption them all, or "
+            "name the --split they are of; a score over a part cannot be compared"
         )
     notes = "images of the training split: no measure of quality" if split == TRAIN else ""
     return evaluate(captions, wanted, split=split or "", notes=notes)
 
 
-def _match(location: str, captions: dict[str, str], references: CaptionedImages) -> dict[str, str]:
-    """The captions under the data set's image ids."""
-    known = set(references.table["image_id"].to_pylist())
-    if not captions.keys() & known:
+def _match(captions: dict[str, str], references: CaptionedImages) -> dict[str, str]:
+    """The captions under the data set's image ids: their own, or their file names."""
+    if captions.keys().isdisjoint(references.table["image_id"].to_pylist()):
         by_name = {image_id.rpartition("/")[2]: caption for image_id, caption in captions.items()}
         if len(by_name) == len(captions):
-            captions = by_name
+            return by_name
+    return captions
+
+
+def _refuse_strangers(location: str, captions: dict[str, str], references: CaptionedImages) -> None:
+    known = set(references.table["image_id"].to_pylist())
     strangers = [image_id for image_id in captions if image_id not in known]
     if strangers:
         raise DatasetError(
             f"{location} does not match {references.location}: {len(strangers):,} of {len(captions):,} captioned "
             f"images have no references there, the first is {strangers[0]}"
         )
-    return captions
 
 
 def _split_of(captions: dict[str, str], references: CaptionedImages) -> str | None:

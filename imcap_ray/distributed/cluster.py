@@ -36,7 +36,7 @@ NODE_TIMEOUT_SECONDS: Final = 5
 MINIMUM_LOCAL_CPUS: Final = 4
 SPARE_LOCAL_CPUS: Final = 2
 
-# [2026-08-14 13:22:09,694 I 5360 5360] logging.cc:303: Set ray log level ...
+# As in "[DATE TIME I 5360 5360] logging.cc:303: Set ray log level from environment variable ..."
 BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
 
 AUTHENTICATION_ADVICE: Final = (

@@ -162,7 +162,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, photograph: 
     def broken(self: Captioner, images: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Captioner, "caption", broken)
+    monkeypatch.setattr(Captioner, "caption_pixels", broken)
 
     result = imcap("caption", photograph, "--model", model_dir)
 
@@ -173,7 +173,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, photograph: Pa
     def interrupted(self: Captioner, images: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Captioner, "caption", interrupted)
+    monkeypatch.setattr(Captioner, "caption_pixels", interrupted)
 
     result = imcap("caption", photograph, "--model", model_dir)
 
@@ -196,7 +196,7 @@ def test_one_image_is_captioned_on_stdout(photograph: Path, model_dir: Path, cap
 def test_one_image_as_json(photograph: Path, model_dir: Path) -> None:
     caption = json.loads(imcap("caption", photograph, "--model", model_dir, "--json").stdout)
 
-    assert set(caption) == {"caption", "confidence"}
+    assert set(caption) == {"caption", "confidence", "captions"}
     assert 0 < caption["confidence"] <= 1
 
 

@@ -1,0 +1,119 @@
+"""Connecting to Ray: quietly, twice without harm, and with an error that helps when it cannot be done."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from imcap_ray.distributed.cluster import ClusterResources, refuse_relative_paths_in_job, require
+from imcap_ray.errors import ClusterError, InputError
+
+pytestmark = pytest.mark.timeout(180)
+
+CONNECT = """
+import json, os, sys, time
+from imcap_ray.distributed.cluster import connect
+from imcap_ray.errors import ImcapError
+
+variables = dict(os.environ)
+start = time.monotonic()
+try:
+    resources = [vars(connect(*sys.argv[1:])) for _ in range(2)]
+    changed = {name for name in variables.keys() | os.environ.keys() if variables.get(name) != os.environ.get(name)}
+    import ray
+    @ray.remote
+    def double(number):
+        return 2 * number
+    said = {"resources": resources, "changed": sorted(changed), "answer": ray.get(double.remote(21))}
+except ImcapError as error:
+    said = {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - start}
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    # Ray puts Unix sockets below its temporary folder, and their paths are limited to 107 characters.
+    path = Path(tempfile.mkdtemp(prefix="imc", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def connect_elsewhere(*arguments: str, home: Path, **variables: str) -> tuple[dict, str]:
+    """What `connect` did in a process of its own, with `home` as its home folder, and what stderr got from it."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(home), "RAY_TMPDIR": str(home), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", CONNECT, *arguments], env=environment, capture_output=True, text=True, timeout=150
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_private_ray_is_quiet_and_leaves_no_token_behind(home):
+    said, stderr = connect_elsewhere(home=home)
+    first, second = said["resources"]
+    assert first == second
+    assert first["is_local"] and first["nodes"] == 1
+    assert first["cpus"] >= max(4, first["physical_cores"])
+    assert said["answer"] == 42
+    assert stderr == ""
+    # ~/.ray/auth_token would turn authentication on for every later `ray start` of this user.
+    assert not (home / ".ray").exists()
+    assert not [name for name in said["changed"] if "AUTH" in name]
+
+
+def test_local_wins_over_ray_address(home):
+    said, _ = connect_elsewhere("local", home=home, RAY_ADDRESS="127.0.0.1:9")
+    assert said["resources"][0]["is_local"]
+
+
+@pytest.mark.parametrize("place", ["closed port", "another server"])
+def test_an_address_without_ray_fails_in_seconds(home, place):
+    with socket.socket() as listener:
+        if place == "another server":
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+        port = listener.getsockname()[1] if place == "another server" else free_port()
+        said, stderr = connect_elsewhere(f"127.0.0.1:{port}", home=home)
+    assert said["error"] == "ClusterError"
+    assert f"127.0.0.1:{port}" in said["message"] and "6379" in said["message"]
+    assert said["seconds"] < 20
+    assert stderr == ""
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_an_address_for_outsiders_points_to_submit(home, address):
+    said, _ = connect_elsewhere(home=home, RAY_ADDRESS=address)
+    assert said["error"] == "ClusterError"
+    assert "imcap submit" in said["message"]
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers():
+    resources = ClusterResources(is_local=False, cpus=4, gpus=1, nodes=2, physical_cores=4)
+    require(resources, cpus=4, gpus=1, what="--num-workers 1")
+    with pytest.raises(ClusterError, match=r"--num-workers 8 needs 9 CPUs, the cluster has 4: ask for less"):
+        require(resources, cpus=9, gpus=0, what="--num-workers 8")
+    with pytest.raises(ClusterError, match=r"--num-actors 2 needs 2 GPUs, the cluster has 1: .* add nodes"):
+        require(resources, cpus=2, gpus=2, what="--num-actors 2")
+
+
+def test_a_job_may_not_write_to_its_temporary_folder(monkeypatch):
+    refuse_relative_paths_in_job({"OUTPUT": "captions"})
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    refuse_relative_paths_in_job({"OUTPUT": "/mnt/captions", "MODEL": "s3://bucket/model"})
+    with pytest.raises(InputError, match="MODEL must be an absolute path or a URI inside a Ray job, got runs/mine"):
+        refuse_relative_paths_in_job({"OUTPUT": "/mnt/captions", "MODEL": "runs/mine"})

@@ -1,0 +1,239 @@
+"""Commands as jobs of a real cluster, one with token authentication, and what comes back from them."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from imcap_ray.distributed.submission import submit
+from imcap_ray.errors import ClusterError
+
+pytestmark = pytest.mark.timeout(240)
+
+TOKEN = "0123456789abcdef" * 4
+
+# A package of the same name in place of imcap_ray: what travels, how it is called and what comes back are the same.
+STAND_IN = """
+import json, sys, time
+behaviour, *arguments = sys.argv[1:]
+if behaviour == "exit":
+    sys.exit(int(arguments[0]))
+if behaviour == "print":
+    print(json.dumps(arguments))
+if behaviour == "wait":
+    print("waiting", flush=True)
+    time.sleep(300)
+if behaviour == "connect":
+    import ray
+    ray.init(logging_level="ERROR")
+    print(json.dumps(ray.get(ray.remote(lambda: __import__("imcap_ray").__file__).remote())))
+"""
+
+SUBMIT = """
+import json, os, signal, sys, types
+from imcap_ray.distributed import submission
+from imcap_ray.errors import ImcapError
+
+stand_in, address, *command = sys.argv[1:]
+submission.imcap_ray = types.SimpleNamespace(__file__=stand_in)
+lines = []
+
+def echo(line):
+    lines.append(line)
+    if line == "waiting":
+        os.kill(os.getpid(), signal.SIGINT)
+
+try:
+    said = {"exit_code": submission.submit(command, address=address, submission_id=os.environ.get("JOB"), echo=echo)}
+except ImcapError as error:
+    said = {"error": type(error).__name__, "message": str(error)}
+print(json.dumps(said | {"lines": lines}))
+"""
+
+CONNECT = """
+import sys
+from imcap_ray.distributed.cluster import connect
+from imcap_ray.errors import ClusterError
+try:
+    print(connect(sys.argv[1]))
+except ClusterError as error:
+    print(error)
+"""
+
+
+@dataclass(frozen=True)
+class Head:
+    folder: Path
+    dashboard: str
+    address: str
+
+    def run(self, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """A Python program that finds no token by itself and is misled by RAY_ADDRESS."""
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        environment |= {"HOME": str(self.folder / "nobody"), "RAY_ADDRESS": "http://127.0.0.1:9", **variables}
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=150
+        )
+
+    def submit(self, *command: str, **variables: str) -> dict[str, Any]:
+        done = self.run(SUBMIT, str(self.folder / "imcap_ray" / "__init__.py"), self.dashboard, *command, **variables)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as listeners:
+        sockets = [listeners.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code == 401
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    # Ray puts Unix sockets below its temporary folder, and their paths are limited to 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="ims", dir="/tmp"))
+    (folder / "nobody").mkdir()
+    (folder / "user" / ".ray").mkdir(parents=True)
+    (folder / "user" / ".ray" / "auth_token").write_text(TOKEN)
+    (folder / "imcap_ray").mkdir()
+    (folder / "imcap_ray" / "__init__.py").touch()
+    (folder / "imcap_ray" / "__main__.py").write_text(STAND_IN)
+    port, dashboard_port, agent_port, client_port = free_ports(4)
+    programs = Path(sys.executable).parent
+    # Without RAY_AUTH_MODE: `ray start` demands the token because it finds one, as it does for users.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(folder / "user"), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(programs / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
+    command += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
+    command += [f"--dashboard-agent-listen-port={agent_port}", "--min-worker-port=0", "--max-worker-port=0"]
+    dashboard = f"http://127.0.0.1:{dashboard_port}"
+    with open(folder / "head.log", "w+") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder / "user")
+        try:
+            deadline = time.monotonic() + 120
+            while not answers(f"{dashboard}/api/version"):
+                log.seek(0)
+                assert process.poll() is None and time.monotonic() < deadline, log.read()
+                time.sleep(0.5)
+            yield Head(folder, dashboard, f"127.0.0.1:{port}")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_command_arrives_word_for_word_and_its_log_comes_back(head):
+    words = ["s3://bucket/a b", 'it\'s "quoted"', "$(touch pwned) `id` ; * ~", "--name=ü\n"]
+    said = head.submit("print", *words, RAY_AUTH_TOKEN=TOKEN)
+    assert said["exit_code"] == 0
+    assert json.loads(said["lines"][-1]) == words
+    assert not (head.folder / "pwned").exists()
+
+
+def test_the_exit_code_is_the_commands(head):
+    assert head.submit("exit", "3", RAY_AUTH_TOKEN=TOKEN)["exit_code"] == 3
+
+
+def test_the_package_travels_to_the_workers_too(head):
+    said = head.submit("connect", RAY_AUTH_TOKEN=TOKEN)
+    assert said["exit_code"] == 0
+    assert "py_modules_files" in json.loads(said["lines"][-1])
+
+
+def test_ctrl_c_stops_the_job(head):
+    assert head.submit("wait", RAY_AUTH_TOKEN=TOKEN, JOB="interrupted")["exit_code"] == 130
+    job = urllib.request.Request(f"{head.dashboard}/api/jobs/interrupted", headers={"Authorization": f"Bearer {TOKEN}"})
+    status = "RUNNING"
+    deadline = time.monotonic() + 30
+    while status == "RUNNING" and time.monotonic() < deadline:
+        with urllib.request.urlopen(job, timeout=10) as answer:
+            status = json.load(answer)["status"]
+        time.sleep(0.5)
+    assert status == "STOPPED"
+
+
+def test_a_name_that_is_taken_is_said_so(head):
+    said = [head.submit("exit", "0", RAY_AUTH_TOKEN=TOKEN, JOB="taken") for _ in range(2)]
+    assert said[0]["exit_code"] == 0
+    assert said[1]["error"] == "ClusterError"
+    assert "--submission-id" in said[1]["message"]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"RAY_AUTH_TOKEN": "wrong"},
+        {"RAY_AUTH_TOKEN_PATH": "/no/such/file"},
+        {"RAY_AUTH_MODE": "token"},
+        {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": TOKEN},
+    ],
+    ids=["no token", "wrong token", "no token file", "mode without token", "token held back"],
+)
+def test_a_cluster_that_wants_another_token_names_the_variable_to_set(head, variables):
+    submitted = head.submit("exit", "0", **variables)
+    assert submitted["error"] == "ClusterError"
+    joined = head.run(CONNECT, head.address, **variables)
+    assert joined.returncode == 0, joined.stderr
+    for message in (submitted["message"], joined.stdout):
+        assert "set RAY_AUTH_TOKEN" in message
+        assert len(message.splitlines()) == 1
+    assert TOKEN not in submitted["message"] + joined.stdout
+
+
+@pytest.mark.parametrize("where", ["variable", "path", "home"])
+def test_a_token_is_enough_to_join_without_setting_the_mode(head, where):
+    variables = {
+        "variable": {"RAY_AUTH_TOKEN": TOKEN},
+        "path": {"RAY_AUTH_TOKEN_PATH": str(head.folder / "user" / ".ray" / "auth_token")},
+        "home": {"HOME": str(head.folder / "user")},
+    }[where]
+    joined = head.run(CONNECT, head.address, **variables)
+    assert "ClusterResources(is_local=False, cpus=2.0" in joined.stdout
+    assert joined.stderr == ""
+
+
+def test_another_version_of_ray_is_refused_by_name(head):
+    program = CONNECT.replace("import sys\n", "import sys, ray\nray.__version__ = '2.59.0'\n", 1)
+    message = head.run(program, head.address, RAY_AUTH_TOKEN=TOKEN).stdout
+    assert "2.59.0" in message and ray.__version__ in message
+
+
+def test_a_machine_without_dashboard_is_found_out_in_seconds():
+    start = time.monotonic()
+    (port,) = free_ports(1)
+    with pytest.raises(ClusterError, match=f"no Ray dashboard answers at http://127.0.0.1:{port}: give its --address"):
+        submit(["demo"], address=f"127.0.0.1:{port}", echo=print)
+    assert time.monotonic() - start < 15
