@@ -162,7 +162,7 @@ def run_captioning(
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
     from functools import partial
 
-    from imcap_ray.captioner import DEFAULT_MODEL, Captioner
+    from imcap_ray.captioner import DEFAULT_MODEL, Captioner, read_model_folder
     from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
 
@@ -172,7 +172,7 @@ def run_captioning(
     model = options["model"] and storage.absolute(options["model"])
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
     search = _search(options)
-    Captioner.load(model, search=search, encoder_weights=weights)  # a broken model is found before Ray starts
+    read_model_folder(model)  # a broken one is found before Ray starts
     return caption_images(
         input,
         output,

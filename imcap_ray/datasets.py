@@ -42,6 +42,8 @@ class CaptionedImages:
     table: pa.Table
     notes: list[str] = field(default_factory=list)
     """One line for each kind of oddity, with its count."""
+    terms: str = ""
+    """Where the data come from and what they may be used for, as far as the format tells."""
 
     def split(self, name: str) -> pa.Table:
         """The rows of one split, or DatasetError naming those there are."""
@@ -95,6 +97,10 @@ _FLICKR8K_SPLITS: Final = {
     "Flickr_8k.devImages.txt": VALIDATION,
     "Flickr_8k.testImages.txt": TEST,
 }
+_FLICKR8K_TERMS: Final = (
+    "M. Hodosh, P. Young, J. Hockenmaier (2013), Framing Image Description as a Ranking Task, JAIR 47, 853-899. The "
+    "photographs belong to their photographers; the collection is for non-commercial research."
+)
 _FLICKR8K_IMAGES: Final = ("Flicker8k_Dataset", "Flickr8k_Dataset", "Images", "images")
 
 
@@ -131,7 +137,9 @@ def _read_flickr8k(location: str) -> CaptionedImages:
         captions = {image_id: captions[image_id] for image_id in splits}
     else:
         splits = {image_id: split_of(image_id) for image_id in captions}
-    return _to_dataset(location, "Flickr8k as distributed", captions, splits, _FLICKR8K_IMAGES, notes)
+    return _to_dataset(
+        location, "Flickr8k as distributed", captions, splits, _FLICKR8K_IMAGES, notes, terms=_FLICKR8K_TERMS
+    )
 
 
 # ---- Kaggle's form of Flickr8k
@@ -157,7 +165,9 @@ def _read_kaggle(location: str) -> CaptionedImages:
         "no official splits: each image's split is a hash of its name",
     ]
     splits = {image_id: split_of(image_id) for image_id in captions}
-    return _to_dataset(location, "Flickr8k in Kaggle's form", captions, splits, _FLICKR8K_IMAGES, notes)
+    return _to_dataset(
+        location, "Flickr8k in Kaggle's form", captions, splits, _FLICKR8K_IMAGES, notes, terms=_FLICKR8K_TERMS
+    )
 
 
 # ---- Parquet
@@ -260,6 +270,8 @@ def _to_dataset(
     splits: Mapping[str, str],
     image_folders: Iterable[str],
     notes: list[str],
+    *,
+    terms: str = "",
 ) -> CaptionedImages:
     if not captions:
         raise DatasetError(f"{location}: {format_name}, but not one caption in it")
@@ -277,4 +289,4 @@ def _to_dataset(
         ],
         schema=DATASET_SCHEMA,
     )
-    return CaptionedImages(location, format_name, table, [note for note in notes if note])
+    return CaptionedImages(location, format_name, table, [note for note in notes if note], terms)

@@ -17,6 +17,7 @@ An image captioner of imcap_ray: {{ recipe.encoder.name }} ({{ recipe.encoder.la
 | | |
 |---|---|
 | trained on | {{ data_format }}: {{ "{:,}".format(num_images) }} images, {{ "{:,}".format(num_captions) }} captions |
+| data | {{ data_terms or "see where they came from" }} |
 | recipe | `{{ recipe_name }}`, seed {{ seed }} |
 | kept | epoch {{ metrics.epoch }} of {{ recipe.training.epochs }}, the best CIDEr-D on the validation split |
 | vocabulary | {{ "{:,}".format(vocabulary_size) }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
@@ -57,6 +58,7 @@ def write_card(
     seed: int,
     data: str,
     data_format: str,
+    data_terms: str,
     num_images: int,
     num_captions: int,
     vocabulary_size: int,
@@ -76,6 +78,7 @@ def write_card(
         seed=seed,
         data=data,
         data_format=data_format,
+        data_terms=data_terms,
         num_images=num_images,
         num_captions=num_captions,
         vocabulary_size=vocabulary_size,

@@ -19,7 +19,7 @@ from imcap_ray import __version__, storage
 from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.cluster import ClusterResources, require
-from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
+from imcap_ray.distributed.images import BatchReporter, Progress, default_num_actors, map_images, stack_pixels
 from imcap_ray.errors import FailureBudgetError, ImcapError, OutputError
 from imcap_ray.manifest import CAPTIONS_SCHEMA, FAILED, OK, SCHEMA_VERSION, build_manifest, count_rows
 
@@ -146,7 +146,7 @@ def caption_images(
     start = time.time()
     input, output = storage.absolute(input), storage.absolute(output)
     gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if resources.gpus else 0.0)
-    actors = num_actors or _default_actors(resources, gpus)
+    actors = num_actors or default_num_actors(resources, gpus)
     # Beside the actors Ray Data needs a CPU to decode with, and on a resumed run one to leave out what is done.
     require(resources, cpus=actors + 2, gpus=actors * gpus, what=f"--num-actors {actors}")
     captioner = load_captioner()
@@ -222,12 +222,6 @@ def caption_images(
             + ", ".join(f"{count:,} {code}" for code, count in error_counts.items())
         )
     return summary
-
-
-def _default_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
-    if gpus_per_actor:
-        return max(1, int(resources.gpus / gpus_per_actor))
-    return max(1, min(resources.physical_cores, int(resources.cpus) - 2))
 
 
 def _claim(output: str, work: str, identity: Mapping[str, Any]) -> None:

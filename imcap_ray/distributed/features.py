@@ -165,6 +165,7 @@ def cache_features(
         )
         cache.failures.extend(failed.to_pylist())
     if len(cache.failures) == cache.num_images:
+        storage.remove(folder)  # or the images would be taken for unreadable when they are back
         first = cache.failures[0]
         raise DatasetError(
             f"none of the {cache.num_images:,} images can be read, the first is {first['image_id']}: "

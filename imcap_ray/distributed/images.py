@@ -26,6 +26,7 @@ from ray.data.datasource import BlockBasedFileDatasink, FilenameProvider
 from ray.exceptions import RayError
 
 from imcap_ray import storage
+from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.images import DecodedImage, decode_image, image_error_from_os_error
 from imcap_ray.manifest import read_table_images
@@ -318,6 +319,13 @@ def map_images(
                 ) from error
     progress: Progress = ray.get(counter.get.remote())
     return progress
+
+
+def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
+    """One actor per GPU, or per core where there is none, with two CPUs left for what Ray Data does beside them."""
+    if gpus_per_actor:
+        return max(1, int(resources.gpus / gpus_per_actor))
+    return max(1, min(resources.physical_cores, int(resources.cpus) - 2))
 
 
 @contextlib.contextmanager

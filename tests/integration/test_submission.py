@@ -1,14 +1,9 @@
 """Commands as jobs of a real cluster, one with token authentication, and what comes back from them."""
 
-import contextlib
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,10 +17,9 @@ import ray
 
 from imcap_ray.distributed.submission import submit
 from imcap_ray.errors import ClusterError
+from tests.ray_head import TOKEN, free_ports, running_head
 
 pytestmark = pytest.mark.timeout(240)
-
-TOKEN = "0123456789abcdef" * 4
 
 # A package of the same name in place of imcap_ray: what travels, how it is called and what comes back are the same.
 STAND_IN = """
@@ -69,6 +63,7 @@ CONNECT = """
 import sys
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.errors import ClusterError
+from tests.ray_head import TOKEN, free_ports, running_head
 try:
     print(connect(sys.argv[1]))
 except ClusterError as error:
@@ -96,62 +91,14 @@ class Head:
         return json.loads(done.stdout)
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as listeners:
-        sockets = [listeners.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in sockets]
-
-
-def answers(url: str) -> bool:
-    try:
-        urllib.request.urlopen(url, timeout=5).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code == 401
-    except OSError:
-        return False
-    return True
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # Ray puts Unix sockets below its temporary folder, and their paths are limited to 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="ims", dir="/tmp"))
-    (folder / "nobody").mkdir()
-    (folder / "user" / ".ray").mkdir(parents=True)
-    (folder / "user" / ".ray" / "auth_token").write_text(TOKEN)
-    (folder / "imcap_ray").mkdir()
-    (folder / "imcap_ray" / "__init__.py").touch()
-    (folder / "imcap_ray" / "__main__.py").write_text(STAND_IN)
-    port, dashboard_port, agent_port, client_port = free_ports(4)
-    programs = Path(sys.executable).parent
-    # Without RAY_AUTH_MODE: `ray start` demands the token because it finds one, as it does for users.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment |= {"HOME": str(folder / "user"), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
-    command = [str(programs / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
-    command += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]
-    command += [f"--dashboard-agent-listen-port={agent_port}", "--min-worker-port=0", "--max-worker-port=0"]
-    dashboard = f"http://127.0.0.1:{dashboard_port}"
-    with open(folder / "head.log", "w+") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder / "user")
-        try:
-            deadline = time.monotonic() + 120
-            while not answers(f"{dashboard}/api/version"):
-                log.seek(0)
-                assert process.poll() is None and time.monotonic() < deadline, log.read()
-                time.sleep(0.5)
-            yield Head(folder, dashboard, f"127.0.0.1:{port}")
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            shutil.rmtree(folder, ignore_errors=True)
+    with running_head(num_cpus=2) as (folder, dashboard, address):
+        (folder / "nobody").mkdir()
+        (folder / "imcap_ray").mkdir()
+        (folder / "imcap_ray" / "__init__.py").touch()
+        (folder / "imcap_ray" / "__main__.py").write_text(STAND_IN)
+        yield Head(folder, dashboard, address)
 
 
 def test_a_command_arrives_word_for_word_and_its_log_comes_back(head):

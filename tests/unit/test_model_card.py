@@ -30,6 +30,7 @@ def card(**changes: Any) -> str:
         "seed": 3,
         "data": "flickr8k/",
         "data_format": "Flickr8k as distributed",
+        "data_terms": "for research",
         "num_images": 6000,
         "num_captions": 30000,
         "vocabulary_size": 2984,

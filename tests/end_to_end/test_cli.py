@@ -1,0 +1,145 @@
+"""The commands as a user runs them, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as pads
+import pytest
+
+from tests import small_data
+from tests.odd_images import encode, photo
+
+
+@pytest.fixture
+def flickr8k(tmp_path: Path) -> Path:
+    return small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=3, num_test=0)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path, flickr8k: Path) -> Path:
+    """The validation images of `flickr8k`, a folder below."""
+    folder = tmp_path / "photographs"
+    for name in (flickr8k / "Flickr_8k.devImages.txt").read_text().split():
+        (folder / "below").mkdir(parents=True, exist_ok=True)
+        shutil.copy(flickr8k / "Flicker8k_Dataset" / name, folder / "below" / name)
+    return folder
+
+
+def imcap(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "imcap_ray", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pads.dataset([str(path) for path in output.glob("*.parquet")]).to_table().to_pylist()
+    return sorted(found, key=lambda row: row["image_id"])
+
+
+def test_caption_evaluate_and_report(flickr8k: Path, photographs: Path, model_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "captions"
+
+    captioned = imcap("caption", photographs, output, "--model", model_dir, "--num-captions", 2, "--json")
+    scored = imcap("evaluate", output, flickr8k)
+    reported = imcap("report", output, "--references", flickr8k)
+
+    assert captioned.returncode == 0, captioned.stderr
+    summary = json.loads(captioned.stdout)
+    assert (summary["num_images"], summary["counts"]) == (3, {"ok": 3})
+    assert [row["image_id"] for row in rows(output)] == sorted(
+        str(path.relative_to(photographs)) for path in photographs.rglob("*.jpg")
+    )
+    assert all(row["captions"][0] == row["caption"] and len(row["captions"]) == 2 for row in rows(output))
+    assert scored.returncode == 0, scored.stderr
+    assert "CIDEr-D" in scored.stdout
+    scores = json.loads((output / "_imcap" / "scores.json").read_text())
+    assert scores["protocol"]["num_images"] == 3
+    assert scores["protocol"]["split"] == "validation"
+    assert (output / "_imcap" / "scores.md").read_text().count("|") > 20
+    assert reported.returncode == 0, reported.stderr
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3
+
+
+def test_the_demo_captions_the_samples_with_the_model_of_the_package(tmp_path: Path) -> None:
+    pytest.importorskip("skimage", reason="the sample photographs come with scikit-image")
+
+    done = imcap("demo", tmp_path / "demo")
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    found = rows(tmp_path / "demo" / "captions")
+    assert len(found) >= 6
+    for row in found:
+        assert row["status"] == "ok"
+        assert any(line.startswith(row["image_id"]) and row["caption"] in line for line in lines)
+    assert (tmp_path / "demo" / "report.html").read_text().count("data:image/jpeg;base64,") == len(found)
+
+
+def test_ctrl_c_leaves_an_output_that_the_same_command_finishes(model_dir: Path, tmp_path: Path) -> None:
+    photographs, output = tmp_path / "photographs", tmp_path / "captions"
+    photographs.mkdir()
+    for number in range(600):
+        (photographs / f"{number:03}.jpg").write_bytes(encode(photo(40 + number % 300, 40 + number // 300), "JPEG"))
+    command = [sys.executable, "-m", "imcap_ray", "caption", str(photographs), str(output), "--model", str(model_dir)]
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(output.glob("*.parquet")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    interrupted = process.returncode
+    state = json.loads((output / "_imcap" / "run.json").read_text())["state"]
+    again = imcap("caption", photographs, output, "--model", model_dir)
+
+    assert interrupted == 130, said
+    assert said.splitlines()[-1].startswith("imcap: interrupted")
+    assert "Traceback" not in said
+    assert state == "interrupted"
+    assert again.returncode == 0, again.stderr
+    assert [row["image_id"] for row in rows(output)] == [f"{number:03}.jpg" for number in range(600)]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["caption", "nowhere", "out"], "no such input"),
+        (["caption", "photographs", "out", "--model", "nowhere"], "is not a model folder"),
+        (["caption", "photographs", "out", "--num-actors", "500"], "--num-actors 500 needs 502 CPUs"),
+        (["caption", "photographs", "out", "--address", "127.0.0.1:9"], "cannot join the cluster at 127.0.0.1:9"),
+        (["train", "photographs", "out"], "holds no captioned images"),
+        (["train", "flickr8k", "out", "--recipe", "nothing"], "no recipe 'nothing'"),
+        (["train", "flickr8k", "out", "--num-workers", "30"], "--num-workers 30 needs 31 CPUs"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(
+    words: list[str], said: str, flickr8k: Path, photographs: Path, tmp_path: Path
+) -> None:
+    done = imcap(*words, cwd=tmp_path)
+
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("imcap: ")]) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_failed_images_are_exit_code_3(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
+    (photographs / "empty.jpg").write_bytes(b"")
+    (photographs / "text.jpg").write_text("no image")
+
+    done = imcap("caption", photographs, tmp_path / "captions", "--model", model_dir)
+
+    assert done.returncode == 3, done.stderr
+    assert "2 of 5 images failed" in done.stderr
+    assert {row["error_code"] for row in rows(tmp_path / "captions")} == {"", "empty_file", "not_an_image"}
