@@ -19,7 +19,14 @@ from imcap_ray import __version__, storage
 from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.cluster import ClusterResources, require
-from imcap_ray.distributed.images import BatchReporter, Progress, default_num_actors, map_images, stack_pixels
+from imcap_ray.distributed.images import (
+    BatchReporter,
+    Progress,
+    default_num_actors,
+    map_images,
+    num_blocks,
+    stack_pixels,
+)
 from imcap_ray.errors import FailureBudgetError, ImcapError, OutputError
 from imcap_ray.manifest import CAPTIONS_SCHEMA, FAILED, OK, SCHEMA_VERSION, build_manifest, count_rows
 
@@ -172,6 +179,7 @@ def caption_images(
     progress = Progress()
     try:
         if done < total:
+            actors = min(actors, num_blocks(total - done))
             echo(
                 f"captioning {total - done:,} of {total:,} images with {actors} actor{'s' * (actors != 1)}"
                 + (f", {done:,} are done" if done else "")

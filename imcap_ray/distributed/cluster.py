@@ -240,8 +240,17 @@ def _quieten(*, verbose: bool) -> None:
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     if not verbose:
+        # Errors come back as exceptions, and are told in one line of ours.
         for name in ("ray.data", "ray.train"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        # What Ray's daemons have to say Ray prints to stdout, which belongs to our results.
+        worker.print_to_stdstream = _print_to_stderr
+
+
+def _print_to_stderr(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """In the place of Ray's own, which tells of worker processes that start: only what is an error is passed on."""
+    if data.get("is_err"):
+        print(*data["lines"], sep="\n", file=sys.stderr)
 
 
 def _resources() -> ClusterResources:

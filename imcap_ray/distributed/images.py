@@ -307,7 +307,9 @@ def map_images(
                 batch_format="pyarrow",
                 num_cpus=1,
                 num_gpus=gpus_per_actor or None,
-                compute=ActorPoolStrategy(size=num_actors, max_tasks_in_flight_per_actor=4),
+                compute=ActorPoolStrategy(
+                    size=min(num_actors, num_blocks(num_images, images_per_block)), max_tasks_in_flight_per_actor=4
+                ),
             )
         )
         with _watch(counter, on_progress):
@@ -319,6 +321,11 @@ def map_images(
                 ) from error
     progress: Progress = ray.get(counter.get.remote())
     return progress
+
+
+def num_blocks(num_images: int, images_per_block: int = IMAGES_PER_BLOCK) -> int:
+    """How many tasks decode so many images; more actors than these would have nothing to do."""
+    return -(-num_images // images_per_block)
 
 
 def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
