@@ -160,7 +160,7 @@ def caption_images(
     work = storage.join(output, WORK_FOLDER)
     identity = {
         "input": input,
-        "model": captioner.fingerprint,
+        "model_fingerprint": captioner.fingerprint,
         "search": to_mapping(captioner.search),
         "schema_version": SCHEMA_VERSION,
     }
@@ -171,7 +171,7 @@ def caption_images(
     total, done = _count_manifest(work), _count_done(work)
     run = {
         **identity,
-        "model_name": model_name,
+        "model": model_name,
         "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
         "started": _now(),
     }
@@ -240,7 +240,12 @@ def _claim(output: str, work: str, identity: Mapping[str, Any]) -> None:
             raise OutputError(f"{output} exists and is no captions folder of imcap: choose another OUTPUT")
         return
     before = json.loads(storage.read_bytes(place))
-    names = {"input": "input", "model": "model", "search": "search settings", "schema_version": "version of the schema"}
+    names = {
+        "input": "input",
+        "model_fingerprint": "model",
+        "search": "search settings",
+        "schema_version": "version of the schema",
+    }
     for key, name in names.items():
         if before.get(key) != identity[key]:
             raise OutputError(

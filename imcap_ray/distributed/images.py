@@ -312,7 +312,12 @@ def map_images(
                 ),
             )
         )
-        with _watch(counter, on_progress):
+
+        def look() -> None:
+            with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
+                on_progress(ray.get(counter.get.remote()))
+
+        with repeating(look, seconds=1.0):
             try:
                 dataset.write_datasink(sink)
             except (RayError, OSError) as error:
@@ -336,14 +341,14 @@ def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> in
 
 
 @contextlib.contextmanager
-def _watch(counter: Any, on_progress: Callable[[Progress], None]) -> Iterator[None]:
-    """Call `on_progress` once a second from a thread of its own, as long as the block runs."""
+def repeating(look: Callable[[], None], *, seconds: float) -> Iterator[None]:
+    """Call `look` every so many seconds from a thread of its own while the block runs, and once more at its end."""
     finished = threading.Event()
 
     def watch() -> None:
-        while not finished.wait(1.0):
-            with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
-                on_progress(ray.get(counter.get.remote()))
+        while not finished.wait(seconds):
+            look()
+        look()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -29,7 +28,7 @@ from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key
-from imcap_ray.distributed.images import Progress, default_num_actors, explain
+from imcap_ray.distributed.images import Progress, default_num_actors, explain, repeating
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
     DECODER_FILE,
@@ -239,8 +238,8 @@ def _fit(
             split: ray.data.read_parquet(
                 [storage.resolve(file)[1] for file in cache.files()],
                 filesystem=storage.resolve(cache.folder)[0],
-                columns=["image_id", "features", "error_code"],
             )
+            .select_columns(["image_id", "features", "error_code"])
             # Before Ray splits the rows: workers with unequal numbers of batches would wait for each other.
             .filter(expr=ray.data.expressions.col("error_code") == "")
             for split, cache in caches.items()
@@ -271,7 +270,7 @@ def _fit(
             datasets={**datasets},
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
-        with _echo_epochs(work, echo):
+        with repeating(_echo_epochs(work, echo), seconds=2.0):
             try:
                 result = trainer.fit()
             except (RayError, ray.train.TrainingFailedError) as error:
@@ -289,37 +288,23 @@ def _fit(
     return _Kept(decoder_tensors=tensors, metrics=metrics)
 
 
-@contextlib.contextmanager
-def _echo_epochs(work: str, echo: Callable[[str], None]) -> Iterator[None]:
-    """Say each epoch that the workers add to `metrics.jsonl`."""
-    import threading
-
-    finished = threading.Event()
+def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
+    """A function that says the epochs which the workers have added to their history since it was last called."""
     known = len(_read_metrics(work))
     if known:
         echo(f"going on after epoch {known}")
 
-    def watch() -> None:
+    def look() -> None:
         nonlocal known
-        while True:
-            stop = finished.wait(2.0)
-            rows = _read_metrics(work)
-            for row in rows[known:]:
-                echo(
-                    f"epoch {row['epoch']}: training loss {row['train_loss']:.3f}, validation CIDEr-D "
-                    f"{row['cider_d']:.3f}, BLEU-4 {100 * row['bleu_4']:.1f}, {row['seconds']:.0f} s"
-                )
-            known = max(known, len(rows))
-            if stop:
-                return
+        rows = _read_metrics(work)
+        for row in rows[known:]:
+            echo(
+                f"epoch {row['epoch']}: training loss {row['train_loss']:.3f}, validation CIDEr-D "
+                f"{row['cider_d']:.3f}, BLEU-4 {100 * row['bleu_4']:.1f}, {row['seconds']:.0f} s"
+            )
+        known = max(known, len(rows))
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
+    return look
 
 
 def _read_metrics(work: str) -> list[dict[str, Any]]:
