@@ -56,8 +56,10 @@ def _local() -> fs.FileSystem:
 def _remote(scheme: str, authority: str) -> fs.FileSystem:
     """One file system object per bucket: making one for S3 costs a request for its region."""
     root = f"{scheme}://{authority}/"
+    # A small object in one request instead of the three of a multipart upload.
+    options = "?allow_delayed_open=true" if scheme == "s3" else ""
     try:
-        return fs.FileSystem.from_uri(root)[0]
+        return fs.FileSystem.from_uri(root + options)[0]
     except (ValueError, OSError) as arrow_error:
         try:
             import fsspec  # type: ignore[import-untyped]

@@ -167,7 +167,8 @@ def caption_images(
     _claim(output, work, identity)
     found = build_manifest(input, storage.join(work, "manifest"), recursive=recursive, limit=limit)
     if found.num_ignored:
-        echo(f"{found.num_ignored:,} files of {input} are not images by their names: ignored")
+        files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
+        echo(f"{input}: {found.num_ignored:,} {files}: ignored")
     total, done = _count_manifest(work), _count_done(work)
     run = {
         **identity,

@@ -55,8 +55,9 @@ def submit(
     """
     address = _dashboard_address(address)
     headers = _preflight(address, echo)
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it finds the package's own model large
     try:
         # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
         with environment({"RAY_API_SERVER_ADDRESS": address}):
