@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,14 @@ def test_ctrl_c_leaves_an_output_that_the_same_command_finishes(model_dir: Path,
         (photographs / f"{number:03}.jpg").write_bytes(encode(photo(40 + number % 300, 40 + number // 300), "JPEG"))
     command = [sys.executable, "-m", "imcap_ray", "caption", str(photographs), str(output), "--model", str(model_dir)]
 
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored and children inherit that.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(output.glob("*.parquet")):
         assert process.poll() is None and time.monotonic() < deadline

@@ -43,6 +43,8 @@ import json, os, signal, sys, types
 from imcap_ray.distributed import submission
 from imcap_ray.errors import ImcapError
 
+# Where the tests run in the background of a shell, Ctrl-C is ignored and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 stand_in, address, *command = sys.argv[1:]
 submission.imcap_ray = types.SimpleNamespace(__file__=stand_in)
 lines = []
