@@ -175,7 +175,6 @@ def build_manifest(location: str, folder: str, *, recursive: bool = True, limit:
         description = "folder" if storage.is_folder(location) else "image"
     known, next_id = _read_known_ids(folder)
     num_images = 0
-    part = next_id
     entries = islice(entries, limit)
     while chunk := list(islice(entries, ROWS_PER_PART)):
         num_images += len(chunk)
@@ -188,9 +187,8 @@ def build_manifest(location: str, folder: str, *, recursive: bool = True, limit:
             storage.make_folder(folder)
             sink = pa.BufferOutputStream()
             pq.write_table(rows, sink, compression="zstd")
-            storage.write_bytes(storage.join(folder, f"part-{part:012d}.parquet"), sink.getvalue().to_pybytes())
+            storage.write_bytes(storage.join(folder, f"part-{next_id:012d}.parquet"), sink.getvalue().to_pybytes())
             next_id += rows.num_rows
-            part = next_id
     if not tables:
         ignored = counter.number
     if not num_images:

@@ -56,8 +56,6 @@ class Progress:
 
     counts: dict[str, int] = field(default_factory=dict)
     """Images by status."""
-    decode_seconds: float = 0.0
-    """Time spent reading and decoding, over all tasks."""
     busy_seconds: float = 0.0
     """Time the actors spent on batches."""
     waiting_seconds: float = 0.0
@@ -85,10 +83,6 @@ class ProgressCounter:
 
     def __init__(self) -> None:
         self._progress = Progress()
-
-    def add_decoding(self, seconds: float) -> None:
-        """A decode task reports its time."""
-        self._progress.decode_seconds += seconds
 
     def add_batch(self, counts: dict[str, int], busy_seconds: float, waiting_seconds: float) -> None:
         """An actor reports a batch."""
@@ -120,9 +114,8 @@ class BatchReporter:
         self._counter.add_batch.remote(counts, self._last_end - start, waited)
 
 
-def load_images(rows: pa.Table, *, image_size: int, counter: Any) -> Iterator[pa.Table]:
+def load_images(rows: pa.Table, *, image_size: int) -> Iterator[pa.Table]:
     """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not."""
-    start = time.perf_counter()
     batch: list[dict[str, Any]] = []
     for row, data in _read_rows(rows.to_pylist()):
         batch.append(_load_row(row, data, image_size=image_size))
@@ -131,7 +124,6 @@ def load_images(rows: pa.Table, *, image_size: int, counter: Any) -> Iterator[pa
             batch = []
     if batch:
         yield pa.Table.from_pylist(batch, schema=LOADED_SCHEMA)
-    counter.add_decoding.remote(time.perf_counter() - start)
 
 
 def _read_rows(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
@@ -254,7 +246,6 @@ def map_images(
     gpus_per_actor: float,
     batch_size: int,
     on_progress: Callable[[Progress], None],
-    images_per_block: int = IMAGES_PER_BLOCK,
 ) -> Progress:
     """Read a manifest, decode its images in tasks, hand them to a pool of actors, and write what these return.
 
@@ -280,6 +271,7 @@ def map_images(
         override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
     )
     storage.remove(storage.join(work, "unfinished"))  # parts that a dead process was writing
+    progress = Progress()
     counter = ProgressCounter.remote()  # type: ignore[attr-defined]
     sink = ParquetParts(
         output,
@@ -291,9 +283,9 @@ def map_images(
         dataset: Dataset = (
             ray.data.read_parquet(manifest, filesystem=storage.resolve(manifest)[0])
             # Ray reads a manifest of 100,000 rows as one block whatever `override_num_blocks` says.
-            .repartition(target_num_rows_per_block=images_per_block)
+            .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
             .map_batches(
-                partial(load_images, image_size=image_size, counter=counter),
+                partial(load_images, image_size=image_size),
                 batch_size=None,
                 batch_format="pyarrow",
                 # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing
@@ -308,14 +300,16 @@ def map_images(
                 num_cpus=1,
                 num_gpus=gpus_per_actor or None,
                 compute=ActorPoolStrategy(
-                    size=min(num_actors, num_blocks(num_images, images_per_block)), max_tasks_in_flight_per_actor=4
+                    size=min(num_actors, num_blocks(num_images)), max_tasks_in_flight_per_actor=4
                 ),
             )
         )
 
         def look() -> None:
+            nonlocal progress
             with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
-                on_progress(ray.get(counter.get.remote()))
+                progress = ray.get(counter.get.remote())
+                on_progress(progress)
 
         with repeating(look, seconds=1.0):
             try:
@@ -324,13 +318,12 @@ def map_images(
                 raise ImcapError(
                     f"stopped by an error: {explain(error)}; what is written is kept, the same command goes on"
                 ) from error
-    progress: Progress = ray.get(counter.get.remote())
     return progress
 
 
-def num_blocks(num_images: int, images_per_block: int = IMAGES_PER_BLOCK) -> int:
+def num_blocks(num_images: int) -> int:
     """How many tasks decode so many images; more actors than these would have nothing to do."""
-    return -(-num_images // images_per_block)
+    return -(-num_images // IMAGES_PER_BLOCK)
 
 
 def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
