@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from imcap_ray import storage
 from imcap_ray.errors import DatasetError
+from imcap_ray.manifest import refuse_pickles
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -64,23 +65,45 @@ class CaptionedImages:
         return dict(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
 
 
-def load_dataset(location: str) -> CaptionedImages:
+def load_dataset(location: str, *, allow_outside_paths: bool = False) -> CaptionedImages:
     """The captioned images of a folder or file, its format recognised by looking.
 
+    Args:
+        allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
+
     Raises:
-        DatasetError: nothing there, or nothing in a format that is known; the message lists those that are.
+        DatasetError: nothing there, or nothing in a format that is known; the message lists those that are. Or an
+            image lies where it may not.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
         raise DatasetError(f"no such data set: {location}")
     for recognise, read in _FORMATS:
         if recognise(location):
-            return read(location)
+            dataset = read(location)
+            _check_places(dataset, allow_outside_paths)
+            return dataset
     raise DatasetError(
         f"{location} holds no captioned images: expected Flickr8k as distributed (Flickr8k.token.txt beside the image "
         "folder), Kaggle's form (captions.txt beside Images/), or Parquet with the columns image_id or image_path, "
         "and captions"
     )
+
+
+def _check_places(dataset: CaptionedImages, allow_outside_paths: bool) -> None:
+    """Raise DatasetError for the first image that lies where it may not, whatever the format says it with."""
+    folder = storage.parent(dataset.location) if storage.is_file(dataset.location) else dataset.location
+    for number, row in enumerate(dataset.table.select(["image_id", "image_path"]).to_pylist()):
+        if row["image_path"]:
+            name = number if storage.is_uri(row["image_id"]) else repr(row["image_id"])  # a URI may hold a secret
+            storage.place(
+                row["image_path"],
+                base=folder,
+                folders=[folder],
+                source=f"{dataset.location}, image {name}",
+                allow_outside=allow_outside_paths,
+                error=DatasetError,
+            )
 
 
 def split_of(image_id: str) -> str:
@@ -180,8 +203,7 @@ def _is_parquet(location: str) -> bool:
 def _parquet_files(location: str) -> Iterable[str]:
     if storage.is_file(location):
         return [location] if location.endswith(".parquet") else []
-    found = storage.list_files(location, recursive=False)
-    return [path for path, name in found if name.endswith(".parquet") and not name.startswith("_")]
+    return storage.list_parquet(location)
 
 
 def _read_parquet(location: str) -> CaptionedImages:
@@ -193,7 +215,9 @@ def _read_parquet(location: str) -> CaptionedImages:
     for path in _parquet_files(location):
         filesystem, inner = storage.resolve(path)
         try:
-            names = pq.read_schema(inner, filesystem=filesystem).names
+            schema = pq.read_schema(inner, filesystem=filesystem)
+            refuse_pickles(schema, path)
+            names = schema.names
             wanted = [n for n in ("image_id", "image_path", "split", "captions", "caption") if n in names]
             table = pq.read_table(inner, filesystem=filesystem, columns=wanted)
             tables.append(table.cast(pa.schema([(f.name, _text_type(f.type)) for f in table.schema])))

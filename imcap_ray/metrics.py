@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from imcap_ray.errors import DatasetError
+from imcap_ray.escaping import markdown, printable
 from imcap_ray.tokenization import tokenize
 
 Tokens: TypeAlias = Sequence[str]
@@ -109,14 +110,14 @@ class EvaluationReport:
         header, *rows = self._table()
         rule = ["---", *["---:"] * (len(header) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]]
-        return "\n".join([*lines, "", *(f"- {line}" for line in self._footer())]) + "\n"
+        return "\n".join([*lines, "", *(f"- {markdown(line)}" for line in self._footer())]) + "\n"
 
     def to_text(self) -> str:
         """The same table and protocol for a terminal."""
         table = self._table()
         widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
-        return "\n".join([*lines, "", *self._footer()]) + "\n"
+        return "\n".join([*lines, "", *map(printable, self._footer())]) + "\n"
 
     def _table(self) -> list[list[str]]:
         bounds = [[_cell(name, bound) for bound in self.intervals[name]] for name in _SCORE_NAMES]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 
 from imcap_ray.config import Recipe, to_mapping
+from imcap_ray.escaping import markdown, markdown_code, printable
 
 _CARD = """\
-# {{ name }}
+# {{ name | text }}
 
-An image captioner of imcap_ray: {{ recipe.encoder.name }} ({{ recipe.encoder.layer }}) and {{ decoder }}.
+An image captioner of imcap_ray: {{ recipe.encoder.name | text }} ({{ recipe.encoder.layer | text }}) and {{ decoder }}.
 
 | | |
 |---|---|
-| trained on | {{ data_format }}: {{ "{:,}".format(num_images) }} images, {{ "{:,}".format(num_captions) }} captions |
-| data | {{ data_terms or "see where they came from" }} |
-| recipe | `{{ recipe_name }}`, seed {{ seed }} |
+| trained on | {{ data_format | text }}: {{ num_images | number }} images, {{ num_captions | number }} captions |
+| data | {{ (data_terms or "see where they came from") | text }} |
+| recipe | {{ recipe_name | code }}, seed {{ seed }} |
 | kept | epoch {{ metrics.epoch }} of {{ recipe.training.epochs }}, the best CIDEr-D on the validation split |
-| vocabulary | {{ "{:,}".format(vocabulary_size) }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
-| CNN weights | {{ encoder_weights }} |
+| vocabulary | {{ vocabulary_size | number }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
+| CNN weights | {{ encoder_weights | text }} |
 | image | squashed to {{ recipe.preprocessing.image_size }} x {{ recipe.preprocessing.image_size }} pixels |
 | search | beam {{ recipe.search.beam_size }}, length penalty {{ recipe.search.length_penalty }} |
 
@@ -46,7 +48,7 @@ people's sex and age from clothes, and it cannot count far or read text. Do not 
 
 ## Train it again
 
-    imcap train {{ data }} {{ name }} --recipe {{ recipe_name }} --seed {{ seed }}
+    imcap train {{ data | word }} {{ name | word }} --recipe {{ recipe_name | word }} --seed {{ seed }}
 """
 
 
@@ -70,7 +72,14 @@ def write_card(
         "attention": "attention over the CNN's regions between two LSTMs",
         "lstm": "an LSTM merged with the image before the softmax",
     }
-    card: str = jinja2.Template(_CARD, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {
+        "text": markdown,
+        "code": markdown_code,
+        "word": lambda text: printable(shlex.quote(text)),
+        "number": "{:,}".format,
+    }
+    card: str = environment.from_string(_CARD).render(
         name=name,
         recipe=to_mapping(recipe),
         recipe_name=recipe_name,

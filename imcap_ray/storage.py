@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import re
+import stat
+import time
 import uuid
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
 
 from pyarrow import fs
 
 from imcap_ray.errors import InputError
+
+S3_ATTEMPTS: Final = 7
+"""How often a request to S3 is tried, unless AWS_MAX_ATTEMPTS says otherwise. The waits between double from half a
+second, and sum up to 25 seconds on average: a short outage, or a store that throttles, costs a run only time."""
+
+# pyarrow gives the answer of S3 as much room as the object needs. Where an error's text is longer than that, neither
+# pyarrow nor the AWS library knows what the error was, and neither tries again.
+_LOST_ANSWER: Final = "Failed to flush response stream"
+
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
+
+_FORBIDDEN: Final = re.compile(r"AWS Error ACCESS_DENIED|HTTP status (401|403)\b")
+_SECRET_NAMES: Final = (
+    r"[\w.-]*(?:signature|secret|token|password|passwd|credential|api_?key|access_?key)[\w.-]*|sig|auth"
+)
+_SECRET_QUERY: Final = re.compile(rf"(?P<name>[?&;](?:{_SECRET_NAMES})=)[^&;#\s'\")]+", re.IGNORECASE)
+_SECRET_USER: Final = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/@\s'\"]*(?::|%3a)[^@\s'\"]+@", re.IGNORECASE
+)
 
 
 def is_uri(location: str) -> bool:
@@ -21,9 +45,18 @@ def is_uri(location: str) -> bool:
 
 
 def absolute(location: str) -> str:
-    """The location independent of the current folder: a URI as it is, a path made absolute, `file://` taken off."""
-    if location.startswith("file://"):
-        location = location.removeprefix("file://")
+    """The location independent of the current folder: a URI as it is, a path made absolute, `file://` taken off.
+
+    Raises:
+        InputError: the URI carries a password, a key or a signature.
+    """
+    refuse_secrets(location)
+    return _absolute(location)
+
+
+def _absolute(location: str) -> str:
+    if location[:7].lower() == "file://":
+        location = location[7:]
     return location.rstrip("/") if is_uri(location) else os.path.abspath(os.path.expanduser(location))
 
 
@@ -37,14 +70,157 @@ def parent(location: str) -> str:
     return posixpath.dirname(location.rstrip("/"))
 
 
+def is_inside(folder: str, location: str) -> bool:
+    """Whether an absolute location is `folder` or below it, judged by the names alone.
+
+    `.` and `..` are worked out; in a URI also where they are written `%2e`, for a server may read them so. A backslash
+    is a letter like others. Links are not looked at: one that lies inside a folder was made by whoever may write
+    there, and is followed wherever it leads.
+    """
+    if location.startswith(f"{folder}/") and "/.." not in location and "%" not in location:
+        return True
+    return _is_below(folder, location) and _is_below(_decode(folder), _decode(location))
+
+
+def _is_below(folder: str, location: str) -> bool:
+    outer, inner = _steps(folder), _steps(location)
+    return outer is not None and inner is not None and inner[: len(outer)] == outer
+
+
+def _steps(location: str) -> list[str] | None:
+    """Scheme, authority and names on the way to a location; None for a relative one, or one above the root."""
+    if location[:7].lower() == "file://":
+        location = location[7:]
+    scheme, _, rest = location.partition("://") if is_uri(location) else ("", "", location)
+    if not scheme and not rest.startswith("/"):
+        return None
+    authority, _, path = rest.partition("/")
+    steps = [scheme.lower(), authority]
+    for name in path.split("/"):
+        if name == "..":
+            if len(steps) == 2:
+                return None
+            steps.pop()
+        elif name not in ("", "."):
+            steps.append(name)
+    return steps
+
+
+def _decode(location: str) -> str:
+    """A URI without its percent signs, those that stand for one included; a path as it is."""
+    while is_uri(location) and (decoded := unquote(location)) != location:
+        location = decoded
+    return location
+
+
+def place(
+    path: str,
+    *,
+    base: str,
+    folders: Sequence[str],
+    source: str,
+    allow_outside: bool,
+    error: type[InputError] = InputError,
+) -> str:
+    """Where a path leads that stands in a table or in a list; a relative one starts at `base`.
+
+    Args:
+        folders: the path must lead into one of them, see `is_inside`, unless `allow_outside`.
+        source: the table and the row, for the message.
+        error: what is raised.
+
+    Raises:
+        InputError: the path leads elsewhere, or it is a URI with a secret.
+    """
+    try:
+        refuse_secrets(path)
+    except InputError as refused:
+        raise error(f"{source}: {refused}") from refused
+    location = path if is_uri(path) or path.startswith("/") else join(base, path)
+    if not allow_outside and not any(is_inside(folder, location) for folder in folders):
+        raise error(
+            f"{source}: the path {path!r} leads out of {' and '.join(folders)}; "
+            "if it may name any file that you can read, give --allow-outside-paths"
+        )
+    return location
+
+
+def refuse_secrets(location: str) -> None:
+    """Raise InputError, without repeating it, if a URI holds a password, a key or a signature.
+
+    A location is written to tables, to run.json, to logs and to the list of a cluster's jobs.
+    """
+    if not is_uri(location):
+        return
+    scheme, _, rest = location.partition("://")
+    user, at, host = rest.partition("/")[0].rpartition("@")
+    if at:  # abfs://container@account and gs://anonymous@bucket are no secrets
+        has_key = ":" in unquote(user) or scheme.lower() in ("http", "https")
+    else:  # a key with a slash in it ends the part before the first slash, and looks like a port
+        port = re.sub(r"^\[.*?\]", "", host).partition(":")[2]
+        has_key = not port.isdigit() and port != "" and not host.startswith("arn:")
+    if has_key or _SECRET_QUERY.search(location):
+        shown = "..." if has_key else re.split("[?&;]", rest)[0]
+        raise InputError(
+            f"the URI {scheme}://{shown} holds a secret, which would end up in tables and logs: leave it out, and set "
+            "environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile (AWS_PROFILE) instead"
+        )
+
+
+def hide_secrets(text: str) -> str:
+    """The text, of an error for instance, with passwords, keys and signatures in its URIs replaced by `***`."""
+    return _SECRET_USER.sub(r"\g<scheme>***@", _SECRET_QUERY.sub(r"\g<name>***", text))
+
+
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
     """The file system and the path on it; InputError when no installed library knows the URI's scheme."""
-    location = absolute(location)
+    location = _absolute(location)
     if not is_uri(location):
         return _local(), location
     scheme, _, path = location.partition("://")
-    filesystem = _remote(scheme, path.partition("/")[0])
-    return filesystem, path
+    authority = path.partition("/")[0]
+    refuse_secrets(f"{scheme}://{authority}")  # not the rest: a key in a bucket may look like a query
+    return _remote(scheme, authority), path
+
+
+class _S3(fs.S3FileSystem):  # type: ignore[misc]
+    """S3 that tries again, in whatever process it arrives: pyarrow's own pickling forgets the number of attempts.
+
+    Args:
+        timeout_seconds: without a connection, or without a byte.
+        place: pyarrow's arguments that say where the store is.
+    """
+
+    def __init__(self, *, attempts: int, timeout_seconds: float, place: dict[str, str]) -> None:
+        super().__init__(
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+            connect_timeout=timeout_seconds,
+            request_timeout=timeout_seconds,
+            allow_delayed_open=True,  # a small object in one request instead of the three of a multipart upload
+            **place,
+        )
+        self._arguments: dict[str, Any] = {"attempts": attempts, "timeout_seconds": timeout_seconds, "place": place}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(_S3, **self._arguments), ()
+
+    def in_a_hurry(self) -> _S3:
+        """The same store, given up after a few seconds."""
+        return _S3(**self._arguments | {"attempts": 3, "timeout_seconds": 3.0})
+
+
+def _open_s3(bucket: str) -> _S3:
+    # pyarrow itself looks at these variables for URIs only, and a URI cannot say how many attempts.
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    place = {"endpoint_override": endpoint} if endpoint else {"region": fs.resolve_s3_region(bucket)}
+    return _S3(attempts=_s3_attempts(), timeout_seconds=10.0, place=place)
+
+
+def _s3_attempts() -> int:
+    value = os.environ.get("AWS_MAX_ATTEMPTS") or str(S3_ATTEMPTS)
+    if not value.isdigit() or int(value) < 1:
+        raise InputError(f"AWS_MAX_ATTEMPTS must be a whole number of at least 1, got {value!r}")
+    return int(value)
 
 
 @lru_cache(maxsize=1)
@@ -56,17 +232,15 @@ def _local() -> fs.FileSystem:
 def _remote(scheme: str, authority: str) -> fs.FileSystem:
     """One file system object per bucket: making one for S3 costs a request for its region."""
     root = f"{scheme}://{authority}/"
-    # A small object in one request instead of the three of a multipart upload.
-    options = "?allow_delayed_open=true" if scheme == "s3" else ""
     try:
-        return fs.FileSystem.from_uri(root + options)[0]
+        return _open_s3(authority) if scheme == "s3" else fs.FileSystem.from_uri(root)[0]
     except (ValueError, OSError) as arrow_error:
         try:
             import fsspec  # type: ignore[import-untyped]
 
             return fs.PyFileSystem(fs.FSSpecHandler(fsspec.core.url_to_fs(root)[0]))
         except (ImportError, ValueError, OSError) as error:
-            raise InputError(f"cannot open {root}: {arrow_error}; {error}") from error
+            raise InputError(hide_secrets(f"cannot open {root}: {arrow_error}; {error}")) from error
 
 
 def exists(location: str) -> bool:
@@ -87,8 +261,20 @@ def is_folder(location: str) -> bool:
     return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
 
 
-def list_files(folder: str, *, recursive: bool = True) -> Iterator[tuple[str, str]]:
-    """Location and path relative to `folder` of each file below it, sorted within each folder.
+class ListedFile(NamedTuple):
+    """A file as a listing shows it."""
+
+    location: str
+    name: str
+    """Path relative to the listed folder."""
+    size: int
+    """In bytes; -1 where a link leads nowhere."""
+    modified_ns: int
+    """Time of its last change since 1970; 0 where the store knows none."""
+
+
+def list_files(folder: str, *, recursive: bool = True) -> Iterator[ListedFile]:
+    """The files below a folder, sorted within each folder.
 
     One folder at a time is held in memory. Links are followed; a folder met a second time on the way down is not
     entered again. A link that leads nowhere is listed: it is somebody's image, and its row will say `missing`.
@@ -99,9 +285,31 @@ def list_files(folder: str, *, recursive: bool = True) -> Iterator[tuple[str, st
     yield from _walk(filesystem, root, folder, "", recursive, ancestors=())
 
 
+def describe_file(location: str) -> ListedFile:
+    """One file as a listing of its folder shows it."""
+    filesystem, path = resolve(location)
+    info = filesystem.get_file_info(path)
+    return ListedFile(location, location.rpartition("/")[2], info.size or 0, info.mtime_ns or 0)
+
+
+def list_parquet(folder: str) -> list[str]:
+    """The Parquet files directly in a folder, without hidden ones; none where there is no such folder.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    if not is_folder(folder):
+        return []
+    filesystem, path = resolve(folder)
+    is_local = isinstance(filesystem, fs.LocalFileSystem)
+    entries = _list_local(path) if is_local else _list_remote(filesystem, path)
+    names = sorted(name for name, is_folder, *_ in entries if not is_folder)
+    return [join(absolute(folder), name) for name in names if re.fullmatch(r"[^._].*\.parquet", name)]
+
+
 def _walk(
     filesystem: fs.FileSystem, path: str, location: str, name: str, recursive: bool, ancestors: tuple[str, ...]
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[ListedFile]:
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     real_path = os.path.realpath(path) if is_local else path
     if real_path in ancestors:
@@ -110,29 +318,37 @@ def _walk(
         entries = sorted(_list_local(path) if is_local else _list_remote(filesystem, path))
     except OSError as error:
         raise InputError(f"cannot list {location}: {error}") from error
-    for entry, is_folder in entries:
+    for entry, is_folder, size, modified_ns in entries:
         if not is_folder:
-            yield join(location, _printable(entry)), name + _printable(entry)
-    for entry, is_folder in entries:
+            yield ListedFile(join(location, _printable(entry)), name + _printable(entry), size, modified_ns)
+    for entry, is_folder, *_ in entries:
         if is_folder and recursive:
             below = (join(path, entry), join(location, _printable(entry)), f"{name}{_printable(entry)}/")
             yield from _walk(filesystem, *below, recursive, (*ancestors, real_path))
 
 
-def _list_local(path: str) -> list[tuple[str, bool]]:
-    """Names in a folder, and whether each is a folder. Not through pyarrow, which leaves out links that lead nowhere
-    and stops at a name that is not UTF-8."""
+def _list_local(path: str) -> list[tuple[str, bool, int, int]]:
+    """Name, whether it is a folder, size and time of what lies in a folder. Not through pyarrow, which leaves out
+    links that lead nowhere and stops at a name that is not UTF-8."""
+    found = []
     with os.scandir(path) as entries:
-        return [
-            (entry.name, os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir())
-            for entry in entries
-            if entry.is_symlink() or entry.is_dir() or entry.is_file()  # a pipe would be waited for
-        ]
+        for entry in entries:
+            try:
+                status = entry.stat()
+            except OSError:  # a link that leads nowhere, or in a circle
+                found.append((entry.name, False, -1, 0))
+                continue
+            if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                found.append((entry.name, stat.S_ISDIR(status.st_mode), status.st_size, status.st_mtime_ns))
+    return found
 
 
-def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool]]:
+def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, int, int]]:
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
-    return [(entry.base_name, entry.type == fs.FileType.Directory) for entry in entries]
+    return [
+        (entry.base_name, entry.type == fs.FileType.Directory, entry.size or 0, entry.mtime_ns or 0)
+        for entry in entries
+    ]
 
 
 def _printable(name: str) -> str:
@@ -140,23 +356,97 @@ def _printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def read_bytes(location: str) -> bytes:
-    """The file's content; OSError as the file system raises it."""
+def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
+    """The file's content.
+
+    Args:
+        max_bytes: a longer file is not read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PermissionError: it may not be read.
+        OSError: anything else; what passes by itself has been waited for. No secret stands in its text.
+    """
     filesystem, path = resolve(location)
+    if "\0" in path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
     if isinstance(filesystem, fs.LocalFileSystem):
+        if max_bytes is not None and os.path.getsize(path) > max_bytes:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
         return Path(path).read_bytes()  # twice as fast as through pyarrow, and its errors have types
-    with filesystem.open_input_stream(path) as stream:
-        return bytes(stream.read())
+    try:
+        return _read_remote(filesystem, path, max_bytes)
+    except (OSError, MemoryError) as error:
+        if _is_forbidden(error):
+            raise PermissionError(errno.EACCES, "not allowed to read", location) from error
+        if hide_secrets(str(error)) == str(error):
+            raise
+        # A store may send its client on to a signed URL, which then stands in what the client complains of.
+        kind = type(error) if type(error).__module__ == "builtins" else OSError
+        raise kind(hide_secrets(str(error))) from None
+    except Exception as error:  # what a library under fsspec raises is its own affair
+        raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
 
 
-def write_bytes(location: str, data: bytes) -> None:
+def _read_remote(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:
+    for attempt in range(1, _s3_attempts()):
+        try:
+            return _read_once(filesystem, path, max_bytes)
+        except OSError as error:
+            if _LOST_ANSWER not in str(error):
+                raise
+            time.sleep(2**attempt / 4)
+    return _read_once(filesystem, path, max_bytes)
+
+
+def _read_once(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:
+    with filesystem.open_input_file(path) as file:  # not a stream, which takes a request for each 256 KB
+        if max_bytes is not None and file.size() > max_bytes:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+        return bytes(file.read())
+
+
+def is_reachable(location: str) -> bool:
+    """Whether the store still answers: asked after a read has failed, it tells a file that is broken from a store that
+    is gone. S3 has less than 15 seconds for its answer.
+
+    Args:
+        location: any URI of the store; on a local disk the input itself, a folder or a file. A folder that is empty
+            counts as gone, for that is how an unmounted disk or share looks.
+    """
+    location = absolute(location)
+    try:
+        if not is_uri(location):
+            if os.path.isfile(location):
+                return True
+            with os.scandir(location) as entries:
+                return any(True for _ in entries)
+        filesystem, path = resolve(location)
+        if isinstance(filesystem, _S3):
+            bucket = path.partition("/")[0]
+            return bool(filesystem.in_a_hurry().get_file_info(bucket).type != fs.FileType.NotFound)
+        filesystem.get_file_info(path)
+    except Exception as error:  # whatever it was, the store did not answer
+        return _is_forbidden(error)
+    return True
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    """Whether the store answered, and the answer was no. pyarrow has no type for it."""
+    return isinstance(error, PermissionError) or _FORBIDDEN.search(str(error)) is not None
+
+
+def write_bytes(location: str, data: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}")
         try:
-            temporary.write_bytes(data)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -165,11 +455,22 @@ def write_bytes(location: str, data: bytes) -> None:
             stream.write(data)
 
 
-def make_folder(location: str) -> None:
-    """Make the folder and those above it; nothing to do where it exists or the store has no folders."""
-    filesystem, path = resolve(location)
+def remove_temporary(folder: str) -> None:
+    """Remove what killed processes have left of files that `write_bytes` was writing to this folder."""
+    filesystem, path = resolve(folder)
+    if isinstance(filesystem, fs.LocalFileSystem) and os.path.isdir(path):
+        for name, *_ in _list_local(path):
+            if _TEMPORARY.fullmatch(name):
+                Path(path, name).unlink(missing_ok=True)
+
+
+def move(source: str, target: str) -> None:
+    """Move a file within one file system, over what is there."""
+    filesystem, path = resolve(source)
     if isinstance(filesystem, fs.LocalFileSystem):
-        filesystem.create_dir(path, recursive=True)
+        os.replace(path, resolve(target)[1])
+    else:
+        filesystem.move(path, resolve(target)[1])
 
 
 def remove(location: str) -> None:

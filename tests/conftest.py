@@ -12,6 +12,7 @@ from tests import small_data
 
 if TYPE_CHECKING:
     from imcap_ray.captioner import Captioner
+    from tests.flaky_s3 import S3Store
 
 TIMEOUT_SECONDS: Final = {"unit": 60, "integration": 180, "end_to_end": 300, "chaos": 300}
 
@@ -60,3 +61,24 @@ def captioner(model_dir: Path) -> Captioner:
     from imcap_ray.captioner import Captioner
 
     return Captioner.load(model_dir, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of an S3 store on this machine, in a process of its own."""
+    from tests.flaky_s3 import moto_server
+
+    with moto_server() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
+    """An empty bucket behind a proxy that can make requests fail; the environment leads to it."""
+    from tests.flaky_s3 import FlakyProxy, S3Store, make_bucket, s3_environment
+
+    proxy = FlakyProxy(s3_endpoint)
+    for name, value in s3_environment(proxy.url).items():
+        monkeypatch.setenv(name, value)
+    yield S3Store(uri=f"s3://{make_bucket(s3_endpoint)}", proxy=proxy)
+    proxy.close()

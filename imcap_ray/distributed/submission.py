@@ -62,11 +62,7 @@ def submit(
         # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
         with environment({"RAY_API_SERVER_ADDRESS": address}):
             client = JobSubmissionClient(address, headers=headers)
-        job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "imcap_ray", *command]),
-            runtime_env={"py_modules": [str(Path(imcap_ray.__file__).parent)]},
-            submission_id=submission_id,
-        )
+        job = client.submit_job(**job_request(command), submission_id=submission_id)
     except LOST as error:
         if "already exists" in str(error):
             raise ClusterError(
@@ -88,6 +84,18 @@ def submit(
         return _exit_code(client, job, echo)
     except LOST as error:
         raise ImcapError(f"lost {address}; job {job} may go on: `ray job logs --follow {job}` shows it") from error
+
+
+def job_request(command: Sequence[str]) -> dict[str, Any]:
+    """What a cluster is asked to run for `imcap COMMAND ...`.
+
+    Ray hands the entry point to a shell, for which every word is quoted, and shows it to whoever sees the dashboard.
+    Nothing of this machine's environment is in it: nodes have credentials of their own.
+    """
+    return {
+        "entrypoint": shlex.join(["python", "-m", "imcap_ray", *command]),
+        "runtime_env": {"py_modules": [str(Path(imcap_ray.__file__).parent)]},
+    }
 
 
 def _dashboard_address(address: str | None) -> str:

@@ -68,3 +68,36 @@ def test_the_nodes_get_the_ray_that_the_package_wants(cluster):
     assert [found.extras for found in installed] == [wanted.extras]
     assert {str(found.specifier) for found in installed} == {f"=={version}" for version in images}
     assert all(version in wanted.specifier for version in images)
+
+
+def test_amazon_lets_in_ssh_and_nothing_else(cluster):
+    """The rules that Ray writes into the security group it makes, and what the file would add to them."""
+    pytest.importorskip("boto3", reason="Ray's code for AWS needs it")
+    from ray.autoscaler._private.aws.config import _create_default_inbound_rules
+
+    added = cluster["provider"].get("security_group", {}).get("IpPermissions", [])
+    rules = _create_default_inbound_rules({"sg-of-the-cluster"}, added)
+
+    from_anywhere = [
+        rule for rule in rules if rule.get("IpRanges") or rule.get("Ipv6Ranges") or rule.get("PrefixListIds")
+    ]
+    assert [(rule["IpProtocol"], rule["FromPort"], rule["ToPort"]) for rule in from_anywhere] == [("tcp", 22, 22)]
+    groups = [pair["GroupId"] for rule in rules for pair in rule.get("UserIdGroupPairs", [])]
+    assert groups == ["sg-of-the-cluster"]
+
+
+def test_no_node_has_rules_of_its_own_or_publishes_a_containers_ports(cluster):
+    for node_type in cluster["available_node_types"].values():
+        assert not {"SecurityGroupIds", "NetworkInterfaces"} & set(node_type["node_config"])
+    options = " ".join(cluster["docker"]["run_options"])
+    assert not re.search(r"(^|\s)(-p|-P|--publish|--publish-all|--privileged)\b", options)
+
+
+def test_no_start_command_lifts_the_token_or_listens_everywhere_by_itself(cluster):
+    for command in start_commands(cluster):
+        assert not re.search(r"RAY_AUTH_MODE=(?!token)|0\.0\.0\.0|--metrics-export-port", command)
+
+
+def test_the_file_holds_no_credentials():
+    names = "RAY_AUTH_TOKEN|AWS_SECRET_ACCESS_KEY|AWS_SESSION_TOKEN|aws_secret_access_key|aws_session_token"
+    assert not re.search(rf"({names})\s*[=:]", CLUSTER_FILE.read_text())

@@ -158,7 +158,7 @@ def write_parquet(path: Path, columns: dict[str, Any]) -> Path:
 
 def test_parquet_with_paths_splits_and_lists_of_captions(tmp_path: Path) -> None:
     columns = {
-        "image_path": ["a.jpg", "/elsewhere/b.jpg", "s3://bucket/c.jpg"],
+        "image_path": ["a.jpg", f"{tmp_path}/b.jpg", "deep/c.jpg"],
         "captions": [["x", " y "], ["z"], ["w"]],
         "split": ["train", "validation", "test"],
     }
@@ -169,7 +169,9 @@ def test_parquet_with_paths_splits_and_lists_of_captions(tmp_path: Path) -> None
     assert dataset.format == "Parquet"
     assert dataset.describe_splits() == "1 train, 1 validation, 1 test"
     assert dataset.references()["a.jpg"] == ["x", "y"]
-    assert dataset.table["image_path"].to_pylist() == [f"{tmp_path}/a.jpg", "/elsewhere/b.jpg", "s3://bucket/c.jpg"]
+    assert dataset.table["image_path"].to_pylist() == [
+        f"{tmp_path}/{name}" for name in ("a.jpg", "b.jpg", "deep/c.jpg")
+    ]
 
 
 def test_parquet_with_a_row_for_each_caption(tmp_path: Path) -> None:
@@ -221,6 +223,63 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(DatasetError, match=f"{tmp_path}/a.parquet is not readable Parquet"):
         load_dataset(str(tmp_path))
+
+
+# ---- images that lie elsewhere
+
+
+def write_naming(folder: Path, form: str, path: str) -> Path:
+    """A data set in this form whose second image is at `path`; what the first one's folder is."""
+    if form == "Flickr8k":
+        (folder / "Images").mkdir(parents=True)
+        (folder / "Flickr8k.token.txt").write_text(f"a.jpg#0\tA dog .\n{path}#0\tA cat .\n")
+    elif form == "Kaggle":
+        folder.mkdir()
+        write_kaggle(folder, f"image,caption\na.jpg,A dog .\n{path},A cat .\n")
+    else:
+        folder.mkdir()
+        write_parquet(folder / "1.parquet", {"image_path": ["a.jpg"], "caption": ["A dog ."]})
+        write_parquet(folder / "2.parquet", {"image_path": [path], "caption": ["A cat ."]})
+    return folder
+
+
+@pytest.mark.parametrize("form", ["Flickr8k", "Kaggle", "Parquet"])
+@pytest.mark.parametrize("path", ["/elsewhere/b.jpg", "../../b.jpg", "deep/../../../b.jpg"])
+def test_a_name_that_leads_out_of_the_data_is_refused_unless_that_is_allowed(
+    tmp_path: Path, form: str, path: str
+) -> None:
+    data = write_naming(tmp_path / "data", form, path)
+
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(str(data))
+    for words in (f"{data}, image {path!r}: ", f" leads out of {data};", "--allow-outside-paths"):
+        assert words in str(caught.value)
+    dataset = load_dataset(str(data), allow_outside_paths=True)
+    assert dataset.table.num_rows == 2
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/b.jpg", "file:///elsewhere/b.jpg", "file:///data/%2e%2e/b.jpg"])
+def test_a_uri_elsewhere_is_refused_unless_that_is_allowed(tmp_path: Path, path: str) -> None:
+    data = write_naming(tmp_path / "data", "Parquet", path)
+
+    with pytest.raises(DatasetError, match="--allow-outside-paths"):
+        load_dataset(str(data / "2.parquet"))
+    assert load_dataset(str(data), allow_outside_paths=True).table["image_path"].to_pylist()[1] == path
+
+
+@pytest.mark.parametrize("form", ["Flickr8k", "Kaggle"])
+def test_a_name_may_lead_to_another_folder_of_the_data(tmp_path: Path, form: str) -> None:
+    data = write_naming(tmp_path / "data", form, "../more/b.jpg")
+
+    assert load_dataset(str(data)).table.num_rows == 2
+
+
+def test_a_signed_url_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    data = write_naming(tmp_path / "data", "Parquet", "https://host/b.jpg?Signature=planted")
+
+    with pytest.raises(DatasetError, match="holds a secret") as caught:
+        load_dataset(str(data), allow_outside_paths=True)
+    assert "planted" not in str(caught.value)
 
 
 # ---- any format

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -267,20 +269,34 @@ def test_weights_of_another_cnn_are_refused_in_one_line(tiny_file: Path) -> None
 
 
 class _Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return print, ("code from a file of weights was run",)
+        return os.mkdir, (str(self._path),)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_that_holds_no_weights_is_refused_and_never_run(
-    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / f"trap{suffix}"
-    torch.save({"weights": _Trap()}, path)
+def test_the_trap_of_the_next_test_snaps(tmp_path: Path) -> None:
+    pickle.loads(pickle.dumps(_Trap(tmp_path / "snapped")))
 
-    with pytest.raises(ModelError, match="does not hold the weights of this CNN"):
+    assert (tmp_path / "snapped").exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl", ".safetensors"])
+@pytest.mark.parametrize("form", ["torch", "torch before 1.6", "pickle"])
+def test_a_file_that_holds_code_is_refused_and_never_run(tmp_path: Path, suffix: str, form: str) -> None:
+    path, trap = tmp_path / f"trap{suffix}", _Trap(tmp_path / "snapped")
+    if form == "pickle":
+        path.write_bytes(pickle.dumps({"weights": trap}))
+    else:
+        torch.save({"weights": trap}, path, _use_new_zipfile_serialization=form == "torch")
+
+    with pytest.raises(ModelError, match="does not hold the weights of this CNN") as caught:
         build_encoder(TINY, SMALL, weights_path=path)
-    assert capsys.readouterr().out == ""
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "snapped").exists()
 
 
 # ---- names

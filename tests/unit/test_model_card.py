@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from typing import Any
 
 import jinja2
@@ -78,3 +80,28 @@ def test_the_seeds_decoder_is_called_by_what_it_is() -> None:
 def test_a_score_that_is_missing_is_a_bug_and_not_a_blank() -> None:
     with pytest.raises(jinja2.UndefinedError, match="cider_d"):
         card(metrics={name: value for name, value in METRICS.items() if name != "cider_d"})
+
+
+HOSTILE = "x` | <script>alert(1)</script> [y](http://z)\n# not a heading\x1b[2J $(touch pwned)"
+
+
+def test_hostile_names_are_text_in_a_card_of_the_same_form() -> None:
+    names = ("name", "recipe_name", "data", "data_format", "data_terms", "encoder_weights")
+    plain, hostile = card(**dict.fromkeys(names, "x")), card(**dict.fromkeys(names, HOSTILE))
+
+    assert len(hostile.splitlines()) == len(plain.splitlines())
+    assert all(letter == "\n" or letter.isprintable() for letter in hostile)
+    for line, plain_line in zip(hostile.splitlines(), plain.splitlines(), strict=True):
+        if line.startswith("|"):  # as many cells as in the plain card
+            assert len(re.findall(r"(?<!\\)\|", line)) == plain_line.count("|")
+        if not line.startswith("    "):
+            outside_code = re.sub(r"(`+) .*? \1(?!`)", "", line)
+            assert not re.search(r"(?<!\\)[<\[]", outside_code)
+
+
+def test_the_command_of_a_card_is_safe_to_paste() -> None:
+    command = next(line for line in card(name=HOSTILE, data=HOSTILE).splitlines() if line.startswith("    imcap"))
+
+    shown = HOSTILE.replace("\n", r"\n").replace("\x1b", r"\x1b")
+    words = ["imcap", "train", shown, shown, "--recipe", "lite2-attention", "--seed", "3"]
+    assert shlex.split(command) == words

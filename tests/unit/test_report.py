@@ -196,6 +196,27 @@ def test_html_in_captions_and_names_is_text_and_not_markup(report: Report) -> No
     assert HOSTILE in page.text
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{{ 7 * 7 }}{% for x in y %}",
+        "'><svg/onload=alert(1)>",
+        "` onerror=alert(1) x=`",
+        "</script></style></title><!--",
+        "javascript:alert(1)",
+        "&lt;b&gt;",
+        "two\nlines\tand\x1b[2J\x00 gpj.\u202egnp",
+    ],
+)
+def test_a_hostile_name_is_the_same_name_on_the_page(report: Report, name: str) -> None:
+    page = report(ok(name, name, captions=[name, "x"]), failed("2.jpg", message=name), references={name: [name]})
+
+    assert [attributes["alt"] for attributes in page.all("img")] == [f"Photograph {name}"]
+    assert page.text.count(re.sub(r"\s+", " ", name)) >= 4
+    assert len(page.all("script")) == 1
+    assert not [tag for tag, attributes in page.tags if tag == "svg" and "onload" in attributes]
+
+
 def test_the_page_loads_nothing_from_a_network(report: Report) -> None:
     page = report(ok("1.jpg"), failed("2.jpg"), run={"model": "m"}, references={"1.jpg": ["a dog"]})
 

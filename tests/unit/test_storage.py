@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from imcap_ray import storage
@@ -21,7 +23,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def names(folder: str, **options: bool) -> list[str]:
-    return [name for _, name in storage.list_files(folder, **options)]
+    return [file.name for file in storage.list_files(folder, **options)]
 
 
 # ---- on any file system
@@ -34,9 +36,9 @@ def test_what_is_written_is_read_and_listed(folder: str) -> None:
         storage.write_bytes(storage.join(folder, name), content)
 
     listed = list(storage.list_files(folder))
-    assert {name for _, name in listed} == set(contents)
-    assert {name: storage.read_bytes(location) for location, name in listed} == contents
-    assert all(location == storage.join(storage.absolute(folder), name) for location, name in listed)
+    assert {file.name: file.size for file in listed} == {name: len(content) for name, content in contents.items()}
+    assert {file.name: storage.read_bytes(file.location) for file in listed} == contents
+    assert all(file.location == storage.join(storage.absolute(folder), file.name) for file in listed)
 
 
 def test_files_come_sorted_those_of_a_folder_before_those_below_it(folder: str) -> None:
@@ -88,20 +90,34 @@ def test_a_folder_that_is_not_there_cannot_be_listed(tmp_path: Path) -> None:
         names(f"{tmp_path}/nowhere")
 
 
-def test_making_a_folder_twice_is_harmless(folder: str) -> None:
-    storage.make_folder(folder)
-    storage.make_folder(folder)
-
-    storage.write_bytes(storage.join(folder, "a.txt"), b"1")
-    assert names(folder) == ["a.txt"]
-
-
 def test_an_unknown_scheme_is_an_input_error() -> None:
     with pytest.raises(InputError, match="cannot open nope://bucket/"):
         storage.exists("nope://bucket/key")
 
 
+def test_whatever_a_library_raises_is_an_os_error() -> None:
+    class BrokenFileSystem(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
+        def _open(self, path: str, *args: object, **options: object) -> None:
+            raise KeyError("no idea")
+
+    storage.write_bytes("memory://bucket/a.jpg", b"1")
+    fsspec.register_implementation("broken", BrokenFileSystem, clobber=True)
+
+    with pytest.raises(OSError, match="KeyError: 'no idea'"):
+        storage.read_bytes("broken://bucket/a.jpg")
+
+
 # ---- on the local disk
+
+
+def test_a_folder_is_reachable_while_it_holds_anything(tmp_path: Path) -> None:
+    (tmp_path / "input").mkdir()
+    assert not storage.is_reachable(str(tmp_path / "input"))  # as a share that is not mounted
+
+    (tmp_path / "input" / "a.jpg").write_bytes(b"1")
+    assert storage.is_reachable(str(tmp_path / "input"))
+    assert storage.is_reachable(str(tmp_path / "input" / "a.jpg"))
+    assert not storage.is_reachable(str(tmp_path / "nowhere"))
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(
@@ -192,3 +208,184 @@ def test_parent_undoes_join() -> None:
     for folder in ("/tmp/a", "s3://bucket/a"):
         assert storage.parent(storage.join(folder, "b")) == folder
         assert storage.parent(storage.join(folder, "b/")) == folder
+
+
+# ---- what lies inside a folder
+
+
+@pytest.mark.parametrize(
+    ("folder", "location"),
+    [
+        ("/data", "/data"),
+        ("/data", "/data/a.jpg"),
+        ("/data", "/data/deep/../a.jpg"),
+        ("/data", "//data/./a//b.jpg"),
+        ("/data", "/elsewhere/../data/a.jpg"),
+        ("/data", "file:///data/a.jpg"),
+        ("/data", "FILE:///data/a.jpg"),
+        ("/data", "/data/..jpg"),
+        ("/data", "/data/%2e%2e/a.jpg"),  # in a path these are letters
+        ("/data", "/data/..\\..\\a.jpg"),
+        ("/data", "/data/s3://bucket/a.jpg"),
+        ("/", "/data/a.jpg"),
+        ("s3://bucket/data", "s3://bucket/data/a.jpg"),
+        ("s3://bucket/data", "S3://bucket/data/100%25.jpg"),
+        ("s3://bucket", "s3://bucket/a.jpg"),
+    ],
+)
+def test_what_is_below_a_folder_is_inside_it(folder: str, location: str) -> None:
+    assert storage.is_inside(folder, location)
+
+
+@pytest.mark.parametrize(
+    ("folder", "location"),
+    [
+        ("/data", "/etc/passwd"),
+        ("/data", "/"),
+        ("/data", "/data2/a.jpg"),
+        ("/data", "/data/../etc/passwd"),
+        ("/data", "/data/a/../../b"),
+        ("/data", "/data/.."),
+        ("/data", "/data/../../../../etc/passwd"),
+        ("/data", "data/a.jpg"),  # where that is depends on the current folder
+        ("/data", "file:///etc/passwd"),
+        ("/data", "FILE:///etc/passwd"),
+        ("/data", "file:///data/../etc/passwd"),
+        ("/data", "file:///data/%2e%2e/etc/passwd"),
+        ("/data", "file://data/a.jpg"),
+        ("/data", "local:///data/a.jpg"),
+        ("/data", "s3://data/a.jpg"),
+        ("s3://bucket/data", "/data/a.jpg"),
+        ("s3://bucket/data", "s3://bucket/other/a.jpg"),
+        ("s3://bucket/data", "s3://other/data/a.jpg"),
+        ("s3://bucket/data", "gs://bucket/data/a.jpg"),
+        ("s3://bucket/data", "s3://bucket/data/../secret.jpg"),
+        ("s3://bucket", "s3://bucket/../other/secret.jpg"),
+        ("http://host/data", "http://host/data/%2e%2e/secret.jpg"),
+        ("http://host/data", "http://host/data/%2E%2e%2Fsecret.jpg"),
+        ("http://host/data", "http://host/data/%252e%252e/secret.jpg"),
+    ],
+)
+def test_what_leads_out_of_a_folder_is_not_inside_it(folder: str, location: str) -> None:
+    assert not storage.is_inside(folder, location)
+
+
+def test_the_message_on_a_path_that_leads_out_says_where_it_stands_and_how_to_allow_it() -> None:
+    with pytest.raises(InputError) as caught:
+        storage.place("../b.jpg", base="/in/deep/er", folders=["/in/deep/er"], source="a, row 3", allow_outside=False)
+
+    for words in ("a, row 3: ", "'../b.jpg'", " /in/deep/er;", "--allow-outside-paths"):
+        assert words in str(caught.value)
+    place = storage.place("../b.jpg", base="/in/deep", folders=["/in/deep"], source="", allow_outside=True)
+    assert place == "/in/deep/../b.jpg"
+    assert storage.place("../b.jpg", base="/in/deep", folders=["/in"], source="", allow_outside=False) == place
+
+
+# ---- secrets
+
+PLANTED = "wJalrXUtnFEMI"
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        f"s3://AKIAEXAMPLE:{PLANTED}@bucket/images",
+        f"s3://AKIAEXAMPLE:ab/{PLANTED}@bucket/images",  # their keys have slashes
+        f"s3://AKIAEXAMPLE:{PLANTED}?x@bucket/images",
+        f"s3://AKIAEXAMPLE%3A{PLANTED}@bucket/images",
+        f"s3://AKIAEXAMPLE:{PLANTED}/bucket",
+        f"https://{PLANTED}@host/images",
+        f"s3://bucket/images?access_key=AKIAEXAMPLE&secret_key={PLANTED}",
+        f"https://bucket.s3.amazonaws.com/a.jpg?X-Amz-Date=20260101&X-Amz-Signature={PLANTED}",
+        f"https://bucket.s3.amazonaws.com/a.jpg?X-Amz-Security-Token={PLANTED}@x",
+        f"abfs://container@account.dfs.core.windows.net/a?sv=2024&sig={PLANTED}",
+        f"https://host/a.jpg;token={PLANTED}",
+    ],
+)
+def test_a_uri_with_a_secret_is_refused_without_repeating_it(location: str) -> None:
+    with pytest.raises(InputError, match="AWS_PROFILE") as caught:
+        storage.absolute(location)
+    assert PLANTED not in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        storage.place(location, base="/a", folders=["/a"], source="a.parquet, row 1", allow_outside=True)
+    assert "a.parquet, row 1" in str(caught.value)
+    assert PLANTED not in str(caught.value)
+
+
+def test_a_key_never_reaches_a_file_system(caplog: pytest.LogCaptureFixture) -> None:
+    for act in (storage.exists, storage.read_bytes, storage.is_folder, storage.remove):
+        with pytest.raises(InputError) as caught:
+            act(f"s3://AKIAEXAMPLE:{PLANTED}@bucket/images")
+        assert PLANTED not in str(caught.value)
+    assert PLANTED not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "location",
+    [
+        "s3://bucket/who@home/what?.jpg",
+        "s3://bucket/a?page=2&design=1",
+        "gs://anonymous@bucket/images",
+        "abfs://container@account.dfs.core.windows.net/images",
+        "hdfs://user@namenode:8020/images",
+        "http://[::1]:8080/images",
+        "memory://bucket/images",
+        "file:///tmp/a:b@c",
+        "/tmp/key:secret@home?token=1",
+    ],
+)
+def test_a_uri_without_a_secret_is_taken(location: str) -> None:
+    storage.absolute(location)
+    storage.place(location, base="/", folders=["/"], source="", allow_outside=True)
+
+
+def test_a_key_in_a_bucket_may_look_like_a_query() -> None:
+    """Or a file that `wget` has named after a signed URL would end the run that meets it in a listing."""
+    storage.write_bytes("memory://looks/like/a.jpg?X-Amz-Signature=0", b"1")
+
+    ((location, *_),) = storage.list_files("memory://looks/like")
+
+    assert storage.read_bytes(location) == b"1"
+
+
+def test_secrets_in_the_text_of_an_error_are_hidden() -> None:
+    text = f"403, url='https://user:{PLANTED}@host/a?X-Amz-Signature={PLANTED}&x=1' (s3://K:{PLANTED}@b/c) sig=1"
+
+    assert storage.hide_secrets(text) == "403, url='https://***@host/a?X-Amz-Signature=***&x=1' (s3://***@b/c) sig=1"
+    for harmless in ("http://127.0.0.1:8265/api", "no such file: /tmp/a:b@c.jpg", "see https://a.b/c?x=1"):
+        assert storage.hide_secrets(harmless) == harmless
+
+
+def test_a_signed_url_in_what_a_store_complains_of_is_hidden() -> None:
+    from fsspec import register_implementation
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Signing(MemoryFileSystem):  # type: ignore[misc]
+        protocol = "signing"
+
+        def _open(self, path: str, *arguments: object, **options: object) -> object:
+            raise ConnectionError(f"503 Busy: https://cdn.example/{path}?Signature={PLANTED}")
+
+        def isfile(self, path: str) -> bool:
+            return True
+
+    register_implementation("signing", Signing, clobber=True)
+
+    with pytest.raises(ConnectionError, match="503 Busy") as caught:
+        storage.read_bytes("signing://bucket/a.jpg")
+    assert PLANTED not in str(caught.value)
+
+
+def test_a_name_with_a_null_in_it_is_a_file_that_is_not_there(folder: str) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(storage.join(folder, "a\0.jpg"))
+
+
+def test_a_file_that_is_too_long_is_not_read(folder: str) -> None:
+    path = storage.join(folder, "a.txt")
+    storage.write_bytes(path, b"12345")
+
+    assert storage.read_bytes(path, max_bytes=5) == b"12345"
+    with pytest.raises(OSError, match="too large") as caught:
+        storage.read_bytes(path, max_bytes=4)
+    assert caught.value.errno == errno.EFBIG

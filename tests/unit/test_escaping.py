@@ -1,0 +1,59 @@
+"""Nothing that a file name or a caption holds is obeyed by a terminal or by Markdown."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from imcap_ray.escaping import markdown, markdown_code, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a dog.jpg", "a dog.jpg"),
+        ("Ärger 犬 👩\u200d🚀 \u00a0", "Ärger 犬 👩\u200d🚀 \u00a0"),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("two\nlines\r\t", r"two\nlines\r\t"),
+        ("\x9b31m\x7f\x00", r"\x9b31m\x7f\x00"),
+        ("gpj.\u202egnp", r"gpj.\u202egnp"),
+        (os.fsdecode(b"caf\xe9"), r"caf\udce9"),
+        ("C:\\x", "C:\\x"),
+    ],
+)
+def test_a_terminal_is_told_nothing_but_letters(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@given(st.text())
+def test_whatever_is_printed_is_one_line_that_any_terminal_takes(text: str) -> None:
+    shown = printable(text)
+
+    assert shown.splitlines() in ([], [shown])
+    assert all(letter.isprintable() or ord(letter) > 0x9F for letter in shown)
+    shown.encode()
+
+
+@given(st.text(alphabet="ab\\`*_[]()<>|~&#!\n"))
+def test_markdown_has_no_markup_left(text: str) -> None:
+    unescaped = re.sub(r"\\[!-/:-@\[-`{-~]", "", markdown(text))
+
+    assert not set("\\`*[]<>|~&#\n") & set(unescaped)
+    assert not re.search(r"(?<!\w)_|_(?!\w)", unescaped)
+
+
+def test_markdown_leaves_what_is_no_markup() -> None:
+    for text in ("efficientnet_lite2", "Flickr8k as distributed: 6,000 images (2013)", "package==0.1.0 - x"):
+        assert markdown(text) == text
+    assert markdown("_x_ | <script>") == r"\_x\_ \| \<script\>"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("recipe", "`recipe`"), ("a`b", "`` a`b ``"), ("a``|`", "``` a``\\|` ```"), ("a\nb", "`a\\nb`")]
+)
+def test_a_code_span_ends_where_it_should(text: str, code: str) -> None:
+    assert markdown_code(text) == code
