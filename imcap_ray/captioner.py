@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import safetensors
@@ -31,7 +33,7 @@ from imcap_ray.config import (
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder
 from imcap_ray.errors import ConfigError, ImageError, ModelError
-from imcap_ray.images import decode_image, image_error_from_os_error
+from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import beam_search
 from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary
 
@@ -45,8 +47,18 @@ CARD_FILE: Final = "README.md"
 DEFAULT_MODEL: Final = "flickr8k-lite2"
 
 # Images computed together. Always this many, the last ones blank: matrix kernels choose their order of summation by
-# the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in.
+# the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in. Where memory
+# runs out there are fewer, and the last digits of a confidence may be others.
 COMPUTE_BATCH_SIZE: Final = 16
+
+# What torch says when memory runs out and it has no type for it: on the CPU, and inside CUDA's libraries.
+_OUT_OF_MEMORY: Final = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|STATUS_ALLOC_FAILED"
+)
+
+Computed = TypeVar("Computed")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +127,8 @@ class Captioner:
         self.vocabulary = vocabulary
         self.search = search
         self.fingerprint = fingerprint
+        self.compute_batch_size = COMPUTE_BATCH_SIZE
+        """Images computed together: half as many, once or more often, after memory has run out."""
 
     @property
     def image_size(self) -> int:
@@ -176,29 +190,40 @@ class Captioner:
                 pixels.append(self.read_pixels(image))
             except ImageError as error:
                 errors[number] = error
-        captions = iter(self.caption_pixels(np.stack(pixels))) if pixels else iter(())
-        return [errors[number] if number in errors else next(captions)[0] for number in range(len(images))]
+        found = iter(self.caption_pixels(np.stack(pixels))) if pixels else iter(())
+        captions: list[Caption | ImageError] = []
+        for number in range(len(images)):
+            best = [errors[number]] if number in errors else next(found)[:1]
+            captions.extend(best or [no_memory()])
+        return captions
 
     def read_pixels(self, image: str | Path | bytes) -> np.ndarray[Any, Any]:
         """The image as uint8 pixels (3, S, S), or ImageError."""
         if isinstance(image, bytes):
             return decode_image(image, image_size=self.image_size).pixels
         try:
-            data = storage.read_bytes(str(image))
+            data = storage.read_bytes(str(image), max_bytes=MAX_FILE_BYTES)
         except OSError as error:
             raise image_error_from_os_error(error, str(image)) from error
         return decode_image(data, image_size=self.image_size).pixels
 
     def encode(self, pixels: np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """Features (B, R, F) of uint8 pixels (B, 3, S, S), on the CPU."""
-        return torch.cat([self._encode(chunk)[:count].cpu() for chunk, count in self._chunks(pixels)])
+        """Features (B, R, F) of uint8 pixels (B, 3, S, S), on the CPU; ImageError when memory runs out."""
+        encoded = []
+        for features, count in self._compute(pixels, self._encode):
+            if features is None:
+                raise no_memory()
+            encoded.append(features[:count].cpu())
+        return torch.cat(encoded)
 
     def caption_pixels(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[list[Caption]]:
-        """The `search.num_captions` best captions of each image of uint8 pixels (B, 3, S, S), the best first."""
-        captions = []
-        for chunk, count in self._chunks(pixels):
-            found = search_captions(self.decoder, self.vocabulary, self._encode(chunk), self.search)
-            captions.extend(found[:count])
+        """The `search.num_captions` best captions of each image of uint8 pixels (B, 3, S, S), the best first.
+
+        An image for which memory runs out, though it is computed alone, has none: `no_memory` is the error to report.
+        """
+        captions: list[list[Caption]] = []
+        for found, count in self._compute(pixels, self._search):
+            captions.extend([[] for _ in range(count)] if found is None else found[:count])
         return captions
 
     @torch.inference_mode()
@@ -206,19 +231,45 @@ class Captioner:
         features: Tensor = self.encoder(chunk)
         return features
 
-    def _chunks(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[tuple[Tensor, int]]:
-        """`COMPUTE_BATCH_SIZE` images each, and how many of them are real."""
+    def _search(self, chunk: Tensor) -> list[list[Caption]]:
+        return search_captions(self.decoder, self.vocabulary, self._encode(chunk), self.search)
+
+    def _compute(
+        self, pixels: np.ndarray[Any, Any] | Tensor, compute: Callable[[Tensor], Computed]
+    ) -> Iterator[tuple[Computed | None, int]]:
+        """What `compute` makes of `compute_batch_size` images at a time, and how many of them are real.
+
+        Where memory runs out, the images are computed again, half as many at a time, and so are all later ones; None
+        where it runs out for an image alone.
+        """
         expected = (3, self.image_size, self.image_size)
         if tuple(pixels.shape[1:]) != expected:
             raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}")
-        chunks = []
-        for start in range(0, len(pixels), COMPUTE_BATCH_SIZE):
-            part = pixels[start : start + COMPUTE_BATCH_SIZE]
-            chunk = torch.zeros(COMPUTE_BATCH_SIZE, *expected, dtype=torch.uint8)
-            # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
-            chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-            chunks.append((chunk.to(self.device), len(part)))
-        return chunks
+        start = 0
+        while start < len(pixels):
+            part = pixels[start : start + self.compute_batch_size]
+            try:
+                computed = compute(self._filled_up(part))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                computed = None
+            if computed is None:  # only here, for the exception has held on to all that was computed
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                if self.compute_batch_size > 1:
+                    self.compute_batch_size //= 2
+                    _log.warning("memory ran out: %d images at a time from now on", self.compute_batch_size)
+                    continue
+            yield computed, len(part)
+            start += len(part)
+
+    def _filled_up(self, part: np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """The images, and blank ones up to `compute_batch_size`, on the device."""
+        chunk = torch.zeros(self.compute_batch_size, *part.shape[1:], dtype=torch.uint8)
+        # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
+        chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
+        return chunk.to(self.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,9 +417,18 @@ def save_model_folder(
     storage.write_bytes(storage.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
 
 
+def no_memory() -> ImageError:
+    """The error of an image that `Captioner.caption_pixels` has no caption for."""
+    return ImageError("out_of_memory", "not enough memory to caption the image, even alone")
+
+
 def override_search(search: SearchConfig, **overrides: Any) -> SearchConfig:
     """The same settings with those of `overrides` that are not None."""
     return replace(search, **{name: value for name, value in overrides.items() if value is not None})
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

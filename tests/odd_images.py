@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 import zlib
 from functools import cache
 from typing import Any
@@ -79,9 +80,11 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "jpeg_restart_markers": encode(rgb, "JPEG", restart_marker_rows=1),
         "jpeg_grey": encode(grey, "JPEG"),
         "jpeg_cmyk": encode(cmyk, "JPEG"),
+        "jpeg_ycck": _ycck(encode(cmyk, "JPEG")),
+        "jpeg_arithmetic_coded": _patched(jpeg, jpeg.index(b"\xff\xc0"), b"\xff\xc9"),  # any bytes are a picture then
         "jpeg_rgb_not_ycbcr": encode(rgb, "JPEG", keep_rgb=True),
         "jpeg_quality_1": encode(rgb, "JPEG", quality=1),
-        "jpeg_rotated": encode(rgb, "JPEG", exif=exif(6)),
+        **{f"jpeg_orientation_{number}": encode(rgb, "JPEG", exif=exif(number)) for number in range(1, 9)},
         "jpeg_orientation_0": encode(rgb, "JPEG", exif=exif(0)),
         "jpeg_orientation_99": encode(rgb, "JPEG", exif=exif(99)),
         "jpeg_exif_rubbish": encode(rgb, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\xff\xff\xff\xff"),
@@ -98,6 +101,7 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "png_interlaced_1x1": encode(rgb.resize((1, 1)), "PNG"),
         "png_grey_1_bit": encode(rgb.convert("1"), "PNG"),
         "png_grey_16_bit": encode(grey_16, "PNG"),
+        "png_rgb_16_bit": _png_rgb_16_bit(rgb),
         "png_grey_alpha": encode(alpha.convert("LA"), "PNG"),
         "png_palette": encode(palette, "PNG"),
         "png_palette_one_clear_colour": encode(palette, "PNG", transparency=3),
@@ -120,6 +124,7 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "webp_animated": encode_frames("WEBP"),
         "avif": encode(rgb, "AVIF"),
         "avif_alpha": encode(alpha, "AVIF"),
+        "avif_animated": encode_frames("AVIF"),
         "avif_rotated": encode(rgb, "AVIF", exif=exif(6)),
         "bmp": encode(rgb, "BMP"),
         "bmp_1_bit": encode(rgb.convert("1"), "BMP"),
@@ -166,6 +171,7 @@ def _not_images() -> list[tuple[str, bytes, str]]:
         "one_byte": b"\xff",
         "one_newline": b"\n",
         "zip": b"PK\x03\x04" + noise[:200],
+        "zip_of_a_jpeg": _zip(encode(photo(), "JPEG")),
         "elf": b"\x7fELF" + noise[:200],
         "gzip": zlib.compress(b"hello" * 100, wbits=31),
         "video": b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + noise,
@@ -261,6 +267,7 @@ def _too_large() -> list[tuple[str, bytes, str]]:
     texts = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000)))
     made = {
         "bomb_png": png_header(60_000, 60_000) + png_chunk(b"IDAT", zlib.compress(bytes(1000))),
+        "bomb_png_tiny": png_header(30_000, 30_000) + png_chunk(b"IDAT", b""),
         "bomb_png_1_bit": png_header(20_000, 20_000, 1, 0) + png_chunk(b"IDAT", zlib.compress(bytes(9))),
         "bomb_jpeg": _jpeg_of_size(65_000, 65_000),
         "bomb_gif": b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + encode(photo(), "GIF")[10:],
@@ -270,6 +277,25 @@ def _too_large() -> list[tuple[str, bytes, str]]:
         "bomb_png_texts": _png_with_chunk(encode(photo(), "PNG"), texts),
     }
     return [(name, data, "too_large") for name, data in made.items()]
+
+
+def _ycck(cmyk_jpeg: bytes) -> bytes:
+    """The same numbers, said to be YCbCr and black, as Photoshop writes them."""
+    return _patched(cmyk_jpeg, cmyk_jpeg.index(b"Adobe") + 11, b"\2")
+
+
+def _png_rgb_16_bit(image: Image.Image) -> bytes:
+    rows = np.asarray(image).astype(">u2") * 257
+    pixels = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
+    header = png_header(*image.size, bit_depth=16)
+    return header + png_chunk(b"IDAT", zlib.compress(pixels)) + png_chunk(b"IEND", b"")
+
+
+def _zip(data: bytes) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("photo.jpg", data)
+    return file.getvalue()
 
 
 def _png_with_chunk(png: bytes, chunk: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,12 @@ def test_a_path_a_uri_and_the_bytes_of_a_file_get_the_same_caption(captioner: Ca
     assert len(set(found)) == 1
 
 
+def test_a_wrong_extension_changes_nothing(captioner: Captioner, tmp_path: Path) -> None:
+    (tmp_path / "really_a_jpeg.png").write_bytes(jpeg(1))
+
+    assert captioner.caption([tmp_path / "really_a_jpeg.png"]) == captioner.caption([jpeg(1)])
+
+
 def test_an_image_that_cannot_be_captioned_is_an_error_in_its_place(captioner: Captioner, tmp_path: Path) -> None:
     found = captioner.caption([jpeg(0), b"no image", tmp_path / "nowhere.jpg", jpeg(1)])
 
@@ -142,6 +149,135 @@ def test_overriding_the_search_leaves_what_is_not_given() -> None:
     assert override_search(search, beam_size=2, max_length=None) == SearchConfig(beam_size=2, max_length=9)
     with pytest.raises(ConfigError, match="search.num_captions must be 1 to search.beam_size"):
         override_search(search, num_captions=5)
+
+
+# ---- memory that runs out
+
+
+def no_cuda_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def no_cuda_library_memory() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def no_cpu_memory() -> None:
+    torch.empty(1 << 50)  # torch has no type for what this raises
+
+
+def no_python_memory() -> None:
+    raise MemoryError
+
+
+def with_room_for(model_dir: Path, num_images: int, run_out: Callable[[], None] = no_cuda_memory) -> Captioner:
+    """A captioner whose memory runs out in the CNN when it computes more images than these together."""
+    captioner = Captioner.load(model_dir, device="cpu")
+
+    def check(encoder: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if len(arguments[0]) > num_images:
+            run_out()
+
+    captioner.encoder.register_forward_pre_hook(check)
+    return captioner
+
+
+@pytest.mark.parametrize("run_out", [no_cuda_memory, no_cuda_library_memory, no_cpu_memory, no_python_memory])
+@pytest.mark.parametrize(("room", "batch_size"), [(15, 8), (8, 8), (5, 4), (1, 1)])
+def test_where_memory_runs_out_fewer_images_are_computed_together_and_get_the_same_captions(
+    captioner: Captioner,
+    model_dir: Path,
+    pixels: np.ndarray[Any, Any],
+    room: int,
+    batch_size: int,
+    run_out: Callable[[], None],
+) -> None:
+    short_of_memory = with_room_for(model_dir, room, run_out)
+
+    found = short_of_memory.caption_pixels(pixels)
+
+    assert short_of_memory.compute_batch_size == batch_size
+    for caption, expected in zip(found, captioner.caption_pixels(pixels), strict=True):
+        assert [one.text for one in caption] == [one.text for one in expected]
+        assert [one.confidence for one in caption] == pytest.approx([one.confidence for one in expected], abs=1e-3)
+
+
+def test_the_smaller_batch_is_remembered(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+    short_of_memory = with_room_for(model_dir, 4)
+    assert short_of_memory.compute_batch_size == COMPUTE_BATCH_SIZE
+    short_of_memory.caption_pixels(pixels)
+    batches = []
+    short_of_memory.encoder.register_forward_pre_hook(lambda encoder, arguments: batches.append(len(arguments[0])))
+
+    short_of_memory.caption_pixels(pixels[:6])
+
+    assert batches == [4, 4]
+
+
+def test_memory_that_runs_out_in_the_search_is_met_alike(
+    captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory = Captioner.load(model_dir, device="cpu")
+    start = short_of_memory.decoder.start
+
+    def start_with_room_for_two(features: torch.Tensor, beam_size: int) -> Any:
+        if len(features) > 2:
+            no_cuda_memory()
+        return start(features, beam_size)
+
+    monkeypatch.setattr(short_of_memory.decoder, "start", start_with_room_for_two)
+
+    found = short_of_memory.caption_pixels(pixels[:5])
+
+    assert short_of_memory.compute_batch_size == 2
+    assert [one[0].text for one in found] == [one[0].text for one in captioner.caption_pixels(pixels[:5])]
+
+
+def test_features_are_the_same_when_memory_runs_out(
+    captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any]
+) -> None:
+    torch.testing.assert_close(with_room_for(model_dir, 3).encode(pixels), captioner.encode(pixels))
+
+
+def test_an_image_that_memory_runs_out_for_though_it_is_alone_has_no_caption_and_the_others_have(
+    captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any]
+) -> None:
+    short_of_memory = Captioner.load(model_dir, device="cpu")
+    too_much = torch.from_numpy(pixels[2])
+
+    def check(encoder: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if any(torch.equal(image, too_much) for image in arguments[0]):
+            no_cuda_memory()
+
+    short_of_memory.encoder.register_forward_pre_hook(check)
+
+    found = short_of_memory.caption_pixels(pixels[:5])
+
+    expected = captioner.caption_pixels(pixels[:5])
+    assert [one[0].text if one else "" for one in found] == [
+        "" if number == 2 else one[0].text for number, one in enumerate(expected)
+    ]
+
+
+def test_no_memory_at_all_is_the_error_of_each_image(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+    hopeless = with_room_for(model_dir, 0)
+
+    errors = hopeless.caption([jpeg(0), jpeg(1)])
+
+    assert [error.code for error in errors if isinstance(error, ImageError)] == ["out_of_memory"] * 2
+    with pytest.raises(ImageError, match="not enough memory"):
+        hopeless.encode(pixels)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+    def break_down() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    broken = with_room_for(model_dir, 0, break_down)
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        broken.caption_pixels(pixels)
+    assert broken.compute_batch_size == COMPUTE_BATCH_SIZE
 
 
 # ---- the model folder
