@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Final
 
@@ -20,9 +20,10 @@ from imcap_ray import storage
 from imcap_ray.captioner import COMPUTE_BATCH_SIZE
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
+from imcap_ray.distributed.seals import find_damage, seal
 from imcap_ray.encoders import Encoder, EncoderWeights
-from imcap_ray.errors import DatasetError
-from imcap_ray.manifest import FAILED, MANIFEST_SCHEMA, OK
+from imcap_ray.errors import DatasetError, ImcapError
+from imcap_ray.manifest import FAILED, MANIFEST_SCHEMA, OK, write_table
 
 FEATURES_SCHEMA: Final = pa.schema(
     [
@@ -32,6 +33,9 @@ FEATURES_SCHEMA: Final = pa.schema(
         ("error_message", pa.string()),
     ]
 )
+
+_WORK_FOLDER: Final = "_imcap"
+_SEAL: Final = "_imcap/seal.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,12 @@ class FeatureCache:
     failures: list[dict[str, str]]
     """Images without features: image_id, error_code, error_message."""
 
+    notes: list[str] = field(default_factory=list)
+    """What was damaged and is made anew."""
+
     def files(self) -> list[str]:
         """The Parquet files, sorted."""
-        return [path for path, name in storage.list_files(self.folder, recursive=False) if name.endswith(".parquet")]
+        return storage.list_parquet(self.folder)
 
 
 class EncodeImages:
@@ -113,48 +120,40 @@ def cache_features(
 ) -> FeatureCache:
     """Features of each image of a table of `DATASET_SCHEMA`, in Parquet files in `folder`.
 
-    Images that an earlier call has written are not encoded again.
+    Images that an earlier call has written are not encoded again, unless their file is damaged: what is in the files
+    counts, not what a work folder says of them.
 
     Raises:
         DatasetError: not one image could be read.
+        ImcapError: encoding failed; the same call goes on from there.
     """
     shape = (2 if flip else 1, encoder.num_regions, encoder.num_channels)
-    work = storage.join(folder, "_imcap")
-    complete = storage.join(work, "complete")
-    if not storage.exists(complete):
-        storage.make_folder(folder)
-        count = images.num_rows
-        manifest = pa.table(
-            [
-                pa.array(range(count), pa.int64()),
-                images["image_id"],
-                images["image_path"],
-                pa.array([""] * count),
-                pa.array([-1] * count, pa.int32()),
-                pa.array([-1] * count, pa.int32()),
-            ],
-            schema=MANIFEST_SCHEMA,
-        )
-        sink = pa.BufferOutputStream()
-        pq.write_table(manifest, sink)
-        storage.write_bytes(storage.join(work, "manifest", "part-0.parquet"), sink.getvalue().to_pybytes())
-        map_images(
-            storage.join(work, "manifest"),
-            folder,
-            work=work,
-            schema=FEATURES_SCHEMA,
-            actor_class=EncodeImages,
-            # Through the object store, so that weights from a file of this machine reach every node.
-            actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "flip": flip},
-            image_size=encoder.image_size,
-            num_images=count,
-            num_actors=num_actors,
-            gpus_per_actor=gpus_per_actor,
-            batch_size=2 * COMPUTE_BATCH_SIZE,
-            on_progress=on_progress,
-        )
-        storage.write_bytes(complete, b"")
     cache = FeatureCache(folder, shape, images.num_rows, [])
+    damage = find_damage(folder, seal_name=_SEAL)
+    if damage:
+        if _SEAL not in damage:
+            cache.notes.extend(f"{folder}/{name} {what}, its images are encoded anew" for name, what in damage.items())
+        done = _keep_whole_parts(folder, damage)
+        left = images.filter(
+            pa.compute.invert(pa.compute.is_in(images["image_id"], pa.array(sorted(done), pa.string())))
+        )
+        if left.num_rows:
+            _encode(
+                left,
+                folder,
+                encoder=encoder,
+                flip=flip,
+                num_actors=num_actors,
+                gpus_per_actor=gpus_per_actor,
+                on_progress=on_progress,
+            )
+            done = _keep_whole_parts(folder, {})
+        if len(done) != images.num_rows:
+            raise ImcapError(
+                f"{folder} holds features of {len(done):,} images, expected {images.num_rows:,}: "
+                "does another training write there? The same command makes what is missing"
+            )
+        seal(folder, [path.rpartition("/")[2] for path in cache.files()], seal_name=_SEAL)
     for path in cache.files():
         filesystem, inner = storage.resolve(path)
         failed = pq.read_table(
@@ -172,3 +171,65 @@ def cache_features(
             f"{first['error_message']} ({first['error_code']})"
         )
     return cache
+
+
+def _keep_whole_parts(folder: str, damage: Mapping[str, str]) -> set[str]:
+    """Remove the files that are damaged, unreadable, or hold an image a second time; the ids of those in the others."""
+    done: set[str] = set()
+    for path in storage.list_parquet(folder):
+        filesystem, inner = storage.resolve(path)
+        try:
+            ids = pq.read_table(inner, filesystem=filesystem, columns=["image_id"])["image_id"].to_pylist()
+        except (pa.ArrowException, OSError):
+            ids = []
+        if path.rpartition("/")[2] in damage or not ids or not done.isdisjoint(ids):
+            storage.remove(path)
+        else:
+            done.update(ids)
+    return done
+
+
+def _encode(
+    images: pa.Table,
+    folder: str,
+    *,
+    encoder: Encoder,
+    flip: bool,
+    num_actors: int,
+    gpus_per_actor: float,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """Add files with the features of these images to the folder."""
+    work = storage.join(folder, _WORK_FOLDER)
+    storage.remove(work)
+    count = images.num_rows
+    manifest = pa.table(
+        [
+            pa.array(range(count), pa.int64()),
+            images["image_id"],
+            images["image_path"],
+            pa.array([""] * count),
+            pa.array([-1] * count, pa.int32()),
+            pa.array([-1] * count, pa.int32()),
+            pa.array([-1] * count, pa.int64()),
+            pa.array([0] * count, pa.int64()),
+        ],
+        schema=MANIFEST_SCHEMA,
+    )
+    write_table(storage.join(work, "manifest", "part-0.parquet"), manifest)
+    map_images(
+        storage.join(work, "manifest"),
+        folder,
+        work=work,
+        root=storage.parent(images["image_path"][0].as_py()),
+        schema=FEATURES_SCHEMA,
+        actor_class=EncodeImages,
+        # Through the object store, so that weights from a file of this machine reach every node.
+        actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "flip": flip},
+        image_size=encoder.image_size,
+        num_images=count,
+        num_actors=num_actors,
+        gpus_per_actor=gpus_per_actor,
+        batch_size=2 * COMPUTE_BATCH_SIZE,
+        on_progress=on_progress,
+    )

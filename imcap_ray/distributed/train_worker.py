@@ -5,6 +5,7 @@ I images, R regions, F channels.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +24,11 @@ import torch
 
 from imcap_ray import storage
 from imcap_ray.captioner import search_captions
-from imcap_ray.config import Recipe, from_mapping
+from imcap_ray.config import Recipe, TrainingConfig, from_mapping
 from imcap_ray.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.distributed.checkpoints import HISTORY_FILE, SCORE, EpochCheckpoint, checkpoint_name, newest_checkpoint
+from imcap_ray.distributed.seals import seal
 from imcap_ray.metrics import score
 from imcap_ray.training import Optimization, make_batch
 from imcap_ray.vocabulary import Vocabulary
@@ -33,16 +36,19 @@ from imcap_ray.vocabulary import Vocabulary
 # In the training's work folder.
 CAPTIONS_FILE: Final = "captions.parquet"
 VOCABULARY_FILE: Final = "vocabulary.json"
-HISTORY_FILE: Final = "metrics.jsonl"
+METRICS_FILE: Final = "metrics.jsonl"
+RUN_FOLDER: Final = "ray"
+"""What Ray Train keeps: the checkpoints."""
 
 # In a checkpoint.
 DECODER_FILE: Final = "decoder.safetensors"
-METRICS_FILE: Final = "metrics.json"
 _STATE_FILE: Final = "training_state.pt"
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
 RESIDENT_SHARE: Final = 0.4
 """Of the free memory, what a worker's features may fill to be kept there."""
+
+Value = TypeVar("Value")
 
 BatchSource = Callable[..., Iterator[tuple[torch.Tensor, list[str]]]]
 """Called with batch_size and seed: one epoch of shuffled batches, features (I, views, R, F) and image ids."""
@@ -68,12 +74,11 @@ def train_worker(config: dict[str, Any]) -> None:
     local_batch_size = max(1, settings.batch_size // world_size)
     steps_per_epoch = -(-(config["num_train_images"] // world_size) // local_batch_size)
     optimization = Optimization(model, decoder, settings, total_steps=settings.epochs * steps_per_epoch)
-    history: list[dict[str, Any]] = []
-    if checkpoint := ray.train.get_checkpoint():
-        with checkpoint.as_directory() as folder:
-            state = torch.load(Path(folder, _STATE_FILE), map_location=device, weights_only=True)
-        optimization.load_state_dict(state["optimization"])
-        history = state["history"]
+    # Not `ray.train.get_checkpoint()`: that is the last which Ray has noted, damaged or not. Ray looks every two
+    # seconds, and a checkpoint whose worker died in between is whole but not noted.
+    checkpoint = newest_checkpoint(storage.join(work, RUN_FOLDER)) if rank == 0 else None
+    checkpoint = _broadcast(checkpoint, world_size)
+    history = _restore(optimization, checkpoint, device) if checkpoint else []
 
     source = _choose_source(config["num_train_images"] // world_size, shape)
     # Every worker is handed all validation images, for an equal split would drop some; it keeps each n-th batch.
@@ -85,7 +90,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if number % world_size == rank
     ]
     ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
-    while len(history) < settings.epochs and not _has_stopped(history, settings.patience):
+    while not is_finished(history, settings):
         epoch = len(history) + 1
         start = time.time()
         epoch_seed = seed * 1_000_003 + epoch * 1009 + rank
@@ -109,12 +114,22 @@ def vocabulary_ids(vocabulary: Vocabulary, captions: list[str], max_length: int)
     return [vocabulary.to_ids(caption, max_length=max_length) for caption in captions]
 
 
-def _has_stopped(history: list[dict[str, Any]], patience: int) -> bool:
-    """Whether the last `patience` epochs brought no better CIDEr-D."""
+def is_finished(history: list[dict[str, Any]], settings: TrainingConfig) -> bool:
+    """Whether all epochs are done, or the last `patience` of them brought no better CIDEr-D."""
+    patience = settings.patience
+    if len(history) >= settings.epochs:
+        return True
     if not patience or len(history) <= patience:
         return False
-    scores = [row["cider_d"] for row in history]
+    scores = [row[SCORE] for row in history]
     return bool(max(scores[-patience:]) <= max(scores[:-patience]))
+
+
+def _restore(optimization: Optimization, checkpoint: EpochCheckpoint, device: torch.device) -> list[dict[str, Any]]:
+    """Go on from a checkpoint; the metrics of the epochs it has behind it."""
+    state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
+    optimization.load_state_dict(torch.load(io.BytesIO(state), map_location=device, weights_only=True))
+    return list(checkpoint.history)
 
 
 def _run_epoch(
@@ -158,8 +173,10 @@ def _choose_source(num_images: int, shape: tuple[int, int, int]) -> BatchSource:
 def _shuffle_resident(
     features: torch.Tensor, image_ids: list[str], *, batch_size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    # By name first, for a cache of the same images that was made anew holds them in another order.
+    by_name = torch.tensor(sorted(range(len(image_ids)), key=image_ids.__getitem__), dtype=torch.long)
     order = torch.randperm(len(image_ids), generator=torch.Generator().manual_seed(seed))
-    for chosen in torch.split(order, batch_size):
+    for chosen in torch.split(by_name[order], batch_size):
         yield features[chosen], [image_ids[number] for number in chosen.tolist()]
 
 
@@ -211,30 +228,38 @@ def _gather(part: dict[str, str], world_size: int) -> dict[str, str]:
     return {image_id: caption for one in parts if one for image_id, caption in one.items()}
 
 
-def _broadcast(metrics: dict[str, Any], world_size: int) -> dict[str, Any]:
-    """Rank 0's metrics on every worker, so that all stop at the same epoch."""
+def _broadcast(value: Value, world_size: int) -> Value:
+    """Rank 0's value on every worker, so that all start after and stop at the same epoch."""
     if world_size == 1:
-        return metrics
-    box = [metrics]
+        return value
+    box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def _report(optimization: Optimization, history: list[dict[str, Any]], work: str, rank: int) -> None:
     """Report the last epoch to Ray Train, with a checkpoint from rank 0."""
+    name = checkpoint_name(len(history))
     if rank != 0:
-        ray.train.report(history[-1])
+        ray.train.report(history[-1], checkpoint_dir_name=name)
         return
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"optimization": optimization.state_dict(), "history": history}, Path(folder, _STATE_FILE))
+        torch.save(optimization.state_dict(), Path(folder, _STATE_FILE))
         tensors = {name: tensor.contiguous().cpu() for name, tensor in optimization.kept.state_dict().items()}
         save_file(tensors, Path(folder, DECODER_FILE))
-        Path(folder, METRICS_FILE).write_text(json.dumps(history[-1]))
-        ray.train.report(history[-1], checkpoint=ray.train.Checkpoint.from_directory(folder))
+        Path(folder, HISTORY_FILE).write_text(json.dumps(history))
+        seal(folder, [_STATE_FILE, DECODER_FILE, HISTORY_FILE])
+        checkpoint = ray.train.Checkpoint.from_directory(folder)
+        ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=name)
+    write_metrics(work, history)
+
+
+def write_metrics(work: str, history: list[dict[str, Any]]) -> None:
+    """Write the metrics of each epoch as JSON lines into the training's work folder, for people and tools."""
     lines = "".join(json.dumps(row) + os.linesep for row in history)
-    storage.write_bytes(storage.join(work, HISTORY_FILE), lines.encode())
+    storage.write_bytes(storage.join(work, METRICS_FILE), lines.encode())
 
 
 def _read_table(location: str) -> pa.Table:

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data.expressions
 import ray.train
+import safetensors.torch
 import torch
 from ray.data import DataContext
 from ray.exceptions import RayError
@@ -26,16 +26,19 @@ from imcap_ray import storage
 from imcap_ray.captioner import CONFIG_FILE, save_model_folder
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, SCORE, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key
 from imcap_ray.distributed.images import Progress, default_num_actors, explain, repeating
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
     DECODER_FILE,
-    HISTORY_FILE,
     METRICS_FILE,
+    RUN_FOLDER,
     VOCABULARY_FILE,
+    is_finished,
     train_worker,
+    write_metrics,
 )
 from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
@@ -72,7 +75,7 @@ def train(
 ) -> TrainingResult:
     """Train a decoder on the data set's training split and write the model folder.
 
-    An interrupted training goes on from its last epoch when called again with the same arguments.
+    An interrupted training goes on from its newest whole checkpoint when called again with the same arguments.
 
     Args:
         model: folder to write, path or URI; on a cluster one that every node sees.
@@ -81,7 +84,7 @@ def train(
 
     Raises:
         InputError: something does not fit, found before work began.
-        ImcapError: the training failed; the same call goes on from the last epoch.
+        ImcapError: the training failed; the same call goes on from the last epoch, or the message says what to do.
     """
     start = time.time()
     model = storage.absolute(model)
@@ -109,6 +112,10 @@ def train(
     _claim(model, work, settings)
     for note in data.notes:
         echo(f"{data.location}: {note}")
+    run = storage.join(work, RUN_FOLDER)
+    resumed = recover(run, finished_epochs=len(_read_metrics(work)), echo=echo)
+    history = resumed.history if resumed else []
+    write_metrics(work, history)
 
     caches = {}
     for split, images in ((TRAIN, train_images), (VALIDATION, validation_images)):
@@ -130,6 +137,8 @@ def train(
             gpus_per_actor=1.0 if resources.gpus else 0.0,
             on_progress=_echo_features(echo, split, images.num_rows),
         )
+        for note in caches[split].notes:
+            echo(f"features of {split} images: {note}")
         if failures := caches[split].failures:
             first = failures[0]
             echo(
@@ -142,23 +151,26 @@ def train(
         f"training {recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} images, "
         f"{workers} worker{'s' * (workers != 1)}, {recipe.training.epochs} epochs at most"
     )
-    kept = _fit(
-        caches,
-        work=work,
-        recipe=recipe,
-        seed=seed,
-        workers=workers,
-        gpus=gpus,
-        threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
-        echo=echo,
+    if history:
+        echo(f"going on after epoch {len(history)}")
+    if not is_finished(history, recipe.training):
+        _fit(
+            caches,
+            work=work,
+            recipe=recipe,
+            seed=seed,
+            workers=workers,
+            gpus=gpus,
+            threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
+            echo=echo,
+        )
+    best, newest = choose_best(run, echo=echo)
+    kept = _Kept(
+        decoder_tensors=safetensors.torch.load(storage.read_bytes(storage.join(best.location, DECODER_FILE))),
+        metrics=best.history[-1],
     )
     _write_model(model, kept, data, train_images, recipe, recipe_name, seed, encoder, vocabulary)
-    return TrainingResult(
-        model=model,
-        metrics=kept.metrics,
-        num_epochs=len(_read_metrics(work)),
-        seconds=time.time() - start,
-    )
+    return TrainingResult(model=model, metrics=kept.metrics, num_epochs=newest.epoch, seconds=time.time() - start)
 
 
 def _settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
@@ -175,7 +187,13 @@ def _claim(model: str, work: str, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds something else; remember what is trained here."""
     place = storage.join(work, "settings.json")
     if storage.exists(place):
-        before = json.loads(storage.read_bytes(place))
+        try:
+            before = json.loads(storage.read_bytes(place))
+        except ValueError as error:
+            raise OutputError(
+                f"{place} is damaged, so nothing says what was trained in {model} ({error}): "
+                "bring the file back, or choose another folder"
+            ) from error
         different = sorted(_differences(before, settings))
         if different:
             raise OutputError(
@@ -227,8 +245,8 @@ def _fit(
     gpus: float,
     threads: int,
     echo: Callable[[str], None],
-) -> _Kept:
-    """Run the workers; the decoder and the metrics of the best epoch."""
+) -> None:
+    """Run the workers until the training is finished; the checkpoints are in the run's folder then."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # the same seed, the same batches
     # A read task's block is what the local shuffle and the object store hold at a time.
@@ -260,11 +278,11 @@ def _fit(
                 resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},
             ),
             run_config=RunConfig(
-                name="ray",
+                name=RUN_FOLDER,
                 storage_path=work,
                 failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
-                    num_to_keep=1, checkpoint_score_attribute="cider_d", checkpoint_score_order="max"
+                    num_to_keep=NUM_BEST_TO_KEEP, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"
                 ),
             ),
             datasets={**datasets},
@@ -272,27 +290,16 @@ def _fit(
         )
         with repeating(_echo_epochs(work, echo), seconds=2.0):
             try:
-                result = trainer.fit()
+                trainer.fit()
             except (RayError, ray.train.TrainingFailedError) as error:
                 raise ImcapError(
                     f"training stopped by an error: {explain(error)}; the same command goes on after its last epoch"
                 ) from error
-    best = result.get_best_checkpoint("cider_d", "max")
-    if best is None:
-        raise ImcapError("training ended without a checkpoint")
-    from safetensors.torch import load_file
-
-    with best.as_directory() as folder:
-        tensors = load_file(Path(folder, DECODER_FILE))
-        metrics = json.loads(Path(folder, METRICS_FILE).read_text())
-    return _Kept(decoder_tensors=tensors, metrics=metrics)
 
 
 def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
     """A function that says the epochs which the workers have added to their history since it was last called."""
     known = len(_read_metrics(work))
-    if known:
-        echo(f"going on after epoch {known}")
 
     def look() -> None:
         nonlocal known
@@ -308,10 +315,18 @@ def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
 
 
 def _read_metrics(work: str) -> list[dict[str, Any]]:
-    place = storage.join(work, HISTORY_FILE)
+    """Metrics of the epochs done, up to the first line that is damaged: what counts is in the checkpoints."""
+    place = storage.join(work, METRICS_FILE)
     if not storage.exists(place):
         return []
-    return [json.loads(line) for line in storage.read_bytes(place).decode().splitlines()]
+    rows = []
+    for line in storage.read_bytes(place).decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        rows.append(row)
+    return rows
 
 
 def _write_table(location: str, table: pa.Table) -> None:

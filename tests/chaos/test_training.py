@@ -1,0 +1,191 @@
+"""Trainings whose worker, driver or node is killed, and whose files are damaged: the numbers stay the same."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests import small_data
+
+pytestmark = pytest.mark.timeout(300, func_only=True)  # a test's own time, without the undisturbed training's
+
+EPOCHS: Final = 16
+SETTINGS: Final = {
+    "encoder.name": "efficientnet_lite0",
+    "preprocessing.image_size": 64,
+    "vocabulary.min_count": 1,
+    "decoder.embedding_size": 32,
+    "decoder.hidden_size": 32,
+    "decoder.num_heads": 4,
+    "decoder.dropout": 0.3,
+    "training.batch_size": 4,
+    "training.learning_rate": 2e-2,
+    "training.warmup_steps": 10,
+    "training.ema_decay": 0.8,
+    "training.epochs": EPOCHS,
+    "training.patience": 0,
+}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """Where the trainings of this file are done: one data set, one cache of features."""
+
+    root: Path
+
+    def command(self, name: str, *options: str) -> list[str]:
+        command = [sys.executable, "-m", "imcap_ray", "train", str(self.root / "flickr8k"), str(self.root / name)]
+        command += [f"--features={self.root / 'features'}", *options]
+        return command + [f"--set={name}={value}" for name, value in SETTINGS.items()]
+
+    def run(self, name: str) -> str:
+        """Train to the end; what was said."""
+        with self.running(name) as process:
+            return self.finish(name, process)
+
+    def finish(self, name: str, process: subprocess.Popen[bytes]) -> str:
+        """Wait for the end of a training; what was said."""
+        wait_until(lambda: process.poll() is not None, lambda: self.said(name))
+        assert process.returncode == 0, self.said(name)
+        return self.said(name)
+
+    @contextlib.contextmanager
+    def running(self, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A training under way, in a process group of its own that has ended afterwards."""
+        with open(self.root / f"{name}.log", "wb") as log:
+            process = subprocess.Popen(
+                self.command(name, *options), env=environment(), start_new_session=True, stdout=log, stderr=log
+            )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def said(self, name: str) -> str:
+        """What the newest process of this training has said so far."""
+        return (self.root / f"{name}.log").read_text()
+
+    def epochs(self, name: str) -> list[dict[str, Any]]:
+        """The metrics so far, but for the seconds it took."""
+        place = self.root / name / "_training" / "metrics.jsonl"
+        rows = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    def wait_for_epoch(self, name: str, epoch: int, process: subprocess.Popen[bytes]) -> None:
+        wait_until(lambda: len(self.epochs(name)) >= epoch or process.poll() is not None, lambda: self.said(name))
+        assert process.poll() is None, self.said(name)
+
+    def weights(self, name: str) -> bytes:
+        return (self.root / name / "model.safetensors").read_bytes()
+
+
+def environment() -> dict[str, str]:
+    # Ray Train takes one report in this time; its default of two seconds is longer than an epoch here.
+    return os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
+
+def wait_until(condition: Callable[[], object], explain: Callable[[], str], *, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s: {explain()}"
+        time.sleep(0.05)
+
+
+def train_workers_below(pid: int) -> list[int]:
+    """Ids of Ray Train's worker processes among this process's descendants."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listed.splitlines()]
+    family = {pid}
+    while more := {int(row[0]) for row in rows if int(row[1]) in family} - family:
+        family |= more
+    return [int(row[0]) for row in rows if int(row[0]) in family and "RayTrainWorker" in row[2]]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    workplace = Workplace(tmp_path_factory.mktemp("trainings"))
+    small_data.write_flickr8k(workplace.root / "flickr8k", num_train=12, num_validation=4)
+    return workplace
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workplace: Workplace) -> str:
+    """Name of a training that nothing has disturbed."""
+    workplace.run("undisturbed")
+    assert len({row["cider_d"] for row in workplace.epochs("undisturbed")}) > 2, "no epoch differs from another"
+    return "undisturbed"
+
+
+def test_a_killed_worker_a_killed_driver_and_damaged_files_change_nothing_in_the_end(
+    workplace: Workplace, undisturbed: str
+) -> None:
+    with workplace.running("disturbed") as process:
+        workplace.wait_for_epoch("disturbed", 3, process)
+        [first] = train_workers_below(process.pid)
+        os.kill(first, signal.SIGKILL)
+        killed_after = len(workplace.epochs("disturbed"))
+        workplace.wait_for_epoch("disturbed", killed_after + 3, process)
+        [second] = train_workers_below(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        # It outlives its driver by a moment, in which it may write a checkpoint.
+        wait_until(lambda: not is_alive(second), lambda: f"worker {second} is alive")
+    work = workplace.root / "disturbed" / "_training"
+    assert len(workplace.epochs("disturbed")) < EPOCHS
+    newest = max((work / "ray").glob("epoch_*"))
+    for damaged in (newest / "training_state.pt", work / "ray" / "checkpoint_manager_snapshot.json"):
+        os.truncate(damaged, damaged.stat().st_size // 2)
+    os.truncate(work / "metrics.jsonl", (work / "metrics.jsonl").stat().st_size - 9)
+
+    said = workplace.run("disturbed")
+
+    assert f"left out: checkpoint {newest}: training_state.pt is not what was written" in said, said
+    assert "going on after epoch" in said
+    assert workplace.epochs("disturbed") == workplace.epochs(undisturbed)
+    assert workplace.weights("disturbed") == workplace.weights(undisturbed)
+
+
+def test_a_training_on_two_nodes_survives_the_loss_of_one(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        nodes = [cluster.add_node(num_cpus=3) for _ in range(2)]
+        with workplace.running("node", f"--address={cluster.address}", "--num-workers=2") as process:
+            workplace.wait_for_epoch("node", 3, process)
+            lost = next(node for node in nodes if train_workers_below(raylet_of(node)))
+            cluster.remove_node(lost, allow_graceful=False)
+            killed_after = len(workplace.epochs("node"))
+            workplace.finish("node", process)
+    finally:
+        cluster.shutdown()
+
+    assert killed_after < EPOCHS
+    assert [row["epoch"] for row in workplace.epochs("node")] == list(range(1, EPOCHS + 1))
+
+
+def raylet_of(node: Any) -> int:
+    return int(node.all_processes["raylet"][0].process.pid)
