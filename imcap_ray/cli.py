@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +18,7 @@ import click
 from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_RECIPE
 from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.escaping import printable
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningSummary
@@ -34,11 +37,27 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except ImcapError as error:
-            click.echo(f"imcap: {error}", err=True)
+            _say(f"imcap: {storage.hide_secrets(str(error))}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # a disk that is full, a store that is gone
+            if error.errno == errno.EPIPE:  # who read our output has heard enough: click's affair
+                raise
+            _say(f"imcap: stopped by an error: {storage.hide_secrets(str(error))}", err=True)
+            ctx.exit(ImcapError.exit_code)
         except KeyboardInterrupt:
             click.echo("imcap: interrupted; what is written is kept, the same command goes on", err=True)
             ctx.exit(INTERRUPTED)
+
+
+_CLEAR_LINE = "\r\033[K"
+_COLOURS = re.compile("\033\\[[0-9;]*m")
+
+
+def _say(line: str, *, err: bool = False) -> None:
+    """Print one line, in which names and captions out of files may stand."""
+    # On a terminal it takes the place of the progress line.
+    prefix = _CLEAR_LINE if err and sys.stderr.isatty() else ""
+    click.echo(prefix + printable(line), err=err)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -81,6 +100,11 @@ _model_options = _options(
     click.option("--max-length", type=click.IntRange(1), help="Longest caption, in words."),
     click.option("--num-captions", type=click.IntRange(1), help="Captions of each image, the best first."),
 )
+_outside_option = click.option(
+    "--allow-outside-paths",
+    is_flag=True,
+    help="Paths in tables and lists may lead out of the folder of the data; else they are refused.",
+)
 _output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there."),
     click.option("-q", "--quiet", is_flag=True, help="Errors only."),
@@ -95,6 +119,8 @@ _output_options = _options(
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many images.")
 @click.option("--num-actors", type=click.IntRange(1), help="Processes with a model. Default: one per GPU, or per core.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images an actor takes at a time.")
+@click.option("--overwrite", is_flag=True, help="Start anew; the old rows go when the new ones are complete.")
+@click.option("--retry-failed", is_flag=True, help="Caption the images that failed before once more.")
 @click.option(
     "--max-failure-rate",
     type=click.FloatRange(0, 1),
@@ -102,6 +128,7 @@ _output_options = _options(
     show_default=True,
     help="Share of images that may fail before the exit code is 3.",
 )
+@_outside_option
 @_cluster_options
 @_output_options
 def caption(input: str, output: str | None, **options: Any) -> None:
@@ -124,21 +151,25 @@ def caption(input: str, output: str | None, **options: Any) -> None:
 
 
 def _print_caption(image: str, options: dict[str, Any]) -> None:
-    from imcap_ray.captioner import Captioner
+    from imcap_ray.captioner import Captioner, no_memory
     from imcap_ray.errors import ImageError
 
+    storage.refuse_secrets(image)
     if storage.is_folder(image):
         raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
     captioner = Captioner.load(options["model"], search=_search(options), encoder_weights=options["encoder_weights"])
     try:
         captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0]
+        if not captions:
+            raise no_memory()
     except ImageError as error:
         raise InputError(f"{image}: {error.message} ({error.code})") from error
     if options["as_json"]:
         found = [{"caption": one.text, "confidence": one.confidence} for one in captions]
-        click.echo(json.dumps({**found[0], "captions": found}, ensure_ascii=False))
+        click.echo(json.dumps({**found[0], "captions": found}))
     else:
-        click.echo("\n".join(one.text for one in captions))
+        for one in captions:
+            _say(one.text)
 
 
 def _search(options: dict[str, Any]) -> Any:
@@ -167,8 +198,9 @@ def run_captioning(
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
 
     refuse_relative_paths_in_job({"OUTPUT": output})
+    input, output = storage.absolute(input), storage.absolute(output)
     if not storage.exists(input):
-        raise InputError(f"no such input: {storage.absolute(input)}")
+        raise InputError(f"no such input: {input}")
     model = options["model"] and storage.absolute(options["model"])
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
     search = _search(options)
@@ -177,13 +209,16 @@ def run_captioning(
         input,
         output,
         load_captioner=partial(Captioner.load, model, search=search, encoder_weights=weights),
-        resources=connect(options["address"], verbose=options["verbose"]),
+        resources=connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"]),
         model_name=model or DEFAULT_MODEL,
         num_actors=options["num_actors"],
         gpus_per_actor=options["gpus_per_worker"],
         batch_size=options["batch_size"] or BATCH_SIZE,
         recursive=options["recursive"],
         limit=options["limit"],
+        overwrite=options["overwrite"],
+        retry_failed=options["retry_failed"],
+        allow_outside_paths=options["allow_outside_paths"],
         max_failure_rate=options["max_failure_rate"],
         echo=say,
         on_progress=on_progress,
@@ -199,7 +234,7 @@ def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Pr
     on_terminal = sys.stderr.isatty()
 
     def say(line: str) -> None:
-        click.echo(("\r\033[K" if on_terminal else "") + line, err=True)
+        _say(line, err=True)
 
     def show(progress: Progress, total: int) -> None:
         nonlocal last
@@ -210,13 +245,13 @@ def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Pr
         rate = progress.num_images / (now - start)
         left = _duration((total - progress.num_images) / rate)
         line = f"{progress.num_images:,} of {total:,} images, {rate:.1f} images/s, {left} left"
-        click.echo(f"\r\033[K{line}" if on_terminal else line, err=True, nl=not on_terminal)
+        click.echo(f"{_CLEAR_LINE}{line}" if on_terminal else line, err=True, nl=not on_terminal)
 
     return say, show
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(int(max(0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
@@ -235,8 +270,7 @@ def _print_summary(summary: CaptioningSummary, options: dict[str, Any]) -> None:
         speed = f"{summary.images_per_second:.1f} images/s in {_duration(summary.seconds)}; {summary.bound}"
     else:
         speed = "nothing to do, all were done before"
-    prefix = "\r\033[K" if sys.stderr.isatty() else ""
-    click.echo(f"{prefix}{summary.output}: {counts}{f' ({errors})' if errors else ''}; {speed}", err=True)
+    _say(f"{summary.output}: {counts}{f' ({errors})' if errors else ''}; {speed}", err=True)
 
 
 @main.command()
@@ -250,6 +284,7 @@ def _print_summary(summary: CaptioningSummary, options: dict[str, Any]) -> None:
 @click.option("--num-workers", type=click.IntRange(1), help="Data-parallel processes. Default: one per GPU, or one.")
 @click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
 @click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
+@_outside_option
 @_cluster_options
 @_output_options
 def train(data: str, model: str, **options: Any) -> None:
@@ -274,7 +309,7 @@ def train(data: str, model: str, **options: Any) -> None:
         {"MODEL": model} | ({"--features": options["features"]} if options["features"] else {})
     )
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
-    dataset = load_dataset(data)
+    dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"])
     say, _ = _voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     result = run_training(
@@ -306,6 +341,7 @@ def train(data: str, model: str, **options: Any) -> None:
     "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the one the captions are of."
 )
 @click.option("--save", help="Folder for scores.json and scores.md. Default: _imcap in CAPTIONS, if that is a folder.")
+@_outside_option
 @_output_options
 def evaluate(captions: str, references: str, **options: Any) -> None:
     """Score CAPTIONS (a captions folder or Parquet) against the captions of the data set REFERENCES.
@@ -316,15 +352,17 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
 
-    report = evaluate_captions(captions, load_dataset(references), split=options["split"])
+    dataset = load_dataset(references, allow_outside_paths=options["allow_outside_paths"])
+    report = evaluate_captions(captions, dataset, split=options["split"])
     folder = options["save"] or (storage.join(captions, "_imcap") if storage.is_folder(captions) else None)
     if folder:
         storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
         storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
     if options["as_json"]:
-        click.echo(report.to_json())
+        click.echo(json.dumps(json.loads(report.to_json()), indent=2))  # without a letter that a terminal would obey
     elif not options["quiet"]:
-        click.echo(report.to_text())
+        for line in report.to_text().splitlines():
+            _say(line)
 
 
 @main.command()
@@ -332,38 +370,65 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 @click.option("--references", help="A data set whose captions stand beside ours.")
 @click.option("--output", type=click.Path(), help="The HTML file. Default: report.html in CAPTIONS.")
 @click.option("--max-images", type=click.IntRange(0), default=1000, show_default=True, help="Photographs shown.")
-def report(captions: str, references: str | None, output: str | None, max_images: int) -> None:
+@_outside_option
+def report(
+    captions: str, references: str | None, output: str | None, max_images: int, allow_outside_paths: bool
+) -> None:
     """Write one self-contained HTML file: photographs, captions, scores, failures."""
-    click.echo(write_captions_report(captions, output, references=references, max_images=max_images))
+    _say(
+        write_captions_report(
+            captions, output, references=references, max_images=max_images, allow_outside_paths=allow_outside_paths
+        )
+    )
 
 
 def write_captions_report(
-    captions: str, output: str | None, *, references: str | None = None, max_images: int = 1000
+    captions: str,
+    output: str | None,
+    *,
+    references: str | None = None,
+    max_images: int = 1000,
+    allow_outside_paths: bool = False,
 ) -> str:
-    """Write the report of a captions folder; where it is."""
+    """Write the report of a captions folder; where it is.
+
+    Photographs are taken from the input that `run.json` names, from below the captions and from the references' folder;
+    a row that names another file is an InputError, unless `allow_outside_paths`. This guards against a table that is
+    not ours among those of a run, not against a run that was made up.
+    """
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
     from imcap_ray.manifest import open_captions
     from imcap_ray.report import write_report
 
     table = open_captions(captions)
-    dataset = load_dataset(references) if references else None
+    dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
     run_file = storage.join(captions, "_imcap", "run.json")
+    run = json.loads(storage.read_bytes(run_file)) if storage.exists(run_file) else None
     output = output or storage.join(captions, "report.html")
+    base = storage.absolute(captions)
+    base = storage.parent(base) if storage.is_file(base) else base
+    places = [str((run or {}).get("input", "")), base, dataset.location if dataset else ""]
+    folders = [storage.parent(place) if place.endswith(".parquet") else place for place in places if place]
+
+    def load_image(row: dict[str, Any]) -> bytes | None:
+        path, source = row["image_path"], f"{captions}, image {row['image_id']!r}"
+        if not path:
+            return None
+        return storage.read_bytes(
+            storage.place(path, base=base, folders=folders, source=source, allow_outside=allow_outside_paths)
+        )
+
     write_report(
         table,
         output,
-        load_image=_load_image,
+        load_image=load_image,
         references=dataset.references() if dataset else None,
         evaluation=json.loads(evaluate_captions(captions, dataset).to_json()) if dataset else None,
-        run=json.loads(storage.read_bytes(run_file)) if storage.exists(run_file) else None,
+        run=run,
         max_images=max_images,
     )
     return output
-
-
-def _load_image(row: dict[str, Any]) -> bytes | None:
-    return storage.read_bytes(row["image_path"]) if row["image_path"] else None
 
 
 @main.command()
@@ -397,7 +462,7 @@ def model(model: str | None, as_json: bool) -> None:
             value = ", ".join(
                 f"{key} {item}" for key, item in value.items() if not isinstance(item, dict)
             ) or json.dumps(value)
-        click.echo(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
+        _say(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
 
 
 @main.command()
@@ -428,15 +493,24 @@ def demo(out: str) -> None:
             "gpus_per_worker",
         )
     )
-    options |= {"recursive": True, "max_failure_rate": 0.0, "address": "local", "verbose": False, "quiet": False}
+    options |= {
+        "overwrite": False,
+        "retry_failed": False,
+        "allow_outside_paths": False,
+        "recursive": True,
+        "max_failure_rate": 0.0,
+        "address": "local",
+        "verbose": False,
+        "quiet": False,
+    }
     say, show = _voice(options)
     summary = run_captioning(str(photographs), captions, options, say=say, on_progress=show)
     rows = {row["image_id"]: row for row in open_captions(captions).to_table().to_pylist()}
     for sample in samples:
         row = rows[sample.file_name]
-        click.echo(f"{sample.file_name:24} {row['caption']}  ({row['confidence']:.2f})")
+        _say(f"{sample.file_name:24} {row['caption']}  ({row['confidence']:.2f})")
     report_path = write_captions_report(captions, str(Path(out, "report.html")))
-    click.echo(f"{summary.output}: {summary.num_images} rows of Parquet; {report_path}: the report")
+    _say(f"{summary.output}: {summary.num_images} rows of Parquet; {report_path}: the report")
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -451,12 +525,16 @@ def submit(address: str | None, submission_id: str | None, no_wait: bool, comman
     imcap submit caption s3://bucket/images s3://bucket/captions
     imcap submit --address http://127.0.0.1:8265 train /mnt/flickr8k /mnt/runs/mine
     """
+    for word in command:
+        storage.refuse_secrets(word.partition("=")[2] if word.startswith("-") else word)
     if command[0] not in ("caption", "train", "evaluate", "report", "demo"):
         raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
     from imcap_ray.distributed.submission import submit as submit_job
 
     arguments = [command[0], *(_absolute_if_local(word) for word in command[1:])]
-    sys.exit(submit_job(arguments, address=address, submission_id=submission_id, follow=not no_wait, echo=click.echo))
+    # Ray colours the lines of a job's log.
+    echo = lambda line: _say(_COLOURS.sub("", line))  # noqa: E731
+    sys.exit(submit_job(arguments, address=address, submission_id=submission_id, follow=not no_wait, echo=echo))
 
 
 def _absolute_if_local(word: str) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
@@ -15,8 +17,9 @@ import pyarrow.parquet as pq
 
 from imcap_ray import storage
 from imcap_ray.errors import InputError
+from imcap_ray.storage import ListedFile
 
-SCHEMA_VERSION: Final = "1"
+SCHEMA_VERSION: Final = "2"
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -28,6 +31,9 @@ MANIFEST_SCHEMA: Final = pa.schema(
         ("table_path", pa.string()),  # "" when the image is a file of its own
         ("row_group", pa.int32()),  # of `table_path`; -1 for a file
         ("row", pa.int32()),  # within `row_group`; -1 for a file
+        # Of the file, or of the table: by these a changed image under an old name is known.
+        ("size", pa.int64()),
+        ("modified_ns", pa.int64()),
     ]
 )
 
@@ -89,6 +95,9 @@ IMAGE_EXTENSIONS: Final = frozenset(
 
 ROWS_PER_PART: Final = 100_000
 
+_PICKLES: Final = "arrow_pickled_object"
+"""In the name of Ray's type for columns of pickled objects."""
+
 _ID_COLUMNS: Final = ("image_id", "__key__", "key", "id")
 _BYTES_COLUMNS: Final = (
     "image",
@@ -123,6 +132,11 @@ class ImageColumn:
     kind: str
     """`bytes`; `path`; `struct`: Hugging Face's struct of bytes and path."""
 
+    @property
+    def data(self) -> str:
+        """The column, or the field of it, that holds the bytes."""
+        return f"{self.name}.bytes" if self.kind == "struct" else self.name
+
 
 @dataclass(frozen=True, slots=True)
 class InputSummary:
@@ -132,13 +146,15 @@ class InputSummary:
     num_ignored: int
     """Files whose names are not those of images."""
     description: str
+    changed: pa.Table = field(default_factory=MANIFEST_SCHEMA.empty_table, compare=False)
+    """Rows of `MANIFEST_SCHEMA` as they are now, for images whose file has changed since the manifest was written."""
 
 
 def find_image_column(schema: pa.Schema, location: str) -> ImageColumn:
     """The column that holds the images of a Parquet table; InputError naming the columns when there is none."""
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0]
-    binaries = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_large_binary(f.type)]
-    strings = [f.name for f in schema if pa.types.is_string(f.type) or pa.types.is_large_string(f.type)]
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _is_binary(_field_type(f.type, "bytes"))]
+    binaries = [f.name for f in schema if _is_binary(f.type)]
+    strings = [f.name for f in schema if _is_string(f.type)]
     for kind, found, known in (
         ("struct", structs, _BYTES_COLUMNS),
         ("bytes", binaries, _BYTES_COLUMNS),
@@ -154,78 +170,140 @@ def find_image_column(schema: pa.Schema, location: str) -> ImageColumn:
     )
 
 
-def build_manifest(location: str, folder: str, *, recursive: bool = True, limit: int | None = None) -> InputSummary:
+def _is_binary(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _field_type(struct: pa.StructType, name: str) -> pa.DataType:
+    return struct.field(name).type if struct.get_field_index(name) >= 0 else pa.null()
+
+
+def build_manifest(
+    location: str,
+    folder: str,
+    *,
+    recursive: bool = True,
+    limit: int | None = None,
+    allow_outside_paths: bool = False,
+    output: str | None = None,
+) -> InputSummary:
     """Write the manifest of the images at `location` (a folder, an image or Parquet) to Parquet files in `folder`.
 
     Images that a manifest already in `folder` lists keep their `manifest_id`; new ones are added behind them.
+    Changed ones are reported and left as they stand, until `update_manifest` is called.
+
+    Args:
+        allow_outside_paths: whether paths in a table may lead out of `location`, or of a single table's folder.
+        output: where the captions go, which must not be taken for tables of images.
 
     Raises:
-        InputError: nothing there, nothing readable, or no image among it.
+        InputError: nothing there, nothing readable, no image among it, or a path that leads where it may not.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
         raise InputError(f"no such input: {location}")
     tables, ignored = _list_tables(location, recursive)
     if tables:
-        entries: Iterable[dict[str, Any]] = _table_entries(location, tables)
+        if output and storage.is_folder(location) and storage.is_inside(location, output):
+            raise InputError(f"OUTPUT {output} lies among the tables of INPUT {location}: choose a place beside it")
+        places = _Places(location if storage.is_folder(location) else storage.parent(location), allow_outside_paths)
+        places.check([table.location for table in tables], limit)
+        entries: Iterable[dict[str, Any]] = _table_entries(location, tables, places)
         description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
     else:
         counter = _IgnoredFiles()
         entries = _file_entries(location, recursive, counter)
         description = "folder" if storage.is_folder(location) else "image"
-    known, next_id = _read_known_ids(folder)
-    num_images = 0
+    known = _KnownImages(folder)
+    next_id, num_images, changed = known.num_images, 0, []
     entries = islice(entries, limit)
     while chunk := list(islice(entries, ROWS_PER_PART)):
         num_images += len(chunk)
         rows = pa.Table.from_pylist(chunk, schema=MANIFEST_SCHEMA.remove(0))
-        if known is not None:
-            rows = rows.filter(pc.invert(pc.is_in(rows["image_id"], value_set=known)))
+        ids, is_changed = known.find(rows)
+        if is_changed.any():
+            changed.append(_with_ids(rows.filter(is_changed), ids[is_changed]))
+        rows = rows.filter(ids < 0)
         if rows.num_rows:
-            ids = pa.array(range(next_id, next_id + rows.num_rows), pa.int64())
-            rows = rows.add_column(0, MANIFEST_SCHEMA.field(0), ids).cast(MANIFEST_SCHEMA)
-            storage.make_folder(folder)
-            sink = pa.BufferOutputStream()
-            pq.write_table(rows, sink, compression="zstd")
-            storage.write_bytes(storage.join(folder, f"part-{next_id:012d}.parquet"), sink.getvalue().to_pybytes())
+            part = storage.join(folder, f"part-{next_id:012d}.parquet")
+            write_table(part, _with_ids(rows, np.arange(next_id, next_id + rows.num_rows)))
             next_id += rows.num_rows
     if not tables:
         ignored = counter.number
     if not num_images:
         seen = f"{ignored:,} other file{'s' * (ignored != 1)}" if ignored else "nothing"
         raise InputError(f"no images in {location}: found {seen} there; images are known by names like .jpg or .png")
-    return InputSummary(num_images=num_images, num_ignored=ignored, description=description)
+    return InputSummary(
+        num_images=num_images,
+        num_ignored=ignored,
+        description=description,
+        changed=pa.concat_tables(changed) if changed else MANIFEST_SCHEMA.empty_table(),
+    )
+
+
+def update_manifest(folder: str, changed: pa.Table) -> None:
+    """Put rows of `MANIFEST_SCHEMA` in the place of those with their ids."""
+    for part in storage.list_parquet(folder):
+        rows = read_table(part)
+        new = changed.filter(pc.is_in(changed["manifest_id"], value_set=rows["manifest_id"]))
+        if new.num_rows:
+            old = rows.filter(pc.invert(pc.is_in(rows["manifest_id"], value_set=new["manifest_id"])))
+            write_table(part, pa.concat_tables([old, new]).sort_by("manifest_id"))
+
+
+def read_table(location: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file as a whole."""
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_file(path) as stream:
+        return pq.read_table(stream, columns=columns)
+
+
+def write_table(location: str, table: pa.Table) -> None:
+    """Write a Parquet file that readers see whole or not at all."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    storage.write_bytes(location, sink.getvalue().to_pybytes())
 
 
 def read_table_images(table_path: str, *, row_group: int, rows: set[int]) -> Iterator[tuple[int, bytes | None]]:
     """The bytes of some rows of a row group, with their numbers; None where the table holds none.
 
-    A few images are in memory at a time, however large the row group is.
+    A few images are in memory at a time, however large the row group is. No other file is opened: where a struct of
+    bytes and path has only a path, `build_manifest` has made a row of that file.
     """
     filesystem, path = storage.resolve(table_path)
     with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
+        refuse_pickles(table.schema_arrow, table_path)
         column = find_image_column(table.schema_arrow, table_path)
         number = 0
-        for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.name]):
-            for value in batch.column(0):
+        for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
+            for value in _leaf(batch.column(0), "bytes"):
                 if number in rows:
-                    yield number, _bytes_of(value.as_py(), table_path)
+                    yield number, value.as_py()
                 number += 1
 
 
-def _bytes_of(value: Any, table_path: str) -> bytes | None:
-    if not isinstance(value, dict):
-        return value  # type: ignore[no-any-return]
-    if value.get("bytes") is None and value.get("path"):
-        return storage.read_bytes(_beside(table_path, value["path"]))
-    return value.get("bytes")
+def _leaf(values: pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
+    """A field of structs; values that are no structs as they are."""
+    return pc.struct_field(values, name) if pa.types.is_struct(values.type) else values
 
 
-def _beside(table_path: str, path: str) -> str:
-    """A path from a table: relative ones start at the table's folder."""
-    if storage.is_uri(path) or path.startswith("/"):
-        return path
-    return storage.join(storage.parent(table_path), path)
+def refuse_pickles(schema: pa.Schema, location: str) -> None:
+    """Raise InputError if a table has a column of pickled Python objects, as Ray Data can write them.
+
+    Whoever turns such a value into a Python object runs the code in it. Ray's own reader refuses them, pyarrow's
+    does not.
+    """
+    for column in schema:
+        if _PICKLES in pa.schema([column]).to_string(truncate_metadata=False):
+            raise InputError(
+                f"{location}: the column {column.name} holds pickled Python objects, which run code when they are "
+                "read: leave it out of the table"
+            )
 
 
 class _IgnoredFiles:
@@ -241,17 +319,17 @@ def _is_image(name: str) -> bool:
     return _extension(name) in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith(".")
 
 
-def _list_tables(location: str, recursive: bool) -> tuple[list[str], int]:
+def _list_tables(location: str, recursive: bool) -> tuple[list[ListedFile], int]:
     """The Parquet files of an input, and the number of files beside them; none when it is a folder of images."""
     if storage.is_file(location):
-        return ([location] if _extension(location) == "parquet" else []), 0
-    tables: list[str] = []
+        return ([storage.describe_file(location)] if _extension(location) == "parquet" else []), 0
+    tables: list[ListedFile] = []
     others = 0
-    for path, name in storage.list_files(location, recursive=recursive):
-        if _is_image(name):
+    for file in storage.list_files(location, recursive=recursive):
+        if _is_image(file.name):
             return [], 0  # images are what an input is for: a table among them is not one
-        if _extension(name) == "parquet" and not name.rpartition("/")[2].startswith(("_", ".")):
-            tables.append(path)
+        if _extension(file.name) == "parquet" and not file.name.rpartition("/")[2].startswith(("_", ".")):
+            tables.append(file)
         else:
             others += 1
     return tables, others
@@ -259,45 +337,49 @@ def _list_tables(location: str, recursive: bool) -> tuple[list[str], int]:
 
 def _file_entries(location: str, recursive: bool, ignored: _IgnoredFiles) -> Iterator[dict[str, Any]]:
     found = (
-        [(location, location.rpartition("/")[2])]
+        [storage.describe_file(location)]
         if storage.is_file(location)
         else storage.list_files(location, recursive=recursive)
     )
-    for path, name in found:
-        if _is_image(name):
-            yield _entry(name, path)
+    for file in found:
+        if _is_image(file.name):
+            yield _entry(file.name, file.location, file)
         else:
             ignored.number += 1
 
 
-def _entry(image_id: str, image_path: str, table_path: str = "", row_group: int = -1, row: int = -1) -> dict[str, Any]:
+def _entry(
+    image_id: str, image_path: str, file: ListedFile, *, table_path: str = "", row_group: int = -1, row: int = -1
+) -> dict[str, Any]:
     return {
         "image_id": image_id,
         "image_path": image_path,
         "table_path": table_path,
         "row_group": row_group,
         "row": row,
+        "size": file.size,
+        "modified_ns": file.modified_ns,
     }
 
 
-def _table_entries(location: str, tables: list[str]) -> Iterator[dict[str, Any]]:
-    ids, is_explicit = _natural_ids(tables)
+def _table_entries(location: str, tables: list[ListedFile], places: _Places) -> Iterator[dict[str, Any]]:
+    ids, is_explicit = _natural_ids([table.location for table in tables])
     distinct = pc.count_distinct(ids, mode="all").as_py() if ids is not None else -1
     if ids is not None and distinct != len(ids) and is_explicit:
         counts = pc.value_counts(ids)
         repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
         raise InputError(f"{location}: image ids must be unique, but {repeated!r} stands there more than once")
     natural = iter(ids.to_pylist()) if ids is not None and distinct == len(ids) and not ids.null_count else None
-    for table_path in tables:
-        name = table_path.rpartition("/")[2] if table_path == location else table_path[len(location) + 1 :]
+    for table in tables:
         first_row = 0
-        for row_group, num_rows, paths in _row_groups(table_path):
+        for row_group, num_rows, image_paths in places.row_groups(table.location):
             for row in range(num_rows):
-                image_id = next(natural) if natural else f"{name}#{first_row + row}"
-                if paths is None:
-                    yield _entry(image_id, "", table_path, row_group, row)
+                image_id = next(natural) if natural else f"{table.name}#{first_row + row}"
+                image_path = image_paths[row] if image_paths is not None else None
+                if image_path is None:
+                    yield _entry(image_id, "", table, table_path=table.location, row_group=row_group, row=row)
                 else:
-                    yield _entry(image_id, _beside(table_path, paths[row] or ""))
+                    yield _entry(image_id, image_path, table)
             first_row += num_rows
 
 
@@ -306,21 +388,85 @@ def _open_table(table_path: str) -> Iterator[pq.ParquetFile]:
     filesystem, path = storage.resolve(table_path)
     try:
         with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
+            refuse_pickles(table.schema_arrow, table_path)
             yield table
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{table_path} is not readable Parquet: {error}") from error
 
 
-def _row_groups(table_path: str) -> Iterator[tuple[int, int, list[str | None] | None]]:
-    """Number, rows and, where the images are paths, the paths of each row group."""
-    with _open_table(table_path) as table:
-        column = find_image_column(table.schema_arrow, table_path)
-        for row_group in range(table.num_row_groups):
-            num_rows = table.metadata.row_group(row_group).num_rows
-            paths = None
-            if column.kind == "path":
-                paths = table.read_row_group(row_group, columns=[column.name]).column(0).to_pylist()
-            yield row_group, num_rows, paths
+class _Places:
+    """Where the images are that tables only name, in the folder that their paths must not leave."""
+
+    def __init__(self, folder: str, allow_outside_paths: bool) -> None:
+        self._folder = folder
+        self._allow_outside_paths = allow_outside_paths
+
+    def check(self, tables: list[str], limit: int | None) -> None:
+        """InputError for the first path in so many rows that leads where it may not."""
+        num_rows = 0
+        for table_path in tables:
+            for _, count, _ in self.row_groups(table_path):
+                num_rows += count
+                if limit is not None and num_rows >= limit:
+                    return
+
+    def row_groups(self, table_path: str) -> Iterator[tuple[int, int, list[str | None] | None]]:
+        """Number and rows of each row group, and where its images are: None for one, or all, with bytes in the table.
+
+        Of a struct's bytes nothing is read where the table's statistics say that there are bytes in all its rows, or
+        in none.
+        """
+        with _open_table(table_path) as table:
+            column = find_image_column(table.schema_arrow, table_path)
+            first_row = 0
+            for row_group in range(table.num_row_groups):
+                num_rows = table.metadata.row_group(row_group).num_rows
+                paths = _read_paths(table, row_group, column)
+                image_paths: list[str | None] | None = None
+                if paths is not None:
+                    image_paths = [
+                        None if path is None else self._place(path, table_path, first_row + row)
+                        for row, path in enumerate(paths)
+                    ]
+                yield row_group, num_rows, image_paths
+                first_row += num_rows
+
+    def _place(self, path: str, table_path: str, row: int) -> str:
+        return storage.place(
+            path,
+            base=storage.parent(table_path),
+            folders=[self._folder],
+            source=f"{table_path}, row {row}",
+            allow_outside=self._allow_outside_paths,
+        )
+
+
+def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> list[str | None] | None:
+    """The path in each row of a row group that has no bytes, None in the others; None if there is no such row."""
+    if column.kind == "path":
+        paths = table.read_row_group(row_group, columns=[column.name]).column(0).to_pylist()
+        return [path or "" for path in paths]
+    if column.kind == "bytes" or not _is_string(_field_type(table.schema_arrow.field(column.name).type, "path")):
+        return None
+    num_rows, num_missing = table.metadata.row_group(row_group).num_rows, _num_nulls(table, row_group, column.data)
+    if num_missing == 0:
+        return None
+    paths = _leaf(table.read_row_group(row_group, columns=[f"{column.name}.path"]).column(0), "path").to_pylist()
+    if num_missing != num_rows:
+        batches = table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data])
+        has_bytes = [found for batch in batches for found in _leaf(batch.column(0), "bytes").is_valid().to_pylist()]
+        paths = [None if found else path for found, path in zip(has_bytes, paths, strict=True)]
+    return [path or None for path in paths]
+
+
+def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int | None:
+    """How many rows have no value in this column, if the table says it."""
+    metadata = table.metadata.row_group(row_group)
+    for number in range(metadata.num_columns):
+        column = metadata.column(number)
+        if column.path_in_schema == column_path and column.statistics and column.statistics.has_null_count:
+            return int(column.statistics.null_count)
+    return None
 
 
 def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, bool]:
@@ -348,17 +494,48 @@ def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, bool]:
     return pa.chunked_array(chunks, pa.string()), is_explicit
 
 
-def _read_known_ids(folder: str) -> tuple[pa.ChunkedArray | None, int]:
-    """The image ids of the manifest in `folder`, and the first number that is free there."""
-    if not storage.is_folder(folder):
-        return None, 0
-    paths = [path for path, name in storage.list_files(folder) if name.endswith(".parquet")]
-    if not paths:
-        return None, 0
-    filesystem = storage.resolve(folder)[0]
-    ids = [pq.read_table(storage.resolve(path)[1], filesystem=filesystem, columns=["image_id"])[0] for path in paths]
-    known = pa.chunked_array([chunk for column in ids for chunk in column.chunks], pa.string())
-    return known, len(known)
+class _KnownImages:
+    """The images that a manifest lists already, looked up without holding them all.
+
+    A listing comes in the order in which the manifest was written, so that one part after the other is needed; which
+    part may hold an id is told by the least and the greatest id in each.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.num_images = 0
+        self._parts: list[tuple[str, str, str]] = []
+        for part in storage.list_parquet(folder):
+            filesystem, path = storage.resolve(part)
+            metadata = pq.read_metadata(path, filesystem=filesystem)
+            self.num_images += metadata.num_rows
+            column = MANIFEST_SCHEMA.get_field_index("image_id")
+            ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
+            self._parts.append((part, min(one.min for one in ranges), max(one.max for one in ranges)))
+
+    def find(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """For rows of a listing their `manifest_id`, -1 where they are new, and whether they have changed since."""
+        ids = np.full(rows.num_rows, -1, np.int64)
+        is_changed = np.zeros(rows.num_rows, bool)
+        least, greatest = pc.min_max(rows["image_id"]).as_py().values()
+        for part, first, last in self._parts:
+            if (ids >= 0).all():
+                break
+            if last < least or first > greatest:
+                continue
+            part_rows = read_table(part, ["manifest_id", "image_id", "size", "modified_ns"])
+            found = pc.index_in(rows["image_id"], value_set=part_rows["image_id"]).to_numpy(zero_copy_only=False)
+            here = np.flatnonzero(~np.isnan(found))
+            there = found[here].astype(np.int64)
+            ids[here] = part_rows["manifest_id"].to_numpy()[there]
+            is_changed[here] = np.any(
+                [part_rows[name].to_numpy()[there] != rows[name].to_numpy()[here] for name in ("size", "modified_ns")],
+                axis=0,
+            )
+        return ids, is_changed
+
+
+def _with_ids(rows: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
+    return rows.add_column(0, MANIFEST_SCHEMA.field(0), pa.array(ids, pa.int64())).cast(MANIFEST_SCHEMA)
 
 
 def open_captions(location: str) -> pads.Dataset:
@@ -370,15 +547,13 @@ def open_captions(location: str) -> pads.Dataset:
     location = storage.absolute(location)
     if not storage.exists(location):
         raise InputError(f"no such captions: {location}")
-    if storage.is_file(location):
-        files = [location]
-    else:
-        files = [path for path, name in storage.list_files(location, recursive=False) if name.endswith(".parquet")]
     filesystem = storage.resolve(location)[0]
     try:
+        files = [location] if storage.is_file(location) else storage.list_parquet(location)
         captions = pads.dataset([storage.resolve(path)[1] for path in files], filesystem=filesystem, format="parquet")
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{location} is not readable Parquet: {error}") from error
+    refuse_pickles(captions.schema, location)
     missing = {"image_id", "caption"} - set(captions.schema.names)
     if missing:
         found = ", ".join(captions.schema.names) or "no Parquet file"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+from os.path import exists
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from imcap_ray.captioner import Caption
+from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig
 
 
@@ -18,6 +22,7 @@ class EchoCaptioner:
         self.image_size = image_size
         self.fingerprint = fingerprint
         self.search = search or SearchConfig()
+        self.compute_batch_size = COMPUTE_BATCH_SIZE
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2)] for image in pixels]
@@ -35,6 +40,36 @@ class FailsOn(EchoCaptioner):
         if any(caption[0].text in self._words for caption in captions):
             raise RuntimeError("planted")
         return captions
+
+
+class DiesOf(EchoCaptioner):
+    """Kills its process when it sees one of these images; with `once`, a file's path, only the first time."""
+
+    def __init__(self, *, words: frozenset[str], once: str | None = None) -> None:
+        super().__init__()
+        self._words = words
+        self._once = once
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        captions = super().caption_pixels(pixels)
+        if any(caption[0].text in self._words for caption in captions) and not (self._once and exists(self._once)):
+            if self._once:
+                Path(self._once).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return captions
+
+
+class TooLargeFor(EchoCaptioner):
+    """Has no memory for some images, and has learnt to compute fewer at a time."""
+
+    def __init__(self, *, words: frozenset[str]) -> None:
+        super().__init__()
+        self.compute_batch_size = 8
+        self._words = words
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        captions = super().caption_pixels(pixels)
+        return [[] if found[0].text in self._words else found for found in captions]
 
 
 def echo(image: npt.NDArray[np.uint8]) -> str:

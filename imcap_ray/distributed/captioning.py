@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from imcap_ray import __version__, storage
-from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption
+from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
+from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
 from imcap_ray.distributed.cluster import ClusterResources, require
+from imcap_ray.distributed.image_index import start_image_index
 from imcap_ray.distributed.images import (
+    GOES_ON,
+    LOADED_SCHEMA,
     BatchReporter,
     Progress,
     default_num_actors,
@@ -27,11 +33,19 @@ from imcap_ray.distributed.images import (
     num_blocks,
     stack_pixels,
 )
-from imcap_ray.errors import FailureBudgetError, ImcapError, OutputError
-from imcap_ray.manifest import CAPTIONS_SCHEMA, FAILED, OK, SCHEMA_VERSION, build_manifest, count_rows
+from imcap_ray.distributed.isolation import Isolated, is_repeated_work
+from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError
+from imcap_ray.manifest import (
+    CAPTIONS_SCHEMA,
+    DUPLICATE,
+    FAILED,
+    OK,
+    SCHEMA_VERSION,
+    InputSummary,
+    build_manifest,
+    count_rows,
+)
 
-RUN_FILE: Final = "run.json"
-WORK_FOLDER: Final = "_imcap"
 BATCH_SIZE: Final = 2 * COMPUTE_BATCH_SIZE
 
 
@@ -50,26 +64,62 @@ class ImageCaptioner(Protocol):
     def search(self) -> SearchConfig:
         """How captions are sought."""
 
+    @property
+    def compute_batch_size(self) -> int:
+        """Images computed together: fewer than `COMPUTE_BATCH_SIZE` after memory has run out."""
+
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
-        """For uint8 pixels (B, 3, S, S) the captions of each image, the best first."""
+        """For uint8 pixels (B, 3, S, S) the captions of each image, the best first; none where memory runs out."""
 
 
 class CaptionImages:
-    """Loaded images -> their captions. One lives in each actor of the pool."""
+    """Loaded images -> their captions. One lives in each actor of the pool.
+
+    An actor that takes the place of a dead one leaves the captioner to a process that may die again.
+    """
 
     def __init__(self, *, load_captioner: Callable[[], ImageCaptioner], reporter: BatchReporter) -> None:
-        self._captioner = load_captioner()
         self._reporter = reporter
+        self._isolated = Isolated(partial(_CaptionRows, load_captioner)) if is_repeated_work() else None
+        self._caption = None if self._isolated else _CaptionRows(load_captioner)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A table of `LOADED_SCHEMA` -> `CAPTIONS_SCHEMA` with manifest_id."""
         with self._reporter.batch() as counts:
-            captions = iter(self._captioner.caption_pixels(stack_pixels(rows, self._captioner.image_size)))
-            done = []
-            for row in rows.drop(["pixels"]).to_pylist():
-                done.append(_failed_row(row) if row["error_code"] else _captioned_row(row, next(captions)))
-                counts[done[-1]["status"]] = counts.get(done[-1]["status"], 0) + 1
-            return pa.Table.from_pylist(done, schema=CAPTIONS_SCHEMA.insert(0, rows.schema.field("manifest_id")))
+            if self._caption:
+                done = self._caption(rows)
+                self._reporter.tell_batch_size(self._caption.captioner.compute_batch_size)
+            else:
+                assert self._isolated
+                done = pa.concat_tables(
+                    _blame(row, answer) if isinstance(answer, ImageError) else answer
+                    for row, answer in self._isolated(rows)
+                )
+            for status in done["status"].to_pylist():
+                counts[status] = counts.get(status, 0) + 1
+            return done
+
+
+class _CaptionRows:
+    def __init__(self, load_captioner: Callable[[], ImageCaptioner]) -> None:
+        self.captioner = load_captioner()
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        captions = iter(self.captioner.caption_pixels(stack_pixels(rows, self.captioner.image_size)))
+        done = []
+        for row in rows.drop(["pixels"]).to_pylist():
+            if row["error_code"]:
+                done.append(_empty_row(row, FAILED))
+            elif row["is_repeated"]:  # its caption comes from its twin, when all are done
+                done.append(_empty_row(row, DUPLICATE))
+            elif found := next(captions):
+                done.append(_captioned_row(row, found))
+            else:
+                done.append(_blamed_row(row, no_memory()))
+        return pa.Table.from_pylist(done, schema=_NUMBERED_SCHEMA)
+
+
+_NUMBERED_SCHEMA = CAPTIONS_SCHEMA.insert(0, LOADED_SCHEMA.field("manifest_id"))
 
 
 def _captioned_row(row: dict[str, Any], captions: list[Caption]) -> dict[str, Any]:
@@ -85,16 +135,25 @@ def _captioned_row(row: dict[str, Any], captions: list[Caption]) -> dict[str, An
     }
 
 
-def _failed_row(row: dict[str, Any]) -> dict[str, Any]:
+def _empty_row(row: dict[str, Any], status: str) -> dict[str, Any]:
     return row | {
         "caption": "",
         "captions": [],
         "confidence": float("nan"),
         "logprob": float("nan"),
         "num_tokens": 0,
-        "status": FAILED,
+        "status": status,
         "duplicate_of": "",
     }
+
+
+def _blame(rows: pa.Table, error: ImageError) -> pa.Table:
+    done = [_blamed_row(row, error) for row in rows.drop(["pixels"]).to_pylist()]
+    return pa.Table.from_pylist(done, schema=_NUMBERED_SCHEMA)
+
+
+def _blamed_row(row: dict[str, Any], error: ImageError) -> dict[str, Any]:
+    return _empty_row(row | {"error_code": error.code, "error_message": error.message}, FAILED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,19 +189,26 @@ def caption_images(
     batch_size: int = BATCH_SIZE,
     recursive: bool = True,
     limit: int | None = None,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    allow_outside_paths: bool = False,
     max_failure_rate: float = 0.1,
     echo: Callable[[str], None] = print,
     on_progress: Callable[[Progress, int], None] = lambda progress, total: None,
 ) -> CaptioningSummary:
     """Caption every image of `input` and write one row for each to Parquet files in `output`.
 
-    A call that finds an unfinished output of the same input, model and search settings goes on with it.
+    A call that finds an unfinished output of the same input, model and search settings goes on with it. It captions
+    images that are new in the input, and those whose files have changed.
 
     Args:
         input: folder, image or Parquet; path or URI.
         output: folder; path or URI; on a cluster one that every node sees.
         load_captioner: makes the captioner that each actor keeps.
         num_actors: None: one per GPU, or one per core where there is none.
+        overwrite: start anew; the old rows go when the new ones are complete.
+        retry_failed: caption the images that failed before once more.
+        allow_outside_paths: see `build_manifest`.
         on_progress: called about once a second with the progress and the number of images to do.
 
     Raises:
@@ -157,73 +223,103 @@ def caption_images(
     # Beside the actors Ray Data needs a CPU to decode with, and on a resumed run one to leave out what is done.
     require(resources, cpus=actors + 2, gpus=actors * gpus, what=f"--num-actors {actors}")
     captioner = load_captioner()
-    work = storage.join(output, WORK_FOLDER)
     identity = {
         "input": input,
         "model_fingerprint": captioner.fingerprint,
         "search": to_mapping(captioner.search),
         "schema_version": SCHEMA_VERSION,
     }
-    _claim(output, work, identity)
-    found = build_manifest(input, storage.join(work, "manifest"), recursive=recursive, limit=limit)
-    if found.num_ignored:
-        files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
-        echo(f"{input}: {found.num_ignored:,} {files}: ignored")
-    total, done = _count_manifest(work), _count_done(work)
+    final = folder = CaptionsFolder(output)
+    with _told_as_ours():
+        is_replaced = final.finish_replacement()
+    # The same command that died while the new took the place of the old has nothing more to replace.
+    is_replacing = overwrite and final.read_run() is not None and not (is_replaced and final.is_of(identity))
+    if is_replacing:
+        final.take_over()  # whoever writes there stops
+        final.recover()
+        folder = final.next()
+        if not folder.is_of(identity):
+            storage.remove(folder.location)
+    else:
+        final.claim(identity)
     run = {
         **identity,
         "model": model_name,
         "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
         "started": _now(),
     }
-    _write_run(work, run | {"state": "running"})
-    progress = Progress()
-    try:
-        if done < total:
-            actors = min(actors, num_blocks(total - done))
+    before = folder.read_run()
+    check = partial(_require_owner, folder.work, folder.take_over())
+    with _state_written(folder, run, check):
+        num_again = _prepare(
+            folder,
+            run,
+            build=partial(
+                build_manifest, recursive=recursive, limit=limit, allow_outside_paths=allow_outside_paths, output=output
+            ),
+            retry_failed=retry_failed,
+            echo=echo,
+        )
+        total, done = folder.count_manifest(), len(folder.done_ids())
+        num_new, progress = total - done, Progress()
+        actors = min(actors, max(1, num_blocks(num_new)))
+        if num_new:
             echo(
-                f"captioning {total - done:,} of {total:,} images with {actors} actor{'s' * (actors != 1)}"
+                f"captioning {num_new:,} of {total:,} images with {actors} actor{'s' * (actors != 1)}"
                 + (f", {done:,} are done" if done else "")
             )
-            progress = map_images(
-                storage.join(work, "manifest"),
-                output,
-                work=work,
-                schema=CAPTIONS_SCHEMA.with_metadata(
-                    {
-                        "imcap_ray.schema_version": SCHEMA_VERSION,
-                        "imcap_ray.model_fingerprint": captioner.fingerprint,
-                        "imcap_ray.search": json.dumps(to_mapping(captioner.search)),
-                    }
-                ),
-                actor_class=CaptionImages,
-                actor_arguments={"load_captioner": load_captioner},
-                image_size=captioner.image_size,
-                num_images=total - done,
-                num_actors=actors,
-                gpus_per_actor=gpus,
-                batch_size=batch_size,
-                on_progress=lambda progress: on_progress(progress, total - done),
-            )
-    except BaseException as error:
-        state = "failed" if isinstance(error, ImcapError) else "interrupted"
-        _write_run(work, run | {"state": state, "ended": _now()})
-        raise
-    counts, error_counts = count_rows(output)
-    _check_accounts(counts, work, total)
-    seconds = time.time() - start
-    summary = CaptioningSummary(
-        input=input,
-        output=output,
-        num_images=total,
-        num_new=total - done,
-        counts=counts,
-        error_counts=error_counts,
-        seconds=seconds,
-        images_per_second=(total - done) / seconds,
-        bound=progress.describe_bound(),
-    )
-    _write_run(work, run | asdict(summary) | {"state": "complete", "ended": _now()})
+        index = start_image_index(folder.location, total) if num_new else None
+        is_settled = before is not None and before.get("state") == "complete" and not num_again
+        while done < total or not is_settled:
+            if done < total:
+                progress = map_images(
+                    folder.manifest,
+                    folder.location,
+                    work=folder.work,
+                    root=input,
+                    schema=CAPTIONS_SCHEMA.with_metadata(
+                        {
+                            "imcap_ray.schema_version": SCHEMA_VERSION,
+                            "imcap_ray.model_fingerprint": captioner.fingerprint,
+                            "imcap_ray.search": json.dumps(to_mapping(captioner.search)),
+                        }
+                    ),
+                    actor_class=CaptionImages,
+                    actor_arguments={"load_captioner": load_captioner},
+                    image_size=captioner.image_size,
+                    num_images=total - done,
+                    num_actors=actors,
+                    gpus_per_actor=gpus,
+                    batch_size=batch_size,
+                    on_progress=lambda progress: on_progress(progress, num_new),
+                    index=index,
+                    check=check,
+                )
+            check()
+            folder.recover()  # of processes that this run has lost sight of
+            # What was taken for a duplicate and has no twin is not done after all. It is not asked for again: the
+            # index would answer the same.
+            is_settled, index = folder.settle_duplicates() == 0, None
+            done = len(folder.done_ids())
+        check()
+        folder.check_accounts()
+        counts, error_counts = count_rows(folder.location)
+        seconds = time.time() - start
+        summary = CaptioningSummary(
+            input=input,
+            output=output,
+            num_images=total,
+            num_new=num_new,
+            counts=counts,
+            error_counts=error_counts,
+            seconds=seconds,
+            images_per_second=num_new / seconds,
+            bound=progress.describe_bound() + _describe_memory(progress),
+        )
+        folder.write_run(run | asdict(summary) | {"state": "complete", "ended": _now()})
+    if is_replacing:
+        with _told_as_ours():
+            final.replace_by_next()
     num_failed = counts.get(FAILED, 0)
     if num_failed > max_failure_rate * total:
         raise FailureBudgetError(
@@ -233,74 +329,77 @@ def caption_images(
     return summary
 
 
-def _claim(output: str, work: str, identity: Mapping[str, Any]) -> None:
-    """Refuse an output that something else has made."""
-    place = storage.join(work, RUN_FILE)
-    if not storage.exists(place):
-        if storage.is_file(output) or (storage.is_folder(output) and any(True for _ in storage.list_files(output))):
-            raise OutputError(f"{output} exists and is no captions folder of imcap: choose another OUTPUT")
-        return
-    before = json.loads(storage.read_bytes(place))
-    names = {
-        "input": "input",
-        "model_fingerprint": "model",
-        "search": "search settings",
-        "schema_version": "version of the schema",
-    }
-    for key, name in names.items():
-        if before.get(key) != identity[key]:
-            raise OutputError(
-                f"{output} was made with another {name} ({_short(before.get(key))}, now {_short(identity[key])}): "
-                "choose another OUTPUT, or remove it"
-            )
+@contextmanager
+def _told_as_ours() -> Iterator[None]:
+    """An error of a disk, a store or a file there becomes one that says how to go on."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise ImcapError(f"stopped by an error: {storage.hide_secrets(str(error))}; {GOES_ON}") from error
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return f"{text[:12]}..." if is_digest else text
+@contextmanager
+def _state_written(folder: CaptionsFolder, run: dict[str, Any], check: Callable[[], None]) -> Iterator[None]:
+    """Write into run.json how the block ended, unless it ended well or the folder is another run's by now."""
+    try:
+        with _told_as_ours():
+            yield
+    except InputError:
+        raise
+    except BaseException as error:
+        state = "failed" if isinstance(error, ImcapError) else "interrupted"
+        # The disk may be full, or the store gone: that is the error to tell of.
+        with contextlib.suppress(OSError, ImcapError):
+            check()
+            folder.write_run(run | {"state": state, "ended": _now()})
+        raise
 
 
-def _write_run(work: str, run: Mapping[str, Any]) -> None:
-    storage.write_bytes(storage.join(work, RUN_FILE), json.dumps(run, indent=2).encode())
+def _prepare(
+    folder: CaptionsFolder,
+    run: dict[str, Any],
+    *,
+    build: Callable[[str, str], InputSummary],
+    retry_failed: bool,
+    echo: Callable[[str], None],
+) -> int:
+    """Bring the folder and its manifest up to date; how many of the images that were done are to be done again."""
+    is_fresh = folder.read_run() is None
+    if is_fresh:
+        folder.write_run(run | {"state": "running"})  # whose it is, before anything else lies there
+    else:
+        folder.recover()
+    try:
+        found = build(run["input"], folder.manifest)
+    except InputError:
+        if is_fresh:
+            folder.discard()
+        raise
+    if found.num_ignored:
+        files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
+        echo(f"{run['input']}: {found.num_ignored:,} {files}: ignored")
+    folder.write_run(run | {"state": "running"})
+    num_changed = folder.forget_changed(found.changed)
+    num_failed = folder.forget_failed() if retry_failed else 0
+    for number, what in ((num_changed, "changed since"), (num_failed, "failed before")):
+        if number:
+            echo(f"{number:,} image{'s' * (number != 1)} {what}: to be captioned again")
+    return num_changed + num_failed
+
+
+def _describe_memory(progress: Progress) -> str:
+    if not 0 < progress.batch_size < COMPUTE_BATCH_SIZE:
+        return ""
+    return (
+        f"; memory ran out: {progress.batch_size} images were computed at a time instead of {COMPUTE_BATCH_SIZE}, "
+        "fewer actors would help"
+    )
+
+
+def _require_owner(work: str, token: str) -> None:
+    if not is_owner(work, token):
+        raise ImcapError(f"another run has taken over {storage.parent(work)}: this one must not write there")
 
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _count_manifest(work: str) -> int:
-    return sum(_num_rows(path) for path, _ in storage.list_files(storage.join(work, "manifest")))
-
-
-def _count_done(work: str) -> int:
-    """Images that an earlier run has written, by the ids that Ray has noted."""
-    return len(_done_ids(work))
-
-
-def _done_ids(work: str) -> npt.NDArray[np.int64]:
-    folder = storage.join(work, "done")
-    if not storage.is_folder(folder):
-        return np.empty(0, np.int64)
-    filesystem = storage.resolve(folder)[0]
-    parts = [
-        pq.read_table(storage.resolve(path)[1], filesystem=filesystem)["manifest_id"].to_numpy()
-        for path, name in storage.list_files(folder)
-        if name.endswith(".parquet") and not name.endswith(".pending.parquet")
-    ]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
-
-
-def _num_rows(path: str) -> int:
-    filesystem, inner = storage.resolve(path)
-    return int(pq.read_metadata(inner, filesystem=filesystem).num_rows)
-
-
-def _check_accounts(counts: Mapping[str, int], work: str, total: int) -> None:
-    """Every image of the manifest is exactly one row, or the run has failed."""
-    num_rows, num_done = sum(counts.values()), _count_done(work)
-    if not num_rows == num_done == total:
-        raise ImcapError(
-            f"the accounts do not add up: {total:,} images in the manifest, {num_done:,} noted as done, "
-            f"{num_rows:,} rows written"
-        )

@@ -35,6 +35,7 @@ NODE_TIMEOUT_SECONDS: Final = 5
 # resumes deadlocks (ray-project/ray#44687). Logical CPUs are tickets, not cores: spare ones cost nothing.
 MINIMUM_LOCAL_CPUS: Final = 4
 SPARE_LOCAL_CPUS: Final = 2
+MAXIMUM_ACTORS_PER_CORE: Final = 4
 
 # As in "[DATE TIME I 5360 5360] logging.cc:303: Set ray log level from environment variable ..."
 BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
@@ -65,18 +66,19 @@ class ClusterResources:
     """How many processes can be busy at once: this machine's cores when local, else the cluster's CPUs."""
 
 
-def connect(address: str | None = None, *, verbose: bool = False) -> ClusterResources:
+def connect(address: str | None = None, *, num_actors: int | None = None, verbose: bool = False) -> ClusterResources:
     """Connect this process to Ray and say what it has; once connected, further calls keep the connection.
 
     `address` is HOST:PORT or "auto", the Ray that runs on this machine; without one RAY_ADDRESS counts, which is set
-    inside a Ray job. "local", or nothing at all, starts a private Ray that ends with this process. `verbose` lets
-    Ray's own log lines through. Raises ClusterError, within seconds, if there is no such cluster, if it refuses this
-    process or runs other versions of Ray or Python.
+    inside a Ray job. "local", or nothing at all, starts a private Ray that ends with this process, with logical CPUs
+    for `num_actors` unless that is more than the cores can carry. `verbose` lets Ray's own log lines through. Raises
+    ClusterError, within seconds, if there is no such cluster, if it refuses this process or runs other versions of
+    Ray or Python.
     """
     if not ray.is_initialized():
         address = address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
-            _start(verbose=verbose)
+            _start(num_actors=num_actors or 0, verbose=verbose)
         else:
             _join(address, verbose=verbose)
     _quieten(verbose=verbose)
@@ -136,7 +138,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _start(*, verbose: bool) -> None:
+def _start(*, num_actors: int, verbose: bool) -> None:
     variables = {}
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
         # Ray listens on all interfaces and runs what it is sent, so it gets a token; one that only this process and
@@ -146,7 +148,10 @@ def _start(*, verbose: bool) -> None:
     with _init_environment(variables, verbose=verbose):
         ray.init(
             address="local",
-            num_cpus=max(MINIMUM_LOCAL_CPUS, _cores() + SPARE_LOCAL_CPUS),
+            num_cpus=max(
+                MINIMUM_LOCAL_CPUS,
+                SPARE_LOCAL_CPUS + max(_cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * _cores())),
+            ),
             include_dashboard=False,
             log_to_driver=verbose,
             logging_level=_logging_level(verbose),

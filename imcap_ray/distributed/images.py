@@ -4,8 +4,6 @@ writes captions, and by training, which writes features."""
 from __future__ import annotations
 
 import contextlib
-import os
-import posixpath
 import threading
 import time
 from collections import defaultdict
@@ -27,12 +25,18 @@ from ray.exceptions import RayError
 
 from imcap_ray import storage
 from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.errors import ImageError, ImcapError
-from imcap_ray.images import DecodedImage, decode_image, image_error_from_os_error
+from imcap_ray.images import MAX_FILE_BYTES, DecodedImage, decode_image, image_error_from_os_error
 from imcap_ray.manifest import read_table_images
 
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
+
+GOES_ON = "what is written is kept, the same command goes on"
+
+DECODE_MEMORY = 4 * 2**30
+"""Bytes for images that may have killed a process before; the largest that are decoded take about 2 GiB."""
 
 LOADED_SCHEMA = pa.schema(
     [
@@ -44,8 +48,9 @@ LOADED_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("format", pa.string()),
         ("sha256", pa.string()),
-        ("error_code", pa.string()),  # "" where there are pixels
+        ("error_code", pa.string()),  # "" where there are pixels, or is_repeated
         ("error_message", pa.string()),
+        ("is_repeated", pa.bool_()),  # the same bytes have come before; then there are no pixels
     ]
 )
 
@@ -60,6 +65,8 @@ class Progress:
     """Time the actors spent on batches."""
     waiting_seconds: float = 0.0
     """Time the actors spent between two batches."""
+    batch_size: int = 0
+    """The fewest images that an actor could compute together; 0 where none has told."""
 
     @property
     def num_images(self) -> int:
@@ -91,6 +98,10 @@ class ProgressCounter:
         self._progress.busy_seconds += busy_seconds
         self._progress.waiting_seconds += waiting_seconds
 
+    def tell_batch_size(self, batch_size: int) -> None:
+        """An actor computes so many images together from now on."""
+        self._progress.batch_size = min(self._progress.batch_size or batch_size, batch_size)
+
     def get(self) -> Progress:
         """The sums so far."""
         return self._progress
@@ -102,6 +113,7 @@ class BatchReporter:
     def __init__(self, counter: Any) -> None:
         self._counter = counter
         self._last_end: float | None = None
+        self._batch_size = 0
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[dict[str, int]]:
@@ -113,28 +125,50 @@ class BatchReporter:
         self._last_end = time.perf_counter()
         self._counter.add_batch.remote(counts, self._last_end - start, waited)
 
-
-def load_images(rows: pa.Table, *, image_size: int) -> Iterator[pa.Table]:
-    """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not."""
-    batch: list[dict[str, Any]] = []
-    for row, data in _read_rows(rows.to_pylist()):
-        batch.append(_load_row(row, data, image_size=image_size))
-        if len(batch) == IMAGES_PER_BLOCK:
-            yield pa.Table.from_pylist(batch, schema=LOADED_SCHEMA)
-            batch = []
-    if batch:
-        yield pa.Table.from_pylist(batch, schema=LOADED_SCHEMA)
+    def tell_batch_size(self, batch_size: int) -> None:
+        """How many images this actor computes together."""
+        if batch_size != self._batch_size:
+            self._batch_size = batch_size
+            self._counter.tell_batch_size.remote(batch_size)
 
 
-def _read_rows(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
+def load_images(rows: pa.Table, *, image_size: int, root: str, index: Any = None) -> Iterator[pa.Table]:
+    """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not.
+
+    Args:
+        root: where the images lie; when that is gone too, a missing image is no fault of its own.
+        index: an `ImageIndex`, where images that have come before need no pixels.
+
+    Raises:
+        ImcapError: nothing can be read any more.
+    """
+    load = partial(_load_rows, image_size=image_size, root=root)
+    isolated = Isolated(lambda: load, memory_limit=DECODE_MEMORY) if is_repeated_work() else None
+    for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
+        block = rows.slice(start, IMAGES_PER_BLOCK)
+        if isolated is None:
+            loaded = load(block)
+        else:
+            parts = [_blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
+            loaded = pa.concat_tables(parts)
+        yield _without_repeated(loaded, index) if index else loaded
+
+
+def _load_rows(rows: pa.Table, *, image_size: int, root: str) -> pa.Table:
+    loaded = [_load_row(row, data, image_size=image_size) for row, data in _read_rows(rows.to_pylist(), root)]
+    return pa.Table.from_pylist(loaded, schema=LOADED_SCHEMA)
+
+
+def _read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
     in_tables: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["table_path"]:
             in_tables[row["table_path"], row["row_group"]].append(row)
             continue
         try:
-            yield row, storage.read_bytes(row["image_path"])
+            yield row, storage.read_bytes(row["image_path"], max_bytes=MAX_FILE_BYTES)
         except OSError as error:
+            _require_reachable(root, error)
             yield row, image_error_from_os_error(error, row["image_path"])
         except MemoryError:
             yield row, ImageError("out_of_memory", "not enough memory to read the file")
@@ -148,33 +182,63 @@ def _read_rows(rows: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], byt
                     data if data is not None else ImageError("missing", "the table holds no image in this row"),
                 )
         except (OSError, pa.ArrowException) as error:
+            _require_reachable(root, error)
             for row in by_row.values():
-                yield row, ImageError("read_error", f"cannot read the table: {error}")
+                yield row, ImageError("read_error", f"cannot read the table: {storage.hide_secrets(str(error))}")
+
+
+def _require_reachable(root: str, error: Exception) -> None:
+    """An error of one image is its own. When all are gone, the run must stop and not write a million failures."""
+    if not storage.is_reachable(root):
+        raise ImcapError(f"{root} cannot be read any more: {error}")
 
 
 def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int) -> dict[str, Any]:
-    loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
-    loaded |= {"pixels": b"", "width": 0, "height": 0, "format": "", "sha256": ""}
     try:
         if isinstance(data, ImageError):
             raise data
         image: DecodedImage = decode_image(data, image_size=image_size)
     except ImageError as error:
-        return loaded | {"error_code": error.code, "error_message": error.message}
-    return loaded | {
-        "pixels": image.pixels.tobytes(),
-        "width": image.width,
-        "height": image.height,
-        "format": image.format,
-        "sha256": image.sha256,
-        "error_code": "",
-        "error_message": "",
-    }
+        return _loaded_row(row, error_code=error.code, error_message=error.message)
+    return _loaded_row(
+        row,
+        pixels=image.pixels.tobytes(),
+        width=image.width,
+        height=image.height,
+        format=image.format,
+        sha256=image.sha256,
+    )
+
+
+def _loaded_row(row: dict[str, Any], **values: Any) -> dict[str, Any]:
+    loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
+    nothing = {"pixels": b"", "width": 0, "height": 0, "format": "", "sha256": ""}
+    return {**loaded, **nothing, "error_code": "", "error_message": "", "is_repeated": False, **values}
+
+
+def _blame(rows: pa.Table, error: ImageError) -> pa.Table:
+    loaded = [_loaded_row(row, error_code=error.code, error_message=error.message) for row in rows.to_pylist()]
+    return pa.Table.from_pylist(loaded, schema=LOADED_SCHEMA)
+
+
+def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
+    """The same rows, without the pixels of images that have come before."""
+    has_pixels = pa.compute.equal(loaded["error_code"], "")
+    known = loaded.filter(has_pixels).select(["manifest_id", "sha256"])
+    if not known.num_rows:
+        return loaded
+    answers = ray.get(index.have_come_before.remote(*known.to_pydict().values()))
+    repeated = pa.array([id_ for id_, answer in zip(known["manifest_id"].to_pylist(), answers, strict=True) if answer])
+    is_repeated = pa.compute.is_in(loaded["manifest_id"], value_set=repeated.cast(pa.int64()))
+    values = {"pixels": pa.compute.if_else(is_repeated, b"", loaded["pixels"]), "is_repeated": is_repeated}
+    for name, column in values.items():
+        loaded = loaded.set_column(LOADED_SCHEMA.get_field_index(name), LOADED_SCHEMA.field(name), column)
+    return loaded
 
 
 def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
-    """The pixels (B, 3, S, S) of the rows without an error, in their order."""
-    column = rows["pixels"].filter(pa.compute.equal(rows["error_code"], ""))
+    """The pixels (B, 3, S, S) of the rows that have some, in their order."""
+    column = rows["pixels"].filter(pa.compute.greater(pa.compute.binary_length(rows["pixels"]), 0))
     flat = [np.frombuffer(value.as_buffer(), dtype=np.uint8) for value in column]
     return (
         np.stack(flat).reshape(-1, 3, image_size, image_size)
@@ -187,17 +251,17 @@ class ParquetParts(BlockBasedFileDatasink):
     """Parquet files of one schema that a reader never meets half-written.
 
     Ray's own Parquet writer opens the final path and fills it, so that a reader, or a crash, finds a file without its
-    footer. Here a file is written beside and then renamed; object stores show uploads only when they are complete.
-    The schema's key-value metadata goes into every file, and columns outside the schema are left out: Ray has noted
-    `manifest_id` as done by then.
+    footer; and an upload that fails in the middle is published by closing it. Here a part appears at once. The schema's
+    key-value metadata goes into every file, and columns outside the schema are left out: Ray has noted `manifest_id` as
+    done by then.
 
     Args:
         folder: where the parts go.
-        unfinished: folder on the same file system for parts being written.
         min_rows_per_file: rows are collected until a file has this many.
+        check: called before a part appears; raises if none may any more.
     """
 
-    def __init__(self, folder: str, *, unfinished: str, schema: pa.Schema, min_rows_per_file: int) -> None:
+    def __init__(self, folder: str, *, schema: pa.Schema, min_rows_per_file: int, check: Callable[[], None]) -> None:
         super().__init__(
             folder,
             min_rows_per_file=min_rows_per_file,
@@ -205,26 +269,17 @@ class ParquetParts(BlockBasedFileDatasink):
             filename_provider=FilenameProvider(file_format="parquet"),
             filesystem=storage.resolve(folder)[0] if storage.is_uri(folder) else None,
         )
+        self._folder = folder
         self._schema = schema
-        self._unfinished = unfinished
-        self._is_remote = storage.is_uri(folder)
-
-    def open_output_stream(self, path: str) -> pa.NativeFile:
-        """Where Ray writes a part before it is complete."""
-        return super().open_output_stream(path if self._is_remote else self._unfinished_path(path))
+        self._check = check
 
     def write_block(self, block: BlockAccessor, block_index: int, ctx: Any) -> None:
         """Write one part, complete or not at all."""
-        if not self._is_remote:
-            os.makedirs(self._unfinished, exist_ok=True)
-        super().write_block(block, block_index, ctx)
-        if not self._is_remote:
-            name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
-            path = posixpath.join(self.path, name)
-            os.replace(self._unfinished_path(path), path)
-
-    def _unfinished_path(self, path: str) -> str:
-        return posixpath.join(self._unfinished, posixpath.basename(path))
+        part = pa.BufferOutputStream()
+        self.write_block_to_file(block, part)
+        name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
+        self._check()
+        storage.write_bytes(storage.join(self._folder, name), memoryview(part.getvalue()))
 
     def write_block_to_file(self, block: BlockAccessor, file: pa.NativeFile) -> None:
         """Write the rows under the schema."""
@@ -237,6 +292,7 @@ def map_images(
     output: str,
     *,
     work: str,
+    root: str,
     schema: pa.Schema,
     actor_class: type,
     actor_arguments: Mapping[str, Any],
@@ -246,6 +302,8 @@ def map_images(
     gpus_per_actor: float,
     batch_size: int,
     on_progress: Callable[[Progress], None],
+    index: Any = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Progress:
     """Read a manifest, decode its images in tasks, hand them to a pool of actors, and write what these return.
 
@@ -253,10 +311,13 @@ def map_images(
 
     Args:
         manifest: folder of Parquet files with `MANIFEST_SCHEMA`.
-        output: folder for the parts; `work` below it is ours: what is done and what is being written.
+        output: folder for the parts; `work` below it is ours: what is done.
+        root: where the images lie.
         schema: of the parts; the actors return it with `manifest_id` besides.
         actor_class: called with a table of `LOADED_SCHEMA`; built with `actor_arguments` and `reporter`.
         on_progress: called about once a second.
+        index: an `ImageIndex`, where images that have come before are not to be computed.
+        check: called in the writing process before a part appears; raises if this run may not write any more.
 
     Raises:
         ImcapError: the run failed; what is written stays, and the same call goes on from there.
@@ -270,14 +331,13 @@ def map_images(
         delete_checkpoint_on_success=False,
         override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
     )
-    storage.remove(storage.join(work, "unfinished"))  # parts that a dead process was writing
     progress = Progress()
     counter = ProgressCounter.remote()  # type: ignore[attr-defined]
     sink = ParquetParts(
         output,
-        unfinished=storage.join(work, "unfinished"),
         schema=schema,
         min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
+        check=check,
     )
     with DataContext.current(context):
         dataset: Dataset = (
@@ -285,7 +345,7 @@ def map_images(
             # Ray reads a manifest of 100,000 rows as one block whatever `override_num_blocks` says.
             .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
             .map_batches(
-                partial(load_images, image_size=image_size),
+                partial(load_images, image_size=image_size, root=root, index=index),
                 batch_size=None,
                 batch_format="pyarrow",
                 # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing
@@ -300,7 +360,7 @@ def map_images(
                 num_cpus=1,
                 num_gpus=gpus_per_actor or None,
                 compute=ActorPoolStrategy(
-                    size=min(num_actors, num_blocks(num_images)), max_tasks_in_flight_per_actor=4
+                    size=max(1, min(num_actors, num_blocks(num_images))), max_tasks_in_flight_per_actor=4
                 ),
             )
         )
@@ -315,9 +375,7 @@ def map_images(
             try:
                 dataset.write_datasink(sink)
             except (RayError, OSError) as error:
-                raise ImcapError(
-                    f"stopped by an error: {explain(error)}; what is written is kept, the same command goes on"
-                ) from error
+                raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
     return progress
 
 

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 
 from tests import small_data
@@ -68,6 +71,84 @@ def test_caption_evaluate_and_report(flickr8k: Path, photographs: Path, model_di
     assert reported.returncode == 0, reported.stderr
     page = (output / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
+
+
+PLANTED = "planted0wJalrXUtnFEMI"
+"""Stands in the environment of a command, and nowhere else afterwards."""
+
+HOSTILE_NAMES = (
+    "\x1b[2J\x1b]0;owned\x07.jpg",
+    "two\nlines\r.jpg",
+    "<script>alert(1)<∕script>.jpg",
+    '"><img src=x onerror=alert(1)>.jpg',
+    "]](http:..x) | `id` $(touch pwned) {{ 7 * 7 }}.jpg",
+    "gpj.\u202egnp.\x9b31m.jpg",
+)
+
+
+def contents(folder: Path) -> Iterator[str]:
+    """All that is in the files of a folder; tables unpacked, their metadata too."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".parquet":
+            table = pads.dataset(str(path)).to_table()
+            yield f"{table.to_pylist()} {table.schema.to_string(truncate_metadata=False)}"
+        if path.is_file():
+            yield path.read_bytes().decode("latin-1")
+
+
+def test_hostile_names_and_secrets_reach_neither_terminal_nor_files(
+    flickr8k: Path, photographs: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    for number, name in enumerate(HOSTILE_NAMES):
+        (photographs / name).write_bytes(encode(photo(40 + number, 40), "JPEG") if number % 2 else b"no image")
+    names = (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "RAY_AUTH_TOKEN",
+        "HF_TOKEN",
+        "PASSWORD",
+    )
+    environment = {**os.environ, **dict.fromkeys(names, PLANTED)}
+    output, options = tmp_path / "captions", {"env": environment, "cwd": tmp_path}
+
+    commands = [
+        imcap("caption", photographs, output, "--model", model_dir, "--max-failure-rate", 1, "-v", **options),
+        imcap("caption", photographs, output, "--model", model_dir, "--json", "--max-failure-rate", 0, **options),
+        imcap("evaluate", output, flickr8k, "--split", "validation", **options),
+        imcap("report", output, **options),
+    ]
+
+    assert [done.returncode for done in commands] == [0, 3, 0, 0], [done.stderr for done in commands]
+    assert {row["image_id"] for row in rows(output)} > set(HOSTILE_NAMES)
+    for done in commands:
+        assert not set("\x1b\x07\r\x9b\u202e") & set(done.stdout)
+        assert PLANTED not in done.stdout + done.stderr
+    for done in commands[1:]:  # the first one lets Ray speak
+        assert not set("\x1b\x07\r\x9b\u202e") & set(done.stderr)
+    assert not [text for text in contents(output) if PLANTED in text]
+    page = (output / "report.html").read_text()
+    assert page.count("<script") == 1
+    assert "<img src=x" not in page
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_table_that_names_files_elsewhere_is_refused_unless_allowed(
+    photographs: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "table").mkdir()
+    (image,) = list(photographs.rglob("*.jpg"))[:1]
+    paths = [str(image), f"../{image.relative_to(tmp_path)}", f"file://{image}"]
+    pq.write_table(pa.table({"path": paths}), tmp_path / "table" / "list.parquet")
+    command = ["caption", tmp_path / "table" / "list.parquet", tmp_path / "captions", "--model", model_dir]
+
+    refused = imcap(*command)
+    allowed = imcap(*command, "--allow-outside-paths", "--json")
+
+    assert refused.returncode == 2
+    assert f"list.parquet, row 0: the path '{image}' leads out of {tmp_path}/table;" in refused.stderr
+    assert allowed.returncode == 0, allowed.stderr
+    assert json.loads(allowed.stdout)["counts"] == {"ok": 1, "duplicate": 2}  # one image, named three times
 
 
 def test_the_demo_captions_the_samples_with_the_model_of_the_package(tmp_path: Path) -> None:

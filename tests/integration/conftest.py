@@ -11,5 +11,5 @@ from imcap_ray.distributed.cluster import ClusterResources, connect
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[ClusterResources]:
     """One Ray on this machine for all integration tests."""
-    yield connect("local")
+    yield connect("local", num_actors=4)
     ray.shutdown()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ import pytest
 from imcap_ray.captioner import Captioner
 from imcap_ray.config import SearchConfig
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
+from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImcapError, InputError, OutputError
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA
-from tests.fakes import EchoCaptioner, FailsOn, echo
+from tests.fakes import DiesOf, EchoCaptioner, FailsOn, TooLargeFor, echo
 from tests.odd_images import OK, encode, odd_images, photo
 
 pytestmark = [
@@ -73,6 +75,9 @@ def test_every_file_of_a_folder_is_one_row_whatever_it_holds(run: Run, tmp_path:
         codes[image_id], contents[image_id] = code, data
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     codes["dangling.jpg"] = "missing"
+    (folder / "endless.jpg").touch()
+    os.truncate(folder / "endless.jpg", 2**40)  # takes no room, and is not read
+    codes["endless.jpg"] = "too_large"
 
     run(str(folder), str(output))
 
@@ -176,7 +181,7 @@ def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> 
     assert [row["error_code"] for row in read(tmp_path / "out")] == ["", "missing"]
 
 
-def test_captions_do_not_depend_on_actors_or_batches(
+def test_captions_do_not_depend_on_actors_batches_or_an_interruption(
     local_ray: ClusterResources, run: Run, photographs: Path, tmp_path: Path, model_dir: Path
 ) -> None:
     load = partial(Captioner.load, str(model_dir))
@@ -184,14 +189,174 @@ def test_captions_do_not_depend_on_actors_or_batches(
     keys = ("image_id", "caption", "confidence")
 
     found = []
-    for number, (num_actors, batch_size) in enumerate([(1, 64), (2, 3)]):
+    for number, (num_actors, batch_size) in enumerate([(1, 64), (2, 3), (4, 16)]):
         output = tmp_path / f"out{number}"
         run(str(photographs), str(output), load_captioner=load, num_actors=num_actors, batch_size=batch_size, limit=40)
         found.append([{key: row[key] for key in keys} for row in read(output)])
 
-    assert found[0] == found[1]
+    resumed = tmp_path / "resumed"
+    for limit in (7, 40):
+        run(str(photographs), str(resumed), load_captioner=load, limit=limit)
+    found.append([{key: row[key] for key in keys} for row in read(resumed)])
+
+    assert found[0] == found[1] == found[2] == found[3]
     first = decode_image((photographs / found[0][0]["image_id"]).read_bytes(), image_size=alone.image_size)
     assert alone.caption_pixels(first.pixels[None])[0][0].text == found[0][0]["caption"]
+
+
+def test_images_that_kill_their_process_are_found_and_the_rest_go_on(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    poison = {"even/010.jpg", "odd/077.jpg"}
+    words = frozenset(expected((photographs / name).read_bytes()) for name in poison)
+
+    summary = run(str(photographs), str(tmp_path / "out"), load_captioner=partial(DiesOf, words=words))
+
+    rows = read(tmp_path / "out")
+    assert summary.error_counts == {"internal": 2}
+    assert {row["image_id"] for row in rows if row["status"] == "failed"} == poison
+    assert all(
+        row["caption"] == expected((photographs / row["image_id"]).read_bytes())
+        for row in rows
+        if row["image_id"] not in poison
+    )
+    assert "died" in next(row["error_message"] for row in rows if row["image_id"] in poison)
+
+
+def test_an_image_is_not_blamed_for_one_death(run: Run, photographs: Path, tmp_path: Path) -> None:
+    words = frozenset({expected((photographs / "odd" / "077.jpg").read_bytes())})
+
+    summary = run(
+        str(photographs),
+        str(tmp_path / "out"),
+        load_captioner=partial(DiesOf, words=words, once=str(tmp_path / "died")),
+    )
+
+    assert (tmp_path / "died").exists()
+    assert summary.counts == {"ok": 100}
+
+
+def test_the_same_bytes_are_captioned_once(run: Run, photographs: Path, tmp_path: Path) -> None:
+    for number in range(60, 100):  # most of them far from their twins
+        name = photographs / ("even" if number % 2 == 0 else "odd") / f"{number:03}.jpg"
+        name.write_bytes((photographs / "even" / f"{number % 10 // 2 * 2:03}.jpg").read_bytes())
+    for number in range(2):  # empty files are no twins
+        (photographs / f"empty{number}.jpg").write_bytes(b"")
+
+    summary = run(str(photographs), str(tmp_path / "out"))
+
+    rows = {row["image_id"]: row for row in read(tmp_path / "out")}
+    assert summary.counts == {"ok": 60, "duplicate": 40, "failed": 2}
+    for name, row in rows.items():
+        if row["status"] != "failed":
+            assert row["caption"] == expected((photographs / name).read_bytes())
+            original = row["duplicate_of"] or name
+            assert (rows[original]["sha256"], rows[original]["status"]) == (row["sha256"], "ok")
+    assert {rows[name]["duplicate_of"] for name in rows} == {"", *(f"even/00{digit}.jpg" for digit in (0, 2, 4, 6, 8))}
+
+
+def test_a_twin_that_comes_later_names_the_one_that_was_there(run: Run, photographs: Path, tmp_path: Path) -> None:
+    run(str(photographs), str(tmp_path / "out"), limit=20)
+    (photographs / "again.jpg").write_bytes((photographs / "even" / "002.jpg").read_bytes())
+
+    summary = run(str(photographs), str(tmp_path / "out"))
+
+    twin = next(row for row in read(tmp_path / "out") if row["image_id"] == "again.jpg")
+    assert (twin["status"], twin["duplicate_of"]) == ("duplicate", "even/002.jpg")
+    assert summary.counts == {"ok": 100, "duplicate": 1}
+
+
+def test_only_failed_images_are_retried(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    good = (photographs / "even" / "000.jpg").read_bytes()
+    (photographs / "even" / "000.jpg").write_bytes(good[:300])
+    (photographs / "odd" / "001.jpg").write_bytes(b"")
+    assert run(str(photographs), str(output)).error_counts == {"truncated": 1, "empty_file": 1}
+    assert run(str(photographs), str(output)).num_new == 0
+    stat = (photographs / "even" / "000.jpg").stat()
+    (photographs / "even" / "000.jpg").write_bytes(good[:300].ljust(300))  # the change is not what makes it retried
+    os.utime(photographs / "even" / "000.jpg", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    summary = run(str(photographs), str(output), retry_failed=True)
+
+    assert (summary.num_new, summary.num_images) == (2, 100)
+    assert summary.error_counts == {"truncated": 1, "empty_file": 1}
+    assert len(read(output)) == 100
+
+
+def test_a_changed_file_under_an_old_name_is_captioned_again(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(str(photographs), str(output))
+    changed = encode(photo(90, 30), "JPEG")
+    (photographs / "odd" / "051.jpg").write_bytes(changed)
+
+    summary = run(str(photographs), str(output))
+
+    assert summary.num_new == 1
+    rows = {row["image_id"]: row["caption"] for row in read(output)}
+    assert len(rows) == 100
+    assert rows["odd/051.jpg"] == expected(changed)
+
+
+def test_overwriting_removes_the_old_only_once_the_new_stands(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(str(photographs), str(output), limit=40)
+    before = read(output)
+    words = frozenset({expected((photographs / "odd" / "099.jpg").read_bytes())})
+    new = partial(FailsOn, words=words)
+
+    with pytest.raises(ImcapError, match="planted"):
+        run(str(photographs), str(output), load_captioner=new, overwrite=True, num_actors=1, batch_size=8)
+    assert read(output) == before
+    num_written = len(CaptionsFolder(str(output)).next().done_ids())
+    summary = run(str(photographs), str(output), overwrite=True)
+
+    assert summary.num_new == 100 - num_written
+    assert len(read(output)) == 100
+    assert not list((output / "_imcap").glob("next/*"))
+    assert run(str(photographs), str(output)).num_new == 0
+    other = run(str(photographs), str(output), overwrite=True, load_captioner=partial(EchoCaptioner, fingerprint="b"))
+    assert other.num_new == 100
+    assert json.loads((output / "_imcap" / "run.json").read_text())["model_fingerprint"] == "b"
+
+
+def test_an_image_without_memory_for_it_is_a_failed_row(run: Run, photographs: Path, tmp_path: Path) -> None:
+    words = frozenset({expected((photographs / "odd" / "077.jpg").read_bytes())})
+
+    summary = run(str(photographs), str(tmp_path / "out"), load_captioner=partial(TooLargeFor, words=words), limit=90)
+
+    assert summary.counts == {"ok": 89, "failed": 1}
+    assert summary.error_counts == {"out_of_memory": 1}
+    assert "8 images were computed at a time" in summary.bound
+
+
+def test_images_that_are_all_gone_stop_the_run(run: Run, photographs: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+
+    def unmount(line: str) -> None:
+        """The folder goes away between its listing and the reading."""
+        if line.startswith("captioning"):
+            photographs.rename(gone)
+
+    with pytest.raises(ImcapError, match="cannot be read any more.*the same command goes on"):
+        run(str(photographs), str(tmp_path / "out"), echo=unmount)
+    gone.rename(photographs)
+
+    assert run(str(photographs), str(tmp_path / "out")).counts == {"ok": 100}
+
+
+def test_a_run_that_was_taken_over_writes_no_more(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def load() -> EchoCaptioner:
+        if (output / "_imcap" / "owner").exists():
+            (output / "_imcap" / "owner").write_text("another")
+        return EchoCaptioner()
+
+    with pytest.raises(ImcapError, match="another run has taken over"):
+        run(str(photographs), str(output), load_captioner=load)
+
+    assert not list(output.glob("*.parquet"))
 
 
 def test_too_many_failures_are_an_error_after_all_is_written(run: Run, photographs: Path, tmp_path: Path) -> None:

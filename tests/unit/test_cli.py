@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -19,6 +20,9 @@ from imcap_ray import __version__
 from imcap_ray.captioner import Captioner
 from imcap_ray.cli import main
 from imcap_ray.datasets import load_dataset
+from imcap_ray.escaping import printable
+from imcap_ray.manifest import CAPTIONS_SCHEMA
+from tests import small_data
 
 COMMANDS = ["caption", "demo", "evaluate", "model", "report", "submit", "train"]
 
@@ -179,6 +183,152 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, photograph: Pa
 
     assert result.exit_code == 130
     assert result.stderr.startswith("imcap: interrupted; what is written is kept")
+
+
+# ---- names and captions that are not meant well
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script> ](http://x) | `id` \u202egpj.\x9b31m"
+
+
+def without_control_characters(text: str) -> bool:
+    return all(letter == "\n" or (letter.isprintable() or ord(letter) > 0x9F) for letter in text) and not (
+        set("\u202e\u2028\x9b") & set(text)
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["caption", HOSTILE],
+        ["caption", HOSTILE, "out"],
+        ["caption", "one.jpg", "--model", HOSTILE],
+        ["evaluate", HOSTILE, HOSTILE],
+        ["report", HOSTILE],
+        ["model", HOSTILE],
+        ["submit", HOSTILE],
+        ["train", "data", "out", "--recipe", HOSTILE],
+    ],
+)
+def test_a_hostile_name_in_an_error_is_one_line_of_letters(arguments: list[str]) -> None:
+    line = mistake(*(argument.replace("/", "_") for argument in arguments))
+
+    assert without_control_characters(line)
+
+
+def test_a_hostile_name_in_a_table_is_told_in_letters(tmp_path: Path, flickr8k: Path) -> None:
+    pq.write_table(pa.table({"image_id": [HOSTILE], "caption": ["x"]}), tmp_path / "a.parquet")
+    assert without_control_characters(mistake("evaluate", tmp_path / "a.parquet", flickr8k))
+
+    pq.write_table(pa.table({"image_path": [f"/elsewhere/{HOSTILE}"], "caption": ["x"]}), tmp_path / "b.parquet")
+    line = mistake("evaluate", tmp_path / "a.parquet", tmp_path / "b.parquet")
+    assert "--allow-outside-paths" in line
+    assert without_control_characters(line)
+
+
+def test_a_caption_of_a_hostile_vocabulary_is_printed_in_letters(photograph: Path, tmp_path: Path) -> None:
+    words = ("<b>", "\x1b[2J", "\u202e", "](x)", "|", "\x9b31m", "\x7f")
+    model = small_data.write_model_folder(tmp_path / "model", words=words)
+    said = Captioner.load(model, device="cpu").caption([photograph])[0].text
+    assert not without_control_characters(said), "the test's model says nothing hostile"
+
+    shown = imcap("caption", photograph, "--model", model).stdout
+    as_json = imcap("caption", photograph, "--model", model, "--json").stdout
+
+    assert without_control_characters(shown)
+    assert shown == f"{printable(said)}\n"
+    assert without_control_characters(as_json)
+    assert json.loads(as_json)["caption"] == said
+
+
+def test_hostile_references_are_scored_and_shown_in_letters(tmp_path: Path) -> None:
+    references = {"image_id": ["a", "b"], "captions": [[HOSTILE, HOSTILE], [HOSTILE]], "split": ["test"] * 2}
+    pq.write_table(pa.table(references), tmp_path / "references.parquet")
+    pq.write_table(pa.table({"image_id": ["a", "b"], "caption": [HOSTILE, "a cat"]}), tmp_path / "captions.parquet")
+    arguments = ["evaluate", tmp_path / "captions.parquet", tmp_path / "references.parquet", "--save", tmp_path / "s"]
+
+    shown, as_json = imcap(*arguments).stdout, imcap(*arguments, "--json").stdout
+
+    for text in (shown, as_json):
+        assert "script" in text
+        assert without_control_characters(text)
+    assert json.loads(as_json) == json.loads((tmp_path / "s" / "scores.json").read_text())
+    markdown = (tmp_path / "s" / "scores.md").read_text()
+    assert r"\<script\>alert(1)\</script\>" in markdown
+    assert without_control_characters(markdown)
+
+
+# ---- files that a table may not name
+
+
+@pytest.fixture
+def captions_elsewhere(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
+    """A captions table whose image lies neither below it nor in the input of a run."""
+    (tmp_path / "elsewhere.jpg").write_bytes(make_jpeg(1))
+    (tmp_path / "captions").mkdir()
+    row = {"image_id": "a", "image_path": f"{tmp_path}/elsewhere.jpg", "caption": "a dog", "status": "ok"}
+    row |= {"error_code": "", "error_message": "", "confidence": 0.5}
+    pq.write_table(pa.Table.from_pylist([row], schema=CAPTIONS_SCHEMA), tmp_path / "captions" / "part-0.parquet")
+    return tmp_path / "captions"
+
+
+def test_a_report_shows_no_file_that_lies_elsewhere_unless_told_to(captions_elsewhere: Path) -> None:
+    line = mistake("report", captions_elsewhere)
+
+    for words in ("image 'a'", "elsewhere.jpg", f"leads out of {captions_elsewhere};", "--allow-outside-paths"):
+        assert words in line
+    assert not (captions_elsewhere / "report.html").exists()
+    assert imcap("report", captions_elsewhere, "--allow-outside-paths").exit_code == 0
+    assert "data:image/jpeg" in (captions_elsewhere / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["", "list.parquet"])
+def test_a_report_shows_the_files_of_the_runs_input(captions_elsewhere: Path, name: str) -> None:
+    (captions_elsewhere / "_imcap").mkdir()
+    run = {"input": str(captions_elsewhere.parent / name)}
+    (captions_elsewhere / "_imcap" / "run.json").write_text(json.dumps(run))
+
+    assert imcap("report", captions_elsewhere).exit_code == 0
+    assert "data:image/jpeg" in (captions_elsewhere / "report.html").read_text()
+
+
+def test_training_data_may_name_files_elsewhere_only_when_told_to(tmp_path: Path, captions: Path) -> None:
+    data = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"image_path": ["/elsewhere/a.jpg"], "caption": ["x"]}), data)
+
+    # An address that is none ends a training after its data are read and before Ray starts.
+    for command in (["train", data, tmp_path / "out", "--address", "http://x"], ["evaluate", captions, data]):
+        assert "leads out of" in mistake(*command)
+        assert "leads out of" not in mistake(*command, "--allow-outside-paths", "--quiet")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- secrets
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["caption", "s3://AKIA:planted@bucket/images", "out"],
+        ["caption", "photographs", "s3://AKIA:planted@bucket/captions"],
+        ["caption", "https://host/a.jpg?X-Amz-Signature=planted"],
+        ["caption", "one.jpg", "--model", "s3://AKIA:planted@bucket/model"],
+        ["train", "s3://AKIA:planted@bucket/data", "out"],
+        ["evaluate", "captions", "s3://AKIA:planted@bucket/data"],
+        ["report", "s3://AKIA:planted@bucket/captions"],
+        ["model", "s3://AKIA:planted@bucket/model"],
+        ["submit", "caption", "s3://AKIA:planted@bucket/images", "s3://bucket/captions"],
+        ["submit", "caption", "s3://b/images", "s3://b/captions", "--model=s3://b/model?secret_key=planted"],
+    ],
+)
+def test_a_secret_in_an_argument_is_refused_and_not_repeated(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        (tmp_path / "photographs").mkdir()
+        line = mistake(*arguments)
+
+    assert "holds a secret" in line
+    assert "planted" not in line
+    assert os.listdir(tmp_path) == ["photographs"]
 
 
 # ---- one image

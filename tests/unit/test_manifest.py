@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import manifest, storage
+from imcap_ray.datasets import load_dataset
 from imcap_ray.errors import InputError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
@@ -41,7 +43,7 @@ def target(tmp_path: Path) -> str:
 
 def read(folder: str) -> list[dict[str, Any]]:
     """The manifest's rows in the order of their numbers, its laws checked on the way."""
-    tables = [pq.read_table(location) for location, _ in storage.list_files(folder)]
+    tables = [pq.read_table(location) for location in storage.list_parquet(folder)]
     assert all(table.schema == MANIFEST_SCHEMA for table in tables)
     rows: list[dict[str, Any]] = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["manifest_id"])
     assert [row["manifest_id"] for row in rows] == list(range(len(rows)))
@@ -255,14 +257,83 @@ def test_ids_may_be_numbers(source: Path, target: str) -> None:
 
 
 def test_paths_start_at_the_tables_folder(source: Path, target: str) -> None:
-    paths = ["a.jpg", "deep/b.jpg", "/elsewhere/c.jpg", "s3://bucket/d.jpg"]
-    build_manifest(str(write_table(source / "list.parquet", {"path": paths, "title": ["x"] * 4})), target)
+    paths = ["a.jpg", "deep/b.jpg", f"{source}/c.jpg", f"file://{source}/d.jpg", "deep/../e.jpg"]
+    build_manifest(str(write_table(source / "list.parquet", {"path": paths, "title": ["x"] * 5})), target)
 
     rows = read(target)
 
     assert [row["image_id"] for row in rows] == paths
-    assert [row["image_path"] for row in rows] == [f"{source}/a.jpg", f"{source}/deep/b.jpg", *paths[2:]]
+    assert [storage.absolute(row["image_path"]) for row in rows] == [
+        f"{source}/{name}" for name in ("a.jpg", "deep/b.jpg", "c.jpg", "d.jpg", "e.jpg")
+    ]
     assert {row["table_path"] for row in rows} == {""}
+
+
+OUTSIDE = ["/elsewhere/c.jpg", "s3://bucket/d.jpg", "../e.jpg", "deep/../../e.jpg", "file:///elsewhere/f.jpg"]
+
+
+@pytest.mark.parametrize("path", OUTSIDE)
+@pytest.mark.parametrize("kind", ["path", "struct", "struct among others", "struct without statistics"])
+def test_a_path_that_leads_out_of_the_folder_is_refused_before_anything_is_written(
+    source: Path, target: str, path: str, kind: str
+) -> None:
+    paths = ["a.jpg", "b.jpg", "c.jpg", "d.jpg", path]
+    images = [IMAGES[0] if kind == "struct among others" else None] * 4 + [None]
+    column = {"path": paths} if kind == "path" else {"image": hugging_face(images, paths)}
+    table = source / "list.parquet"
+    pq.write_table(pa.table(column), table, row_group_size=3, write_statistics=kind != "struct without statistics")
+
+    with pytest.raises(InputError) as caught:
+        build_manifest(str(table), target)
+
+    for words in (f"{table}, row 4: ", repr(path), f" {source};", "--allow-outside-paths"):
+        assert words in str(caught.value)
+    assert not Path(target).exists()
+    assert build_manifest(str(table), target, limit=3).num_images == 3
+
+
+@pytest.mark.parametrize("kind", ["path", "struct"])
+def test_a_path_may_lead_anywhere_when_that_is_allowed(source: Path, target: str, kind: str) -> None:
+    column = {"path": OUTSIDE} if kind == "path" else {"image": hugging_face([None] * 5, OUTSIDE)}
+    write_table(source / "list.parquet", column)
+
+    build_manifest(str(source / "list.parquet"), target, allow_outside_paths=True)
+
+    assert [row["image_path"] for row in read(target)] == [
+        *OUTSIDE[:2],
+        f"{source}/../e.jpg",
+        f"{source}/deep/../../e.jpg",
+        OUTSIDE[4],
+    ]
+
+
+def test_a_path_may_lead_from_a_tables_folder_to_another_of_the_same_input(source: Path, target: str) -> None:
+    (source / "tables").mkdir()
+    write_table(source / "tables" / "list.parquet", {"path": ["../images/a.jpg"]})
+
+    assert build_manifest(str(source), target).num_images == 1
+    with pytest.raises(InputError, match=f"leads out of {source}/tables;"):
+        build_manifest(str(source / "tables"), f"{target}2")
+
+
+def test_a_link_in_the_folder_is_followed_wherever_it_leads(source: Path, tmp_path: Path, target: str) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jpg").write_bytes(IMAGES[0])
+    (source / "linked").symlink_to(tmp_path / "elsewhere")
+    write_table(source / "list.parquet", {"path": ["linked/a.jpg"]})
+
+    build_manifest(str(source / "list.parquet"), target)
+
+    assert storage.read_bytes(read(target)[0]["image_path"]) == IMAGES[0]
+
+
+def test_a_path_with_a_secret_is_refused_even_where_paths_may_lead_out(source: Path, target: str) -> None:
+    signed = "https://bucket.s3.amazonaws.com/a.jpg?X-Amz-Signature=planted"
+    path = write_table(source / "list.parquet", {"path": ["a.jpg", signed]})
+
+    with pytest.raises(InputError, match=f"{path}, row 1: ") as caught:
+        build_manifest(str(path), target, allow_outside_paths=True)
+    assert "planted" not in str(caught.value)
 
 
 def test_hugging_faces_struct_gives_bytes_and_names(source: Path, target: str) -> None:
@@ -275,15 +346,25 @@ def test_hugging_faces_struct_gives_bytes_and_names(source: Path, target: str) -
 
 
 def test_hugging_faces_struct_may_point_at_a_file_instead(source: Path, target: str) -> None:
-    (source / "images").mkdir()
-    (source / "images" / "b.jpg").write_bytes(IMAGES[1])
     images = hugging_face([IMAGES[0], None, None], ["a.jpg", "images/b.jpg", None])
     path = write_table(source / "train.parquet", {"image": images})
 
     build_manifest(str(path), target)
 
-    assert ids(target) == ["train.parquet#0", "train.parquet#1", "train.parquet#2"]  # the last one has no name
-    assert captured_bytes(read(target)) == [IMAGES[0], IMAGES[1], None]
+    rows = read(target)
+    assert [row["image_id"] for row in rows] == ["train.parquet#0", "train.parquet#1", "train.parquet#2"]
+    assert [row["image_path"] for row in rows] == ["", f"{source}/images/b.jpg", ""]
+    assert captured_bytes([rows[0], rows[2]]) == [IMAGES[0], None]
+
+
+def test_a_path_beside_bytes_is_a_name_and_may_be_any(source: Path, target: str) -> None:
+    path = write_table(source / "train.parquet", {"image": hugging_face(IMAGES[:5], OUTSIDE)})
+
+    build_manifest(str(path), target)
+
+    rows = read(target)
+    assert [(row["image_id"], row["image_path"]) for row in rows] == [(name, "") for name in OUTSIDE]
+    assert captured_bytes(rows) == IMAGES[:5]
 
 
 def test_names_that_are_not_unique_are_no_ids(source: Path, target: str) -> None:
@@ -387,6 +468,57 @@ def test_a_damaged_table_is_named_even_if_it_is_the_second(source: Path, target:
         build_manifest(str(source), target)
 
 
+# ---- pickles
+
+
+class Trap:
+    """Makes a folder of this name when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+def pickled(path: Path) -> pa.Array:
+    """A column as Ray Data writes it for values that Arrow has no type for."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    return pa.ExtensionArray.from_storage(ArrowPythonObjectType(), pa.array([pickle.dumps(Trap(path))], "large_binary"))
+
+
+def test_the_trap_of_these_tests_snaps(tmp_path: Path) -> None:
+    pa.table({"image": pickled(tmp_path / "snapped")}).to_pylist()
+
+    assert (tmp_path / "snapped").exists()
+
+
+@pytest.mark.parametrize("place", ["bytes", "column", "id", "elsewhere"])
+def test_a_table_with_pickled_objects_is_refused_and_nothing_in_it_runs(
+    source: Path, target: str, tmp_path: Path, place: str
+) -> None:
+    trap, names = pickled(tmp_path / "snapped"), pa.array(["a.jpg"])
+    columns = {
+        "bytes": {"image": pa.StructArray.from_arrays([trap, names], ["bytes", "path"])},
+        "column": {"image": trap},
+        "id": {"image_path": names, "image_id": trap},
+        "elsewhere": {"image_path": names, "notes": pa.ListArray.from_arrays([0, 1], trap)},
+    }[place]
+    path = write_table(source / "a.parquet", columns)
+
+    for read_it in (
+        lambda: build_manifest(str(path), target),
+        lambda: list(read_table_images(str(path), row_group=0, rows={0})),
+        lambda: load_dataset(str(path)),
+        lambda: open_captions(str(path)),
+    ):
+        with pytest.raises(InputError, match="a.parquet: the column .* holds pickled Python objects, which run code"):
+            read_it()
+    assert not (tmp_path / "snapped").exists()
+    assert not Path(target).exists()
+
+
 # ---- captions
 
 
@@ -424,3 +556,33 @@ def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no table")
     with pytest.raises(InputError, match="is not readable Parquet"):
         open_captions(str(tmp_path))
+
+
+def test_what_is_known_is_found_in_whichever_part_it_stands(
+    source: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("imcap_ray.manifest.ROWS_PER_PART", 3)
+    touch(source, *(f"{number}.jpg" for number in range(1, 17, 2)))
+    build_manifest(str(source), target)
+    before = {row["image_id"]: row["manifest_id"] for row in read(target)}
+    touch(source, *(f"{number}.jpg" for number in range(0, 17, 2)), "below/1.jpg")
+    (source / "7.jpg").write_bytes(b"changed")
+
+    summary = build_manifest(str(source), target)
+
+    after = {row["image_id"]: row["manifest_id"] for row in read(target)}
+    assert len(storage.list_parquet(target)) > 5
+    assert len(after) == 18
+    assert before.items() <= after.items()
+    assert summary.changed["image_id"].to_pylist() == ["7.jpg"]
+    assert summary.changed["manifest_id"].to_pylist() == [before["7.jpg"]]
+    assert build_manifest(str(source), target).changed["image_id"].to_pylist() == ["7.jpg"]
+
+
+def test_an_output_among_the_tables_of_its_input_is_refused(source: Path, target: str) -> None:
+    write_table(source / "a.parquet", {"image": IMAGES})
+
+    with pytest.raises(InputError, match="lies among the tables"):
+        build_manifest(str(source), target, output=str(source / "captions"))
+
+    build_manifest(str(source), target, output=str(source.parent / "captions"))

@@ -1,0 +1,391 @@
+"""The folder of a captioning run: whose it is, what is done in it, and rows that are changed or taken out later.
+
+    OUTPUT/*.parquet          the parts: rows of `CAPTIONS_SCHEMA`
+    OUTPUT/_imcap/run.json    settings, versions, counts, state
+                  manifest/   every image of the input with its number
+                  done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
+                  owner       the run that may write here
+                  forget.parquet  images being taken out of parts and done; only there while that happens
+                  next/       what `--overwrite` makes, until it takes the place of all this
+
+A part counts when its file in done/ exists, and everything here can be repeated after a crash at any line: what is
+half done is finished, or taken back, by `recover`. Knows nothing of Ray but how it names parts and the files in done/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import duckdb
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+from imcap_ray import storage
+from imcap_ray.errors import ImcapError, OutputError
+from imcap_ray.manifest import (
+    CAPTIONS_SCHEMA,
+    DUPLICATE,
+    FAILED,
+    MANIFEST_SCHEMA,
+    OK,
+    read_table,
+    update_manifest,
+    write_table,
+)
+
+RUN_FILE: Final = "run.json"
+WORK_FOLDER: Final = "_imcap"
+_ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
+PART_NAME: Final = re.compile(r"[0-9a-f]{32}_[0-9]{6,}\.parquet")
+"""Ray's names of parts; other files in the output are somebody else's, and left alone."""
+
+PENDING_SUFFIX: Final = ".pending.parquet"  # Ray's, of a file in done/ before the part is complete
+
+IDENTITY: Final = {
+    "input": "input",
+    "model_fingerprint": "model",
+    "search": "search settings",
+    "schema_version": "version of the schema",
+}
+"""What must not change between a run and its resumption, and how people call it."""
+
+QUERY_MEMORY: Final = "1GB"
+"""What questions over all rows may take; DuckDB works through more than that on disk."""
+
+
+class CaptionsFolder:
+    """The output of a captioning run, at a path or URI."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.work = storage.join(location, WORK_FOLDER)
+        self.manifest = storage.join(self.work, "manifest")
+        self.done = storage.join(self.work, "done")
+        self._forget = storage.join(self.work, "forget.parquet")
+
+    # --- whose it is ---
+
+    def read_run(self) -> dict[str, Any] | None:
+        """What run.json says; None where there is none."""
+        place = storage.join(self.work, RUN_FILE)
+        if not storage.exists(place):
+            return None
+        try:
+            run = json.loads(storage.read_bytes(place))
+        except ValueError as error:
+            raise OutputError(f"{place} is damaged: {error}; choose another OUTPUT, or remove this one") from error
+        return run if isinstance(run, dict) else {}
+
+    def write_run(self, run: Mapping[str, Any]) -> None:
+        """Replace run.json."""
+        storage.write_bytes(storage.join(self.work, RUN_FILE), json.dumps(run, indent=2).encode())
+
+    def claim(self, identity: Mapping[str, Any]) -> None:
+        """Raise OutputError if something else has made this folder; `identity` has the keys of `IDENTITY`."""
+        run = self.read_run()
+        if run is None:
+            if storage.is_file(self.location) or (storage.is_folder(self.location) and self._is_somebody_elses()):
+                raise OutputError(f"{self.location} exists and is no captions folder of imcap: choose another OUTPUT")
+            return
+        for key, name in IDENTITY.items():
+            if run.get(key) != identity[key]:
+                raise OutputError(
+                    f"{self.location} was made with another {name} ({_short(run.get(key))}, now "
+                    f"{_short(identity[key])}): choose another OUTPUT, or give --overwrite to start anew"
+                )
+
+    def _is_somebody_elses(self) -> bool:
+        """Whether there is more than a run leaves that was killed in its first moment."""
+        names = (file.name for file in storage.list_files(self.location))
+        return any(name != f"{WORK_FOLDER}/owner" and not name.startswith(f"{WORK_FOLDER}/.") for name in names)
+
+    def is_of(self, identity: Mapping[str, Any]) -> bool:
+        """Whether a run of this identity has begun here."""
+        run = self.read_run()
+        return run is not None and all(run.get(key) == identity[key] for key in IDENTITY)
+
+    def discard(self) -> None:
+        """Leave no trace of a run that could not begin."""
+        storage.remove(self.work)
+        if storage.is_folder(self.location) and not any(True for _ in storage.list_files(self.location)):
+            storage.remove(self.location)
+
+    def take_over(self) -> str:
+        """Become the one run that may write here; the name under which `is_owner` knows it.
+
+        A process of a run that was thought dead writes nothing after that.
+        """
+        token = uuid.uuid4().hex
+        storage.write_bytes(storage.join(self.work, "owner"), token.encode())
+        return token
+
+    # --- what is done ---
+
+    def parts(self) -> list[str]:
+        """The Parquet files of captions that are noted as done."""
+        noted = {_name(path) for path in self._done_files()}
+        return [path for path in self._own_parts() if _name(path) in noted]
+
+    def _own_parts(self) -> list[str]:
+        return [path for path in storage.list_parquet(self.location) if PART_NAME.fullmatch(_name(path))]
+
+    def done_ids(self) -> npt.NDArray[np.int64]:
+        """Manifest ids of the images whose rows are written, sorted; eight bytes for each in memory."""
+        parts = [read_table(path)["manifest_id"].to_numpy() for path in self._done_files()]
+        return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+    def count_manifest(self) -> int:
+        """Images of the input."""
+        return sum(_num_rows(path) for path in storage.list_parquet(self.manifest))
+
+    def check_accounts(self) -> None:
+        """Raise ImcapError unless every image of the manifest is exactly one row."""
+        with self._questions() as database:
+            lost, repeated = database.execute(
+                "SELECT count(*) FILTER (WHERE n = 0), count(*) FILTER (WHERE n > 1) FROM ("
+                "  SELECT sum(is_row) AS n FROM ("
+                "    SELECT image_id, 0 AS is_row FROM manifest UNION ALL SELECT image_id, 1 FROM captions"
+                "  ) GROUP BY image_id)"
+            ).fetchall()[0]
+            strangers = database.execute("SELECT count(*) FROM captions ANTI JOIN manifest USING (image_id)").fetchall()
+        ids = self.done_ids()
+        num_images, num_done = self.count_manifest(), len(ids) - np.count_nonzero(ids[1:] == ids[:-1])
+        if lost or repeated or strangers[0][0] or num_done != num_images:
+            raise ImcapError(
+                f"the accounts of {self.location} do not add up: of {num_images:,} images {num_done:,} are noted as "
+                f"done, {lost:,} have no row, {repeated:,} have several, {strangers[0][0]:,} rows have no image"
+            )
+
+    # --- after a crash ---
+
+    def recover(self) -> None:
+        """Finish or take back what a dead run was doing, so that what lies here is whole."""
+        self.finish_replacement()
+        for folder in (self.location, self.work, self.manifest, self.done):
+            storage.remove_temporary(folder)
+        for path in storage.list_parquet(self.done):
+            if path.endswith(PENDING_SUFFIX):
+                storage.remove(path)
+        parts = {_name(path): path for path in self._own_parts()}
+        notes = {_name(path): path for path in self._done_files()}
+        for name in parts.keys() | notes.keys():
+            # A part was written and not noted, or the other way round by a process that outlived its run, or a power
+            # cut has left one of them empty.
+            if not (name in parts and name in notes and _is_whole(parts[name]) and _is_whole(notes[name])):
+                for place in (parts.get(name), notes.get(name)):
+                    if place:
+                        storage.remove(place)
+        if storage.exists(self._forget):
+            self._forget_now()
+
+    # --- rows taken out and changed ---
+
+    def forget_failed(self) -> int:
+        """Take out the rows of failed images, so that they are captioned again; how many."""
+        with self._questions() as database:
+            ids = _query(
+                database,
+                f"SELECT manifest_id, image_id FROM captions JOIN manifest USING (image_id) WHERE status = '{FAILED}'",
+            )
+        return self._take_out(ids)
+
+    def forget_changed(self, changed: pa.Table) -> int:
+        """Take out the rows of images whose files have changed, given as rows of the manifest; how many."""
+        count = self._take_out(changed.select(["manifest_id", "image_id"]))
+        update_manifest(self.manifest, changed)
+        return count
+
+    def settle_duplicates(self) -> int:
+        """Give images of the same bytes the same answer; how many rows were taken out, for want of one.
+
+        A run captions the first that it meets and writes the others as duplicates of nothing yet. Here they get the
+        answer of their twin. The one that all others name is the first in the manifest: who that is must not depend on
+        which process was faster. Rows taken out are those whose twins have no answer either; they are to be captioned.
+        """
+        with self._questions() as database:
+            database.execute(
+                "CREATE TEMP TABLE twins AS SELECT sha256, image_id, manifest_id, status, duplicate_of "
+                "FROM captions JOIN manifest USING (image_id) WHERE sha256 <> '' AND "
+                f"(status = '{DUPLICATE}' OR sha256 IN (SELECT sha256 FROM captions GROUP BY ALL HAVING count(*) > 1))"
+            )
+            database.execute(
+                "CREATE TEMP TABLE groups AS SELECT sha256, captioned IS NULL AS has_failed, original, "
+                "coalesce(captioned, failed) AS source "
+                "FROM (SELECT sha256, arg_min(image_id, manifest_id) AS original, "
+                f"arg_min(image_id, manifest_id) FILTER (status = '{OK}' OR duplicate_of <> '') AS captioned, "
+                f"arg_min(image_id, manifest_id) FILTER (status = '{FAILED}') AS failed FROM twins GROUP BY sha256)"
+            )
+            database.execute(
+                "CREATE TEMP TABLE wanted AS SELECT image_id, source, "
+                f"CASE WHEN has_failed THEN '{FAILED}' WHEN image_id = original THEN '{OK}' ELSE '{DUPLICATE}' END "
+                "AS status, "
+                "CASE WHEN has_failed OR image_id = original THEN '' ELSE original END AS duplicate_of "
+                "FROM twins JOIN groups USING (sha256) WHERE source IS NOT NULL"
+            )
+            database.execute(
+                "CREATE TEMP TABLE changes AS SELECT wanted.* FROM wanted JOIN twins USING (image_id) "
+                "WHERE wanted.status <> twins.status OR wanted.duplicate_of <> twins.duplicate_of"
+            )
+            orphans = _query(
+                database, "SELECT manifest_id, image_id FROM twins JOIN groups USING (sha256) WHERE source IS NULL"
+            )
+            if database.execute("SELECT count(*) FROM changes").fetchall() != [(0,)]:
+                database.execute(
+                    f"CREATE TEMP TABLE sources AS SELECT image_id, {', '.join(_ANSWER)} FROM captions "
+                    "WHERE image_id IN (SELECT source FROM changes)"
+                )
+                for path in self.parts():
+                    _apply_changes(path, database)
+        return self._take_out(orphans)
+
+    def _take_out(self, ids: pa.Table) -> int:
+        """Take out rows, given by the columns manifest_id and image_id; how many."""
+        if ids.num_rows:
+            write_table(self._forget, ids)
+            self._forget_now()
+        return int(ids.num_rows)
+
+    def _forget_now(self) -> None:
+        """Take the noted images out of the parts, then out of done: the other way round a crash would caption twice."""
+        ids = read_table(self._forget)
+        for path in self.parts():
+            _leave_out(path, "image_id", ids["image_id"])
+        for path in self._done_files():
+            _leave_out(path, "manifest_id", ids["manifest_id"])
+        storage.remove(self._forget)
+
+    # --- a new one in the place of the old ---
+
+    def next(self) -> CaptionsFolder:
+        """Where `--overwrite` makes the new rows; readers of the old ones do not see them."""
+        return CaptionsFolder(storage.join(self.work, "next"))
+
+    def finish_replacement(self) -> bool:
+        """Finish putting the new in the place of the old, if a dead run was at it; whether it was."""
+        is_pending = self.next()._is_complete()
+        if is_pending:
+            self.replace_by_next()
+        return is_pending
+
+    def replace_by_next(self) -> None:
+        """Put the finished new rows in the place of the old: first these appear, then those go."""
+        new = self.next()
+        self.take_over()  # nobody who wrote to the old may write to the new
+        for path in new._own_parts():
+            storage.move(path, storage.join(self.location, _name(path)))
+        kept = {_name(path) for path in new._done_files()}
+        for path in self._own_parts():
+            if _name(path) not in kept:
+                storage.remove(path)
+        for folder, source in ((self.manifest, new.manifest), (self.done, new.done)):
+            storage.remove(folder)
+            for path in storage.list_parquet(source):
+                storage.write_bytes(storage.join(folder, _name(path)), storage.read_bytes(path))
+        run = new.read_run() or {}
+        self.write_run(run | {"output": self.location})
+        storage.remove(storage.join(new.work, RUN_FILE))  # from here on there is nothing to put in place
+        storage.remove(new.location)
+
+    def _is_complete(self) -> bool:
+        run = self.read_run()
+        return run is not None and run.get("state") == "complete"
+
+    def _done_files(self) -> list[str]:
+        return [path for path in storage.list_parquet(self.done) if not path.endswith(PENDING_SUFFIX)]
+
+    @contextmanager
+    def _questions(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """SQL over the tables `captions` and `manifest`, in bounded memory."""
+        with TemporaryDirectory() as folder, _told_as_ours(), duckdb.connect() as database:
+            database.execute(f"SET memory_limit = '{QUERY_MEMORY}'; SET preserve_insertion_order = false")
+            database.execute("SET temp_directory = ?", [folder])
+            database.register("captions", _dataset(self.parts(), CAPTIONS_SCHEMA))
+            database.register("manifest", _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA))
+            yield database
+
+
+@contextmanager
+def _told_as_ours() -> Iterator[None]:
+    try:
+        yield
+    except duckdb.Error as error:
+        raise ImcapError(f"a question over all rows failed: {error}") from error
+
+
+def is_owner(work: str, token: str) -> bool:
+    """Whether the run that took the name `token` may still write."""
+    return storage.read_bytes(storage.join(work, "owner")).decode() == token
+
+
+def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:
+    if not files:
+        return pads.dataset(schema.empty_table())
+    return pads.dataset(
+        [storage.resolve(path)[1] for path in files], filesystem=storage.resolve(files[0])[0], format="parquet"
+    )
+
+
+def _query(database: duckdb.DuckDBPyConnection, question: str) -> Any:
+    return database.sql(question).to_arrow_table()
+
+
+def _apply_changes(path: str, database: duckdb.DuckDBPyConnection) -> None:
+    """Rewrite a part whose rows are among `changes`, with the answers of `sources`."""
+    part = read_table(path)
+    database.register("part", part.select(["image_id"]).append_column("position", pa.array(range(part.num_rows))))
+    changes = _query(
+        database,
+        f"SELECT position, status, duplicate_of, {', '.join(f'sources.{name}' for name in _ANSWER)} "
+        "FROM part JOIN changes USING (image_id) JOIN sources ON sources.image_id = source",
+    )
+    if not changes.num_rows:
+        return
+    changed = part.take(changes["position"])
+    for number, field in enumerate(part.schema):
+        if field.name in changes.column_names:
+            changed = changed.set_column(number, field, changes[field.name].cast(field.type))
+    is_changed = pc.is_in(pa.array(range(part.num_rows)), value_set=changes["position"])
+    write_table(path, pa.concat_tables([part.filter(pc.invert(is_changed)), changed]))
+
+
+def _leave_out(path: str, column: str, values: pa.ChunkedArray) -> None:
+    """Rewrite a Parquet file without the rows that have one of these values; remove it when none is left."""
+    table = read_table(path)
+    kept = table.filter(pc.invert(pc.is_in(table[column], value_set=values)))
+    if not kept.num_rows:
+        storage.remove(path)
+    elif kept.num_rows < table.num_rows:
+        write_table(path, kept)
+
+
+def _is_whole(path: str) -> bool:
+    """Whether a file has its end. Asked on local disks only: an object is whole or not there."""
+    try:
+        return storage.is_uri(path) or pq.read_metadata(path).num_rows > 0
+    except (pa.ArrowInvalid, FileNotFoundError):
+        return False
+
+
+def _num_rows(path: str) -> int:
+    filesystem, inner = storage.resolve(path)
+    return int(pq.read_metadata(inner, filesystem=filesystem).num_rows)
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return f"{text[:12]}..." if is_digest else text

@@ -1,0 +1,59 @@
+"""Hashes of images -> which of them have come before. Lets a run caption the same bytes once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, Final
+
+import pyarrow.compute as pc
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rbloom import Bloom
+
+from imcap_ray.distributed.captions_folder import CaptionsFolder
+from imcap_ray.manifest import read_table
+
+FALSE_POSITIVE_RATE: Final = 1e-6
+"""29 bits an image: 360 MB for 100 million. An image taken for a duplicate by mistake is found at the end of the run
+to have no twin, and captioned then."""
+
+REMEMBERED_ANSWERS: Final = 100_000
+"""Images whose answer is kept for a task that is repeated; more than are in flight anywhere."""
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class ImageIndex:
+    """The hashes that a run has met. Made anew from the rows that are written if its process dies."""
+
+    def __init__(self, output: str, num_images: int) -> None:
+        self._met = Bloom(max(num_images, 1), FALSE_POSITIVE_RATE, hash_func=_to_int)
+        self._answers: OrderedDict[int, bool] = OrderedDict()
+        for part in CaptionsFolder(output).parts():
+            rows = read_table(part, ["sha256", "status", "duplicate_of"])
+            # Those that wait for a twin do not tell that there is one.
+            waits = pc.and_(pc.equal(rows["status"], "duplicate"), pc.equal(rows["duplicate_of"], ""))
+            hashes = rows.filter(pc.invert(waits))["sha256"]
+            self._met.update(bytes.fromhex(digest) for digest in hashes.to_pylist() if digest)
+
+    def have_come_before(self, manifest_ids: list[int], hashes: list[str]) -> list[bool]:
+        """For each image, whether another with its hash was asked for before. Asked again, it answers the same."""
+        return [self._has_come_before(*image) for image in zip(manifest_ids, hashes, strict=True)]
+
+    def _has_come_before(self, manifest_id: int, sha256: str) -> bool:
+        if manifest_id not in self._answers:
+            digest = bytes.fromhex(sha256)
+            self._answers[manifest_id] = digest in self._met
+            self._met.add(digest)
+            if len(self._answers) > REMEMBERED_ANSWERS:
+                self._answers.popitem(last=False)
+        return self._answers[manifest_id]
+
+
+def start_image_index(output: str, num_images: int) -> Any:
+    """An index beside the driver, for the loss of any other node to leave it alone."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ImageIndex.options(scheduling_strategy=here).remote(output, num_images)  # type: ignore[attr-defined]
+
+
+def _to_int(digest: bytes) -> int:
+    return int.from_bytes(digest[:16], "big", signed=True)

@@ -1,0 +1,116 @@
+"""Rows, one of which kills the process that works on it -> what comes of the others, and the one to blame.
+
+Ray tries work again for ever when its process dies, which is right for a node that vanished and wrong for an image
+whose decoder crashes. So work that comes a second time is handed to a process of its own, first as a whole, and if
+that dies too, row by row.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow as pa
+import ray
+from ray._private import worker
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from imcap_ray.errors import ImageError, ImcapError
+
+Work = Callable[[pa.Table], pa.Table]
+
+DEATHS_TO_BLAME: Final = 2
+"""Processes that must die of a row that they alone work on: one death may be somebody else's doing."""
+
+NODE_OUT_OF_MEMORY: Final = "NODE_OUT_OF_MEMORY"
+"""How Ray calls the death of an actor that it has killed for want of memory, in the error's text alone."""
+
+STARTS: Final = 5
+"""Attempts to start a process for isolated work before the run is given up."""
+
+
+def is_repeated_work() -> bool:
+    """Whether the process that had the work of this task, or was this actor, has died of something."""
+    # Ray 2.60 counts the attempts of tasks only, and says of actors that they were made anew.
+    core_worker = worker.global_worker.core_worker  # type: ignore[attr-defined]
+    return bool(
+        core_worker.get_current_task_attempt_number() > 0
+        or (ray.get_runtime_context().get_actor_id() and ray.get_runtime_context().was_current_actor_reconstructed)
+    )
+
+
+class Isolated:
+    """Work in a process of its own on this node, which may die without harm.
+
+    Args:
+        make: makes the work, in that process.
+        memory_limit: bytes that the process may take; None: no limit. An image that needs more raises MemoryError
+            there, before the node runs out of memory and kills what has nothing to do with it.
+    """
+
+    def __init__(self, make: Callable[[], Work], *, memory_limit: int | None = None) -> None:
+        self._arguments = (make, memory_limit, _visible_gpus())
+        self._process: Any = None
+
+    def __call__(self, rows: pa.Table) -> Iterator[tuple[pa.Table, pa.Table | ImageError]]:
+        """Pairs of rows and what came of them, or, for one row that kills, why there is nothing."""
+        done = self._try(rows)
+        if not isinstance(done, ImageError):
+            yield rows, done
+            return
+        for number in range(rows.num_rows):
+            row = rows.slice(number, 1)
+            for _ in range(DEATHS_TO_BLAME):
+                done = self._try(row)
+                if not isinstance(done, ImageError):
+                    break
+            yield row, done
+
+    def _try(self, rows: pa.Table) -> pa.Table | ImageError:
+        if self._process is None:
+            self._process = self._start()
+        try:
+            return ray.get(self._process.work.remote(rows))
+        except (RayActorError, OutOfMemoryError) as error:
+            self._process = None
+            is_memory = isinstance(error, OutOfMemoryError) or NODE_OUT_OF_MEMORY in str(error)
+            code, reason = ("out_of_memory", "took too much memory") if is_memory else ("internal", "died")
+            return ImageError(code, f"the process that worked on it alone {reason}, {DEATHS_TO_BLAME} times")
+
+    def _start(self) -> Any:
+        for _ in range(STARTS):
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+            process = _Process.options(scheduling_strategy=here).remote(*self._arguments)  # type: ignore[attr-defined]
+            try:
+                ray.get(process.start.remote())
+            except ActorDiedError:
+                continue  # whoever killed it, it was not an image: it has seen none
+            return process
+        raise ImcapError(f"a process for isolated work died {STARTS} times while it started")
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
+class _Process:
+    def __init__(self, make: Callable[[], Work], memory_limit: int | None, environment: Mapping[str, str]) -> None:
+        os.environ.update(environment)
+        self._make, self._memory_limit = make, memory_limit
+
+    def start(self) -> None:
+        self._work = self._make()
+        if self._memory_limit and sys.platform == "linux":
+            used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (used + self._memory_limit, hard))
+
+    def work(self, rows: pa.Table) -> pa.Table:
+        return self._work(rows)
+
+
+def _visible_gpus() -> dict[str, str]:
+    """This process's GPUs are the isolated one's too, which asks Ray for none of its own."""
+    return {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if os.environ.get(name)}

@@ -1,0 +1,402 @@
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray import storage
+from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
+from imcap_ray.errors import ImcapError, OutputError
+from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, build_manifest, read_table, write_table
+
+IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
+
+RUN, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
+"""As Ray names the parts of a run."""
+
+HASHES = {name: sha256(name.encode()).hexdigest() for name in "xyz"}
+
+
+def row(image_id: str, status: str = "ok", *, content: str = "", duplicate_of: str = "") -> dict[str, Any]:
+    """A row of an image; `content` names its bytes."""
+    has_caption = status == "ok" or bool(duplicate_of)
+    return {
+        "image_id": image_id,
+        "image_path": f"/in/{image_id}",
+        "caption": f"says {content or image_id}" if has_caption else "",
+        "captions": [f"says {content or image_id}"] if has_caption else [],
+        "confidence": 0.5 if has_caption else float("nan"),
+        "logprob": -1.0 if has_caption else float("nan"),
+        "num_tokens": 2 if has_caption else 0,
+        "status": status,
+        "error_code": "internal" if status == "failed" else "",
+        "error_message": "it died" if status == "failed" else "",
+        "width": 4,
+        "height": 3,
+        "format": "jpeg",
+        "sha256": HASHES.get(content, ""),
+        "duplicate_of": duplicate_of,
+    }
+
+
+def write_folder(location: Path, *parts: list[dict[str, Any]], manifest: Iterable[str] | None = None) -> CaptionsFolder:
+    """A captions folder of these parts; its manifest has their images in that order, or in the given one."""
+    folder = CaptionsFolder(str(location))
+    names = list(manifest) if manifest is not None else [one["image_id"] for part in parts for one in part]
+    entries = [
+        {"manifest_id": number, "image_id": name, "image_path": f"/in/{name}", "table_path": ""}
+        | {"row_group": -1, "row": -1, "size": 1, "modified_ns": 1}
+        for number, name in enumerate(names)
+    ]
+    write_table(storage.join(folder.manifest, "part-0.parquet"), pa.Table.from_pylist(entries, schema=MANIFEST_SCHEMA))
+    for number, part in enumerate(parts):
+        write_table(str(location / f"{RUN}_{number:06}.parquet"), pa.Table.from_pylist(part, schema=CAPTIONS_SCHEMA))
+        ids = pa.table({"manifest_id": pa.array([names.index(one["image_id"]) for one in part], pa.int64())})
+        write_table(storage.join(folder.done, f"{RUN}_{number:06}.parquet"), ids)
+    folder.write_run(IDENTITY | {"state": "running"})
+    return folder
+
+
+def rows(folder: CaptionsFolder) -> dict[str, tuple[str, str, str]]:
+    """Status, caption and duplicate_of of each image; each has one row."""
+    found = [one for part in folder.parts() for one in read_table(part).to_pylist()]
+    assert len({one["image_id"] for one in found}) == len(found)
+    return {one["image_id"]: (one["status"], one["caption"], one["duplicate_of"]) for one in found}
+
+
+def done_names(folder: CaptionsFolder) -> list[str]:
+    names = read_table(storage.list_parquet(folder.manifest)[0])["image_id"].to_pylist()
+    return [names[number] for number in folder.done_ids()]
+
+
+# ---- duplicates
+
+
+def test_a_waiting_duplicate_gets_the_answer_of_its_twin(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path, [row("a", content="x"), row("b", content="y")], [row("c", "duplicate", content="x")]
+    )
+
+    assert folder.settle_duplicates() == 0
+
+    assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("ok", "says y", ""), "c": ("duplicate", "says x", "a")}
+    assert read_table(folder.parts()[1]).schema == CAPTIONS_SCHEMA
+    twin = read_table(folder.parts()[1]).to_pylist()[0]
+    assert (twin["captions"], twin["confidence"], twin["num_tokens"]) == (["says x"], 0.5, 2)
+    folder.check_accounts()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [[row("b", content="x")], [row("a", "duplicate", content="x"), row("c", "duplicate", content="x")]],
+        [[row("c", content="x"), row("a", "duplicate", content="x")], [row("b", "duplicate", content="x")]],
+        [[row("a", content="x"), row("b", content="x")], [row("c", content="x")]],
+        [[row("a", "duplicate", content="x", duplicate_of="b"), row("b", content="x"), row("c", content="x")]],
+        [
+            [
+                row("c", "duplicate", content="x", duplicate_of="gone"),
+                row("a", "duplicate", content="x"),
+                row("b", content="x"),
+            ]
+        ],
+    ],
+)
+def test_the_first_of_the_manifest_is_the_original_whoever_was_captioned_first(
+    tmp_path: Path, parts: list[list[dict[str, Any]]]
+) -> None:
+    folder = write_folder(tmp_path, *parts, manifest="abc")
+
+    folder.settle_duplicates()
+
+    wanted = {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a"), "c": ("duplicate", "says x", "a")}
+    assert rows(folder) == wanted
+    before = [Path(part).stat().st_mtime_ns for part in folder.parts()]
+    assert folder.settle_duplicates() == 0
+    assert [Path(part).stat().st_mtime_ns for part in folder.parts()] == before
+
+
+def test_a_duplicate_without_a_twin_is_taken_out_to_be_captioned(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path,
+        [row("a", content="x"), row("b", "duplicate", content="y"), row("c", "duplicate", content="y")],
+        [row("d", "duplicate", content="z")],
+    )
+
+    assert folder.settle_duplicates() == 3
+
+    assert set(rows(folder)) == {"a"}
+    assert done_names(folder) == ["a"]
+
+
+def test_a_twin_whose_image_killed_its_process_is_not_tried_again(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", "failed", content="x"), row("b", "duplicate", content="x")])
+
+    assert folder.settle_duplicates() == 0
+
+    assert rows(folder) == {"a": ("failed", "", ""), "b": ("failed", "", "")}
+    assert [one["error_code"] for one in read_table(folder.parts()[0]).to_pylist()] == ["internal", "internal"]
+
+
+def test_failed_images_without_a_hash_are_no_twins(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", "failed"), row("b", "failed"), row("c", content="x")])
+    before = rows(folder)
+
+    assert folder.settle_duplicates() == 0
+
+    assert rows(folder) == before
+
+
+# ---- taken out
+
+
+def test_failed_rows_are_taken_out_and_nothing_else(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a"), row("b", "failed")], [row("c", "failed")], [row("d")])
+
+    assert folder.forget_failed() == 2
+
+    assert set(rows(folder)) == {"a", "d"}
+    assert done_names(folder) == ["a", "d"]
+    assert not storage.exists(storage.join(folder.work, "forget.parquet"))
+
+
+def test_what_a_crash_left_half_taken_out_is_finished(tmp_path: Path) -> None:
+    for crash_after in range(3):
+        folder = write_folder(tmp_path / str(crash_after), [row("a"), row("b")], [row("c"), row("d")])
+        journal = pa.table({"manifest_id": pa.array([1, 2], pa.int64()), "image_id": ["b", "c"]})
+        write_table(storage.join(folder.work, "forget.parquet"), journal)
+        if crash_after >= 1:  # one part is rewritten
+            write_table(folder.parts()[0], pa.Table.from_pylist([row("a")], schema=CAPTIONS_SCHEMA))
+        if crash_after >= 2:  # both, and one file of done
+            write_table(folder.parts()[1], pa.Table.from_pylist([row("d")], schema=CAPTIONS_SCHEMA))
+            write_table(storage.list_parquet(folder.done)[0], pa.table({"manifest_id": pa.array([0], pa.int64())}))
+
+        folder.recover()
+
+        assert set(rows(folder)) == {"a", "d"}
+        assert done_names(folder) == ["a", "d"]
+
+
+def test_a_part_that_is_not_noted_as_done_is_no_part(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a")], [row("b")], [row("c")])
+    done = storage.list_parquet(folder.done)
+    storage.move(done[1], done[1].replace(".parquet", ".pending.parquet"))
+    Path(done[2]).unlink()
+
+    folder.recover()
+
+    assert set(rows(folder)) == {"a"}
+    assert done_names(folder) == ["a"]
+    assert len(list(Path(folder.done).iterdir())) == 1
+
+
+def test_a_note_without_its_part_is_no_note(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a")], [row("b")])
+    Path(folder.parts()[1]).unlink()
+
+    folder.recover()
+
+    assert done_names(folder) == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["part", "note"])
+def test_what_a_power_cut_has_emptied_is_done_again(tmp_path: Path, kind: str) -> None:
+    folder = write_folder(tmp_path, [row("a")], [row("b")])
+    Path((folder.parts() if kind == "part" else storage.list_parquet(folder.done))[1]).write_bytes(b"")
+
+    folder.recover()
+
+    assert set(rows(folder)) == {"a"}
+    assert done_names(folder) == ["a"]
+
+
+def test_files_of_others_are_left_alone_and_those_of_killed_writers_are_not(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a")])
+    for name in ("merged.parquet", "notes.txt", ".hidden"):
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / f".{RUN}_000007.parquet.0123abcd").write_bytes(b"half")
+    Path(folder.done, f".{RUN}_000000.parquet.0123abcd").write_bytes(b"half")
+
+    folder.recover()
+
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{RUN}_000000.parquet",
+        "merged.parquet",
+        "notes.txt",
+        ".hidden",
+        "_imcap",
+    }
+    assert [path.name for path in Path(folder.done).iterdir()] == [f"{RUN}_000000.parquet"]
+
+
+def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x"), row("b", "duplicate", content="x")])
+    stray = tmp_path / f"{OTHER}_000000.parquet"
+    write_table(str(stray), pa.Table.from_pylist([row("b", content="x")], schema=CAPTIONS_SCHEMA))
+
+    assert folder.settle_duplicates() == 0
+    stray.unlink()
+
+    assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a")}
+
+
+def test_a_run_that_was_killed_in_its_first_moment_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+    folder = CaptionsFolder(str(tmp_path))
+    folder.take_over()
+    Path(folder.work, ".run.json.0123abcd").write_bytes(b"{")
+
+    folder.claim(IDENTITY)
+
+
+def test_changed_images_are_taken_out_and_the_manifest_knows_them_anew(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        (source / name).write_bytes(b"old")
+    folder = write_folder(tmp_path / "out", [row("a.jpg"), row("b.jpg"), row("c.jpg")])
+    storage.remove(folder.manifest)
+    build_manifest(str(source), folder.manifest)
+    (source / "b.jpg").write_bytes(b"newer")
+
+    found = build_manifest(str(source), folder.manifest)
+    assert folder.forget_changed(found.changed) == 1
+
+    assert set(rows(folder)) == {"a.jpg", "c.jpg"}
+    assert folder.done_ids().tolist() == [0, 2]
+    assert build_manifest(str(source), folder.manifest).changed.num_rows == 0
+    sizes = read_table(storage.list_parquet(folder.manifest)[0], ["image_id", "size"]).to_pydict()
+    assert sizes == {"image_id": ["a.jpg", "b.jpg", "c.jpg"], "size": [3, 5, 3]}
+
+
+# ---- accounts
+
+
+@pytest.mark.parametrize(
+    ("parts", "manifest", "told"),
+    [
+        ([[row("a")]], "ab", "1 have no row"),
+        ([[row("a")], [row("a"), row("b")]], "ab", "1 have several"),
+        ([[row("a"), row("b")]], "ab", ""),
+    ],
+)
+def test_accounts_that_do_not_add_up_are_an_error(
+    tmp_path: Path, parts: list[list[dict[str, Any]]], manifest: str, told: str
+) -> None:
+    folder = write_folder(tmp_path, *parts, manifest=manifest)
+
+    if told:
+        with pytest.raises(ImcapError, match=told):
+            folder.check_accounts()
+    else:
+        folder.check_accounts()
+
+
+def test_a_row_of_no_image_is_an_error(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a")], manifest="a")
+    write_table(folder.parts()[0], pa.Table.from_pylist([row("a"), row("z")], schema=CAPTIONS_SCHEMA))
+
+    with pytest.raises(ImcapError, match="1 rows have no image"):
+        folder.check_accounts()
+
+
+# ---- whose it is
+
+
+def test_only_the_run_that_came_last_may_write(tmp_path: Path) -> None:
+    folder = CaptionsFolder(str(tmp_path))
+
+    first, second = folder.take_over(), folder.take_over()
+
+    assert not is_owner(folder.work, first)
+    assert is_owner(folder.work, second)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("model_fingerprint", "b" * 64, r"another model \(aaaaaaaaaaaa\.\.\., now bbbbbbbbbbbb\.\.\.\)"),
+        ("search", {"beam_size": 9}, "another search settings"),
+        ("input", "/elsewhere", r"another input \(/in, now /elsewhere\)"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused_with_the_difference(
+    tmp_path: Path, key: str, value: object, told: str
+) -> None:
+    folder = write_folder(tmp_path, [row("a")])
+    folder.claim(IDENTITY)
+
+    with pytest.raises(OutputError, match=told):
+        folder.claim(IDENTITY | {key: value})
+
+
+def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a")])
+    (tmp_path / "_imcap" / "run.json").write_text('{"input": "/i')
+
+    with pytest.raises(OutputError, match="run.json is damaged"):
+        folder.claim(IDENTITY)
+
+
+# ---- a new one in the place of the old
+
+
+def replacing(tmp_path: Path) -> CaptionsFolder:
+    """A folder with a finished new run that has not taken its place."""
+    folder = write_folder(tmp_path, [row("a"), row("b")], [row("c")])
+    new = write_folder(Path(folder.next().location), [row("a", content="x")], [row("d", content="y")])
+    for path in [*new.parts(), *storage.list_parquet(new.done)]:
+        storage.move(path, path.replace(RUN, OTHER))
+    new.write_run(IDENTITY | {"state": "complete", "model": "new"})
+    return folder
+
+
+@pytest.mark.parametrize("crash", ["none", "one part moved", "old parts gone", "done copied", "told that it is over"])
+def test_the_new_takes_the_place_of_the_old_whenever_it_is_interrupted(tmp_path: Path, crash: str) -> None:
+    folder = replacing(tmp_path)
+    new = folder.next()
+    if crash != "none":
+        storage.move(new.parts()[0], str(tmp_path / f"{OTHER}_000000.parquet"))
+    if crash in ("old parts gone", "done copied", "told that it is over"):
+        storage.move(new.parts()[0], str(tmp_path / f"{OTHER}_000001.parquet"))
+        for path in tmp_path.glob(f"{RUN}_*.parquet"):
+            path.unlink()
+    if crash in ("done copied", "told that it is over"):
+        for kind in ("done", "manifest"):
+            storage.remove(storage.join(folder.work, kind))
+            for path in storage.list_parquet(storage.join(new.work, kind)):
+                target = storage.join(folder.work, kind, Path(path).name)
+                storage.write_bytes(target, storage.read_bytes(path))
+    if crash == "told that it is over":
+        folder.write_run(new.read_run() or {})
+        Path(new.work, "run.json").unlink()
+
+    folder.recover()
+
+    assert rows(folder) == {"a": ("ok", "says x", ""), "d": ("ok", "says y", "")}
+    assert (folder.read_run() or {})["model"] == "new"
+    folder.check_accounts()
+    assert np.array_equal(folder.done_ids(), [0, 1])
+
+
+def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
+    folder = replacing(tmp_path)
+    folder.next().write_run(IDENTITY | {"state": "failed"})
+
+    folder.recover()
+
+    assert set(rows(folder)) == {"a", "b", "c"}
+    assert folder.next().is_of(IDENTITY)
+
+
+def test_parts_stay_readable_by_anyone(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x")], [row("b", "duplicate", content="x"), row("c")])
+
+    folder.settle_duplicates()
+
+    assert pq.read_table(tmp_path, schema=CAPTIONS_SCHEMA).num_rows == 3
