@@ -1,0 +1,380 @@
+"""What imcap_ray claims of itself, measured on this machine. One command for each table.
+
+python jobs/benchmark.py chaos --seeds 20
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from PIL import Image
+from ray.cluster_utils import Cluster
+
+from imcap_ray.captioner import Caption
+from imcap_ray.config import SearchConfig
+from imcap_ray.distributed.captioning import caption_images
+from imcap_ray.distributed.cluster import connect
+from imcap_ray.errors import ImcapError
+
+
+@click.group()
+def main() -> None:
+    """Measure imcap_ray on this machine."""
+
+
+# ---- chaos: processes die at random; is every image one row in the end?
+
+FAULTS = ("actor", "task", "index", "burst", "node", "driver", "orphan")
+TASK_NAMES = ("ray::Map", "ray::Read", "ray::Write", "ray::Stream", "ray::Repart")
+MAX_RESTARTS = 25
+SECONDS_PER_IMAGE = 0.01
+
+
+class SlowEcho:
+    """Stands in for a captioner: it says the hash of the pixels it sees, takes its time, and notes each image.
+
+    What dies is processes, and a model would only make the hundredth run slower.
+    """
+
+    image_size = 32
+    fingerprint = "slow-echo"
+    compute_batch_size = 16
+    search = SearchConfig()
+
+    def __init__(self, log: str) -> None:
+        self._log = os.open(Path(log, f"{os.getpid()}-{time.time_ns()}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def caption_pixels(self, pixels: Any) -> list[list[Caption]]:
+        """The hash of each image, with a confidence of its own."""
+        time.sleep(SECONDS_PER_IMAGE * len(pixels))
+        digests = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16] for image in pixels]
+        os.write(self._log, "".join(f"{digest}\n" for digest in digests).encode())
+        return [[Caption(text=digest, logprob=-int(digest[:2], 16) / 64, num_tokens=4)] for digest in digests]
+
+
+@dataclass
+class ChaosResult:
+    """What one seed, or all of them, came to."""
+
+    seeds: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    restarts: int = 0
+    """Starts of the command after the first: its process was killed, or ended with an error."""
+    errors: int = 0
+    """Of these, those where it ended with an error."""
+    rows_expected: int = 0
+    rows_lost: int = 0
+    rows_duplicated: int = 0
+    rows_wrong: int = 0
+    """Rows that differ from those of an undisturbed run."""
+    broken_files_read: int = 0
+    """Times a reader met a file in the output that was not whole Parquet."""
+    captions_needed: int = 0
+    captions_computed: int = 0
+    captions_in_flight: int = 0
+    """Computed and not yet noted as done, summed over the moments of the faults: what may be computed again."""
+    error_lines: list[str] = field(default_factory=list)
+
+    def add(self, other: ChaosResult) -> None:
+        """Sum up."""
+        for name, value in asdict(other).items():
+            if name == "faults":
+                self.faults.update(other.faults)
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def share_recomputed(self) -> float:
+        """Of the captions that were needed, how many were computed beyond that."""
+        return self.captions_computed / max(1, self.captions_needed) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"faults": dict(self.faults), "share_recomputed": round(self.share_recomputed, 4)}
+
+
+@main.command()
+@click.option("--seeds", default=5, show_default=True, help="Runs, each with other faults.")
+@click.option("--first-seed", default=0, show_default=True)
+@click.option("--images", default=2000, show_default=True, help="Images of a run.")
+@click.option("--nodes", type=click.Choice(["1", "3", "both"]), default="both", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def chaos(seeds: int, first_seed: int, images: int, nodes: str, as_json: bool) -> None:
+    """Kill actors, task workers, nodes and the driver of captioning runs at random moments; count what is lost.
+
+    Each run is started again until it is done, and compared row by row with an undisturbed one of the same images. With
+    --nodes both, each third run is on a simulated cluster of three nodes on this machine. A driver does not survive its
+    own node.
+    """
+    total = ChaosResult()
+    with tempfile.TemporaryDirectory(prefix="imcap-chaos-") as folder:
+        source = Path(folder, "images")
+        write_chaos_images(source, images)
+        calm = Path(folder, "calm")
+        assert _start_run(source, calm, num_nodes=1).wait() == 0, "the undisturbed run failed"
+        expected, needed = _read_rows(calm), _count_computed(calm)
+        for seed in range(first_seed, first_seed + seeds):
+            num_nodes = {"1": 1, "3": 3}.get(nodes) or (3 if seed % 3 == 2 else 1)
+            start = time.time()
+            result = _run_seed(seed, source, Path(folder, f"seed{seed}"), expected, needed, num_nodes)
+            total.add(result)
+            click.echo(
+                f"seed {seed}, {num_nodes} node{'s' * (num_nodes > 1)}, {time.time() - start:.0f} s: "
+                f"{', '.join(f'{count} {kind}' for kind, count in sorted(result.faults.items())) or 'no fault'}; "
+                f"{result.rows_lost} lost, {result.rows_duplicated} duplicated, {result.rows_wrong} wrong, "
+                f"{result.broken_files_read} broken, {result.captions_computed - needed} recomputed, "
+                f"{result.captions_in_flight} in flight" + "".join(f"\n  {line}" for line in result.error_lines),
+                err=True,
+            )
+    if as_json:
+        click.echo(json.dumps(total.to_dict()))
+        return
+    for name, value in total.to_dict().items():
+        click.echo(f"{name:26} {value}")
+
+
+def write_chaos_images(folder: Path, count: int) -> None:
+    """`count` small JPEGs in ten folders: one in 20 the copy of another, one in 40 broken."""
+    generator = np.random.default_rng(0)
+    contents: list[bytes] = []
+    for number in range(count):
+        small = Image.fromarray(generator.integers(0, 256, (6, 8, 3), np.uint8))
+        stream = io.BytesIO()
+        small.resize((48, 36), Image.Resampling.BICUBIC).save(stream, "JPEG")
+        data = stream.getvalue()
+        if number % 20 == 7:
+            data = contents[int(generator.integers(number))]
+        if number % 40 == 13:
+            data = (b"", b"no image", data[: len(data) // 2])[number % 3]
+        contents.append(data)
+        path = folder / f"{number % 10}" / f"{number:06}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _run_seed(
+    seed: int, source: Path, output: Path, expected: dict[str, Any], needed: int, num_nodes: int
+) -> ChaosResult:
+    chance = random.Random(seed)
+    result = ChaosResult(seeds=1, rows_expected=len(expected), captions_needed=needed)
+    budget = chance.randint(1, 6)
+    sessions: list[int] = []
+    with _reader(output) as broken:
+        for _ in range(MAX_RESTARTS):
+            computed_before, done_before = _count_computed(output), _count_done(output)
+            process = _start_run(source, output, num_nodes=num_nodes)
+            sessions.append(process.pid)
+            while process.poll() is None and sum(result.faults.values()) < budget:
+                _wait_for_work(process, output, chance.uniform(0.1, 4.0))
+                kind = chance.choice(FAULTS)
+                in_flight = _count_computed(output) - computed_before - (_count_done(output) - done_before)
+                if process.poll() is None and _inject(kind, process.pid, chance):
+                    result.faults[kind] += 1
+                    result.captions_in_flight += max(0, in_flight)
+            try:
+                code = process.wait(timeout=600)
+            except subprocess.TimeoutExpired:
+                _kill_group(process.pid)
+                raise SystemExit(f"seed {seed}: hangs after {dict(result.faults)}, see {output}.log") from None
+            if code == 0:
+                break
+            result.restarts += 1
+            if code > 0:
+                result.errors += 1
+                lines = Path(f"{output}.log").read_text(errors="replace").splitlines()
+                result.error_lines += [line for line in lines if line.startswith(("Error", "Traceback"))][-1:]
+        else:
+            raise SystemExit(f"seed {seed}: not done after {MAX_RESTARTS} starts, see {output}.log")
+        for session in sessions:
+            _kill_group(session)
+        result.broken_files_read = len(broken)
+    rows = [row for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    counts = Counter(row["image_id"] for row in rows)
+    result.rows_lost = len(expected.keys() - counts.keys())
+    result.rows_duplicated = sum(counts.values()) - len(counts)
+    result.rows_wrong = sum(_comparable(row) != expected.get(row["image_id"]) for row in rows)
+    result.captions_computed = _count_computed(output)
+    return result
+
+
+def _start_run(source: Path, output: Path, *, num_nodes: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, "chaos-run", str(source), str(output), str(num_nodes)]
+    with open(f"{output}.log", "ab") as log:
+        return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+
+
+@main.command("chaos-run", hidden=True)
+@click.argument("source")
+@click.argument("output")
+@click.argument("num_nodes", type=int)
+def chaos_run(source: str, output: str, num_nodes: int) -> None:
+    """One captioning run, for `chaos` to kill."""
+    log = Path(f"{output}.computed")
+    log.mkdir(exist_ok=True)
+    cluster = None
+    if num_nodes > 1:
+        os.environ["RAY_AUTH_MODE"] = "disabled"  # on loopback, and for a minute
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        for _ in range(num_nodes - 1):
+            cluster.add_node(num_cpus=2)
+    try:
+        summary = caption_images(
+            source,
+            output,
+            load_captioner=partial(SlowEcho, str(log)),
+            resources=connect(cluster.address if cluster else "local"),
+            num_actors=2,
+            max_failure_rate=1.0,
+        )
+    except ImcapError as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        ray.shutdown()
+        if cluster:
+            cluster.shutdown()
+    click.echo(json.dumps(asdict(summary)))
+
+
+def _wait_for_work(process: subprocess.Popen[bytes], output: Path, seconds: float) -> None:
+    """Wait until images are being captioned, for Ray's start is half of the run, and then so long."""
+    known = _count_computed(output)
+    deadline = time.monotonic() + 90
+    while process.poll() is None and _count_computed(output) == known and time.monotonic() < deadline:
+        time.sleep(0.1)
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _inject(kind: str, driver: int, chance: random.Random) -> bool:
+    """Kill something of this run; whether there was something to kill."""
+    if kind == "driver":
+        _kill_group(driver)
+        return True
+    if kind == "orphan":  # what it started lives on for a while, and works on while the next start is at it
+        os.kill(driver, signal.SIGKILL)
+        return True
+    if kind == "burst":
+        killed = [_inject(chance.choice(("actor", "task", "index")), driver, chance) for _ in range(4)]
+        return any(killed)
+    processes = _processes_of(driver)
+    is_victim = {
+        "actor": lambda words: "CaptionImages" in words,
+        "task": lambda words: words.startswith(TASK_NAMES) and "CaptionImages" not in words,
+        "index": lambda words: words.startswith("ray::ImageIndex"),
+        "node": lambda words: words.split("\0")[0].endswith("/raylet"),
+    }[kind]
+    victims = [pid for pid, words in processes.items() if is_victim(words)]
+    if not victims:
+        return False
+    try:
+        os.kill(chance.choice(sorted(victims)), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _processes_of(session: int) -> dict[int, str]:
+    """Command lines of the processes that this run started, its own left out."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            pid = int(path.name)
+            words = (path / "cmdline").read_text(errors="replace")
+            if words and pid != session and os.getsid(pid) == session:  # a dead one has no words
+                found[pid] = words
+        except (OSError, ProcessLookupError):
+            continue
+    return found
+
+
+def _kill_group(session: int) -> None:
+    """Kill the run's driver and all that it started, as when a machine loses power."""
+    while processes := _processes_of(session):
+        for pid in (session, *processes):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+    try:
+        os.killpg(session, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+@contextmanager
+def _reader(output: Path) -> Iterator[list[str]]:
+    """Read the output all the time, as somebody else would; the errors that this met."""
+    broken: list[str] = []
+    finished = threading.Event()
+
+    def read() -> None:
+        while not finished.wait(0.2):
+            for path in output.glob("*.parquet"):
+                try:
+                    pq.read_metadata(path)
+                except FileNotFoundError:
+                    continue  # taken back between the listing and the reading
+                except (OSError, pa.ArrowException) as error:
+                    broken.append(f"{path}: {error}")
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    try:
+        yield broken
+    finally:
+        finished.set()
+        thread.join()
+
+
+def _read_rows(output: Path) -> dict[str, Any]:
+    rows = [row for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert rows, f"nothing in {output}"
+    return {row["image_id"]: _comparable(row) for row in rows}
+
+
+def _comparable(row: dict[str, Any]) -> tuple[Any, ...]:
+    """All of a row; NaN, which differs from itself, as text."""
+    return tuple(str(value) for value in row.values())
+
+
+def _count_done(output: Path) -> int:
+    """Captions in parts that are noted as done."""
+    count = 0
+    for note in Path(output, "_imcap", "done").glob("*.parquet"):
+        try:
+            count += pq.read_table(output / note.name, columns=["status"])["status"].to_pylist().count("ok")
+        except FileNotFoundError:
+            continue  # not yet there, or taken back
+    return count
+
+
+def _count_computed(output: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in Path(f"{output}.computed").glob("*"))
+
+
+if __name__ == "__main__":
+    main()
