@@ -30,12 +30,12 @@ from imcap_ray.config import (
     from_mapping,
     to_mapping,
 )
-from imcap_ray.decoders import Decoder, build_decoder
-from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder
+from imcap_ray.decoders import Decoder, DecoderEnsemble, build_decoder
+from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import beam_search
-from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID, UNKNOWN_ID, Vocabulary
+from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
 
 FORMAT_VERSION: Final = 1
 CONFIG_FILE: Final = "config.json"
@@ -80,7 +80,7 @@ class Caption:
 
 @torch.inference_mode()
 def search_captions(
-    decoder: Decoder, vocabulary: Vocabulary, features: Tensor, search: SearchConfig
+    decoder: Decoder | DecoderEnsemble, vocabulary: Vocabulary, features: Tensor, search: SearchConfig
 ) -> list[list[Caption]]:
     """For each image of `features` (B, R, F) its `search.num_captions` best captions, the best first."""
     step, state = decoder.start(features, search.beam_size)
@@ -93,7 +93,7 @@ def search_captions(
         max_length=search.max_length,
         length_penalty=search.length_penalty,
         num_captions=search.num_captions,
-        forbidden_ids=(PADDING_ID, START_ID, UNKNOWN_ID),
+        forbidden_ids=NEVER_SAID,
     )
     return [
         [
@@ -114,8 +114,8 @@ class Captioner:
     def __init__(
         self,
         *,
-        encoder: Encoder,
-        decoder: Decoder,
+        encoder: Encoder | EncoderEnsemble,
+        decoder: Decoder | DecoderEnsemble,
         vocabulary: Vocabulary,
         search: SearchConfig,
         device: str | torch.device | None = None,
@@ -167,9 +167,9 @@ class Captioner:
         )
         try:
             if encoder_inside:
-                encoder.cnn.load_state_dict(_below("encoder.", folder.tensors))
+                encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
                 encoder.weights = folder.encoder_weights
-            decoder.load_state_dict(_below("decoder.", folder.tensors))
+            decoder.load_state_dict(below("decoder.", folder.tensors))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}") from error
@@ -270,6 +270,65 @@ class Captioner:
         # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
         chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
         return chunk.to(self.device)
+
+
+def load_captioner(
+    models: Sequence[str | Path] = (),
+    *,
+    search: SearchConfig | None = None,
+    encoder_weights: str | Path | None = None,
+) -> Captioner:
+    """The captioner of these model folders together; of one, that one; of none, the one that comes with the package.
+
+    Models with the same CNN share it.
+
+    Args:
+        search: instead of the first folder's defaults.
+
+    Raises:
+        ModelError: as `Captioner.load`, or the models do not speak the same words or see images differently.
+    """
+    loaded = [Captioner.load(model, search=search, encoder_weights=encoder_weights) for model in models or (None,)]
+    first = loaded[0]
+    if len(loaded) == 1:
+        return first
+    encoders: list[Encoder] = []
+    members: list[tuple[Decoder, Encoder]] = []
+    for model, captioner in zip(models, loaded, strict=True):
+        encoder, decoder = captioner.encoder, captioner.decoder
+        assert isinstance(encoder, Encoder) and isinstance(decoder, Decoder)
+        for what, is_same in (
+            ("vocabulary", captioner.vocabulary.tokens == first.vocabulary.tokens),
+            ("image size", encoder.image_size == first.image_size),
+            ("number of regions", not encoders or encoder.num_regions == encoders[0].num_regions),
+        ):
+            if not is_same:
+                raise ModelError(f"{model} and {models[0]} cannot caption together: they differ in their {what}")
+        known = next((other for other in encoders if _see_alike(encoder, other)), None)
+        if known is None:
+            encoders.append(encoder)
+        members.append((decoder, known or encoder))
+    channels, end = {}, 0
+    for encoder in encoders:
+        channels[encoder] = slice(end, end := end + encoder.num_channels)
+    return Captioner(
+        encoder=EncoderEnsemble(encoders),
+        decoder=DecoderEnsemble([decoder for decoder, _ in members], [channels[encoder] for _, encoder in members]),
+        vocabulary=first.vocabulary,
+        search=first.search,
+        fingerprint=hashlib.sha256("".join(captioner.fingerprint for captioner in loaded).encode()).hexdigest(),
+    )
+
+
+def _see_alike(one: Encoder, other: Encoder) -> bool:
+    """Whether both give the same features; never where the hash of the weights is not known."""
+    return (
+        bool(one.weights.sha256)
+        and one.weights == other.weights
+        and one.num_channels == other.num_channels
+        and torch.equal(one.mean, other.mean)
+        and torch.equal(one.std, other.std)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,5 +490,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin so, named without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

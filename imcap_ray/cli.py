@@ -94,10 +94,18 @@ _cluster_options = _options(
     click.option("-v", "--verbose", is_flag=True, help="Ray's own messages too."),
 )
 _model_options = _options(
-    click.option("--model", help="Model folder, path or URI. Default: the one that comes with the package."),
+    click.option(
+        "--model",
+        "models",
+        multiple=True,
+        help="Model folder, path or URI. Default: the one that comes with the package. Several caption together.",
+    ),
     click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded."),
     click.option("--beam-size", type=click.IntRange(1), help="Partial captions kept at every position; 1: greedy."),
     click.option("--max-length", type=click.IntRange(1), help="Longest caption, in words."),
+    click.option(
+        "--length-penalty", type=click.FloatRange(0), help="0: the most probable caption; 1: by its tokens' mean."
+    ),
     click.option("--num-captions", type=click.IntRange(1), help="Captions of each image, the best first."),
 )
 _outside_option = click.option(
@@ -151,13 +159,13 @@ def caption(input: str, output: str | None, **options: Any) -> None:
 
 
 def _print_caption(image: str, options: dict[str, Any]) -> None:
-    from imcap_ray.captioner import Captioner, no_memory
+    from imcap_ray.captioner import load_captioner, no_memory
     from imcap_ray.errors import ImageError
 
     storage.refuse_secrets(image)
     if storage.is_folder(image):
         raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
-    captioner = Captioner.load(options["model"], search=_search(options), encoder_weights=options["encoder_weights"])
+    captioner = load_captioner(options["models"], search=_search(options), encoder_weights=options["encoder_weights"])
     try:
         captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0]
         if not captions:
@@ -176,10 +184,11 @@ def _search(options: dict[str, Any]) -> Any:
     """The model's search settings with those of the command line, or None to leave them as they are."""
     from imcap_ray.captioner import override_search, read_model_folder
 
-    names = ("beam_size", "max_length", "num_captions")
+    names = ("beam_size", "max_length", "length_penalty", "num_captions")
     if all(options.get(name) is None for name in names):
         return None
-    return override_search(read_model_folder(options["model"]).search, **{name: options.get(name) for name in names})
+    first = options["models"][0] if options["models"] else None
+    return override_search(read_model_folder(first).search, **{name: options.get(name) for name in names})
 
 
 def run_captioning(
@@ -193,7 +202,7 @@ def run_captioning(
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
     from functools import partial
 
-    from imcap_ray.captioner import DEFAULT_MODEL, Captioner, read_model_folder
+    from imcap_ray.captioner import DEFAULT_MODEL, load_captioner, read_model_folder
     from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
 
@@ -201,16 +210,17 @@ def run_captioning(
     input, output = storage.absolute(input), storage.absolute(output)
     if not storage.exists(input):
         raise InputError(f"no such input: {input}")
-    model = options["model"] and storage.absolute(options["model"])
+    models = [storage.absolute(model) for model in options["models"]]
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
     search = _search(options)
-    read_model_folder(model)  # a broken one is found before Ray starts
+    for model in models or (None,):
+        read_model_folder(model)  # a broken one is found before Ray starts
     return caption_images(
         input,
         output,
-        load_captioner=partial(Captioner.load, model, search=search, encoder_weights=weights),
+        load_captioner=partial(load_captioner, models, search=search, encoder_weights=weights),
         resources=connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"]),
-        model_name=model or DEFAULT_MODEL,
+        model_name=", ".join(models) or DEFAULT_MODEL,
         num_actors=options["num_actors"],
         gpus_per_actor=options["gpus_per_worker"],
         batch_size=options["batch_size"] or BATCH_SIZE,
@@ -340,6 +350,13 @@ def train(data: str, model: str, **options: Any) -> None:
 @click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the one the captions are of."
 )
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["ptb", "unicode", "seed"]),
+    default="ptb",
+    show_default=True,
+    help="What counts as a word: ptb for English, unicode for other languages, seed as the Keras tutorials clean it.",
+)
 @click.option("--save", help="Folder for scores.json and scores.md. Default: _imcap in CAPTIONS, if that is a folder.")
 @_outside_option
 @_output_options
@@ -353,7 +370,7 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     from imcap_ray.evaluation import evaluate_captions
 
     dataset = load_dataset(references, allow_outside_paths=options["allow_outside_paths"])
-    report = evaluate_captions(captions, dataset, split=options["split"])
+    report = evaluate_captions(captions, dataset, split=options["split"], tokenizer=options["tokenizer"])
     folder = options["save"] or (storage.join(captions, "_imcap") if storage.is_folder(captions) else None)
     if folder:
         storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
@@ -482,10 +499,10 @@ def demo(out: str) -> None:
     captions = str(Path(out, "captions"))
     options = dict.fromkeys(
         (
-            "model",
             "encoder_weights",
             "beam_size",
             "max_length",
+            "length_penalty",
             "num_captions",
             "limit",
             "num_actors",
@@ -494,6 +511,7 @@ def demo(out: str) -> None:
         )
     )
     options |= {
+        "models": (),
         "overwrite": False,
         "retry_failed": False,
         "allow_outside_paths": False,

@@ -178,6 +178,54 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """How the CNN is trained on with the decoder, after the decoder alone. The rest is as in `training`."""
+
+    epochs: int = 0
+    """Passes over the training images; 0 leaves the CNN as it is."""
+    learning_rate: float = 2e-4
+    """Of the decoder, at its peak."""
+    encoder_learning_rate: float = 5e-5
+    """Of the CNN, at its peak. The statistics of its batch normalisation are never trained."""
+    first_layer: str = ""
+    """The first part of the CNN that is trained, as torch names it, such as `cnn.blocks.4`; "": all of it."""
+    min_crop_area: float = 0.6
+    """Every image is a random crop of this share of its area or more, and mirrored half of the time."""
+    patience: int = 4
+    """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience"):
+            _require(getattr(self, name) >= 0, f"finetune.{name}", "at least 0", getattr(self, name))
+        for name in ("learning_rate", "encoder_learning_rate"):
+            _require(getattr(self, name) > 0, f"finetune.{name}", "above 0", getattr(self, name))
+        _require(0 < self.min_crop_area <= 1, "finetune.min_crop_area", "in (0, 1]", self.min_crop_area)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfCriticalConfig:
+    """How the decoder is trained on its own captions in the end, rewarded by CIDEr-D. The rest is as in `training`."""
+
+    epochs: int = 0
+    """Passes over the training images; 0 leaves this phase out."""
+    learning_rate: float = 5e-5
+    """Peak of the schedule."""
+    temperature: float = 0.5
+    """Divides the logits of what captions are drawn from; below 1 the probable becomes more probable."""
+    num_samples: int = 5
+    """Captions drawn for each image; each is compared with the mean of the others."""
+    patience: int = 0
+    """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience"):
+            _require(getattr(self, name) >= 0, f"self_critical.{name}", "at least 0", getattr(self, name))
+        _require(self.learning_rate > 0, "self_critical.learning_rate", "above 0", self.learning_rate)
+        _require(self.temperature > 0, "self_critical.temperature", "above 0", self.temperature)
+        _require(self.num_samples >= 2, "self_critical.num_samples", "at least 2", self.num_samples)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """All that a training starts from, but the data and the seed."""
 
@@ -191,6 +239,10 @@ class Recipe:
     """The recurrent network."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """How it is trained."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """How the CNN is trained with it."""
+    self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
+    """How it is trained on its own captions."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """How captions are sought, in validation and as the trained model's default."""
 

@@ -10,9 +10,12 @@ which is 40 % of a batch of Flickr8k's captions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from imcap_ray.config import DecoderConfig
@@ -64,16 +67,31 @@ class AttentionDecoder(nn.Module):
             image_of_caption: (N,) index into `features`.
         """
         keys, values, mean = self._memory(features)
-        words = _pack(self.dropout(self.embedding(token_ids)), lengths)
-        image_of_position = _pack(image_of_caption.unsqueeze(1).expand_as(token_ids), lengths).data  # (P,)
-        inputs = torch.cat([words.data, mean[image_of_position]], dim=-1)
-        hidden = self.attention_lstm(_like(words, inputs))[0]
-        hidden = _like(words, self.dropout(hidden.data))  # (P, H)
+        captions = torch.arange(len(lengths), device=token_ids.device)
+        positions = _pack(captions.unsqueeze(1).expand_as(token_ids), lengths)
+        caption_of_position = positions.data  # (P,)
+
+        def drop(vectors: Tensor) -> Tensor:
+            """Dropout (P, D) of the same units at all positions of a caption (Gal & Ghahramani 2016, arXiv
+            1512.05287), which asks for a tenth of the random numbers too."""
+            if not self.training:
+                return vectors
+            mask: Tensor = self.dropout(vectors.new_ones(len(lengths), vectors.shape[1]))
+            return vectors * mask.index_select(0, caption_of_position)
+
+        words = drop(self.embedding(_pack(token_ids, lengths).data))
+        of_image = mean.index_select(0, image_of_caption.index_select(0, caption_of_position))
+        hidden = self.attention_lstm(_like(positions, torch.cat([words, of_image], dim=-1)))[0]
+        hidden = _like(positions, drop(hidden.data))  # (P, H)
         queries, _ = pad_packed_sequence(hidden, batch_first=True)  # (N, T, H): attention wants whole captions
-        attended = _pack(self._attend(queries, keys[image_of_caption], values[image_of_caption]), lengths).data
-        attended = self.dropout(attended)
-        spoken = self.language_lstm(_like(words, torch.cat([hidden.data, attended], dim=-1)))[0].data
-        return self._logits(torch.cat([spoken, attended], dim=-1))
+        with sdpa_kernel(SDPBackend.MATH):  # on the CPU the fused kernel's backward pass is five times slower
+            attended = self._attend(
+                queries, keys.index_select(0, image_of_caption), values.index_select(0, image_of_caption)
+            )
+        attended = _pack(attended, lengths).data
+        attended = drop(attended)
+        spoken = self.language_lstm(_like(positions, torch.cat([hidden.data, attended], dim=-1)))[0].data
+        return self._logits(drop(self._output(spoken, attended)))
 
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
         """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
@@ -86,7 +104,7 @@ class AttentionDecoder(nn.Module):
             hidden, first = _advance(self.attention_lstm, inputs, state[:2])
             attended = self._attend(hidden, keys, values)
             spoken, second = _advance(self.language_lstm, torch.cat([hidden, attended], dim=-1), state[2:])
-            logits = self._logits(torch.cat([spoken, attended], dim=-1))
+            logits = self._logits(self._output(spoken, attended))
             return functional.log_softmax(logits, dim=-1), (*first, *second)
 
         blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
@@ -107,9 +125,12 @@ class AttentionDecoder(nn.Module):
         attended = functional.scaled_dot_product_attention(queries, keys, values)
         return attended.transpose(1, 2).flatten(2)
 
+    def _output(self, spoken: Tensor, attended: Tensor) -> Tensor:
+        vectors: Tensor = torch.tanh(self.project_output(torch.cat([spoken, attended], dim=-1)))
+        return vectors
+
     def _logits(self, outputs: Tensor) -> Tensor:
-        vectors = self.dropout(torch.tanh(self.project_output(outputs)))
-        return functional.linear(vectors, self.embedding.weight, self.output_bias)
+        return functional.linear(outputs, self.embedding.weight, self.output_bias)
 
 
 class MergeDecoder(nn.Module):
@@ -166,6 +187,37 @@ class MergeDecoder(nn.Module):
 
 
 Decoder = AttentionDecoder | MergeDecoder
+
+
+class DecoderEnsemble(nn.Module):
+    """Decoders of one vocabulary that search together: at every step the mean of their log-probabilities decides.
+
+    Args:
+        channels: of the features that `start` is given, those of each decoder.
+    """
+
+    def __init__(self, decoders: Sequence[Decoder], channels: Sequence[slice]) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleList(decoders)
+        self._members = list(zip(decoders, channels, strict=True))
+
+    def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
+        """As a decoder's. The state is those of all decoders, one after the other."""
+        starts = [decoder.start(features[..., channels], beam_size) for decoder, channels in self._members]
+
+        def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
+            log_probs: list[Tensor] = []
+            states: list[Tensor] = []
+            first = 0
+            for member_step, member_state in starts:
+                last = first + len(member_state)
+                of_member, next_state = member_step(tokens, state[first:last])
+                log_probs.append(of_member)
+                states.extend(next_state)
+                first = last
+            return torch.stack(log_probs).mean(dim=0).log_softmax(dim=-1), tuple(states)
+
+        return step, tuple(tensor for _, state in starts for tensor in state)
 
 
 def build_decoder(config: DecoderConfig, *, num_channels: int, vocabulary_size: int) -> Decoder:

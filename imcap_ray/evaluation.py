@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 from imcap_ray.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import open_captions
 from imcap_ray.metrics import EvaluationReport, evaluate
 
+Captions = dict[str, tuple[str, float]]
+"""Caption and confidence by image_id."""
 
-def read_captions(location: str) -> dict[str, str]:
-    """image_id -> caption of a captions table (folder or Parquet file); "" for images that have none."""
-    table = open_captions(location).to_table(columns=["image_id", "caption"])
-    image_ids = [str(image_id) for image_id in table["image_id"].to_pylist()]
-    captions = {
-        image_id: caption or "" for image_id, caption in zip(image_ids, table["caption"].to_pylist(), strict=True)
-    }
-    if len(captions) != len(image_ids):
-        raise DatasetError(f"{location}: {len(image_ids) - len(captions):,} image ids stand there more than once")
+
+def read_captions(location: str) -> Captions:
+    """image_id -> caption and confidence of a captions table (folder or Parquet file); "" for images that have none."""
+    dataset = open_captions(location)
+    columns = ["image_id", "caption", "confidence"]
+    table = dataset.to_table(columns=[name for name in columns if name in dataset.schema.names])
+    rows = table.to_pylist()
+    captions = {str(row["image_id"]): (row["caption"] or "", row.get("confidence", math.nan)) for row in rows}
+    if len(captions) != len(rows):
+        raise DatasetError(f"{location}: {len(rows) - len(captions):,} image ids stand there more than once")
     return captions
 
 
-def evaluate_captions(location: str, references: CaptionedImages, *, split: str | None = None) -> EvaluationReport:
+def evaluate_captions(
+    location: str, references: CaptionedImages, *, split: str | None = None, tokenizer: str = "ptb"
+) -> EvaluationReport:
     """Score the captions table at `location` against a data set.
 
     An image is looked up by its id, or by its file name where the captions were made from a folder above the images.
@@ -44,10 +51,18 @@ def evaluate_captions(location: str, references: CaptionedImages, *, split: str 
             "name the --split they are of; a score over a part cannot be compared"
         )
     notes = "images of the training split: no measure of quality" if split == TRAIN else ""
-    return evaluate(captions, wanted, split=split or "", notes=notes)
+    confidences = {image_id: confidence for image_id, (_, confidence) in captions.items()}
+    return evaluate(
+        {image_id: caption for image_id, (caption, _) in captions.items()},
+        wanted,
+        split=split or "",
+        tokenizer=tokenizer,
+        notes=notes,
+        confidences=None if all(map(math.isnan, confidences.values())) else confidences,
+    )
 
 
-def _match(captions: dict[str, str], references: CaptionedImages) -> dict[str, str]:
+def _match(captions: Captions, references: CaptionedImages) -> Captions:
     """The captions under the data set's image ids: their own, or their file names."""
     if captions.keys().isdisjoint(references.table["image_id"].to_pylist()):
         by_name = {image_id.rpartition("/")[2]: caption for image_id, caption in captions.items()}
@@ -56,7 +71,7 @@ def _match(captions: dict[str, str], references: CaptionedImages) -> dict[str, s
     return captions
 
 
-def _refuse_strangers(location: str, captions: dict[str, str], references: CaptionedImages) -> None:
+def _refuse_strangers(location: str, captions: Captions, references: CaptionedImages) -> None:
     known = set(references.table["image_id"].to_pylist())
     strangers = [image_id for image_id in captions if image_id not in known]
     if strangers:
@@ -66,7 +81,7 @@ def _refuse_strangers(location: str, captions: dict[str, str], references: Capti
         )
 
 
-def _split_of(captions: dict[str, str], references: CaptionedImages) -> str | None:
+def _split_of(captions: Captions, references: CaptionedImages) -> str | None:
     """The split that all captioned images are of; None where they are of several."""
     table = references.table
     splits = dict(zip(table["image_id"].to_pylist(), table["split"].to_pylist(), strict=True))

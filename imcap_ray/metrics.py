@@ -37,6 +37,13 @@ DEFINITIONS: Final = (
 # were among its first seven.
 NUM_FLOOR_CANDIDATES: Final = 50
 NUM_RESAMPLES: Final = 1000
+SHARES: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+HALF: Final = 0.5
+SEED: Final = "seed"  # a tokenizer, and the protocol that counts its markers
+SEED_NOTE: Final = (
+    "words of one letter are dropped and markers of start and end counted, as Keras tutorials do: compare with scores "
+    "of that kind alone"
+)
 RESAMPLING_SEED: Final = 0
 
 _SCORE_NAMES: Final = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
@@ -88,6 +95,19 @@ class Protocol:
 
 
 @dataclass(frozen=True, slots=True)
+class ConfidencePoint:
+    """The scores of the most confident captions alone."""
+
+    share: float
+    """Of the images, how many are kept; 1 is all."""
+    min_confidence: float
+    """The least confidence among those that are kept."""
+    bleu_4: float
+    cider_d: float
+    """With the document frequencies of all images."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """Scores, their protocol, and the two lines that give them meaning."""
 
@@ -100,6 +120,8 @@ class EvaluationReport:
     floor: Scores
     human: Scores | None
     """Each reference scored against the others; None where no image has two."""
+    confidence_curve: Sequence[ConfidencePoint] = ()
+    """From all captions to the most confident tenth; empty where confidences are not known."""
 
     def to_json(self) -> str:
         """A json object."""
@@ -142,7 +164,9 @@ class EvaluationReport:
             f"tokenizer {protocol.tokenizer} (nltk {protocol.nltk_version})",
             protocol.definitions,
             f'best constant caption "{self.floor_caption}"',
+            *map(describe_point, (point for point in self.confidence_curve if point.share == HALF)),
         ]
+        lines += [SEED_NOTE] if protocol.tokenizer == SEED else []
         return [*lines, protocol.notes] if protocol.notes else lines
 
 
@@ -153,8 +177,13 @@ def evaluate(
     split: str = "",
     tokenizer: str = "ptb",
     notes: str = "",
+    confidences: Mapping[str, float] | None = None,
 ) -> EvaluationReport:
-    """Scores of the captions (image_id to text) with all that is needed to read them; see `score`."""
+    """Scores of the captions (image_id to text) with all that is needed to read them; see `score`.
+
+    Args:
+        confidences: of the captions, by image_id.
+    """
     reference_tokens = _tokenize_references(references, tokenizer)
     hypotheses = _tokenize_captions(captions, reference_tokens, tokenizer)
     cider_d = CiderD(list(reference_tokens.values()))
@@ -175,6 +204,30 @@ def evaluate(
         floor_caption=floor_caption,
         floor=floor,
         human=_human(reference_tokens) if max(counts) > 1 else None,
+        confidence_curve=_confidence_curve(rows, [confidences[id_] for id_ in references]) if confidences else (),
+    )
+
+
+def confidence_curve(
+    captions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    confidences: Mapping[str, float],
+    *,
+    tokenizer: str = "ptb",
+) -> list[ConfidencePoint]:
+    """Scores of the most confident captions: of all of them, of nine tenths, and so on."""
+    reference_tokens = _tokenize_references(references, tokenizer)
+    hypotheses = _tokenize_captions(captions, reference_tokens, tokenizer)
+    image_references = list(reference_tokens.values())
+    rows = _image_rows(hypotheses, image_references, CiderD(image_references))
+    return _confidence_curve(rows, [confidences[image_id] for image_id in references])
+
+
+def describe_point(point: ConfidencePoint) -> str:
+    """One line."""
+    return (
+        f"the {point.share:.0%} most confident captions (confidence {point.min_confidence:.3f} and more): "
+        f"CIDEr-D {point.cider_d:.3f}, BLEU-4 {100 * point.bleu_4:.1f}"
     )
 
 
@@ -203,7 +256,7 @@ def constant_caption_floor(
     if candidates is None:
         texts = _texts_by_tokens(references, reference_tokens)
     else:
-        texts = {tuple(tokenize(candidate, tokenizer)): candidate for candidate in candidates}
+        texts = {tuple(scored_tokens(candidate, tokenizer)): candidate for candidate in candidates}
     return _floor(texts, reference_tokens, CiderD(list(reference_tokens.values())))
 
 
@@ -352,13 +405,19 @@ class CiderD:
         return 10 * total / MAX_ORDER / len(references)
 
 
+def scored_tokens(text: str, tokenizer: str) -> list[str]:
+    """The tokens of a text that are scored. By the seed's protocol its markers of start and end are among them."""
+    tokens = tokenize(text, tokenizer)
+    return ["startseq", *tokens, "endseq"] if tokenizer == SEED else tokens
+
+
 def _tokenize_references(references: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, list[list[str]]]:
     if not references:
         raise DatasetError("no references: there is nothing to score against")
     without = [image_id for image_id, texts in references.items() if not texts]
     if without:
         raise DatasetError(f"{len(without)} images have no reference, for example {without[0]!r}")
-    return {image_id: [tokenize(text, tokenizer) for text in texts] for image_id, texts in references.items()}
+    return {image_id: [scored_tokens(text, tokenizer) for text in texts] for image_id, texts in references.items()}
 
 
 def _tokenize_captions(
@@ -380,7 +439,7 @@ def _tokenize_captions(
             f"captions and references must be of the same images, got {len(captions)} captions and "
             f"{len(references)} images with references: {'; '.join(examples)}"
         )
-    return [tokenize(captions[image_id], tokenizer) for image_id in references]
+    return [scored_tokens(captions[image_id], tokenizer) for image_id in references]
 
 
 def _texts_by_tokens(
@@ -450,6 +509,17 @@ def _intervals(rows: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
     ]
     lows, highs = np.quantile(resamples, [0.025, 0.975], axis=0).tolist()
     return {name: (low, high) for name, low, high in zip(_SCORE_NAMES, lows, highs, strict=True)}
+
+
+def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float]) -> list[ConfidencePoint]:
+    known = np.nan_to_num(np.asarray(confidences, dtype=float), nan=0.0)  # a failed image has none
+    order = np.argsort(-known, kind="stable")
+    curve = []
+    for share in SHARES:
+        kept = order[: max(1, round(share * len(rows)))]
+        scores = _corpus_scores(rows[kept].sum(axis=0), len(kept))
+        curve.append(ConfidencePoint(share, float(known[kept[-1]]), float(scores[3]), float(scores[5])))
+    return curve
 
 
 def _corpus_scores(sums: NDArray[np.float64], num_images: int) -> NDArray[np.float64]:

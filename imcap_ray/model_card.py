@@ -10,6 +10,9 @@ import jinja2
 
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.escaping import markdown, markdown_code, printable
+from imcap_ray.metrics import HALF
+from imcap_ray.tokenization import scoring_tokenizer
+from imcap_ray.training import num_epochs
 
 _CARD = """\
 # {{ name | text }}
@@ -21,7 +24,7 @@ An image captioner of imcap_ray: {{ recipe.encoder.name | text }} ({{ recipe.enc
 | trained on | {{ data_format | text }}: {{ num_images | number }} images, {{ num_captions | number }} captions |
 | data | {{ (data_terms or "see where they came from") | text }} |
 | recipe | {{ recipe_name | code }}, seed {{ seed }} |
-| kept | epoch {{ metrics.epoch }} of {{ recipe.training.epochs }}, the best CIDEr-D on the validation split |
+| kept | epoch {{ metrics.epoch }} of {{ num_epochs }} at most, the best CIDEr-D on the validation split |
 | vocabulary | {{ vocabulary_size | number }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
 | CNN weights | {{ encoder_weights | text }} |
 | image | squashed to {{ recipe.preprocessing.image_size }} x {{ recipe.preprocessing.image_size }} pixels |
@@ -35,6 +38,9 @@ An image captioner of imcap_ray: {{ recipe.encoder.name | text }} ({{ recipe.enc
 |---|---|---|---|---|---|
 |{% for name in percent %} {{ "%.1f" | format(100 * metrics[name]) }} |{% endfor -%}
 {{ " %.3f" | format(metrics.cider_d) }} |
+
+The {{ "%.0f" | format(100 * half) }} % most confident captions, those of confidence
+{{ "%.3f" | format(metrics.half_min_confidence) }} and more, have CIDEr-D {{ "%.3f" | format(metrics.half_cider_d) }}.
 
 Protocol: corpus BLEU with the closest reference length and no smoothing, ROUGE-L and CIDEr-D as coco-caption defines
 them, all references, `{{ protocol_tokenizer }}` tokens; computed by `imcap train` with the moving average's or the
@@ -82,6 +88,8 @@ def write_card(
     card: str = environment.from_string(_CARD).render(
         name=name,
         recipe=to_mapping(recipe),
+        num_epochs=num_epochs(recipe),
+        half=HALF,
         recipe_name=recipe_name,
         decoder=decoders[recipe.decoder.name],
         seed=seed,
@@ -94,6 +102,6 @@ def write_card(
         encoder_weights=encoder_weights,
         metrics=metrics,
         percent=("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"),
-        protocol_tokenizer="ptb",
+        protocol_tokenizer=scoring_tokenizer(recipe.vocabulary.tokenizer),
     )
     return card

@@ -26,6 +26,7 @@ from PIL import Image
 from imcap_ray.errors import ConfigError, ImageError, InputError
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
+from imcap_ray.metrics import HALF
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -112,6 +113,7 @@ def write_report(
         run=_flatten(run or {}),
         scores=_score_table(evaluation or {}),
         protocol=_protocol(evaluation or {}),
+        curve=_curve((evaluation or {}).get("confidence_curve", ())),
         histogram=_histogram(summary.captions),
         num_cards=len(rows),
         num_failed_cards=sum(row["status"] == FAILED for row in rows),
@@ -279,6 +281,26 @@ def _protocol(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
         protocol["references_per_image"] = most if fewest == most else f"{fewest} to {most}"
     pairs = _flatten({**protocol, "best_constant_caption": evaluation.get("floor_caption", "")})
     return [(name.replace("_", " "), text) for name, text in pairs if text]
+
+
+def _curve(points: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
+    """CIDEr-D of the most confident captions by their share, drawn on a plane of 360 x 120; None without points."""
+    if not points:
+        return None
+    highest = max(point["cider_d"] for point in points) or 1.0
+    drawn = [
+        {
+            "share": f"{point['share']:.0%}",
+            "x": 360 * (1 - point["share"]),
+            "y": 120 - 100 * point["cider_d"] / highest,
+            "min_confidence": f"{point['min_confidence']:.3f}",
+            "cider_d": _score("cider_d", point),
+            "bleu_4": _score("bleu_4", point),
+            "labelled": point["share"] in (1.0, HALF) or point is points[-1],
+        }
+        for point in points
+    ]
+    return {"points": drawn, "half": next(point for point in drawn if point["share"] == f"{HALF:.0%}")}
 
 
 def _number(value: Any) -> str:

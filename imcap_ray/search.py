@@ -1,4 +1,4 @@
-"""Beam search over next-token log-probabilities. Knows nothing of images, models or words.
+"""Beam search and sampling over next-token log-probabilities. Knows nothing of images, models or words.
 
 B images, K beams per image, V vocabulary, L longest caption with its end token.
 """
@@ -100,6 +100,51 @@ def beam_search(
             break
 
     return _to_hypotheses(pool_logprobs, pool_lengths, pool_sequences, num_captions)
+
+
+def sample(
+    step: Step,
+    state: State,
+    *,
+    start_id: int,
+    end_id: int,
+    max_length: int,
+    temperature: float = 1.0,
+    forbidden_ids: Sequence[int] = (),
+) -> list[list[list[int]]]:
+    """For each image K token sequences drawn from the model, with their start and, if they came to it, their end.
+
+    Args:
+        step: tokens (B, K) and state to log-probabilities (B, K, V) of the next token and the next state.
+        state: each tensor (B, K, ...), equal along K at the start.
+        temperature: divides the log-probabilities; below 1 the probable is drawn more often still.
+        forbidden_ids: tokens that are never drawn.
+    """
+    num_images, num_samples = state[0].shape[:2]
+    tokens = torch.full((num_images, num_samples), start_id, dtype=torch.long, device=state[0].device)
+    drawn, has_ended = [tokens], torch.zeros_like(tokens, dtype=torch.bool)
+    for _ in range(max_length + 1):
+        log_probs, state = step(tokens, state)
+        probabilities = (log_probs.float() / temperature).exp()  # up to a factor
+        if forbidden_ids:
+            probabilities[..., list(forbidden_ids)] = 0.0
+        # The inverse of the distribution function: one random number a row. `torch.multinomial` takes one a token,
+        # which is a third of the time.
+        cumulative = probabilities.cumsum(dim=-1)
+        drawn_share = torch.rand(num_images, num_samples, 1, device=tokens.device) * cumulative[..., -1:]
+        tokens = torch.searchsorted(cumulative, drawn_share, right=True).squeeze(-1)
+        tokens.clamp_(max=cumulative.shape[-1] - 1)  # rounding
+        drawn.append(tokens)
+        has_ended |= tokens == end_id
+        if bool(has_ended.all()):
+            break
+    sequences = torch.stack(drawn, dim=2).tolist()
+    return [[_up_to(end_id, ids) for ids in of_image] for of_image in sequences]
+
+
+def _up_to(end_id: int, token_ids: list[int]) -> list[int]:
+    """The beginning of a sequence up to and with its first end."""
+    return token_ids[: token_ids.index(end_id) + 1] if end_id in token_ids else token_ids
 
 
 def _gather_beams(tensor: Tensor, beams: Tensor) -> Tensor:

@@ -48,6 +48,11 @@ def tokenize(text: str, tokenizer: str = "ptb") -> list[str]:
     return TOKENIZERS[tokenizer](text)
 
 
+def scoring_tokenizer(tokenizer: str) -> str:
+    """The tokenizer that captions made of these tokens are scored with: `unicode` by itself, all others by `ptb`."""
+    return tokenizer if tokenizer == "unicode" else "ptb"
+
+
 def detokenize(tokens: Sequence[str]) -> str:
     """Text that reads well; its ptb tokens are these again: "'s" and unspaced characters are joined on."""
     text = ""

@@ -11,6 +11,8 @@ from imcap_ray.tokenization import TOKENIZERS, detokenize, tokenize
 
 SPECIAL_TOKENS = ("<padding>", "<start>", "<end>", "<unknown>")
 PADDING_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
+NEVER_SAID = (PADDING_ID, START_ID, UNKNOWN_ID)
+"""Tokens that no caption of ours has."""
 
 
 class Vocabulary:

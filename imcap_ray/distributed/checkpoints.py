@@ -18,10 +18,9 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from imcap_ray import storage
 from imcap_ray.distributed.seals import find_damage
 from imcap_ray.errors import ImcapError
+from imcap_ray.training import SCORE
 
 HISTORY_FILE: Final = "history.json"
-
-SCORE: Final = "cider_d"
 
 NUM_BEST_TO_KEEP: Final = 2
 """And the newest: so there is another one to go back to, and another good model, when either is damaged."""

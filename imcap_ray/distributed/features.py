@@ -173,6 +173,24 @@ def cache_features(
     return cache
 
 
+def manifest_of(images: pa.Table) -> pa.Table:
+    """A table of `DATASET_SCHEMA` -> `MANIFEST_SCHEMA`; the ids are the rows' numbers."""
+    count = images.num_rows
+    return pa.table(
+        [
+            pa.array(range(count), pa.int64()),
+            images["image_id"],
+            images["image_path"],
+            pa.array([""] * count),
+            pa.array([-1] * count, pa.int32()),
+            pa.array([-1] * count, pa.int32()),
+            pa.array([-1] * count, pa.int64()),
+            pa.array([0] * count, pa.int64()),
+        ],
+        schema=MANIFEST_SCHEMA,
+    )
+
+
 def _keep_whole_parts(folder: str, damage: Mapping[str, str]) -> set[str]:
     """Remove the files that are damaged, unreadable, or hold an image a second time; the ids of those in the others."""
     done: set[str] = set()
@@ -202,21 +220,7 @@ def _encode(
     """Add files with the features of these images to the folder."""
     work = storage.join(folder, _WORK_FOLDER)
     storage.remove(work)
-    count = images.num_rows
-    manifest = pa.table(
-        [
-            pa.array(range(count), pa.int64()),
-            images["image_id"],
-            images["image_path"],
-            pa.array([""] * count),
-            pa.array([-1] * count, pa.int32()),
-            pa.array([-1] * count, pa.int32()),
-            pa.array([-1] * count, pa.int64()),
-            pa.array([0] * count, pa.int64()),
-        ],
-        schema=MANIFEST_SCHEMA,
-    )
-    write_table(storage.join(work, "manifest", "part-0.parquet"), manifest)
+    write_table(storage.join(work, "manifest", "part-0.parquet"), manifest_of(images))
     map_images(
         storage.join(work, "manifest"),
         folder,
@@ -227,7 +231,7 @@ def _encode(
         # Through the object store, so that weights from a file of this machine reach every node.
         actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "flip": flip},
         image_size=encoder.image_size,
-        num_images=count,
+        num_images=images.num_rows,
         num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,
         batch_size=2 * COMPUTE_BATCH_SIZE,

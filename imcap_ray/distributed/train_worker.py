@@ -1,6 +1,7 @@
-"""One data-parallel worker of a training: epochs, each with a validation, a checkpoint and a report to Ray Train.
+"""One data-parallel worker of a training: the epochs of a phase, each with a validation, a checkpoint and a report to
+Ray Train.
 
-I images, R regions, F channels.
+I images, R regions, F channels, S pixels a side.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -20,18 +22,39 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
+import safetensors.torch
 import torch
+from torch import Tensor
 
 from imcap_ray import storage
-from imcap_ray.captioner import search_captions
-from imcap_ray.config import Recipe, TrainingConfig, from_mapping
+from imcap_ray.captioner import Caption, below, search_captions
+from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
-from imcap_ray.distributed.checkpoints import HISTORY_FILE, SCORE, EpochCheckpoint, checkpoint_name, newest_checkpoint
+from imcap_ray.distributed.checkpoints import (
+    HISTORY_FILE,
+    checkpoint_name,
+    newest_checkpoint,
+)
 from imcap_ray.distributed.seals import seal
-from imcap_ray.metrics import score
-from imcap_ray.training import Optimization, make_batch
-from imcap_ray.vocabulary import Vocabulary
+from imcap_ray.encoders import FINETUNED, Encoder
+from imcap_ray.errors import ConfigError
+from imcap_ray.metrics import HALF, confidence_curve, score
+from imcap_ray.tokenization import scoring_tokenizer
+from imcap_ray.training import (
+    FINETUNE,
+    SELF_CRITICAL,
+    CaptionBatch,
+    CaptionReward,
+    EndToEnd,
+    Optimization,
+    advantages_of,
+    draw_captions,
+    make_batch,
+    next_phase,
+    phases,
+)
+from imcap_ray.vocabulary import NEVER_SAID, Vocabulary
 
 # In the training's work folder.
 CAPTIONS_FILE: Final = "captions.parquet"
@@ -41,7 +64,8 @@ RUN_FOLDER: Final = "ray"
 """What Ray Train keeps: the checkpoints."""
 
 # In a checkpoint.
-DECODER_FILE: Final = "decoder.safetensors"
+WEIGHTS_FILE: Final = "model.safetensors"
+"""Of what is kept: `decoder.NAME`, and `encoder.NAME` when the CNN has been trained as well."""
 _STATE_FILE: Final = "training_state.pt"
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
@@ -50,14 +74,18 @@ RESIDENT_SHARE: Final = 0.4
 
 Value = TypeVar("Value")
 
-BatchSource = Callable[..., Iterator[tuple[torch.Tensor, list[str]]]]
-"""Called with batch_size and seed: one epoch of shuffled batches, features (I, views, R, F) and image ids."""
+BatchSource = Callable[..., Iterator[tuple[Tensor, list[str]]]]
+"""Called with batch_size and seed: one epoch of shuffled batches, what the phase reads of images and their ids."""
+
+BatchMaker = Callable[[Tensor, list[str]], tuple[CaptionBatch, dict[str, float]]]
+"""What was read of images, and their ids -> the batch of a step, and numbers to be averaged over an epoch."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One data-parallel worker: epochs of training, each with a validation, a checkpoint and a report."""
+    """One data-parallel worker: the epochs of a phase, each with a validation, a checkpoint and a report."""
     recipe = from_mapping(Recipe, config["recipe"])
-    work, seed, settings = config["work"], config["seed"], recipe.training
+    work, seed, phase = config["work"], config["seed"], config["phase"]
+    settings = phases(recipe)[phase]
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -65,48 +93,125 @@ def train_worker(config: dict[str, Any]) -> None:
 
     vocabulary = Vocabulary.from_json(storage.read_bytes(storage.join(work, VOCABULARY_FILE)).decode())
     table = _read_table(storage.join(work, CAPTIONS_FILE))
-    captions = dict(zip(table["image_id"].to_pylist(), table["captions"].to_pylist(), strict=True))
+    captions: dict[str, dict[str, list[str]]] = {TRAIN: {}, VALIDATION: {}}
+    for row in table.to_pylist():
+        captions.setdefault(row["split"], {})[row["image_id"]] = row["captions"]
     torch.manual_seed(seed)
-    shape = config["shapes"][TRAIN]
-    decoder = build_decoder(recipe.decoder, num_channels=shape[2], vocabulary_size=len(vocabulary)).to(device)
-    model = ray.train.torch.prepare_model(decoder, move_to_device=False)
+    encoder: Encoder = config["load_encoder"]()
+    decoder = build_decoder(recipe.decoder, num_channels=encoder.num_channels, vocabulary_size=len(vocabulary))
+    if start_file := config["start_file"]:
+        decoder.load_state_dict(below("decoder.", safetensors.torch.load(storage.read_bytes(start_file))))
+    trained: Decoder | EndToEnd = decoder
+    if phase == FINETUNE:
+        unfreeze(encoder, recipe.finetune.first_layer)
+        trained = EndToEnd(encoder, decoder)
+    trained.to(device)
+    model = ray.train.torch.prepare_model(trained, move_to_device=False)
 
     local_batch_size = max(1, settings.batch_size // world_size)
-    steps_per_epoch = -(-(config["num_train_images"] // world_size) // local_batch_size)
-    optimization = Optimization(model, decoder, settings, total_steps=settings.epochs * steps_per_epoch)
+    num_images = config["num_train_images"] // world_size
+    optimization = Optimization(
+        model,
+        trained,
+        settings,
+        total_steps=settings.epochs * -(-num_images // local_batch_size),
+        encoder_learning_rate=recipe.finetune.encoder_learning_rate,
+        temperature=recipe.self_critical.temperature if phase == SELF_CRITICAL else 1.0,
+        forbidden_ids=NEVER_SAID if phase == SELF_CRITICAL else (),
+    )
     # Not `ray.train.get_checkpoint()`: that is the last which Ray has noted, damaged or not. Ray looks every two
     # seconds, and a checkpoint whose worker died in between is whole but not noted.
     checkpoint = newest_checkpoint(storage.join(work, RUN_FOLDER)) if rank == 0 else None
     checkpoint = _broadcast(checkpoint, world_size)
-    history = _restore(optimization, checkpoint, device) if checkpoint else []
+    history = list(checkpoint.history) if checkpoint else []
+    if checkpoint and history[-1]["phase"] == phase:
+        state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
+        optimization.load_state_dict(torch.load(io.BytesIO(state), map_location=device, weights_only=True))
 
-    source = _choose_source(config["num_train_images"] // world_size, shape)
+    inputs = _Inputs.of(config)
+    source = _choose_source(num_images, inputs)
     # Every worker is handed all validation images, for an equal split would drop some; it keeps each n-th batch.
     validation = [
-        (features[:, 0], image_ids)
-        for number, (features, image_ids) in enumerate(
-            _read_shard(VALIDATION, config["shapes"][VALIDATION], batch_size=64)
-        )
+        batch
+        for number, batch in enumerate(_read_shard(VALIDATION, inputs, batch_size=64))
         if number % world_size == rank
     ]
-    ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
-    while not is_finished(history, settings):
+    make = _batch_maker(phase, recipe, vocabulary, captions[TRAIN], optimization, encoder.image_size, device)
+    while next_phase(history, recipe) == phase:
         epoch = len(history) + 1
         start = time.time()
         epoch_seed = seed * 1_000_003 + epoch * 1009 + rank
-        generator = torch.Generator().manual_seed(epoch_seed)
-        torch.manual_seed(epoch_seed)  # dropout differs between workers and epochs
-        batches = source(batch_size=local_batch_size, seed=epoch_seed)
-        train_loss = _run_epoch(optimization, batches, ids, generator, device)
+        torch.manual_seed(epoch_seed)  # dropout, views, crops and samples differ between workers and epochs
+        averages = _run_epoch(optimization, make, source(batch_size=local_batch_size, seed=epoch_seed))
         hypotheses = _caption(optimization.kept, vocabulary, validation, recipe, device)
         hypotheses = _gather(hypotheses, world_size)
         metrics: dict[str, Any] = {}
         if rank == 0:
-            scores = score(hypotheses, {image_id: captions[image_id] for image_id in hypotheses})
-            metrics = {"epoch": epoch, "train_loss": train_loss, **scores.to_dict(), "seconds": time.time() - start}
+            references = {image_id: captions[VALIDATION][image_id] for image_id in hypotheses}
+            scores = _score(hypotheses, references, scoring_tokenizer(vocabulary.tokenizer))
+            metrics = {"epoch": epoch, "phase": phase, **averages, **scores, "seconds": time.time() - start}
         metrics = _broadcast(metrics, world_size)
         history.append(metrics)
-        _report(optimization, history, work, rank)
+        if rank == 0:
+            _report(optimization, encoder, history, work)
+        else:
+            ray.train.report(history[-1], checkpoint_dir_name=checkpoint_name(len(history)))
+
+
+def unfreeze(encoder: Encoder, first_layer: str) -> None:
+    """Let the CNN be trained from this layer on.
+
+    Raises:
+        ConfigError: it has no such layer.
+    """
+    is_reached = False
+    for name, parameter in encoder.cnn.named_parameters():
+        is_reached = is_reached or name.startswith(first_layer)
+        parameter.requires_grad_(is_reached)
+    if not is_reached:
+        names = dict.fromkeys(".".join(name.split(".")[:3]) for name, _ in encoder.cnn.named_parameters())
+        raise ConfigError(f"finetune.first_layer {first_layer!r} is none of the CNN's: {', '.join(names)}")
+
+
+def _batch_maker(
+    phase: str,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    captions: Mapping[str, list[str]],
+    optimization: Optimization,
+    image_size: int,
+    device: torch.device,
+) -> BatchMaker:
+    """What a phase learns from the images of a step."""
+    settings = recipe.training
+    if phase == SELF_CRITICAL:
+        reward = CaptionReward(captions, vocabulary)
+
+        def draw(views: Tensor, image_ids: list[str]) -> tuple[CaptionBatch, dict[str, float]]:
+            features = _draw_view(views).to(device, torch.float32)
+            drawn = draw_captions(
+                decoder_of(optimization.trained),
+                features,
+                num_samples=recipe.self_critical.num_samples,
+                max_length=settings.max_caption_length,
+                temperature=recipe.self_critical.temperature,
+            )
+            rewards = [
+                [reward(image_id, ids) for ids in of_image] for image_id, of_image in zip(image_ids, drawn, strict=True)
+            ]
+            batch = make_batch(features, drawn, device, advantages=advantages_of(rewards))
+            return batch, {"train_reward": float(np.mean(rewards))}
+
+        return draw
+
+    ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
+    if phase == FINETUNE:
+        augment = augmentation(image_size, min_crop_area=recipe.finetune.min_crop_area)
+        return lambda pixels, image_ids: (
+            make_batch(torch.stack([augment(image) for image in pixels]), [ids[id_] for id_ in image_ids], device),
+            {},
+        )
+    return lambda views, image_ids: (make_batch(_draw_view(views), [ids[id_] for id_ in image_ids], device), {})
 
 
 def vocabulary_ids(vocabulary: Vocabulary, captions: list[str], max_length: int) -> list[list[int]]:
@@ -114,116 +219,147 @@ def vocabulary_ids(vocabulary: Vocabulary, captions: list[str], max_length: int)
     return [vocabulary.to_ids(caption, max_length=max_length) for caption in captions]
 
 
-def is_finished(history: list[dict[str, Any]], settings: TrainingConfig) -> bool:
-    """Whether all epochs are done, or the last `patience` of them brought no better CIDEr-D."""
-    patience = settings.patience
-    if len(history) >= settings.epochs:
-        return True
-    if not patience or len(history) <= patience:
-        return False
-    scores = [row[SCORE] for row in history]
-    return bool(max(scores[-patience:]) <= max(scores[:-patience]))
+def augmentation(image_size: int, *, min_crop_area: float) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 pixels (3, S, S) to another view of the same image."""
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor], Tensor] = v2.Compose(
+        [
+            v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    return transform
 
 
-def _restore(optimization: Optimization, checkpoint: EpochCheckpoint, device: torch.device) -> list[dict[str, Any]]:
-    """Go on from a checkpoint; the metrics of the epochs it has behind it."""
-    state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
-    optimization.load_state_dict(torch.load(io.BytesIO(state), map_location=device, weights_only=True))
-    return list(checkpoint.history)
+def _draw_view(views: Tensor) -> Tensor:
+    """Features (I, views, R, F) -> (I, R, F), one of the views of each image."""
+    return views[torch.arange(len(views)), torch.randint(views.shape[1], (len(views),))]
 
 
 def _run_epoch(
-    optimization: Optimization,
-    batches: Iterator[tuple[torch.Tensor, list[str]]],
-    ids: Mapping[str, list[list[int]]],
-    generator: torch.Generator,
-    device: torch.device,
-) -> float:
-    """One pass over this worker's images; the mean cross-entropy of a token, in nats."""
-    loss_sum, num_tokens = 0.0, 0
-    for features, image_ids in batches:
-        views = torch.randint(features.shape[1], (len(image_ids),), generator=generator)
-        chosen = features[torch.arange(len(image_ids)), views]
-        batch = make_batch(chosen, [ids[image_id] for image_id in image_ids], device)
+    optimization: Optimization, make: BatchMaker, batches: Iterator[tuple[Tensor, list[str]]]
+) -> dict[str, float]:
+    """One pass over this worker's images; the mean cross-entropy of a token, in nats, and other means over images."""
+    loss_sum, num_tokens, num_images = 0.0, 0, 0
+    sums: dict[str, float] = {}
+    for inputs, image_ids in batches:
+        batch, numbers = make(inputs, image_ids)
         loss, count = optimization.step(batch)
-        loss_sum, num_tokens = loss_sum + loss, num_tokens + count
-    return loss_sum / max(1, num_tokens)
+        loss_sum, num_tokens, num_images = loss_sum + loss, num_tokens + count, num_images + len(image_ids)
+        for name, value in numbers.items():
+            sums[name] = sums.get(name, 0.0) + value * len(image_ids)
+    means = {name: value / max(1, num_images) for name, value in sums.items()}
+    return {"train_loss": loss_sum / max(1, num_tokens), **means}
 
 
-def _choose_source(num_images: int, shape: tuple[int, int, int]) -> BatchSource:
-    """How this worker reads its shard of the training features.
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a phase reads of an image."""
 
-    Features that fit in memory are read once: while Ray Data streams, its scheduler keeps half a core busy (Ray 2.60),
-    a quarter of a two-core machine. Larger ones are streamed anew in every epoch.
+    column: str
+    dtype: type[np.generic]
+    shapes: Mapping[str, tuple[int, ...]]
+    """By split."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> _Inputs:
+        if config["phase"] == FINETUNE:
+            return cls("pixels", np.uint8, config["shapes"])  # (3, S, S)
+        return cls("features", np.float16, config["shapes"])  # (views, R, F)
+
+    def from_rows(self, rows: pa.Table, split: str) -> Tensor:
+        arrays = [np.frombuffer(value.as_buffer(), self.dtype) for value in rows[self.column]]
+        return torch.from_numpy(np.stack(arrays).reshape(-1, *self.shapes[split]))
+
+
+def _choose_source(num_images: int, inputs: _Inputs) -> BatchSource:
+    """How this worker reads its shard of the training images.
+
+    What fits in memory is read once: while Ray Data streams, its scheduler keeps half a core busy (Ray 2.60), a
+    quarter of a two-core machine. More than that is streamed anew in every epoch.
     """
     available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    size_bytes = num_images * int(np.prod(shape)) * np.dtype(np.float16).itemsize
+    size_bytes = num_images * int(np.prod(inputs.shapes[TRAIN])) * np.dtype(inputs.dtype).itemsize
     if size_bytes > RESIDENT_SHARE * available_bytes:
-        return partial(_stream_shard, shape)
-    parts = list(_read_shard(TRAIN, shape, batch_size=256))
-    features = torch.empty(sum(len(part) for part, _ in parts), *shape, dtype=torch.float16)
+        return partial(_stream_shard, inputs)
+    parts = list(_read_shard(TRAIN, inputs, batch_size=256))
+    images = torch.empty(sum(len(part) for part, _ in parts), *inputs.shapes[TRAIN], dtype=parts[0][0].dtype)
     image_ids: list[str] = []
     while parts:  # each part is freed when it is copied, so that the peak is little more than the whole
         part, part_ids = parts.pop(0)
-        features[len(image_ids) : len(image_ids) + len(part)] = part
+        images[len(image_ids) : len(image_ids) + len(part)] = part
         image_ids += part_ids
-    return partial(_shuffle_resident, features, image_ids)
+    return partial(_shuffle_resident, images, image_ids)
 
 
 def _shuffle_resident(
-    features: torch.Tensor, image_ids: list[str], *, batch_size: int, seed: int
-) -> Iterator[tuple[torch.Tensor, list[str]]]:
+    images: Tensor, image_ids: list[str], *, batch_size: int, seed: int
+) -> Iterator[tuple[Tensor, list[str]]]:
     # By name first, for a cache of the same images that was made anew holds them in another order.
     by_name = torch.tensor(sorted(range(len(image_ids)), key=image_ids.__getitem__), dtype=torch.long)
     order = torch.randperm(len(image_ids), generator=torch.Generator().manual_seed(seed))
     for chosen in torch.split(by_name[order], batch_size):
-        yield features[chosen], [image_ids[number] for number in chosen.tolist()]
+        yield images[chosen], [image_ids[number] for number in chosen.tolist()]
 
 
-def _stream_shard(
-    shape: tuple[int, int, int], *, batch_size: int, seed: int
-) -> Iterator[tuple[torch.Tensor, list[str]]]:
+def _stream_shard(inputs: _Inputs, *, batch_size: int, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
     yield from _read_shard(
         TRAIN,
-        shape,
+        inputs,
         batch_size=batch_size,
         local_shuffle_buffer_size=SHUFFLE_BUFFER_IMAGES,
         local_shuffle_seed=seed,
     )
 
 
-def _read_shard(split: str, shape: tuple[int, int, int], **options: Any) -> Iterator[tuple[torch.Tensor, list[str]]]:
-    """Batches of this worker's images: features (I, views, R, F) in float16, and ids."""
+def _read_shard(split: str, inputs: _Inputs, **options: Any) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of this worker's images: features (I, views, R, F) in float16 or pixels (I, 3, S, S), and ids."""
     for rows in ray.train.get_dataset_shard(split).iter_batches(batch_format="pyarrow", **options):
-        arrays = [np.frombuffer(value.as_buffer(), np.float16).reshape(shape) for value in rows["features"]]
-        yield torch.from_numpy(np.stack(arrays)), rows["image_id"].to_pylist()
+        yield inputs.from_rows(rows, split), rows["image_id"].to_pylist()
 
 
+@torch.inference_mode()
 def _caption(
-    decoder: torch.nn.Module,
+    kept: torch.nn.Module,
     vocabulary: Vocabulary,
-    batches: list[tuple[torch.Tensor, list[str]]],
+    batches: list[tuple[Tensor, list[str]]],
     recipe: Recipe,
     device: torch.device,
-) -> dict[str, str]:
-    decoder.eval()
+) -> dict[str, Caption]:
+    kept.eval()
     captions = {}
-    for features, image_ids in batches:
-        found = search_captions(decoder_of(decoder), vocabulary, features.to(device, torch.float32), recipe.search)
-        captions.update({image_id: best[0].text for image_id, best in zip(image_ids, found, strict=True)})
+    for inputs, image_ids in batches:
+        inputs = inputs.to(device)
+        features = kept.encoder(inputs) if isinstance(kept, EndToEnd) else inputs[:, 0].float()
+        found = search_captions(decoder_of(kept), vocabulary, features, recipe.search)
+        captions.update({image_id: best[0] for image_id, best in zip(image_ids, found, strict=True)})
     return captions
 
 
 def decoder_of(module: torch.nn.Module) -> Decoder:
-    """The module as what it is known to be."""
-    assert isinstance(module, Decoder)
-    return module
+    """The decoder of what is trained or kept."""
+    decoder = module.decoder if isinstance(module, EndToEnd) else module
+    assert isinstance(decoder, Decoder)
+    return decoder
 
 
-def _gather(part: dict[str, str], world_size: int) -> dict[str, str]:
+def _score(captions: Mapping[str, Caption], references: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, Any]:
+    texts = {image_id: caption.text for image_id, caption in captions.items()}
+    confidences = {image_id: caption.confidence for image_id, caption in captions.items()}
+    curve = confidence_curve(texts, references, confidences, tokenizer=tokenizer)
+    half = next(point for point in curve if point.share == HALF)
+    return {
+        **score(texts, references, tokenizer=tokenizer).to_dict(),
+        "half_cider_d": half.cider_d,
+        "half_min_confidence": half.min_confidence,
+    }
+
+
+def _gather(part: dict[str, Caption], world_size: int) -> dict[str, Caption]:
     if world_size == 1:
         return part
-    parts: list[dict[str, str] | None] = [None] * world_size
+    parts: list[dict[str, Caption] | None] = [None] * world_size
     torch.distributed.all_gather_object(parts, part)
     return {image_id: caption for one in parts if one for image_id, caption in one.items()}
 
@@ -237,22 +373,21 @@ def _broadcast(value: Value, world_size: int) -> Value:
     return box[0]
 
 
-def _report(optimization: Optimization, history: list[dict[str, Any]], work: str, rank: int) -> None:
-    """Report the last epoch to Ray Train, with a checkpoint from rank 0."""
-    name = checkpoint_name(len(history))
-    if rank != 0:
-        ray.train.report(history[-1], checkpoint_dir_name=name)
-        return
-    from safetensors.torch import save_file
-
+def _report(optimization: Optimization, encoder: Encoder, history: list[dict[str, Any]], work: str) -> None:
+    """Report the last epoch to Ray Train with a checkpoint."""
+    kept = optimization.kept
+    tensors = {f"decoder.{name}": tensor for name, tensor in decoder_of(kept).state_dict().items()}
+    if isinstance(kept, EndToEnd) or encoder.weights.source == FINETUNED:
+        cnn = kept.encoder.cnn if isinstance(kept, EndToEnd) else encoder.cnn
+        tensors |= {f"encoder.{name}": tensor for name, tensor in cnn.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         torch.save(optimization.state_dict(), Path(folder, _STATE_FILE))
-        tensors = {name: tensor.contiguous().cpu() for name, tensor in optimization.kept.state_dict().items()}
-        save_file(tensors, Path(folder, DECODER_FILE))
+        contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, Path(folder, WEIGHTS_FILE))
         Path(folder, HISTORY_FILE).write_text(json.dumps(history))
-        seal(folder, [_STATE_FILE, DECODER_FILE, HISTORY_FILE])
+        seal(folder, [_STATE_FILE, WEIGHTS_FILE, HISTORY_FILE])
         checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=name)
+        ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(len(history)))
     write_metrics(work, history)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -23,26 +25,35 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig  # the one `ray.train` exports at run time; mypy sees the old one
 
 from imcap_ray import storage
-from imcap_ray.captioner import CONFIG_FILE, save_model_folder
+from imcap_ray.captioner import CONFIG_FILE, below, save_model_folder
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
-from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, SCORE, choose_best, recover
+from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, require
-from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key
-from imcap_ray.distributed.images import Progress, default_num_actors, explain, repeating
+from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key, manifest_of
+from imcap_ray.distributed.images import (
+    IMAGES_PER_BLOCK,
+    Progress,
+    default_num_actors,
+    explain,
+    load_images,
+    repeating,
+)
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
-    DECODER_FILE,
     METRICS_FILE,
     RUN_FOLDER,
     VOCABULARY_FILE,
-    is_finished,
+    WEIGHTS_FILE,
     train_worker,
+    unfreeze,
     write_metrics,
 )
-from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
+from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
+from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
+from imcap_ray.training import CROSS_ENTROPY, FINETUNE, SCORE, next_phase, num_epochs
 from imcap_ray.vocabulary import Vocabulary
 
 WORK_FOLDER: Final = "_training"
@@ -94,13 +105,15 @@ def train(
         raise InputError(f"--num-workers {workers} exceeds the recipe's batch of {recipe.training.batch_size} images")
     # One CPU beyond the workers': Ray Data reads their features with it.
     require(resources, cpus=workers + 1, gpus=workers * gpus, what=f"--num-workers {workers}")
-    train_images, validation_images = data.split(TRAIN), data.split(VALIDATION)
+    train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
     first_path = train_images["image_path"][0].as_py()
     if not storage.exists(first_path):
         raise DatasetError(
             f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
         )
     encoder = build_encoder(recipe.encoder, recipe.preprocessing, weights_path=encoder_weights)
+    unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch
+    encoder.requires_grad_(False)
     vocabulary = Vocabulary.build(
         (caption for captions in train_images["captions"].to_pylist() for caption in captions),
         tokenizer=recipe.vocabulary.tokenizer,
@@ -117,8 +130,93 @@ def train(
     history = resumed.history if resumed else []
     write_metrics(work, history)
 
+    features = features or storage.join(storage.parent(model), "_features")
+    cache = partial(_cache, data=data, recipe=recipe, folder=features, resources=resources, echo=echo)
+    caches = cache(encoder)
+    for split, of_split in caches.items():
+        if failures := of_split.failures:
+            first = failures[0]
+            echo(
+                f"{len(failures):,} {split} images left out, they cannot be read; the first is {first['image_id']}: "
+                f"{first['error_message']}"
+            )
+    _write_table(storage.join(work, CAPTIONS_FILE), data.table)
+    storage.write_bytes(storage.join(work, VOCABULARY_FILE), vocabulary.to_json().encode())
+    echo(
+        f"training {recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} images, "
+        f"{workers} worker{'s' * (workers != 1)}, {num_epochs(recipe)} epochs at most"
+    )
+    if history:
+        echo(f"going on after epoch {len(history)}")
+    while (phase := next_phase(history, recipe)) is not None:
+        start_file = _start_of_phase(phase, history, work, echo)
+        current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
+        if current is not encoder and phase != FINETUNE:
+            caches = cache(current)
+        _fit(
+            phase,
+            caches if phase != FINETUNE else _write_manifests(data, caches, storage.join(work, "manifests")),
+            work=work,
+            recipe=recipe,
+            seed=seed,
+            encoder=current,
+            start_file=start_file,
+            workers=workers,
+            gpus=gpus,
+            threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
+            echo=echo,
+        )
+        resumed = recover(run, finished_epochs=len(_read_metrics(work)), echo=echo)
+        if resumed is None or next_phase(resumed.history, recipe) == phase:
+            raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
+        history = resumed.history
+    best, newest = choose_best(run, echo=echo)
+    weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
+    kept = _with_cnn(encoder, weights)
+    metrics = best.history[-1]
+    save_model_folder(
+        model,
+        encoder=recipe.encoder,
+        encoder_weights=kept.weights,
+        preprocessing=resolve_normalisation(recipe.encoder, recipe.preprocessing),
+        decoder=recipe.decoder,
+        decoder_tensors=below("decoder.", weights),
+        search=recipe.search,
+        vocabulary=vocabulary,
+        metrics={"validation": metrics, "recipe": recipe_name, "seed": seed},
+        card=write_card(
+            name=model.rstrip("/").rpartition("/")[2],
+            recipe=recipe,
+            recipe_name=recipe_name,
+            seed=seed,
+            data=data.location.rstrip("/").rpartition("/")[2],
+            data_format=data.format,
+            data_terms=data.terms,
+            num_images=train_images.num_rows,
+            num_captions=pa.compute.sum(pa.compute.list_value_length(train_images["captions"])).as_py(),
+            vocabulary_size=len(vocabulary),
+            encoder_weights=encoder.weights.source + (", fine-tuned" if kept is not encoder else ""),
+            metrics=metrics,
+        ),
+        encoder_tensors=None if kept.weights.portable else kept.cnn.state_dict(),
+    )
+    return TrainingResult(model=model, metrics=metrics, num_epochs=newest.epoch, seconds=time.time() - start)
+
+
+def _cache(
+    encoder: Encoder,
+    *,
+    data: CaptionedImages,
+    recipe: Recipe,
+    folder: str,
+    resources: ClusterResources,
+    echo: Callable[[str], None],
+) -> dict[str, FeatureCache]:
+    """The features of each split under this encoder, made or found."""
     caches = {}
-    for split, images in ((TRAIN, train_images), (VALIDATION, validation_images)):
+    gpus = 1.0 if resources.gpus else 0.0
+    for split in (TRAIN, VALIDATION):
+        images = data.split(split)
         flip = recipe.training.flip and split == TRAIN
         key = cache_key(
             images["image_id"],
@@ -130,47 +228,69 @@ def train(
         )
         caches[split] = cache_features(
             images,
-            storage.join(features or storage.join(storage.parent(model), "_features"), key),
+            storage.join(folder, key),
             encoder=encoder,
             flip=flip,
-            num_actors=default_num_actors(resources, 1.0 if resources.gpus else 0.0),
-            gpus_per_actor=1.0 if resources.gpus else 0.0,
+            num_actors=default_num_actors(resources, gpus),
+            gpus_per_actor=gpus,
             on_progress=_echo_features(echo, split, images.num_rows),
         )
         for note in caches[split].notes:
             echo(f"features of {split} images: {note}")
-        if failures := caches[split].failures:
-            first = failures[0]
-            echo(
-                f"{len(failures):,} {split} images left out, they cannot be read; the first is {first['image_id']}: "
-                f"{first['error_message']}"
-            )
-    _write_table(storage.join(work, CAPTIONS_FILE), data.table)
-    storage.write_bytes(storage.join(work, VOCABULARY_FILE), vocabulary.to_json().encode())
-    echo(
-        f"training {recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} images, "
-        f"{workers} worker{'s' * (workers != 1)}, {recipe.training.epochs} epochs at most"
-    )
-    if history:
-        echo(f"going on after epoch {len(history)}")
-    if not is_finished(history, recipe.training):
-        _fit(
-            caches,
-            work=work,
-            recipe=recipe,
-            seed=seed,
-            workers=workers,
-            gpus=gpus,
-            threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
-            echo=echo,
-        )
-    best, newest = choose_best(run, echo=echo)
-    kept = _Kept(
-        decoder_tensors=safetensors.torch.load(storage.read_bytes(storage.join(best.location, DECODER_FILE))),
-        metrics=best.history[-1],
-    )
-    _write_model(model, kept, data, train_images, recipe, recipe_name, seed, encoder, vocabulary)
-    return TrainingResult(model=model, metrics=kept.metrics, num_epochs=newest.epoch, seconds=time.time() - start)
+    return caches
+
+
+def _start_of_phase(phase: str, history: list[dict[str, Any]], work: str, echo: Callable[[str], None]) -> str | None:
+    """The file of the weights that a phase starts from, the best so far; None for the first phase."""
+    place = storage.join(work, f"start_of_{phase}.safetensors")
+    if history and history[-1]["phase"] != phase:
+        best, _ = choose_best(storage.join(work, RUN_FOLDER), echo=echo)
+        storage.write_bytes(place, storage.read_bytes(storage.join(best.location, WEIGHTS_FILE)))
+        echo(f"{phase} from epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}")
+    return place if history and phase != CROSS_ENTROPY else None
+
+
+def _read_weights(location: str) -> dict[str, torch.Tensor]:
+    try:
+        return safetensors.torch.load(storage.read_bytes(location))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ImcapError(f"{location} is gone or damaged, and the training cannot go on without it: {error}") from error
+
+
+def _with_cnn(encoder: Encoder, weights: Mapping[str, torch.Tensor]) -> Encoder:
+    """The encoder with the CNN that is among these weights; itself where there is none."""
+    cnn = below("encoder.", weights)
+    if not cnn:
+        return encoder
+    finetuned = copy.deepcopy(encoder)
+    finetuned.cnn.load_state_dict(cnn)
+    digest = hashlib.sha256()
+    for name in sorted(cnn):
+        digest.update(name.encode() + cnn[name].numpy().tobytes())
+    finetuned.weights = EncoderWeights(source=FINETUNED, sha256=digest.hexdigest())
+    return finetuned
+
+
+@dataclass(frozen=True, slots=True)
+class _Manifest:
+    """The images of a split that can be read."""
+
+    folder: str
+    root: str
+    num_images: int
+
+
+def _write_manifests(data: CaptionedImages, caches: Mapping[str, FeatureCache], folder: str) -> dict[str, _Manifest]:
+    manifests = {}
+    for split, cache in caches.items():
+        unreadable = pa.array([failure["image_id"] for failure in cache.failures], pa.string())
+        images = data.split(split)
+        images = images.filter(pa.compute.invert(pa.compute.is_in(images["image_id"], unreadable)))
+        place = storage.join(folder, split)
+        write_table(storage.join(place, "part-0.parquet"), manifest_of(images))
+        root = storage.parent(images["image_path"][0].as_py())
+        manifests[split] = _Manifest(place, root, images.num_rows)
+    return manifests
 
 
 def _settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
@@ -229,38 +349,29 @@ def _echo_features(echo: Callable[[str], None], split: str, total: int) -> Calla
     return on_progress
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kept:
-    decoder_tensors: dict[str, torch.Tensor]
-    metrics: dict[str, Any]
-
-
 def _fit(
-    caches: Mapping[str, FeatureCache],
+    phase: str,
+    inputs: Mapping[str, FeatureCache] | Mapping[str, _Manifest],
     *,
     work: str,
     recipe: Recipe,
     seed: int,
+    encoder: Encoder,
+    start_file: str | None,
     workers: int,
     gpus: float,
     threads: int,
     echo: Callable[[str], None],
 ) -> None:
-    """Run the workers until the training is finished; the checkpoints are in the run's folder then."""
+    """Run the workers until the phase is finished; the checkpoints are in the run's folder then."""
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # the same seed, the same batches
     # A read task's block is what the local shuffle and the object store hold at a time.
     context.target_max_block_size = 64 * 2**20
     with DataContext.current(context):
         datasets = {
-            split: ray.data.read_parquet(
-                [storage.resolve(file)[1] for file in cache.files()],
-                filesystem=storage.resolve(cache.folder)[0],
-            )
-            .select_columns(["image_id", "features", "error_code"])
-            # Before Ray splits the rows: workers with unequal numbers of batches would wait for each other.
-            .filter(expr=ray.data.expressions.col("error_code") == "")
-            for split, cache in caches.items()
+            split: _read_features(of_split) if isinstance(of_split, FeatureCache) else _read_pixels(of_split, encoder)
+            for split, of_split in inputs.items()
         }
         trainer = TorchTrainer(
             train_worker,
@@ -269,8 +380,12 @@ def _fit(
                 "recipe": to_mapping(recipe),
                 "seed": seed,
                 "threads": threads,
-                "shapes": {split: cache.shape for split, cache in caches.items()},
-                "num_train_images": caches[TRAIN].num_images - len(caches[TRAIN].failures),
+                "phase": phase,
+                # Through the object store, so that weights from a file of this machine reach every node.
+                "load_encoder": partial(ray.get, ray.put(encoder)),
+                "start_file": start_file,
+                "shapes": {split: _shape(of_split, encoder) for split, of_split in inputs.items()},
+                "num_train_images": inputs[TRAIN].num_images - len(getattr(inputs[TRAIN], "failures", ())),
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -297,6 +412,34 @@ def _fit(
                 ) from error
 
 
+def _read_features(cache: FeatureCache) -> ray.data.Dataset:
+    return (
+        ray.data.read_parquet(
+            [storage.resolve(file)[1] for file in cache.files()], filesystem=storage.resolve(cache.folder)[0]
+        )
+        .select_columns(["image_id", "features", "error_code"])
+        # Before Ray splits the rows: workers with unequal numbers of batches would wait for each other.
+        .filter(expr=ray.data.expressions.col("error_code") == "")
+    )
+
+
+def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
+    """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it."""
+    load = partial(load_images, image_size=encoder.image_size, root=manifest.root)
+    return (
+        ray.data.read_parquet(storage.resolve(manifest.folder)[1], filesystem=storage.resolve(manifest.folder)[0])
+        .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
+        .map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        .filter(expr=ray.data.expressions.col("error_code") == "")
+        .select_columns(["image_id", "pixels"])
+    )
+
+
+def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...]:
+    """Of what a worker reads of an image."""
+    return inputs.shape if isinstance(inputs, FeatureCache) else (3, encoder.image_size, encoder.image_size)
+
+
 def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
     """A function that says the epochs which the workers have added to their history since it was last called."""
     known = len(_read_metrics(work))
@@ -306,12 +449,18 @@ def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
         rows = _read_metrics(work)
         for row in rows[known:]:
             echo(
-                f"epoch {row['epoch']}: training loss {row['train_loss']:.3f}, validation CIDEr-D "
+                f"epoch {row['epoch']}: {_describe_learning(row)}, validation CIDEr-D "
                 f"{row['cider_d']:.3f}, BLEU-4 {100 * row['bleu_4']:.1f}, {row['seconds']:.0f} s"
             )
         known = max(known, len(rows))
 
     return look
+
+
+def _describe_learning(metrics: Mapping[str, Any]) -> str:
+    if "train_reward" in metrics:
+        return f"training reward {metrics['train_reward']:.3f}"
+    return f"training loss {metrics['train_loss']:.3f}"
 
 
 def _read_metrics(work: str) -> list[dict[str, Any]]:
@@ -333,42 +482,3 @@ def _write_table(location: str, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table.cast(DATASET_SCHEMA), sink, compression="zstd")
     storage.write_bytes(location, sink.getvalue().to_pybytes())
-
-
-def _write_model(
-    model: str,
-    kept: _Kept,
-    data: CaptionedImages,
-    train_images: pa.Table,
-    recipe: Recipe,
-    recipe_name: str,
-    seed: int,
-    encoder: Encoder,
-    vocabulary: Vocabulary,
-) -> None:
-    save_model_folder(
-        model,
-        encoder=recipe.encoder,
-        encoder_weights=encoder.weights,
-        preprocessing=resolve_normalisation(recipe.encoder, recipe.preprocessing),
-        decoder=recipe.decoder,
-        decoder_tensors=kept.decoder_tensors,
-        search=recipe.search,
-        vocabulary=vocabulary,
-        metrics={"validation": kept.metrics, "recipe": recipe_name, "seed": seed},
-        card=write_card(
-            name=model.rstrip("/").rpartition("/")[2],
-            recipe=recipe,
-            recipe_name=recipe_name,
-            seed=seed,
-            data=data.location.rstrip("/").rpartition("/")[2],
-            data_format=data.format,
-            data_terms=data.terms,
-            num_images=train_images.num_rows,
-            num_captions=pa.compute.sum(pa.compute.list_value_length(train_images["captions"])).as_py(),
-            vocabulary_size=len(vocabulary),
-            encoder_weights=encoder.weights.source,
-            metrics=kept.metrics,
-        ),
-        encoder_tensors=None if encoder.weights.portable else encoder.cnn.state_dict(),
-    )

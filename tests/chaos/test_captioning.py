@@ -11,6 +11,7 @@ import pytest
 
 from imcap_ray.distributed.captioning import BATCH_SIZE
 
+NUM_IMAGES = 2000
 BENCHMARK = Path(__file__).parents[2] / "jobs" / "benchmark.py"
 
 
@@ -25,7 +26,7 @@ def test_every_image_is_one_row_whatever_dies() -> None:
         "--seeds",
         "2",
         "--images",
-        "2000",
+        str(NUM_IMAGES),
         "--json",
     ]
 
@@ -33,7 +34,7 @@ def test_every_image_is_one_row_whatever_dies() -> None:
 
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["rows_expected"] == 2 * 2000
+    assert result["rows_expected"] == 2 * NUM_IMAGES
     assert sum(result["faults"].values()) >= 2, done.stderr
     for what in ("rows_lost", "rows_duplicated", "rows_wrong", "broken_files_read"):
         assert result[what] == 0, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -93,15 +94,18 @@ def test_a_run_on_a_store_that_fails_now_and_then_is_killed_and_loses_nothing(
     before = storage.list_parquet(f"{s3.uri}/out")
 
     again = imcap(*command)
+    rows = rows_at(f"{s3.uri}/out")
+    anew = imcap(*command, "--beam-size", "1", "--overwrite")
+    rows_anew = rows_at(f"{s3.uri}/out")
 
     s3.proxy.every = None
-    assert again.returncode == 0, again.stderr
+    assert (again.returncode, anew.returncode) == (0, 0), again.stderr + anew.stderr
     assert s3.proxy.num_faults > 30
-    rows = rows_at(f"{s3.uri}/out")
-    assert {row["image_id"]: row["status"] for row in rows} == dict.fromkeys(
-        (path.name for path in photographs.iterdir()), "ok"
-    )
-    assert len(rows) == 120
+    expected = {path.name: "ok" for path in photographs.iterdir()}
+    for found in (rows, rows_anew):
+        assert {row["image_id"]: row["status"] for row in found} == expected
+        assert len(found) == 120
+    assert json.loads(storage.read_bytes(f"{s3.uri}/out/_imcap/run.json"))["search"]["beam_size"] == 1
     assert before
 
 

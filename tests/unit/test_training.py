@@ -1,22 +1,35 @@
-"""A batch is its captions, a training can be interrupted, and a tiny model learns eight images by heart."""
+"""A batch is its captions, phases follow each other, a training can be interrupted, and a tiny model learns eight
+images by heart, and what is rewarded."""
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imcap_ray import training
-from imcap_ray.config import DecoderConfig, TrainingConfig
-from imcap_ray.decoders import Decoder, build_decoder
-from imcap_ray.training import Optimization, learning_rate_factor, make_batch
-from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID
+from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCriticalConfig, TrainingConfig
+from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
+from imcap_ray.metrics import CiderD
+from imcap_ray.training import (
+    CaptionReward,
+    Optimization,
+    advantages_of,
+    draw_captions,
+    learning_rate_factor,
+    make_batch,
+    next_phase,
+    num_epochs,
+    phases,
+)
+from imcap_ray.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
 
 CPU = torch.device("cpu")
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS, VOCABULARY_SIZE = 8, 4, 12, 30
@@ -54,7 +67,7 @@ def make_captions() -> list[list[list[int]]]:
     return [[[START_ID, *words(3 + (image + 3 * k) % 7), END_ID] for k in range(2)] for image in range(NUM_IMAGES)]
 
 
-def optimize(decoder: nn.Module, config: TrainingConfig = PLAIN, *, total_steps: int = 20) -> Optimization:
+def optimize(decoder: Decoder, config: TrainingConfig = PLAIN, *, total_steps: int = 20) -> Optimization:
     return Optimization(decoder, decoder, config, total_steps=total_steps)
 
 
@@ -115,10 +128,26 @@ def test_label_smoothing_changes_the_step_and_not_the_reported_loss() -> None:
 def test_a_tiny_model_learns_eight_images_by_heart(decoder: Decoder) -> None:
     optimization, batch = optimize(decoder, replace(PLAIN, learning_rate=2e-2)), whole_batch()
 
-    losses = [loss / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(100))]
+    losses = [loss / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(150))]
 
     assert losses[0] == pytest.approx(math.log(VOCABULARY_SIZE), rel=0.2), "it starts by knowing nothing"
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_a_batch_with_advantages_weighs_each_captions_tokens_with_its_own() -> None:
+    captions = make_captions()
+    advantages = [[10.0 * image + k for k in range(2)] for image in range(NUM_IMAGES)]
+
+    batch = make_batch(make_features(), captions, CPU, advantages=advantages)
+
+    padded = torch.nn.utils.rnn.PackedSequence
+    sizes = torch.nn.utils.rnn.pack_padded_sequence(batch.token_ids, batch.lengths, batch_first=True).batch_sizes
+    weights, lengths = torch.nn.utils.rnn.pad_packed_sequence(padded(batch.weights, sizes), batch_first=True)
+    for row, image in enumerate(batch.image_of_caption.tolist()):
+        length = int(lengths[row])
+        place = captions[image].index([*batch.token_ids[row, :length].tolist(), END_ID])
+        assert weights[row, :length].tolist() == [advantages[image][place]] * length
+    assert make_batch(make_features(), captions, CPU).weights.tolist() == [1.0] * len(batch.targets)
 
 
 def test_the_gradient_is_clipped() -> None:
@@ -137,6 +166,131 @@ def test_a_training_steps_with_dropout_whatever_the_module_was_left_in() -> None
     optimization.step(whole_batch())
 
     assert decoder.training
+
+
+# ---- the reward
+
+
+def test_an_advantage_is_the_reward_against_the_mean_of_the_others() -> None:
+    assert advantages_of([[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]]) == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
+
+
+def test_the_reward_is_cider_d_with_the_end_as_a_token() -> None:
+    captions = {"a": ["a dog runs", "a dog plays on grass"], "b": ["two men sit", "men on a bench"]}
+    vocabulary = Vocabulary.build(text for texts in captions.values() for text in texts)
+    reward = CaptionReward(captions, vocabulary)
+    said = vocabulary.to_ids("a dog runs", max_length=9)
+
+    end = vocabulary.tokens[END_ID]
+    cider_d = CiderD([[[*text.split(), end] for text in texts] for texts in captions.values()])
+    assert reward("a", said) == pytest.approx(cider_d.score(0, ["a", "dog", "runs", end]))
+    assert reward("a", said) > reward("a", said[:-1]), "it did not come to an end"
+    assert reward("a", said) > reward("b", said)
+
+
+def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
+    decoder, features = make_decoder().eval(), make_features()[:1]
+    torch.manual_seed(5)
+
+    drawn = [ids[1] for _ in range(20) for ids in draw_captions(decoder, features, num_samples=200, max_length=1)[0]]
+
+    step, state = decoder.start(features, 1)
+    probabilities = step(torch.tensor([[START_ID]]), state)[0][0, 0].exp().detach()
+    probabilities[list(NEVER_SAID)] = 0.0
+    probabilities = probabilities / probabilities.sum()
+    frequencies = torch.bincount(torch.tensor(drawn), minlength=VOCABULARY_SIZE) / len(drawn)
+    errors = (probabilities * (1 - probabilities) / len(drawn)).sqrt()
+    assert torch.all((frequencies - probabilities).abs() <= 4 * errors)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_step_knows_the_probabilities_that_captions_are_drawn_with(decoder: Decoder, temperature: float) -> None:
+    torch.manual_seed(6)
+    features = make_features()
+    drawn = draw_captions(decoder, features, num_samples=3, max_length=5, temperature=temperature)
+    expected = 0.0
+    for image, of_image in enumerate(drawn):
+        for ids in of_image:
+            step, state = decoder.start(features[image : image + 1], 1)
+            for token, following in itertools.pairwise(ids):
+                log_probs, state = step(torch.tensor([[token]]), state)
+                log_probs[..., list(NEVER_SAID)] = float("-inf")
+                expected -= float((log_probs.detach() / temperature).log_softmax(dim=-1)[0, 0, following])
+    optimization = Optimization(
+        decoder, decoder, PLAIN, total_steps=9, temperature=temperature, forbidden_ids=NEVER_SAID
+    )
+
+    found, num_tokens = optimization.step(make_batch(features, drawn, CPU, advantages=[[0.3, -0.1, -0.2]] * NUM_IMAGES))
+
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert num_tokens == sum(len(ids) - 1 for of_image in drawn for ids in of_image)
+    bias = decoder.output_bias if isinstance(decoder, AttentionDecoder) else decoder.output.bias
+    assert bias.grad is not None
+    assert bias.grad[list(NEVER_SAID)].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_what_is_rewarded_is_said_more_often() -> None:
+    decoder, features = make_decoder(), make_features()
+    optimization = optimize(decoder)
+    wanted = [START_ID, 7, 9, END_ID]
+
+    def mean_reward() -> float:
+        drawn = draw_captions(decoder, features, num_samples=8, max_length=6)
+        rewards = [[sum(token in wanted for token in ids[1:]) / len(ids) for ids in of_image] for of_image in drawn]
+        optimization.step(make_batch(features, drawn, CPU, advantages=advantages_of(rewards)))
+        return sum(map(sum, rewards)) / sum(map(len, rewards))
+
+    torch.manual_seed(3)
+    before = mean_reward()
+    after = [mean_reward() for _ in range(60)][-1]
+
+    assert before < 0.3 < 0.6 < after
+
+
+# ---- the phases
+
+
+def recipe_of(*, finetune: int = 0, self_critical: int = 0, patience: int = 2) -> Recipe:
+    return Recipe(
+        training=TrainingConfig(epochs=4, patience=patience, label_smoothing=0.1),
+        finetune=FinetuneConfig(epochs=finetune, learning_rate=1e-4, patience=0),
+        self_critical=SelfCriticalConfig(epochs=self_critical, learning_rate=2e-5, patience=1),
+    )
+
+
+def rows(phase: str, *scores: float) -> list[dict[str, Any]]:
+    return [{"phase": phase, "cider_d": score} for score in scores]
+
+
+def test_phases_follow_each_other_with_their_own_settings() -> None:
+    recipe = recipe_of(finetune=3, self_critical=5)
+
+    found = phases(recipe)
+
+    assert list(found) == ["cross_entropy", "finetune", "self_critical"]
+    assert found["cross_entropy"] == recipe.training
+    assert [settings.epochs for settings in found.values()] == [4, 3, 5]
+    assert [settings.learning_rate for settings in found.values()] == [recipe.training.learning_rate, 1e-4, 2e-5]
+    assert [settings.label_smoothing for settings in found.values()] == [0.1, 0.1, 0.0]
+    assert num_epochs(recipe) == 12
+    assert list(phases(recipe_of(self_critical=1))) == ["cross_entropy", "self_critical"]
+
+
+def test_a_phase_ends_after_its_epochs_or_when_it_is_stuck() -> None:
+    recipe = recipe_of(finetune=2, self_critical=9)
+    first, second = rows("cross_entropy", 0.1, 0.2, 0.3, 0.4), rows("finetune", 0.3, 0.2)
+
+    assert next_phase([], recipe) == "cross_entropy"
+    assert next_phase(first[:3], recipe) == "cross_entropy"
+    assert next_phase(rows("cross_entropy", 0.3, 0.2), recipe) == "cross_entropy", "one epoch is not yet two"
+    assert next_phase(rows("cross_entropy", 0.3, 0.2, 0.3), recipe) == "finetune", "two without a better score"
+    assert next_phase(first, recipe) == "finetune"
+    assert next_phase(first + second[:1], recipe) == "finetune"
+    assert next_phase(first + second, recipe) == "self_critical"
+    assert next_phase(first + second + rows("self_critical", 0.5), recipe) == "self_critical"
+    assert next_phase(first + second + rows("self_critical", 0.5, 0.4), recipe) is None
+    assert next_phase(rows("cross_entropy", 0.4, 0.3, 0.2, 0.1), recipe_of(patience=0)) is None
+    assert next_phase(rows("cross_entropy", 0.4, 0.3, 0.2), recipe_of(patience=0)) == "cross_entropy"
 
 
 # ---- the schedule
@@ -227,7 +381,7 @@ def test_a_training_goes_on_from_its_state_as_if_never_interrupted(optimizer: st
 
     for _ in range(3):
         assert resumed.step(batch) == uninterrupted.step(batch)
-    assert equal(resumed.decoder.state_dict(), uninterrupted.decoder.state_dict())
+    assert equal(resumed.trained.state_dict(), uninterrupted.trained.state_dict())
     assert equal(resumed.kept.state_dict(), uninterrupted.kept.state_dict())
 
 

@@ -1,0 +1,106 @@
+"""What a training worker does with what it reads, without Ray."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from imcap_ray.captioner import below
+from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, TrainingConfig
+from imcap_ray.decoders import build_decoder
+from imcap_ray.distributed.train_worker import augmentation, unfreeze
+from imcap_ray.encoders import Encoder, build_encoder
+from imcap_ray.errors import ConfigError
+from imcap_ray.training import EndToEnd, Optimization, make_batch
+from imcap_ray.vocabulary import END_ID, START_ID
+
+SIZE = 64
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    torch.manual_seed(0)
+    return build_encoder(
+        EncoderConfig(name="efficientnet_lite0"), PreprocessingConfig(image_size=SIZE), load_weights=False
+    )
+
+
+def pixels(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+
+
+def test_fine_tuning_changes_the_cnn_from_the_first_layer_on_and_no_statistics(encoder: Encoder) -> None:
+    unfreeze(encoder, "cnn.blocks.5")
+    decoder = build_decoder(
+        DecoderConfig(embedding_size=16, hidden_size=16, num_heads=2, dropout=0.0),
+        num_channels=encoder.num_channels,
+        vocabulary_size=9,
+    )
+    model = EndToEnd(encoder, decoder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = TrainingConfig(schedule="constant", learning_rate=1e-2, ema_decay=0.5)
+    optimization = Optimization(model, model, config, total_steps=2, encoder_learning_rate=1e-3)
+
+    losses = [
+        optimization.step(
+            make_batch(pixels(2), [[[START_ID, 5, END_ID]], [[START_ID, 6, 7, END_ID]]], torch.device("cpu"))
+        )
+        for _ in range(3)
+    ]
+
+    assert losses[-1] < losses[0]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    of_cnn = {name.removeprefix("encoder.") for name in changed if name.startswith("encoder.")}
+    expected = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+    assert of_cnn == set(expected)
+    assert any(name.startswith("cnn.cnn.blocks.5") for name in of_cnn)
+    assert not any(name.startswith("cnn.cnn.blocks.4") or "running" in name for name in of_cnn)
+    assert not model.encoder.training and model.decoder.training
+    assert not equal(optimization.kept.state_dict(), model.state_dict()), "the moving average lags behind"
+
+
+def test_a_layer_that_the_cnn_lacks_is_refused_with_those_it_has(encoder: Encoder) -> None:
+    with pytest.raises(ConfigError, match=r"finetune.first_layer 'layer9' is none of the CNN's: .*cnn.blocks.0"):
+        unfreeze(encoder, "layer9")
+
+
+def test_without_a_first_layer_all_of_the_cnn_is_trained(encoder: Encoder) -> None:
+    unfreeze(encoder, "")
+
+    assert all(parameter.requires_grad for parameter in encoder.cnn.parameters())
+
+
+def test_an_augmented_image_is_another_view_of_the_same_kind() -> None:
+    image = pixels(1)[0]
+    torch.manual_seed(3)
+    augment = augmentation(SIZE, min_crop_area=0.5)
+
+    views = [augment(image) for _ in range(8)]
+
+    assert all(view.shape == image.shape and view.dtype == torch.uint8 for view in views)
+    assert not any(torch.equal(view, image) for view in views)
+    assert len({view.numpy().tobytes() for view in views}) == 8
+
+
+def test_whole_crops_are_the_image_or_its_mirror_image_half_of_the_time() -> None:
+    image = pixels(1)[0]
+    torch.manual_seed(4)
+    augment = augmentation(SIZE, min_crop_area=1.0)
+
+    views = [augment(image) for _ in range(200)]
+
+    mirrored = sum(torch.equal(view, image.flip(-1)) for view in views)
+    same = sum(torch.equal(view, image) for view in views)
+    assert mirrored + same == 200
+    assert 70 < mirrored < 130
+
+
+def test_tensors_below_a_prefix_are_named_without_it() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+
+    assert below("encoder.", {"encoder.x.y": a, "decoder.x": b}) == {"x.y": a}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
