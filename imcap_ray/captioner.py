@@ -9,12 +9,11 @@ import hashlib
 import json
 import logging
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import safetensors
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from imcap_ray import storage
+from imcap_ray.batches import FixedBatches
 from imcap_ray.config import (
     DecoderConfig,
     EncoderConfig,
@@ -45,18 +45,6 @@ METRICS_FILE: Final = "metrics.json"
 CARD_FILE: Final = "README.md"
 
 DEFAULT_MODEL: Final = "flickr8k-lite2"
-
-# Images computed together. Always this many, the last ones blank: matrix kernels choose their order of summation by
-# the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in. Where memory
-# runs out there are fewer, and the last digits of a confidence may be others.
-COMPUTE_BATCH_SIZE: Final = 16
-
-# What torch says when memory runs out and it has no type for it: on the CPU, and inside CUDA's libraries.
-_OUT_OF_MEMORY: Final = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|STATUS_ALLOC_FAILED"
-)
-
-Computed = TypeVar("Computed")
 
 _log = logging.getLogger(__name__)
 
@@ -127,8 +115,12 @@ class Captioner:
         self.vocabulary = vocabulary
         self.search = search
         self.fingerprint = fingerprint
-        self.compute_batch_size = COMPUTE_BATCH_SIZE
+        self._batches = FixedBatches(encoder.image_size, self.device)
+
+    @property
+    def compute_batch_size(self) -> int:
         """Images computed together: half as many, once or more often, after memory has run out."""
+        return self._batches.size
 
     @property
     def image_size(self) -> int:
@@ -210,7 +202,7 @@ class Captioner:
     def encode(self, pixels: np.ndarray[Any, Any] | Tensor) -> Tensor:
         """Features (B, R, F) of uint8 pixels (B, 3, S, S), on the CPU; ImageError when memory runs out."""
         encoded = []
-        for features, count in self._compute(pixels, self._encode):
+        for features, count in self._batches.compute(pixels, self._encode):
             if features is None:
                 raise no_memory()
             encoded.append(features[:count].cpu())
@@ -222,7 +214,7 @@ class Captioner:
         An image for which memory runs out, though it is computed alone, has none: `no_memory` is the error to report.
         """
         captions: list[list[Caption]] = []
-        for found, count in self._compute(pixels, self._search):
+        for found, count in self._batches.compute(pixels, self._search):
             captions.extend([[] for _ in range(count)] if found is None else found[:count])
         return captions
 
@@ -233,43 +225,6 @@ class Captioner:
 
     def _search(self, chunk: Tensor) -> list[list[Caption]]:
         return search_captions(self.decoder, self.vocabulary, self._encode(chunk), self.search)
-
-    def _compute(
-        self, pixels: np.ndarray[Any, Any] | Tensor, compute: Callable[[Tensor], Computed]
-    ) -> Iterator[tuple[Computed | None, int]]:
-        """What `compute` makes of `compute_batch_size` images at a time, and how many of them are real.
-
-        Where memory runs out, the images are computed again, half as many at a time, and so are all later ones; None
-        where it runs out for an image alone.
-        """
-        expected = (3, self.image_size, self.image_size)
-        if tuple(pixels.shape[1:]) != expected:
-            raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got {tuple(pixels.shape)}")
-        start = 0
-        while start < len(pixels):
-            part = pixels[start : start + self.compute_batch_size]
-            try:
-                computed = compute(self._filled_up(part))
-            except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                computed = None
-            if computed is None:  # only here, for the exception has held on to all that was computed
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                if self.compute_batch_size > 1:
-                    self.compute_batch_size //= 2
-                    _log.warning("memory ran out: %d images at a time from now on", self.compute_batch_size)
-                    continue
-            yield computed, len(part)
-            start += len(part)
-
-    def _filled_up(self, part: np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The images, and blank ones up to `compute_batch_size`, on the device."""
-        chunk = torch.zeros(self.compute_batch_size, *part.shape[1:], dtype=torch.uint8)
-        # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
-        chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-        return chunk.to(self.device)
 
 
 def load_captioner(
@@ -484,10 +439,6 @@ def no_memory() -> ImageError:
 def override_search(search: SearchConfig, **overrides: Any) -> SearchConfig:
     """The same settings with those of `overrides` that are not None."""
     return replace(search, **{name: value for name, value in overrides.items() if value is not None})
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

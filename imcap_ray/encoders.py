@@ -272,7 +272,8 @@ class Encoder(nn.Module):
         weights: EncoderWeights,
     ) -> None:
         super().__init__()
-        self.cnn = cnn.eval().requires_grad_(False)
+        # Channels last as the pixels: the CPU's kernels take half of the time then.
+        self.cnn = cnn.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.image_size = image_size

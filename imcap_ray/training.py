@@ -54,6 +54,14 @@ def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
     return settings
 
 
+def reads_pixels(phase: str, recipe: Recipe) -> bool:
+    """Whether a phase is trained on photographs, another view of each at every step, or else on cached features.
+
+    A fine-tuned CNN has seen its training images too often for features of them that are like those of other images.
+    """
+    return phase == FINETUNE or (phase == SELF_CRITICAL and recipe.finetune.epochs > 0)
+
+
 def num_epochs(recipe: Recipe) -> int:
     """The most epochs that a training has, over all phases."""
     return sum(settings.epochs for settings in phases(recipe).values())

@@ -2,6 +2,7 @@
 
 python jobs/benchmark.py chaos --seeds 20
 python jobs/benchmark.py train-step
+python jobs/benchmark.py large-photographs flickr8k --images 1000
 """
 
 from __future__ import annotations
@@ -34,12 +35,15 @@ import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from imcap_ray.captioner import Caption
+from imcap_ray.captioner import Caption, Captioner
 from imcap_ray.config import SearchConfig, load_recipe
+from imcap_ray.datasets import VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.errors import ImcapError
+from imcap_ray.images import decode_image
+from imcap_ray.metrics import score
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16
 
 
@@ -462,6 +466,70 @@ def _nats_in_a_loop(decoder: Decoder, batch: CaptionBatch) -> torch.Tensor:
         positions.append(log_probs[:, 0])
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.stack(positions, dim=1), batch.lengths, batch_first=True)
     return torch.nn.functional.nll_loss(packed.data, batch.targets)
+
+
+# ---- large photographs: JPEGs decoded at a reduced scale against all of their pixels
+
+
+@main.command()
+@click.argument("data", type=click.Path(exists=True))
+@click.option("--images", default=200, show_default=True, help="Images of the validation split.")
+@click.option("--model", help="Model folder. Default: the one that comes with the package.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def large_photographs(data: str, images: int, model: str | None, as_json: bool) -> None:
+    """Milliseconds to decode a JPEG of 4000 x 3000 as `imcap` does and whole, and how often the captions are the same.
+
+    The photographs are those of DATA's validation split, enlarged (bicubic) and saved at quality 90. CIDEr-D is of
+    the captions of both ways, with document frequencies of these images.
+    """
+    captioner = Captioner.load(model)
+    dataset = load_dataset(data)
+    rows = dataset.split(VALIDATION).slice(0, images).to_pylist()
+    seconds: dict[str, list[float]] = {"reduced": [], "whole": []}
+    captions: dict[str, dict[str, str]] = {"reduced": {}, "whole": {}}
+    for row in rows:
+        with Image.open(row["image_path"]) as small:
+            stream = io.BytesIO()
+            small.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+        for way, decode in (("reduced", _decode_reduced), ("whole", _decode_whole)):
+            start = time.perf_counter()
+            pixels = decode(stream.getvalue(), captioner.image_size)
+            seconds[way].append(1000 * (time.perf_counter() - start))
+            captions[way][row["image_id"]] = captioner.caption_pixels(pixels[None])[0][0].text
+    same = sum(captions["reduced"][name] == text for name, text in captions["whole"].items())
+    references = {row["image_id"]: row["captions"] for row in rows}
+    medians = {way: float(np.median(values)) for way, values in seconds.items()}
+    result = {
+        "images": len(rows),
+        "milliseconds": {way: round(value, 1) for way, value in medians.items()},
+        "times_faster": round(medians["whole"] / medians["reduced"], 2),
+        "same_caption": round(same / len(rows), 4),
+        "same_caption_interval": [round(bound, 4) for bound in _wilson_interval(same, len(rows))],
+        "cider_d": {way: round(score(texts, references).cider_d, 4) for way, texts in captions.items()},
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for name, value in result.items():
+        click.echo(f"{name:22} {value}")
+
+
+def _decode_reduced(data: bytes, image_size: int) -> np.ndarray[Any, Any]:
+    return decode_image(data, image_size=image_size).pixels
+
+
+def _decode_whole(data: bytes, image_size: int) -> np.ndarray[Any, Any]:
+    with Image.open(io.BytesIO(data)) as image:
+        squashed = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))
+
+
+def _wilson_interval(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927)."""
+    share, spread = count / total, z**2 / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
+    return middle - half, middle + half
 
 
 if __name__ == "__main__":

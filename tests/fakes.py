@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption
+from imcap_ray.batches import COMPUTE_BATCH_SIZE
+from imcap_ray.captioner import Caption
 from imcap_ray.config import SearchConfig
 
 

@@ -18,7 +18,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
-from imcap_ray.captioner import COMPUTE_BATCH_SIZE, Caption, no_memory
+from imcap_ray.batches import COMPUTE_BATCH_SIZE
+from imcap_ray.captioner import Caption, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
 from imcap_ray.distributed.cluster import ClusterResources, require
@@ -34,6 +35,7 @@ from imcap_ray.distributed.images import (
     stack_pixels,
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
+from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
@@ -95,13 +97,13 @@ class CaptionImages:
                     _blame(row, answer) if isinstance(answer, ImageError) else answer
                     for row, answer in self._isolated(rows)
                 )
-            for status in done["status"].to_pylist():
-                counts[status] = counts.get(status, 0) + 1
+            counts.update(done["status"].to_pylist())
             return done
 
 
 class _CaptionRows:
     def __init__(self, load_captioner: Callable[[], ImageCaptioner]) -> None:
+        keep_freed_memory()
         self.captioner = load_captioner()
 
     def __call__(self, rows: pa.Table) -> pa.Table:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Final
@@ -15,11 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
+from torch import Tensor
 
 from imcap_ray import storage
-from imcap_ray.captioner import COMPUTE_BATCH_SIZE
+from imcap_ray.batches import COMPUTE_BATCH_SIZE, FixedBatches
+from imcap_ray.captioner import no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
+from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.distributed.seals import find_damage, seal
 from imcap_ray.encoders import Encoder, EncoderWeights
 from imcap_ray.errors import DatasetError, ImcapError
@@ -61,34 +65,38 @@ class EncodeImages:
     """Loaded images -> their features. One lives in each actor of the pool."""
 
     def __init__(self, *, load_encoder: Callable[[], Encoder], flip: bool, reporter: BatchReporter) -> None:
+        keep_freed_memory()
         self._encoder = load_encoder()
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._encoder.to(self._device).eval()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._encoder.to(device).eval()
+        self._batches = FixedBatches(self._encoder.image_size, device)
         self._flip = flip
         self._reporter = reporter
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A table of `LOADED_SCHEMA` -> `FEATURES_SCHEMA` with manifest_id."""
         with self._reporter.batch() as counts:
-            features = iter(self._encode(stack_pixels(rows, self._encoder.image_size)))
-            codes = rows["error_code"].to_pylist()
-            values = [b"" if code else next(features).tobytes() for code in codes]
-            counts[FAILED] = sum(map(bool, codes))
-            counts[OK] = len(codes) - counts[FAILED]
-            return rows.select(["manifest_id", "image_id", "error_code", "error_message"]).append_column(
-                "features", pa.array(values, pa.large_binary())
-            )
+            encoded = iter(self._encode(stack_pixels(rows, self._encoder.image_size)))
+            done = rows.select(["manifest_id", "image_id", "error_code", "error_message"]).to_pylist()
+            for row in done:
+                features = None if row["error_code"] else next(encoded)
+                row["features"] = b"" if features is None else features.tobytes()
+                if features is None and not row["error_code"]:
+                    error = no_memory()
+                    row["error_code"], row["error_message"] = error.code, error.message
+                counts[FAILED if features is None else OK] += 1
+            self._reporter.tell_batch_size(self._batches.size)
+            return pa.Table.from_pylist(done, FEATURES_SCHEMA.insert(0, rows.schema.field("manifest_id")))
+
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float16] | None]:
+        """Of each image of pixels (B, 3, S, S) float16 features (views, R, F); None where memory runs out."""
+        for features, count in self._batches.compute(pixels, self._encode_views):
+            yield from itertools.repeat(None, count) if features is None else features[:count].numpy()
 
     @torch.inference_mode()
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float16]:
-        """Pixels (B, 3, S, S) -> float16 (B, views, R, F)."""
-        images = torch.from_numpy(pixels)
-        views = [images, images.flip(-1)] if self._flip else [images]
-        encoded = []
-        for start in range(0, len(images), COMPUTE_BATCH_SIZE):
-            chunk = slice(start, start + COMPUTE_BATCH_SIZE)
-            encoded.append(torch.stack([self._encoder(view[chunk].to(self._device)) for view in views], dim=1))
-        return torch.cat(encoded).half().cpu().numpy() if encoded else np.empty((0,), np.float16)
+    def _encode_views(self, pixels: Tensor) -> Tensor:
+        views = [pixels, pixels.flip(-1)] if self._flip else [pixels]
+        return torch.stack([self._encoder(view) for view in views], dim=1).half().cpu()
 
 
 def cache_key(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,14 +116,14 @@ class BatchReporter:
         self._batch_size = 0
 
     @contextlib.contextmanager
-    def batch(self) -> Iterator[dict[str, int]]:
+    def batch(self) -> Iterator[Counter[str]]:
         """Around the work on a batch, which fills in its counts by status."""
-        counts: dict[str, int] = {}
+        counts: Counter[str] = Counter()
         start = time.perf_counter()
         waited = start - self._last_end if self._last_end is not None else 0.0
         yield counts
         self._last_end = time.perf_counter()
-        self._counter.add_batch.remote(counts, self._last_end - start, waited)
+        self._counter.add_batch.remote(dict(counts), self._last_end - start, waited)
 
     def tell_batch_size(self, batch_size: int) -> None:
         """How many images this actor computes together."""

@@ -53,7 +53,7 @@ from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
-from imcap_ray.training import CROSS_ENTROPY, FINETUNE, SCORE, next_phase, num_epochs
+from imcap_ray.training import CROSS_ENTROPY, SCORE, next_phase, num_epochs, reads_pixels
 from imcap_ray.vocabulary import Vocabulary
 
 WORK_FOLDER: Final = "_training"
@@ -131,8 +131,7 @@ def train(
     write_metrics(work, history)
 
     features = features or storage.join(storage.parent(model), "_features")
-    cache = partial(_cache, data=data, recipe=recipe, folder=features, resources=resources, echo=echo)
-    caches = cache(encoder)
+    caches = _cache(encoder, data=data, recipe=recipe, folder=features, resources=resources, echo=echo)
     for split, of_split in caches.items():
         if failures := of_split.failures:
             first = failures[0]
@@ -151,11 +150,9 @@ def train(
     while (phase := next_phase(history, recipe)) is not None:
         start_file = _start_of_phase(phase, history, work, echo)
         current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
-        if current is not encoder and phase != FINETUNE:
-            caches = cache(current)
         _fit(
             phase,
-            caches if phase != FINETUNE else _write_manifests(data, caches, storage.join(work, "manifests")),
+            _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase, recipe) else caches,
             work=work,
             recipe=recipe,
             seed=seed,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import (
-    COMPUTE_BATCH_SIZE,
     Caption,
     Captioner,
     default_model_folder,

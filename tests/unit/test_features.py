@@ -1,0 +1,114 @@
+"""What an actor makes of loaded images, without Ray."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from imcap_ray.config import EncoderConfig, PreprocessingConfig
+from imcap_ray.distributed.features import EncodeImages
+from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
+
+SIZE = 32
+NUM_IMAGES = 5
+
+
+class Reporter:
+    """Keeps what an actor reports."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.batch_size = 0
+
+    @contextlib.contextmanager
+    def batch(self) -> Iterator[Counter[str]]:
+        yield self.counts
+
+    def tell_batch_size(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
+
+@pytest.fixture
+def encoder() -> Encoder:
+    config = EncoderConfig(name="timm:test_efficientnet")
+    torch.manual_seed(0)
+    return build_encoder(
+        config, resolve_normalisation(config, PreprocessingConfig(image_size=SIZE)), load_weights=False
+    )
+
+
+@pytest.fixture
+def rows() -> pa.Table:
+    """Five images, the second of them unreadable."""
+    generator = np.random.default_rng(0)
+    codes = ["truncated" if number == 1 else "" for number in range(NUM_IMAGES)]
+    pixels = [b"" if code else generator.integers(0, 256, (3, SIZE, SIZE), np.uint8).tobytes() for code in codes]
+    return pa.table(
+        {
+            "manifest_id": range(NUM_IMAGES),
+            "image_id": [f"{number}.jpg" for number in range(NUM_IMAGES)],
+            "pixels": pa.array(pixels, pa.large_binary()),
+            "error_code": codes,
+            "error_message": ["cut" if code else "" for code in codes],
+        }
+    )
+
+
+def encode(encoder: Encoder, rows: pa.Table, **options: Any) -> tuple[list[dict[str, Any]], Reporter]:
+    reporter = Reporter()
+    actor = EncodeImages(load_encoder=lambda: encoder, reporter=reporter, **options)  # type: ignore[arg-type]
+    return actor(rows).to_pylist(), reporter
+
+
+def test_each_image_has_its_features_or_the_reason_why_not(encoder: Encoder, rows: pa.Table) -> None:
+    done, reporter = encode(encoder, rows, flip=True)
+
+    assert [row["image_id"] for row in done] == rows["image_id"].to_pylist()
+    assert [row["error_code"] for row in done] == ["", "truncated", "", "", ""]
+    assert done[1]["features"] == b""
+    assert reporter.counts == {"ok": 4, "failed": 1}
+    for row, pixels in zip(done, rows["pixels"].to_pylist(), strict=True):
+        if pixels:
+            image = torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(1, 3, SIZE, SIZE)
+            views = np.frombuffer(row["features"], np.float16).reshape(2, encoder.num_regions, -1)
+            for view, expected in zip(views, (image, image.flip(-1)), strict=True):
+                np.testing.assert_allclose(view, encoder(expected)[0].numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_where_memory_runs_out_fewer_images_are_encoded_together(encoder: Encoder, rows: pa.Table) -> None:
+    expected, _ = encode(encoder, rows, flip=False)
+
+    def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if len(arguments[0]) > 2:
+            raise torch.OutOfMemoryError("planted")
+
+    encoder.register_forward_pre_hook(check)
+    done, reporter = encode(encoder, rows, flip=False)
+
+    assert reporter.batch_size == 2
+    for row, as_before in zip(done, expected, strict=True):
+        assert row["error_code"] == as_before["error_code"]
+        found, wanted = (np.frombuffer(one["features"], np.float16) for one in (row, as_before))
+        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_an_image_that_memory_runs_out_for_alone_is_left_out_and_named(encoder: Encoder, rows: pa.Table) -> None:
+    too_much = torch.frombuffer(bytearray(rows["pixels"][3].as_py()), dtype=torch.uint8).view(3, SIZE, SIZE)
+
+    def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        if any(torch.equal(image, too_much) for image in arguments[0]):
+            raise torch.OutOfMemoryError("planted")
+
+    encoder.register_forward_pre_hook(check)
+    done, reporter = encode(encoder, rows, flip=False)
+
+    assert [row["error_code"] for row in done] == ["", "truncated", "", "out_of_memory", ""]
+    assert [bool(row["features"]) for row in done] == [True, False, True, False, True]
+    assert reporter.counts == {"ok": 3, "failed": 2}
