@@ -143,7 +143,7 @@ def train_worker(config: dict[str, Any]) -> None:
     encoder.to(device)
     if phase != FINETUNE and reads_pixels(phase, recipe):  # the CNN stays as it is, and so do its features
         validation = [(_encode(encoder, pixels.to(device)).unsqueeze(1), ids) for pixels, ids in validation]
-    make = _batch_maker(phase, recipe, vocabulary, captions[TRAIN], optimization, encoder, device)
+    make = batch_maker(phase, recipe, vocabulary, captions[TRAIN], optimization, encoder, device)
     while next_phase(history, recipe) == phase:
         epoch = len(history) + 1
         start = time.time()
@@ -186,7 +186,7 @@ def unfreeze(encoder: Encoder, first_layer: str) -> None:
         raise ConfigError(f"finetune.first_layer {first_layer!r} is none of the CNN's: {', '.join(names)}")
 
 
-def _batch_maker(
+def batch_maker(
     phase: str,
     recipe: Recipe,
     vocabulary: Vocabulary,
