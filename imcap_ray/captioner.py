@@ -23,6 +23,7 @@ from torch import Tensor
 from imcap_ray import storage
 from imcap_ray.batches import FixedBatches
 from imcap_ray.config import (
+    DEFAULT_MODEL,
     DecoderConfig,
     EncoderConfig,
     PreprocessingConfig,
@@ -43,8 +44,6 @@ WEIGHTS_FILE: Final = "model.safetensors"
 VOCABULARY_FILE: Final = "vocabulary.json"
 METRICS_FILE: Final = "metrics.json"
 CARD_FILE: Final = "README.md"
-
-DEFAULT_MODEL: Final = "flickr8k-lite2"
 
 _log = logging.getLogger(__name__)
 

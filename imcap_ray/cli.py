@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from imcap_ray import __version__, storage
-from imcap_ray.config import DEFAULT_RECIPE
+from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.escaping import printable
 
@@ -202,7 +202,7 @@ def run_captioning(
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
     from functools import partial
 
-    from imcap_ray.captioner import DEFAULT_MODEL, load_captioner, read_model_folder
+    from imcap_ray.captioner import load_captioner, read_model_folder
     from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
 
@@ -290,6 +290,11 @@ def _print_summary(summary: CaptioningSummary, options: dict[str, Any]) -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override a setting of the recipe."
 )
+@click.option(
+    "--start-from",
+    metavar="MODEL",
+    help=f"Train this model on: a folder, or {DEFAULT_MODEL}, the package's. Its CNN, words and decoder stay.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the dropout.")
 @click.option("--num-workers", type=click.IntRange(1), help="Data-parallel processes. Default: one per GPU, or one.")
 @click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
@@ -307,6 +312,7 @@ def train(data: str, model: str, **options: Any) -> None:
     imcap train flickr8k/ runs/mine
     imcap train flickr8k/ runs/seed --recipe vgg16-lstm
     imcap train flickr8k/ runs/short --set training.epochs=5 --num-workers 2
+    imcap train holidays/ runs/holidays --start-from flickr8k-lite2
     """
     from dataclasses import asdict
 
@@ -327,6 +333,8 @@ def train(data: str, model: str, **options: Any) -> None:
         model,
         recipe=recipe,
         recipe_name=options["recipe"],
+        recipe_options=options["overrides"],
+        start_from=options["start_from"],
         resources=connect(options["address"], verbose=options["verbose"]),
         num_workers=options["num_workers"],
         gpus_per_worker=options["gpus_per_worker"],

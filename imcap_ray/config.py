@@ -24,6 +24,8 @@ else:
 Config = TypeVar("Config")
 
 DEFAULT_RECIPE = "lite2-attention"
+DEFAULT_MODEL = "flickr8k-lite2"
+"""The model that comes with the package."""
 
 
 def _require(condition: bool, name: str, expectation: str, value: object) -> None:
@@ -134,7 +136,7 @@ class TrainingConfig:
     """How the decoder's weights are found."""
 
     epochs: int = 20
-    """Passes over the training images; each pass shows every caption of every image once."""
+    """Passes over the training images, each showing every caption of every image once; 0 leaves this phase out."""
     batch_size: int = 32
     """Images per optimizer step over all workers, each with all its captions."""
     optimizer: str = "adamw"
@@ -168,9 +170,9 @@ class TrainingConfig:
             "'cosine' or 'constant'",
             self.schedule,
         )
-        for name in ("epochs", "batch_size", "max_caption_length"):
+        for name in ("batch_size", "max_caption_length"):
             _require(getattr(self, name) >= 1, f"training.{name}", "at least 1", getattr(self, name))
-        for name in ("warmup_steps", "weight_decay", "gradient_clip", "patience"):
+        for name in ("epochs", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
             _require(getattr(self, name) >= 0, f"training.{name}", "at least 0", getattr(self, name))
         for name in ("label_smoothing", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"training.{name}", "in [0, 1)", getattr(self, name))
@@ -190,7 +192,8 @@ class FinetuneConfig:
     first_layer: str = ""
     """The first part of the CNN that is trained, as torch names it, such as `cnn.blocks.4`; "": all of it."""
     min_crop_area: float = 0.6
-    """Every image is a random crop of this share of its area or more, and mirrored half of the time."""
+    """Every image is a random crop of this share of its area or more, and mirrored half of the time; in the
+    self-critical phase as well."""
     patience: int = 4
     """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
 
@@ -245,6 +248,10 @@ class Recipe:
     """How it is trained on its own captions."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """How captions are sought, in validation and as the trained model's default."""
+
+    def __post_init__(self) -> None:
+        phases = (self.training, self.finetune, self.self_critical)
+        _require(any(phase.epochs for phase in phases), "training.epochs", "at least 1 where no phase has any", 0)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -24,7 +24,8 @@ An image captioner of imcap_ray: {{ recipe.encoder.name | text }} ({{ recipe.enc
 | trained on | {{ data_format | text }}: {{ num_images | number }} images, {{ num_captions | number }} captions |
 | data | {{ (data_terms or "see where they came from") | text }} |
 | recipe | {{ recipe_name | code }}, seed {{ seed }} |
-| kept | epoch {{ metrics.epoch }} of {{ num_epochs }} at most, the best CIDEr-D on the validation split |
+{% if start_from %}| started from | {{ start_from | text }} |
+{% endif %}| kept | epoch {{ metrics.epoch }} of {{ num_epochs }} at most, the best CIDEr-D on the validation split |
 | vocabulary | {{ vocabulary_size | number }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
 | CNN weights | {{ encoder_weights | text }} |
 | image | squashed to {{ recipe.preprocessing.image_size }} x {{ recipe.preprocessing.image_size }} pixels |
@@ -55,6 +56,8 @@ people's sex and age from clothes, and it cannot count far or read text. Do not 
 ## Train it again
 
     imcap train {{ data | word }} {{ name | word }} --recipe {{ recipe_name | word }} --seed {{ seed }}
+{%- if start_from %} --start-from {{ start_from | word }}{% endif %}
+{%- for option in recipe_options %} --set {{ option | word }}{% endfor %}
 """
 
 
@@ -63,6 +66,8 @@ def write_card(
     name: str,
     recipe: Recipe,
     recipe_name: str,
+    recipe_options: Sequence[str] = (),
+    start_from: str | None = None,
     seed: int,
     data: str,
     data_format: str,
@@ -73,7 +78,7 @@ def write_card(
     encoder_weights: str,
     metrics: Mapping[str, Any],
 ) -> str:
-    """The card of a model folder; `metrics` are those of the epoch that was kept."""
+    """The card of a model folder; `metrics` are those of the epoch that was kept, `recipe_options` those of `--set`."""
     decoders = {
         "attention": "attention over the CNN's regions between two LSTMs",
         "lstm": "an LSTM merged with the image before the softmax",
@@ -91,6 +96,8 @@ def write_card(
         num_epochs=num_epochs(recipe),
         half=HALF,
         recipe_name=recipe_name,
+        recipe_options=recipe_options,
+        start_from=start_from,
         decoder=decoders[recipe.decoder.name],
         seed=seed,
         data=data,

@@ -37,9 +37,10 @@ SCORE: Final = "cider_d"
 
 
 def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
-    """The phases of a training in their order, with the settings of each. The first is always there."""
-    settings = {CROSS_ENTROPY: recipe.training}
+    """The phases of a training in their order, with the settings of each."""
+    settings = {}
     for name, config, smoothing in (
+        (CROSS_ENTROPY, recipe.training, recipe.training.label_smoothing),
         (FINETUNE, recipe.finetune, recipe.training.label_smoothing),
         (SELF_CRITICAL, recipe.self_critical, 0.0),
     ):
@@ -54,12 +55,13 @@ def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
     return settings
 
 
-def reads_pixels(phase: str, recipe: Recipe) -> bool:
+def reads_pixels(phase: str) -> bool:
     """Whether a phase is trained on photographs, another view of each at every step, or else on cached features.
 
-    A fine-tuned CNN has seen its training images too often for features of them that are like those of other images.
+    A decoder knows the features of its training images by heart in the end, and what it draws for those tells little
+    of what it would draw for others.
     """
-    return phase == FINETUNE or (phase == SELF_CRITICAL and recipe.finetune.epochs > 0)
+    return phase in (FINETUNE, SELF_CRITICAL)
 
 
 def num_epochs(recipe: Recipe) -> int:

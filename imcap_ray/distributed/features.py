@@ -25,7 +25,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
 from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.distributed.seals import find_damage, seal
-from imcap_ray.encoders import Encoder, EncoderWeights
+from imcap_ray.encoders import Encoder, EncoderWeights, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError
 from imcap_ray.manifest import FAILED, MANIFEST_SCHEMA, OK, write_table
 
@@ -109,7 +109,13 @@ def cache_key(
     flip: bool,
 ) -> str:
     """Name of the cache of these images under this encoder: another encoder or other images, another name."""
-    settings = [location, to_mapping(encoder), asdict(weights), to_mapping(preprocessing), flip]
+    settings = [
+        location,
+        to_mapping(encoder),
+        asdict(weights),
+        to_mapping(resolve_normalisation(encoder, preprocessing)),
+        flip,
+    ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for image_id in image_ids.to_pylist():
         digest.update(image_id.encode() + b"\0")

@@ -132,7 +132,7 @@ def train_worker(config: dict[str, Any]) -> None:
         state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
         optimization.load_state_dict(torch.load(io.BytesIO(state), map_location=device, weights_only=True))
 
-    inputs = _Inputs.of(config, recipe)
+    inputs = _Inputs.of(config)
     source = _choose_source(num_images, inputs)
     # Every worker is handed all validation images, for an equal split would drop some; it keeps each n-th batch.
     validation = [
@@ -141,7 +141,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if number % world_size == rank
     ]
     encoder.to(device)
-    if phase != FINETUNE and reads_pixels(phase, recipe):  # the CNN stays as it is, and so do its features
+    if phase == SELF_CRITICAL:  # the CNN stays as it is, and so do its features
         validation = [(_encode(encoder, pixels.to(device)).unsqueeze(1), ids) for pixels, ids in validation]
     make = batch_maker(phase, recipe, vocabulary, captions[TRAIN], optimization, encoder, device)
     while next_phase(history, recipe) == phase:
@@ -198,7 +198,7 @@ def batch_maker(
     """What a phase learns from the images of a step."""
     settings = recipe.training
     view: Callable[[Tensor], Tensor] = _draw_view
-    if reads_pixels(phase, recipe):
+    if reads_pixels(phase):
         view = augmentation(encoder.image_size, min_crop_area=recipe.finetune.min_crop_area)
 
     if phase != SELF_CRITICAL:
@@ -208,10 +208,8 @@ def batch_maker(
     reward = CaptionReward(captions, vocabulary)
 
     def draw(inputs: Tensor, image_ids: list[str]) -> tuple[CaptionBatch, dict[str, float]]:
-        features = view(inputs).to(device)
-        if reads_pixels(phase, recipe):
-            with torch.autocast(device.type, torch.bfloat16, enabled=prefers_bfloat16(device)):
-                features = _encode(encoder, features)
+        with torch.autocast(device.type, torch.bfloat16, enabled=prefers_bfloat16(device)):
+            features = _encode(encoder, view(inputs).to(device))
         drawn = draw_captions(
             decoder_of(optimization.trained),
             features.float(),
@@ -284,8 +282,8 @@ class _Inputs:
     """By split."""
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], recipe: Recipe) -> _Inputs:
-        if reads_pixels(config["phase"], recipe):
+    def of(cls, config: Mapping[str, Any]) -> _Inputs:
+        if reads_pixels(config["phase"]):
             return cls("pixels", np.uint8, config["shapes"])  # (3, S, S)
         return cls("features", np.float16, config["shapes"])  # (views, R, F)
 

@@ -6,8 +6,9 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -25,8 +26,14 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig  # the one `ray.train` exports at run time; mypy sees the old one
 
 from imcap_ray import storage
-from imcap_ray.captioner import CONFIG_FILE, below, save_model_folder
-from imcap_ray.config import Recipe, to_mapping
+from imcap_ray.captioner import (
+    CONFIG_FILE,
+    ModelFolder,
+    below,
+    read_model_folder,
+    save_model_folder,
+)
+from imcap_ray.config import DEFAULT_MODEL, Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, require
@@ -53,8 +60,8 @@ from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
-from imcap_ray.training import CROSS_ENTROPY, SCORE, next_phase, num_epochs, reads_pixels
-from imcap_ray.vocabulary import Vocabulary
+from imcap_ray.training import SCORE, next_phase, num_epochs, phases, reads_pixels
+from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
 
 WORK_FOLDER: Final = "_training"
 
@@ -76,6 +83,8 @@ def train(
     *,
     recipe: Recipe,
     recipe_name: str,
+    recipe_options: Sequence[str] = (),
+    start_from: str | None = None,
     resources: ClusterResources,
     num_workers: int | None = None,
     gpus_per_worker: float | None = None,
@@ -90,6 +99,9 @@ def train(
 
     Args:
         model: folder to write, path or URI; on a cluster one that every node sees.
+        recipe_options: of the command line, what changed the recipe of this name; for the card.
+        start_from: a model folder to start from, path or URI, or the name of the one that comes with the package. Its
+            CNN, preprocessing, vocabulary and decoder are taken instead of the recipe's.
         num_workers: data-parallel processes; None: one per GPU, or one where there is none.
         features: folder for cached features; None: `_features` beside the model folder, shared by its neighbours.
 
@@ -111,17 +123,27 @@ def train(
         raise DatasetError(
             f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
         )
-    encoder = build_encoder(recipe.encoder, recipe.preprocessing, weights_path=encoder_weights)
+    start_model = None
+    if start_from is not None:
+        start_model = read_model_folder(None if start_from == DEFAULT_MODEL else start_from)
+        recipe = _with_architecture(recipe, start_model)
+    encoder = _build_encoder(recipe, start_model, encoder_weights)
     unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch
     encoder.requires_grad_(False)
-    vocabulary = Vocabulary.build(
-        (caption for captions in train_images["captions"].to_pylist() for caption in captions),
-        tokenizer=recipe.vocabulary.tokenizer,
-        min_count=recipe.vocabulary.min_count,
+    vocabulary = (
+        start_model.vocabulary
+        if start_model
+        else Vocabulary.build(
+            (caption for captions in train_images["captions"].to_pylist() for caption in captions),
+            tokenizer=recipe.vocabulary.tokenizer,
+            min_count=recipe.vocabulary.min_count,
+        )
     )
 
     work = storage.join(model, WORK_FOLDER)
     settings = _settings(data, recipe, encoder, seed)
+    if start_model:
+        settings["start_from"] = start_model.fingerprint
     _claim(model, work, settings)
     for note in data.notes:
         echo(f"{data.location}: {note}")
@@ -147,12 +169,16 @@ def train(
     )
     if history:
         echo(f"going on after epoch {len(history)}")
+    elif start_model:
+        echo(f"starting from {start_model.location}; {_describe_unknown_words(train_images, vocabulary, recipe)}")
+        first_phase = next(iter(phases(recipe)))
+        storage.write_bytes(_start_file(work, first_phase), safetensors.torch.save(start_model.tensors))
     while (phase := next_phase(history, recipe)) is not None:
         start_file = _start_of_phase(phase, history, work, echo)
         current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
         _fit(
             phase,
-            _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase, recipe) else caches,
+            _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches,
             work=work,
             recipe=recipe,
             seed=seed,
@@ -185,6 +211,8 @@ def train(
             name=model.rstrip("/").rpartition("/")[2],
             recipe=recipe,
             recipe_name=recipe_name,
+            recipe_options=recipe_options,
+            start_from=start_from,
             seed=seed,
             data=data.location.rstrip("/").rpartition("/")[2],
             data_format=data.format,
@@ -237,14 +265,45 @@ def _cache(
     return caches
 
 
+def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
+    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model."""
+    return replace(
+        recipe,
+        encoder=model.encoder,
+        preprocessing=model.preprocessing,
+        vocabulary=replace(recipe.vocabulary, tokenizer=model.vocabulary.tokenizer),
+        decoder=replace(model.decoder, dropout=recipe.decoder.dropout),
+    )
+
+
+def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str | None) -> Encoder:
+    """The CNN of a recipe, with the weights of the model where that has its own."""
+    if model and below("encoder.", model.tensors):
+        return _with_cnn(build_encoder(recipe.encoder, recipe.preprocessing, load_weights=False), model.tensors)
+    expected = model.encoder_weights if model else None
+    return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)
+
+
+def _describe_unknown_words(images: pa.Table, vocabulary: Vocabulary, recipe: Recipe) -> str:
+    captions = [caption for of_image in images["captions"].to_pylist() for caption in of_image]
+    ids = [vocabulary.to_ids(caption, max_length=recipe.training.max_caption_length)[1:-1] for caption in captions]
+    is_unknown = Counter(id_ == UNKNOWN_ID for of_caption in ids for id_ in of_caption)
+    share = is_unknown[True] / max(1, is_unknown.total())
+    return f"its vocabulary lacks {share:.1%} of the training captions' words"
+
+
+def _start_file(work: str, phase: str) -> str:
+    return storage.join(work, f"start_of_{phase}.safetensors")
+
+
 def _start_of_phase(phase: str, history: list[dict[str, Any]], work: str, echo: Callable[[str], None]) -> str | None:
-    """The file of the weights that a phase starts from, the best so far; None for the first phase."""
-    place = storage.join(work, f"start_of_{phase}.safetensors")
+    """The file of the weights that a phase starts from, the best so far; None where it starts from nothing."""
+    place = _start_file(work, phase)
     if history and history[-1]["phase"] != phase:
         best, _ = choose_best(storage.join(work, RUN_FOLDER), echo=echo)
         storage.write_bytes(place, storage.read_bytes(storage.join(best.location, WEIGHTS_FILE)))
         echo(f"{phase} from epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}")
-    return place if history and phase != CROSS_ENTROPY else None
+    return place if storage.exists(place) else None
 
 
 def _read_weights(location: str) -> dict[str, torch.Tensor]:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from imcap_ray.captioner import Captioner, read_model_folder
 from imcap_ray.config import Recipe, load_recipe
@@ -54,11 +56,10 @@ def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Cal
             load_dataset(str(tiny_flickr8k)),
             str(tmp_path / name),
             recipe=recipe or small_recipe(epochs=2),
-            recipe_name="small",
             resources=local_ray,
             features=str(tmp_path / "features"),
             echo=lambda line: None,
-            **options,  # type: ignore[arg-type]
+            **({"recipe_name": "small"} | options),  # type: ignore[arg-type]
         )
 
     return run
@@ -98,6 +99,19 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     assert not [path for path in (tmp_path / "model").iterdir() if path.suffix in {".pt", ".pkl", ".pth", ".bin"}]
     again = run(recipe=recipe, num_workers=2)
     assert again.metrics == result.metrics
+
+    onward = load_recipe("self-critical", {"self_critical.epochs": 1, "training.batch_size": 4})
+    run("onward", recipe=onward, recipe_name="self-critical", start_from=str(tmp_path / "model"))
+
+    trained_on = read_model_folder(tmp_path / "onward")
+    assert trained_on.vocabulary.tokens == folder.vocabulary.tokens
+    assert trained_on.encoder_weights.sha256 == folder.encoder_weights.sha256, "the CNN stays"
+    assert trained_on.decoder == replace(folder.decoder, dropout=onward.decoder.dropout)
+    changed = [name for name, tensor in trained_on.tensors.items() if not torch.equal(tensor, folder.tensors[name])]
+    assert changed
+    assert all(name.startswith("decoder.") for name in changed)
+    with pytest.raises(OutputError, match="another start_from"):
+        run("onward", recipe=onward, recipe_name="self-critical", start_from="flickr8k-lite2")
 
 
 def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ SECTIONS = [
         ),
         (TrainingConfig, {"optimizer": "sgd"}, "training.optimizer must be 'adam' or 'adamw', got 'sgd'"),
         (TrainingConfig, {"schedule": "step"}, "training.schedule must be 'cosine' or 'constant', got 'step'"),
-        (TrainingConfig, {"epochs": 0}, "training.epochs must be at least 1, got 0"),
+        (TrainingConfig, {"epochs": -1}, "training.epochs must be at least 0, got -1"),
         (FinetuneConfig, {"epochs": -1}, "finetune.epochs must be at least 0, got -1"),
         (FinetuneConfig, {"encoder_learning_rate": 0.0}, "finetune.encoder_learning_rate must be above 0, got 0.0"),
         (FinetuneConfig, {"min_crop_area": 0.0}, r"finetune.min_crop_area must be in \(0, 1\], got 0.0"),
@@ -179,7 +179,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes,
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match="no recipe 'lite3': expected one of lite2-attention, vgg16-lstm"):
+    with pytest.raises(ConfigError, match="no recipe 'lite3': expected one of lite2-attention, lite2-finetuned, self-critical, vgg16-lstm"):
         load_recipe("lite3")
 
 
@@ -211,3 +211,11 @@ def test_an_override_of_an_unknown_setting_is_refused() -> None:
         load_recipe(DEFAULT_RECIPE, dict([parse_override("training.epoch=5")]))
     with pytest.raises(ConfigError, match="unknown setting speed"):
         load_recipe(DEFAULT_RECIPE, dict([parse_override("speed.num_actors=5")]))
+
+
+def test_a_phase_without_epochs_is_left_out_but_not_all_of_them() -> None:
+    recipe = load_recipe("lite2-attention", {"training.epochs": 0, "self_critical.epochs": 1})
+    assert recipe.training.epochs == 0
+
+    with pytest.raises(ConfigError, match="training.epochs must be at least 1 where no phase has any, got 0"):
+        load_recipe("lite2-attention", {"training.epochs": 0})
