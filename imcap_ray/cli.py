@@ -74,6 +74,7 @@ def main() -> None:
     imcap caption ~/Pictures captions/      one Parquet row for every image
     imcap train flickr8k/ runs/mine         a model of your own
     imcap evaluate captions/ flickr8k/      a score that can be trusted
+    imcap export captions/ OUT --to jsonl   what other tools read
     """
 
 
@@ -237,8 +238,14 @@ def run_captioning(
 
 def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Progress, int], None]]:
     """How to say a line, and how to show progress: one changing line on a terminal, else a line every ten seconds."""
+    say, show = _counting_voice(options)
+    return say, lambda progress, total: show(progress.num_images, total)
+
+
+def _counting_voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[int, int], None]]:
+    """The same, shown by the number of images that are done and of all."""
     if options["quiet"]:
-        return (lambda line: None), (lambda progress, total: None)
+        return (lambda line: None), (lambda done, total: None)
     start = time.monotonic()
     last = start
     on_terminal = sys.stderr.isatty()
@@ -246,15 +253,15 @@ def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Pr
     def say(line: str) -> None:
         _say(line, err=True)
 
-    def show(progress: Progress, total: int) -> None:
+    def show(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if not progress.num_images or (not on_terminal and now - last < 10):
+        if not done or (not on_terminal and now - last < 10):
             return
         last = now
-        rate = progress.num_images / (now - start)
-        left = _duration((total - progress.num_images) / rate)
-        line = f"{progress.num_images:,} of {total:,} images, {rate:.1f} images/s, {left} left"
+        rate = done / (now - start)
+        left = _duration((total - done) / rate)
+        line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {left} left"
         click.echo(f"{_CLEAR_LINE}{line}" if on_terminal else line, err=True, nl=not on_terminal)
 
     return say, show
@@ -417,32 +424,23 @@ def write_captions_report(
 ) -> str:
     """Write the report of a captions folder; where it is.
 
-    Photographs are taken from the input that `run.json` names, from below the captions and from the references' folder;
-    a row that names another file is an InputError, unless `allow_outside_paths`. This guards against a table that is
-    not ours among those of a run, not against a run that was made up.
+    Photographs are taken from where `image_locator` lets them be, and from the references' folder.
     """
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
-    from imcap_ray.manifest import open_captions
+    from imcap_ray.manifest import image_locator, open_captions, read_run
     from imcap_ray.report import write_report
 
     table = open_captions(captions)
     dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
-    run_file = storage.join(captions, "_imcap", "run.json")
-    run = json.loads(storage.read_bytes(run_file)) if storage.exists(run_file) else None
     output = output or storage.join(captions, "report.html")
-    base = storage.absolute(captions)
-    base = storage.parent(base) if storage.is_file(base) else base
-    places = [str((run or {}).get("input", "")), base, dataset.location if dataset else ""]
-    folders = [storage.parent(place) if place.endswith(".parquet") else place for place in places if place]
+    locate_image = image_locator(
+        captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
+    )
 
     def load_image(row: dict[str, Any]) -> bytes | None:
-        path, source = row["image_path"], f"{captions}, image {row['image_id']!r}"
-        if not path:
-            return None
-        return storage.read_bytes(
-            storage.place(path, base=base, folders=folders, source=source, allow_outside=allow_outside_paths)
-        )
+        location = locate_image(row)
+        return storage.read_bytes(location) if location else None
 
     write_report(
         table,
@@ -450,10 +448,85 @@ def write_captions_report(
         load_image=load_image,
         references=dataset.references() if dataset else None,
         evaluation=json.loads(evaluate_captions(captions, dataset).to_json()) if dataset else None,
-        run=run,
+        run=read_run(captions),
         max_images=max_images,
     )
     return output
+
+
+@main.command()
+@click.argument("captions")
+@click.argument("output", metavar="OUT")
+@click.option(
+    "--to",
+    "format",
+    required=True,
+    type=click.Choice(["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"]),
+    help="What OUT is to be.",
+)
+@click.option("--min-confidence", type=click.FloatRange(0, 1), help="Leave out captions with less confidence.")
+@click.option(
+    "--existing",
+    type=click.Choice(["skip", "overwrite", "append"]),
+    help="sidecar: leave a .txt that is there alone, replace it, or add a line to it. Default: skip.",
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(1),
+    help="hf, webdataset: images in a file. Default: 10000; a file of 1 GB is full in any case.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+@_outside_option
+@_output_options
+def export(captions: str, output: str, **options: Any) -> None:
+    """Turn the captions of CAPTIONS (a captions folder or Parquet) into what other tools read.
+
+    
+    coco        annotations for pycocotools' COCO(OUT), and OUT_results.json for its loadRes
+    jsonl       one JSON object a line
+    csv         the same as a table; text that a spreadsheet would run (=...) gets a ' before it
+    sidecar     a .txt for each image, in the folder OUT under the image's path below the input
+    hf          Parquet with images and captions in the folder OUT, for datasets.load_dataset(OUT)
+    webdataset  tar files with image, .txt and .json in the folder OUT
+
+    Rows without a caption are left out and counted.
+
+    
+    imcap export captions/ captions.jsonl --to jsonl --min-confidence 0.3
+    imcap export captions/ ~/Pictures --to sidecar          the .txt beside the images
+    imcap export captions/ shards/ --to webdataset
+    """
+    from dataclasses import asdict
+
+    from imcap_ray.exports import SHARD_IMAGES, export_captions
+    from imcap_ray.manifest import image_locator, read_run
+
+    format = options["format"]
+    for option, formats in (("existing", ["sidecar"]), ("shard_size", ["hf", "webdataset"])):
+        if options[option] is not None and format not in formats:
+            raise InputError(f"--{option.replace('_', '-')} is for {' and '.join(formats)}, not for {format}")
+    say, show = _counting_voice(options)
+    if (read_run(captions) or {}).get("state", "complete") != "complete":
+        say(f"{captions}: the run that writes these captions is not complete; what is there is exported")
+    summary = export_captions(
+        captions,
+        output,
+        format=format,
+        locate_image=image_locator(captions, allow_outside_paths=options["allow_outside_paths"]),
+        min_confidence=options["min_confidence"],
+        existing=options["existing"] or "skip",
+        shard_images=options["shard_size"] or SHARD_IMAGES,
+        overwrite=options["overwrite"],
+        on_progress=show,
+    )
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(summary)))
+        return
+    for image in summary.images_without:
+        say(f"left out: {image}")
+    if summary.left_out_without_image > len(summary.images_without):
+        say(f"left out: {summary.left_out_without_image - len(summary.images_without):,} more")
+    say(summary.describe())
 
 
 @main.command()

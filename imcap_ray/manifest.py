@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -559,6 +560,47 @@ def open_captions(location: str) -> pads.Dataset:
         found = ", ".join(captions.schema.names) or "no Parquet file"
         raise InputError(f"{location} is no captions table: expected the columns image_id and caption, got {found}")
     return captions
+
+
+def read_run(captions: str) -> dict[str, Any] | None:
+    """What `_imcap/run.json` of a captions folder says; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    location = storage.join(captions, "_imcap", "run.json")
+    if not storage.exists(location):
+        return None
+    try:
+        run = json.loads(storage.read_bytes(location))
+    except ValueError as error:
+        raise InputError(f"{location} is damaged: {error}") from error
+    return run if isinstance(run, dict) else {}
+
+
+def image_locator(
+    captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False
+) -> Callable[[Mapping[str, Any]], str]:
+    """A function that says where the image of a row of a captions table is; "" when its bytes were in a table.
+
+    It must be in the input that `run.json` names, below the captions or in one of `folders`; a row that names another
+    file is an InputError, unless `allow_outside_paths`. This guards against a table that is not ours among those of a
+    run, not against a run that was made up.
+    """
+    base = storage.absolute(captions)
+    base = storage.parent(base) if storage.is_file(base) else base
+    places = [str((read_run(captions) or {}).get("input", "")), base, *folders]
+    inside = [storage.parent(place) if place.endswith(".parquet") else place for place in places if place]
+
+    def locate(row: Mapping[str, Any]) -> str:
+        if not row["image_path"]:
+            return ""
+        source = f"{captions}, image {row['image_id']!r}"
+        return storage.place(
+            row["image_path"], base=base, folders=inside, source=source, allow_outside=allow_outside_paths
+        )
+
+    return locate
 
 
 def count_rows(location: str) -> tuple[dict[str, int], dict[str, int]]:

@@ -6,13 +6,16 @@ import errno
 import os
 import posixpath
 import re
+import shutil
 import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO, Final, NamedTuple
 from urllib.parse import unquote
 
 from pyarrow import fs
@@ -28,6 +31,8 @@ second, and sum up to 25 seconds on average: a short outage, or a store that thr
 _LOST_ANSWER: Final = "Failed to flush response stream"
 
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
+_TEMPORARY_LETTERS: Final = 60  # of the file's own name; 4 bytes each in UTF-8 leave room in the 255 that a name has
+_COPY_BYTES: Final = 16 * 2**20
 
 _FORBIDDEN: Final = re.compile(r"AWS Error ACCESS_DENIED|HTTP status (401|403)\b")
 _SECRET_NAMES: Final = (
@@ -440,19 +445,50 @@ def write_bytes(location: str, data: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(path).with_name(f".{Path(path).name}.{uuid.uuid4().hex[:8]}")
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _replacing_local(Path(path)) as file:
+            file.write(data)
     else:  # object stores show an upload when it is complete
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
+
+
+@contextmanager
+def replacing(location: str) -> Iterator[BinaryIO]:
+    """A file to be written piece by piece, which is put in its place when the block ends.
+
+    After an exception what stood there before still does. What goes to an object store is gathered in a temporary file
+    of this machine first: a stream to a store cannot be given up, only ended, and would leave a part there.
+    """
+    filesystem, path = resolve(location)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with _replacing_local(Path(path)) as file:
+            yield file
+        return
+    with TemporaryFile() as temporary:
+        yield temporary
+        temporary.seek(0)
+        try:
+            with filesystem.open_output_stream(path) as stream:
+                shutil.copyfileobj(temporary, stream, _COPY_BYTES)
+        except BaseException:  # Ctrl-C too
+            with suppress(OSError):
+                filesystem.delete_file(path)
+            raise
+
+
+@contextmanager
+def _replacing_local(path: Path) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the whole name: it may be as long as a name can be.
+    temporary = path.with_name(f".{path.name[:_TEMPORARY_LETTERS]}.{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_temporary(folder: str) -> None:

@@ -24,7 +24,7 @@ from imcap_ray.escaping import printable
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from tests import small_data
 
-COMMANDS = ["caption", "demo", "evaluate", "model", "report", "submit", "train"]
+COMMANDS = ["caption", "demo", "evaluate", "export", "model", "report", "submit", "train"]
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_every_command_is_listed_and_has_help() -> None:
     assert sorted(main.commands) == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["caption", "train", "evaluate", "submit"])
+@pytest.mark.parametrize("command", ["caption", "train", "evaluate", "export", "submit"])
 def test_the_main_commands_help_has_an_example(command: str) -> None:
     assert f"\n  imcap {command}" in imcap(command, "-h").stdout
 
@@ -204,6 +204,7 @@ def without_control_characters(text: str) -> bool:
         ["caption", "one.jpg", "--model", HOSTILE],
         ["evaluate", HOSTILE, HOSTILE],
         ["report", HOSTILE],
+        ["export", HOSTILE, HOSTILE, "--to", "csv"],
         ["model", HOSTILE],
         ["submit", HOSTILE],
         ["train", "data", "out", "--recipe", HOSTILE],
@@ -315,6 +316,8 @@ def test_training_data_may_name_files_elsewhere_only_when_told_to(tmp_path: Path
         ["train", "s3://AKIA:planted@bucket/data", "out"],
         ["evaluate", "captions", "s3://AKIA:planted@bucket/data"],
         ["report", "s3://AKIA:planted@bucket/captions"],
+        ["export", "s3://AKIA:planted@bucket/captions", "out.csv", "--to", "csv"],
+        ["export", "captions", "s3://AKIA:planted@bucket/out.csv", "--to", "csv"],
         ["model", "s3://AKIA:planted@bucket/model"],
         ["submit", "caption", "s3://AKIA:planted@bucket/images", "s3://bucket/captions"],
         ["submit", "caption", "s3://b/images", "s3://b/captions", "--model=s3://b/model?secret_key=planted"],
@@ -416,6 +419,102 @@ def test_scoring_against_a_split_without_captions_is_one_line(captions: Path, fl
 
     assert "has captions for 0 of the 2 validation images" in line
     assert not (captions / "_imcap").exists()
+
+
+# ---- an export
+
+
+@pytest.fixture
+def captioned(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
+    """What a run has written about three images: two captions and a failure."""
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number, caption in enumerate(["ein Hund läuft", "a cat", ""]):
+        path = tmp_path / "images" / f"{number}.jpg"
+        path.write_bytes(make_jpeg(number))
+        row = dict.fromkeys(CAPTIONS_SCHEMA.names, "") | {"image_id": path.name, "image_path": str(path)}
+        row |= {"caption": caption, "captions": [caption], "status": "ok" if caption else "failed", "format": "jpeg"}
+        row |= {"confidence": 0.5 - 0.3 * number, "logprob": -2.0, "num_tokens": 4, "width": 80, "height": 60}
+        rows.append(row)
+    (tmp_path / "captions" / "_imcap").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows, CAPTIONS_SCHEMA), tmp_path / "captions" / "part-0.parquet")
+    run = {"input": str(tmp_path / "images"), "state": "complete"}
+    (tmp_path / "captions" / "_imcap" / "run.json").write_text(json.dumps(run))
+    return tmp_path / "captions"
+
+
+@pytest.mark.parametrize("format", ["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"])
+def test_captions_are_exported_and_the_last_line_counts_them(format: str, captioned: Path, tmp_path: Path) -> None:
+    result = imcap("export", captioned, tmp_path / "out", "--to", format, "--min-confidence", 0.3)
+
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.splitlines() == [
+        f"{tmp_path}/out: 1 caption as {format}; left out: 1 failed, 1 below the confidence asked for"
+    ]
+    assert (tmp_path / "out").exists()
+
+
+def test_an_export_as_json_is_all_there_is_on_stdout(captioned: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "1.jpg").unlink()
+
+    summary = json.loads(imcap("export", captioned, tmp_path / "out", "--to", "webdataset", "--json").stdout)
+
+    assert summary == {
+        "output": str(tmp_path / "out"),
+        "format": "webdataset",
+        "num_exported": 1,
+        "num_kept": 0,
+        "left_out_by_status": {"failed": 1},
+        "left_out_by_confidence": 0,
+        "left_out_without_image": 1,
+        "images_without": ["1.jpg (gone)"],
+    }
+
+
+def test_an_image_that_is_gone_is_named(captioned: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "1.jpg").unlink()
+
+    result = imcap("export", captioned, tmp_path / "out", "--to", "hf")
+
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        "left out: 1.jpg (gone)",
+        f"{tmp_path}/out: 1 caption as hf; left out: 1 failed, 1 without their image",
+    ]
+
+
+def test_mistakes_with_an_export_are_one_line(captioned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "no such captions" in mistake("export", tmp_path / "nowhere", out, "--to", "csv")
+    assert "no captions table" in mistake("export", tmp_path / "images", out, "--to", "csv")
+    assert "--existing is for sidecar, not for csv" in mistake(
+        "export", captioned, out, "--to", "csv", "--existing", "append"
+    )
+    assert "--shard-size is for hf and webdataset, not for coco" in mistake(
+        "export", captioned, out, "--to", "coco", "--shard-size", 5
+    )
+    assert "--existing" in mistake("export", captioned, out, "--to", "sidecar", "--overwrite")
+    assert not out.exists()
+    imcap("export", captioned, out, "--to", "csv")
+    assert "give --overwrite to replace it" in mistake("export", captioned, out, "--to", "csv")
+    (captioned / "_imcap" / "run.json").write_text("{")
+    assert "run.json is damaged" in mistake("export", captioned, tmp_path / "other", "--to", "csv")
+
+
+def test_an_image_elsewhere_is_exported_only_when_told_to(captions_elsewhere: Path, tmp_path: Path) -> None:
+    arguments = ["export", captions_elsewhere, tmp_path / "out", "--to", "webdataset"]
+
+    assert "--allow-outside-paths" in mistake(*arguments)
+    assert imcap(*arguments, "--allow-outside-paths").exit_code == 0
+
+
+def test_an_export_from_an_unfinished_run_says_so(captioned: Path, tmp_path: Path) -> None:
+    (captioned / "_imcap" / "run.json").write_text(json.dumps({"state": "running"}))
+
+    result = imcap("export", captioned, tmp_path / "out", "--to", "jsonl")
+
+    assert result.exit_code == 0
+    assert "is not complete; what is there is exported" in result.stderr.splitlines()[0]
 
 
 def test_python_m_is_the_same_command() -> None:

@@ -41,6 +41,30 @@ def test_what_is_written_is_read_and_listed(folder: str) -> None:
     assert all(file.location == storage.join(storage.absolute(folder), file.name) for file in listed)
 
 
+def test_a_file_written_piece_by_piece_takes_its_place_when_it_is_whole(folder: str) -> None:
+    path = storage.join(folder, "a", "b.txt")
+
+    with storage.replacing(path) as file:
+        file.write(b"one ")
+        assert not storage.exists(path)
+        file.write(b"two")
+    assert storage.read_bytes(path) == b"one two"
+
+    with pytest.raises(KeyboardInterrupt), storage.replacing(path) as file:
+        file.write(b"half of the new")
+        raise KeyboardInterrupt
+    assert storage.read_bytes(path) == b"one two"
+    assert names(folder) == ["a/b.txt"]
+
+
+def test_a_name_may_be_as_long_as_a_name_can_be(folder: str) -> None:
+    path = storage.join(folder, "猫" * 85)
+
+    storage.write_bytes(path, b"1")
+
+    assert storage.read_bytes(path) == b"1"
+
+
 def test_files_come_sorted_those_of_a_folder_before_those_below_it(folder: str) -> None:
     for name in ("z.txt", "b/2.txt", "b/1.txt", "a/x/1.txt", "a/9.txt", "c.txt"):
         storage.write_bytes(storage.join(folder, name), b"1")

@@ -1,0 +1,748 @@
+"""Captions in the formats of other tools, read back by those tools."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import io
+import json
+import os
+import re
+import tarfile
+import uuid
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from random import Random
+from typing import Any, get_args
+from urllib.parse import unquote
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from imcap_ray import storage
+from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.exports import (
+    COLUMNS,
+    ExportSummary,
+    Format,
+    coco_results_name,
+    export_captions,
+    guard_cell,
+    sidecar_name,
+    webdataset_key,
+)
+from imcap_ray.manifest import CAPTIONS_SCHEMA, image_locator
+from tests import small_data
+
+Row = dict[str, Any]
+
+FORMATS = get_args(Format)
+FOLDERS = ["sidecar", "hf", "webdataset"]
+FILES = ["coco", "jsonl", "csv"]
+WITH_IMAGES = ["hf", "webdataset"]
+
+ODD_NAMES = [
+    "plain.jpg",
+    "two.dots.jpg",
+    "sub/plain.jpg",
+    "v1.0/plain.jpg",
+    "__meta__/plain.jpg",
+    "__meta__.jpg",
+    ".hidden.jpg",
+    "-rf.jpg",
+    "=1+1.jpg",
+    "100%.jpg",
+    "a b\u2028c.jpg",
+    "line\nbreak.jpg",
+    "no extension",
+    "Straße/猫 🐈.JPEG",
+    "x" * 120 + "/" + "猫" * 80 + ".jpg",
+]
+ODD_CAPTIONS = [
+    "ein Hund läuft über die Straße",
+    "一只猫 🐈",
+    '=HYPERLINK("http://x")',
+    'he says "hi", and\nleaves',
+    "a dog",
+]
+
+
+def row(image_id: str, caption: str = "a dog runs", **columns: Any) -> Row:
+    return {
+        "image_id": image_id,
+        "image_path": "",
+        "caption": caption,
+        "captions": [caption, "another one"],
+        "confidence": 0.5,
+        "logprob": -2.0,
+        "num_tokens": 4,
+        "status": "ok",
+        "error_code": "",
+        "error_message": "",
+        "width": 80,
+        "height": 60,
+        "format": "jpeg",
+        "sha256": "",
+        "duplicate_of": "",
+    } | columns
+
+
+FAILED = {"caption": "", "captions": [], "confidence": float("nan"), "status": "failed", "error_code": "truncated"}
+
+
+def write_captions(folder: Path, *parts: Iterable[Row]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(parts):
+        table = pa.Table.from_pylist(list(rows), schema=CAPTIONS_SCHEMA)
+        pq.write_table(table, folder / f"part-{number}.parquet")
+    return folder
+
+
+def write_images(folder: Path, names: Iterable[str]) -> list[Row]:
+    """Images, and a row for each, with captions that take turns."""
+    rows = []
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(small_data.jpeg(number))
+        rows.append(row(name, ODD_CAPTIONS[number % len(ODD_CAPTIONS)], image_path=str(path)))
+    return rows
+
+
+def export(captions: Path, output: Path | str, format: str, **options: Any) -> ExportSummary:
+    locate = image_locator(str(captions), allow_outside_paths=True)
+    return export_captions(str(captions), str(output), format=format, locate_image=locate, **options)  # type: ignore[arg-type]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What each tool finds in an export: captions by image id.
+
+
+def read_coco(output: Path, cache: Path) -> dict[str, str]:
+    from pycocotools.coco import COCO
+
+    annotations = COCO(str(output))
+    results = annotations.loadRes(coco_results_name(str(output)))
+    found = {}
+    for number in annotations.getImgIds():
+        (annotation,) = annotations.imgToAnns[number]
+        (result,) = results.imgToAnns[number]
+        assert annotation["caption"] == result["caption"]
+        found[annotations.imgs[number]["file_name"]] = annotation["caption"]
+    assert {(image["width"], image["height"]) for image in annotations.imgs.values()} == {(80, 60)}
+    return found
+
+
+def read_jsonl(output: Path, cache: Path) -> dict[str, str]:
+    rows = [json.loads(line) for line in output.read_bytes().split(b"\n")[:-1]]
+    assert all(tuple(found) == COLUMNS for found in rows)
+    return {found["image_id"]: found["caption"] for found in rows}
+
+
+def unguarded(cell: str) -> str:
+    return re.sub("^'(?='*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20])", "", cell)
+
+
+def read_csv(output: Path, cache: Path) -> dict[str, str]:
+    with output.open(encoding="utf-8", newline="") as file:
+        return {unguarded(found["image_id"]): unguarded(found["caption"]) for found in csv.DictReader(file)}
+
+
+def read_sidecars(output: Path, cache: Path) -> dict[str, str]:
+    texts = {name: content.decode() for name, content in files_below(output).items()}
+    assert all(text.endswith("\n") and text.count("\n") == 1 for text in texts.values())
+    return {name: text[:-1] for name, text in texts.items()}
+
+
+def read_hf(output: Path, cache: Path) -> dict[str, str]:
+    from datasets import load_dataset
+
+    rows = load_dataset(str(output), split="train", cache_dir=str(cache))
+    assert all(found["image"].size == (80, 60) for found in rows)
+    assert all(found["captions"] == [found["caption"], "another one"] for found in rows)
+    return {found["image_id"]: found["caption"] for found in rows}
+
+
+def read_webdataset(output: Path, cache: Path) -> dict[str, str]:
+    from webdataset import WebDataset
+
+    shards = [str(path) for path in sorted(output.iterdir())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files for the garbage collector to close
+        samples = list(WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil"))
+        gc.collect()
+    assert len({sample["__key__"] for sample in samples}) == len(samples)
+    assert all(sample["jpg"].size == (80, 60) and sample["txt"] == sample["json"]["caption"] for sample in samples)
+    return {sample["json"]["image_id"]: sample["txt"] for sample in samples}
+
+
+READERS: dict[str, Callable[[Path, Path], dict[str, str]]] = {
+    "coco": read_coco,
+    "jsonl": read_jsonl,
+    "csv": read_csv,
+    "sidecar": read_sidecars,
+    "hf": read_hf,
+    "webdataset": read_webdataset,
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+@pytest.fixture
+def captions(tmp_path: Path) -> Path:
+    """Ten images in two parts: seven with a caption, two of them not sure of it; three without."""
+    rows = write_images(tmp_path / "images", [f"{number}.jpg" for number in range(7)])
+    rows[5]["confidence"], rows[6]["confidence"] = 0.1, float("nan")
+    rows[4]["status"] = "duplicate"
+    rows += [row("f.jpg", **FAILED), row("g.jpg", **FAILED)]
+    rows += [row("not yet.jpg", **FAILED | {"status": "duplicate", "error_code": ""})]
+    return write_captions(tmp_path / "captions", rows[:4], rows[4:])
+
+
+# ---- every format
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_tool_it_is_for_finds_each_caption_under_its_image(format: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", ODD_NAMES)
+    folder = write_captions(tmp_path / "captions", rows[::2], rows[1::2])
+    expected = {found["image_id"]: found["caption"] for found in rows}
+    if format == "sidecar":  # one line, under the sidecar's name
+        expected = {sidecar_name(name): caption.replace("\n", " ") for name, caption in expected.items()}
+
+    summary = export(folder, tmp_path / "out", format)
+
+    assert READERS[format](tmp_path / "out", tmp_path / "cache") == expected
+    assert (summary.num_exported, summary.describe_left_out()) == (len(rows), "")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_row_is_exported_or_counted_as_left_out(format: str, captions: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "0.jpg").unlink()
+
+    summary = export(captions, tmp_path / "out", format, min_confidence=0.3)
+
+    num_gone = 1 if format in WITH_IMAGES else 0
+    assert summary.num_exported == 5 - num_gone
+    assert summary.left_out_by_status == {"failed": 2, "duplicate": 1}
+    assert summary.left_out_by_confidence == 2
+    assert summary.left_out_without_image == num_gone
+    expected = {f"{number}{'.txt' if format == 'sidecar' else '.jpg'}" for number in range(num_gone, 5)}
+    assert set(READERS[format](tmp_path / "out", tmp_path / "cache")) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_same_captions_make_the_same_bytes(format: str, captions: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        export(captions, tmp_path / name / "out", format)
+
+    assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_that_is_there_is_not_replaced_unless_told_to(format: str, captions: Path, tmp_path: Path) -> None:
+    export(captions, tmp_path / "out" / "x", format)
+    before = files_below(tmp_path / "out")
+    write_captions(captions, [row("0.jpg", "something new", image_path=str(tmp_path / "images" / "0.jpg"))], [])
+
+    if format == "sidecar":
+        assert export(captions, tmp_path / "out" / "x", format).num_kept == 1
+    else:
+        with pytest.raises(OutputError, match="--overwrite"):
+            export(captions, tmp_path / "out" / "x", format)
+    assert files_below(tmp_path / "out") == before
+
+    replace = {"existing": "overwrite"} if format == "sidecar" else {"overwrite": True}
+    export(captions, tmp_path / "out" / "x", format, **replace)
+    found = READERS[format](tmp_path / "out" / "x", tmp_path / "cache")
+    assert found["0.txt" if format == "sidecar" else "0.jpg"] == "something new"
+    assert format == "sidecar" or len(found) == 1
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_is_written_to_a_uri(format: str, captions: Path, tmp_path: Path) -> None:
+    remote = f"memory://bucket-{uuid.uuid4().hex}/some"
+
+    export(captions, f"{remote}/out", format)
+    export(captions, tmp_path / "some" / "out", format)
+
+    found = {file.name: storage.read_bytes(file.location) for file in storage.list_files(remote)}
+    assert found == files_below(tmp_path / "some")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_damaged_captions_leave_what_was_there(format: str, captions: Path, tmp_path: Path) -> None:
+    export(captions, tmp_path / "out" / "x", format)
+    before = files_below(tmp_path / "out")
+    part = captions / "part-1.parquet"
+    content = part.read_bytes()
+    part.write_bytes(content[:4] + b"\xff" * (len(content) // 2) + content[4 + len(content) // 2 :])
+
+    options = {"existing": "overwrite"} if format == "sidecar" else {"overwrite": True}
+    with pytest.raises((InputError, OSError)):
+        export(captions, tmp_path / "out" / "x", format, **options)
+
+    assert files_below(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_to_export_is_an_error_and_no_empty_file(format: str, captions: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no caption to export: 1 duplicate, 2 failed, 7 below the confidence"):
+        export(captions, tmp_path / "out", format, min_confidence=0.99)
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_confidence_as_it_is_shown_is_high_enough(tmp_path: Path) -> None:
+    random = Random(0)
+    rows = [row(f"{number}.jpg", confidence=round(random.random(), 1 + number % 9)) for number in range(200)]
+    folder = write_captions(tmp_path / "captions", rows)
+    export(folder, tmp_path / "all", "jsonl")
+    shown = [json.loads(line)["confidence"] for line in (tmp_path / "all").read_text().splitlines()]
+
+    for confidence in shown[:9]:
+        summary = export(folder, tmp_path / "some", "jsonl", min_confidence=confidence, overwrite=True)
+        assert summary.num_exported == sum(other >= confidence for other in shown)
+    assert shown[::9] == [found["confidence"] for found in rows][::9]
+
+
+@pytest.mark.parametrize("format", ["coco", "sidecar", "hf", "webdataset"])
+def test_an_id_that_stands_for_two_images_is_refused(format: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
+    folder = write_captions(tmp_path / "captions", rows, rows[1:])
+
+    with pytest.raises(InputError, match=r"'b\.jpg' stands there more than once"):
+        export(folder, tmp_path / "out", format)
+
+    assert not (tmp_path / "out").exists()
+
+
+# ---- what is no captions table, what is no place to write
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pa.table({"x": [1]}), "no captions table"),
+        (pa.table({"image_id": ["a"], "caption": ["b"]}), "lacks the columns image_path, captions, confidence"),
+        (
+            pa.Table.from_pylist([row("a.jpg")], CAPTIONS_SCHEMA).set_column(3, "captions", pa.array([1.5])),
+            "cannot be read as a captions table",
+        ),
+        (
+            pa.Table.from_pylist([row("a.jpg")], CAPTIONS_SCHEMA).set_column(2, "caption", pa.array([b"\xff"])),
+            "cannot be read as a captions table",
+        ),
+        (
+            pa.Table.from_pylist([row("a.jpg")], CAPTIONS_SCHEMA).set_column(
+                12, "format", pa.array([b"\xff"]).view(pa.string())
+            ),
+            "cannot be read as a captions table",
+        ),
+        (pa.Table.from_pylist([row("")], CAPTIONS_SCHEMA), "a row with a caption has no image_id"),
+        (
+            pa.Table.from_pylist([row("a") | {"image_id": None}], CAPTIONS_SCHEMA),
+            "a row with a caption has no image_id",
+        ),
+        (CAPTIONS_SCHEMA.empty_table(), "no caption to export: it is empty"),
+    ],
+)
+def test_what_is_no_captions_table_is_refused(table: pa.Table, message: str, tmp_path: Path) -> None:
+    pq.write_table(table, tmp_path / "captions.parquet")
+
+    with pytest.raises(InputError, match=message):
+        export(tmp_path / "captions.parquet", tmp_path / "out", "jsonl")
+
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_types_of_the_same_columns_are_read(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([row("a.jpg")], CAPTIONS_SCHEMA)
+    wide = {pa.string(): pa.large_string(), pa.int32(): pa.int64(), pa.float32(): pa.float64()}
+    columns = [pa.field(column.name, wide.get(column.type, column.type)) for column in table.schema]
+    pq.write_table(table.cast(pa.schema(columns)), tmp_path / "captions.parquet")
+
+    export(tmp_path / "captions.parquet", tmp_path / "out", "jsonl")
+
+    assert json.loads((tmp_path / "out").read_text()) == {name: row("a.jpg")[name] for name in COLUMNS}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("name", ["", "part-0.parquet", "below/out"])
+def test_captions_are_not_written_over(format: str, name: str, captions: Path) -> None:
+    before = files_below(captions)
+
+    with pytest.raises(OutputError, match="lies in CAPTIONS"):
+        export(captions, captions / name, format, overwrite=format != "sidecar")
+
+    assert files_below(captions) == before
+
+
+@pytest.mark.parametrize("format", FILES)
+def test_a_folder_is_no_place_for_one_file(format: str, captions: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="is a folder"):
+        export(captions, tmp_path / "images", format, overwrite=True)
+
+
+@pytest.mark.parametrize("format", FOLDERS)
+def test_a_file_is_no_place_for_a_folder(format: str, captions: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+
+    with pytest.raises(OutputError, match="is a file"):
+        export(captions, tmp_path / "out", format)
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_a_folder_with_other_files_is_left_alone_whatever_is_asked(format: str, captions: Path, tmp_path: Path) -> None:
+    before = files_below(tmp_path / "images")
+
+    with pytest.raises(OutputError, match=r"no export to \w+ has written \(0.jpg\)"):
+        export(captions, tmp_path / "images", format, overwrite=True)
+
+    assert files_below(tmp_path / "images") == before
+
+
+# ---- one file of text
+
+anything = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+told = anything.filter(lambda text: text.strip() != "")
+seconds_in_all = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@seconds_in_all
+@given(rows=st.dictionaries(anything, told, min_size=1, max_size=5))
+def test_any_text_survives_json_lines_csv_and_coco(
+    rows: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("text")
+    write_captions(folder / "captions", [row(name, caption) for name, caption in rows.items()])
+
+    for format in FILES:
+        export(folder / "captions", folder / format, format)
+
+    assert read_jsonl(folder / "jsonl", folder) == rows
+    assert read_csv(folder / "csv", folder) == rows
+    coco = json.loads((folder / "coco").read_text(encoding="utf-8"))
+    assert [image["file_name"] for image in coco["images"]] == list(rows)
+    assert [annotation["caption"] for annotation in coco["annotations"]] == list(rows.values())
+
+
+def test_json_lines_hold_the_row_and_no_number_that_json_does_not_know(tmp_path: Path) -> None:
+    unknown = {"confidence": float("nan"), "logprob": float("-inf")}
+    folder = write_captions(tmp_path / "captions", [row("a.jpg", **unknown), row("b.jpg", confidence=0.3)])
+
+    export(folder, tmp_path / "out.jsonl", "jsonl")
+
+    first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert first == {name: row("a.jpg")[name] for name in COLUMNS} | {"confidence": None, "logprob": None}
+    assert second["confidence"] == 0.3
+
+
+@given(text=st.text(alphabet="'=+-@\t\r\n＝a1"))
+def test_no_cell_of_text_begins_like_a_formula_and_the_text_can_be_had_back(text: str) -> None:
+    assert not re.match("[=+\\-@\t\r\n＝＋－＠]", guard_cell(text))
+    assert unguarded(guard_cell(text)) == text
+
+
+def test_csv_is_what_rfc_4180_says_and_numbers_are_numbers(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path / "captions", [row("a.jpg", 'says "hi", leaves', logprob=-1.5)])
+
+    export(folder, tmp_path / "out.csv", "csv")
+
+    head, line, end = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
+    assert head.decode() == ",".join(COLUMNS)
+    assert line.startswith(
+        b'a.jpg,,"says ""hi"", leaves","[""says \\""hi\\"", leaves"", ""another one""]",0.5,-1.5,4,ok'
+    )
+    assert end == b""
+
+
+@pytest.mark.parametrize("style", ["val2014/COCO_val2014_{:012d}.jpg", "{:012d}.jpg", "{:012d}"])
+def test_images_of_coco_keep_their_numbers(style: str, tmp_path: Path) -> None:
+    numbers = [391895, 7, 522418]
+    folder = write_captions(tmp_path / "captions", [row(style.format(number)) for number in numbers])
+
+    export(folder, tmp_path / "out.json", "coco")
+
+    results = json.loads((tmp_path / "out_results.json").read_text())
+    assert [result["image_id"] for result in results] == numbers
+
+
+@pytest.mark.parametrize("other", ["a/000000000007.jpg", "photo.jpg"])
+def test_numbers_that_are_not_all_of_coco_are_counted_out(other: str, tmp_path: Path) -> None:
+    folder = write_captions(tmp_path / "captions", [row("000000000007.jpg"), row(other)])
+
+    export(folder, tmp_path / "out.json", "coco")
+
+    images = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert {image["id"]: image["file_name"] for image in images} == {1: "000000000007.jpg", 2: other}
+
+
+def test_an_id_that_is_no_path_leaves_the_images_path_as_its_file_name(tmp_path: Path) -> None:
+    rows = [row("17", image_path="/images/a.jpg"), row("sub/b.jpg", image_path="/images/sub/b.jpg"), row("c#3")]
+
+    export(write_captions(tmp_path / "captions", rows), tmp_path / "out.json", "coco")
+
+    images = json.loads((tmp_path / "out.json").read_text())["images"]
+    assert [image["file_name"] for image in images] == ["/images/a.jpg", "sub/b.jpg", "c#3"]
+
+
+# ---- a file of text for each image
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return write_captions(tmp_path / "captions", [row("sub/a.jpg", "a dog")])
+
+
+@pytest.fixture
+def sidecar(tmp_path: Path) -> Path:
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    return tmp_path / "out" / "sub" / "a.txt"
+
+
+@pytest.mark.parametrize("content", [b"", b"made by hand", "für Hand\r\n".encode("utf-16"), b"a dog\n"])
+def test_a_sidecar_that_is_there_is_not_lost(content: bytes, one: Path, sidecar: Path, tmp_path: Path) -> None:
+    sidecar.write_bytes(content)
+
+    summary = export(one, tmp_path / "out", "sidecar")
+
+    assert sidecar.read_bytes() == content
+    assert (summary.num_exported, summary.num_kept) == (0, 1)
+
+
+def test_a_sidecar_is_replaced_when_told_to(one: Path, sidecar: Path, tmp_path: Path) -> None:
+    sidecar.write_text("made by hand")
+
+    assert export(one, tmp_path / "out", "sidecar", existing="overwrite").num_exported == 1
+    assert sidecar.read_text() == "a dog\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, b"a dog\n"),
+        (b"", b"a dog\n"),
+        (b"by hand", b"by hand\na dog\n"),
+        (b"by hand\r\n", b"by hand\r\na dog\n"),
+        (b"\xef\xbb\xbfa dog\r\nby hand", b"\xef\xbb\xbfa dog\r\nby hand"),
+        (b"a dog and a cat\n", b"a dog and a cat\na dog\n"),
+        ("für Hand".encode("latin-1"), "für Hand".encode("latin-1")),
+    ],
+)
+def test_a_caption_is_added_to_a_sidecar_once(
+    before: bytes | None, after: bytes, one: Path, sidecar: Path, tmp_path: Path
+) -> None:
+    if before is not None:
+        sidecar.write_bytes(before)
+
+    export(one, tmp_path / "out", "sidecar", existing="append")
+    assert sidecar.read_bytes() == after
+
+    assert export(one, tmp_path / "out", "sidecar", existing="append").num_exported == 0
+    assert sidecar.read_bytes() == after
+
+
+def test_sidecars_stand_beside_the_images_when_these_are_the_output(tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", ["a.jpg", "sub/b.jpeg"])
+    before = files_below(tmp_path / "images")
+
+    export(write_captions(tmp_path / "captions", rows), tmp_path / "images", "sidecar")
+
+    after = files_below(tmp_path / "images")
+    assert set(after) - set(before) == {"a.txt", "sub/b.txt"}
+    assert before.items() <= after.items()
+
+
+@pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
+def test_two_images_of_one_sidecar_are_refused_before_anything_is_written(existing: str, tmp_path: Path) -> None:
+    rows = [row("a.jpg"), row("sub/b.jpg"), row("b.jpg"), row("sub/b.png")]
+
+    with pytest.raises(InputError) as refused:
+        export(write_captions(tmp_path / "captions", rows), tmp_path / "out", "sidecar", existing=existing)
+
+    assert "'sub/b.jpg' and 'sub/b.png' would have the same sidecar, 'sub/b.txt'" in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "image_id",
+    [
+        "../a.jpg",
+        "/etc/a.jpg",
+        "a/../../b.jpg",
+        "a/../b.jpg",
+        "..",
+        ".",
+        "a//b.jpg",
+        "a/",
+        "s3://bucket/a.jpg",
+        "a\0.jpg",
+    ],
+)
+def test_no_sidecar_leads_out_of_the_output(image_id: str, tmp_path: Path) -> None:
+    folder = write_captions(tmp_path / "captions", [row("good.jpg"), row(image_id)])
+
+    with pytest.raises(InputError, match="is no path below OUT"):
+        export(folder, tmp_path / "deep" / "out", "sidecar", existing="overwrite")
+
+    assert sorted(os.listdir(tmp_path)) == ["captions"]
+
+
+# ---- images with their captions
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_images_are_in_files_of_so_many(format: str, captions: Path, tmp_path: Path) -> None:
+    export(captions, tmp_path / "out", format, shard_images=3)
+    assert len(os.listdir(tmp_path / "out")) == 3
+    assert len(READERS[format](tmp_path / "out", tmp_path / "cache")) == 7
+
+    export(captions, tmp_path / "out", format, shard_images=7, overwrite=True)
+    assert len(os.listdir(tmp_path / "out")) == 1
+    assert len(READERS[format](tmp_path / "out", tmp_path / "cache2")) == 7
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_an_image_that_is_not_what_was_captioned_is_named_and_left_out(format: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", ["gone.jpg", "changed.jpg", "folder.jpg", "good.jpg"])
+    rows[1]["sha256"] = "0" * 64
+    for name in ("gone.jpg", "folder.jpg"):
+        (tmp_path / "images" / name).unlink()
+    (tmp_path / "images" / "folder.jpg").mkdir()
+
+    summary = export(write_captions(tmp_path / "captions", rows), tmp_path / "out", format)
+
+    assert summary.images_without == [
+        "gone.jpg (gone)",
+        "changed.jpg (changed since it was captioned)",
+        "folder.jpg (gone)",
+    ]
+    assert (summary.num_exported, summary.left_out_without_image) == (1, 3)
+    assert list(READERS[format](tmp_path / "out", tmp_path / "cache")) == ["good.jpg"]
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_a_disk_that_is_gone_is_an_error_and_the_earlier_export_stands(
+    format: str, captions: Path, tmp_path: Path
+) -> None:
+    export(captions, tmp_path / "out", format)
+    before = files_below(tmp_path / "out")
+    (tmp_path / "images").rename(tmp_path / "unmounted")
+
+    with pytest.raises(ImcapError, match=r"none of the 7 images can be read, the first is 0\.jpg \(gone\)") as refused:
+        export(captions, tmp_path / "out", format, overwrite=True)
+
+    assert refused.value.exit_code == 1
+    assert files_below(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_images_of_a_table_cannot_be_exported(format: str, tmp_path: Path) -> None:
+    folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path="")])
+
+    with pytest.raises(InputError, match=r"the bytes of image 'a\.jpg' were in a table"):
+        export(folder, tmp_path / "out", format)
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_no_file_from_elsewhere_gets_into_an_export(format: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path=str(tmp_path / "secret"))])
+
+    with pytest.raises(InputError, match="leads out of"):
+        export_captions(str(folder), str(tmp_path / "out"), format=format, locate_image=image_locator(str(folder)))  # type: ignore[arg-type]
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("names", [["a.jpg", "a.png"], ["a.jpg", "a"], ["a.jpg", "a.JPG"]])
+def test_images_that_differ_in_their_extension_have_keys_of_their_own(names: list[str], tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", names)
+
+    export(write_captions(tmp_path / "captions", rows), tmp_path / "out", "webdataset")
+
+    assert sorted(read_webdataset(tmp_path / "out", tmp_path)) == sorted(names)
+
+
+paths = st.lists(st.text(alphabet="a._%/\n\0é-"), min_size=1).map("/".join) | anything
+
+
+@given(image_id=paths.filter(bool), keep_extension=st.booleans())
+def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_had_back(image_id: str, keep_extension: bool) -> None:
+    from webdataset.tariterators import base_plus_ext
+
+    key = webdataset_key(image_id, keep_extension=keep_extension)
+
+    assert base_plus_ext(f"{key}.jpg") == (key, "jpg")
+    assert not re.match(r"__[^/]*__($|/)", f"{key}.jpg"), "webdataset takes it for notes of its own"
+    assert not key.startswith("/")
+    assert not {"..", "."} & set(key.split("/"))
+    assert image_id.startswith(unquote(key))
+    assert not keep_extension or unquote(key) == image_id
+
+
+@settings(seconds_in_all, max_examples=5)
+@given(image_ids=st.sets(paths.filter(bool), min_size=1, max_size=20))
+def test_every_image_is_one_sample_whatever_it_is_called(
+    image_ids: set[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("keys")
+    (folder / "image").write_bytes(small_data.jpeg())
+    rows = [row(image_id, image_path=str(folder / "image")) for image_id in sorted(image_ids)]
+
+    export(write_captions(folder / "captions", rows), folder / "out", "webdataset")
+
+    assert set(read_webdataset(folder / "out", folder)) == image_ids
+
+
+@pytest.mark.parametrize(
+    ("format", "name", "extension"),
+    [
+        ("jpeg", "a.png", "jpg"),
+        ("png", "a", "png"),
+        ("", "a.TIFF", "tif"),
+        ("unknown", "a", "bin"),
+        ("../x", "a", "bin"),
+    ],
+)
+def test_an_image_in_a_tar_is_called_what_it_is(format: str, name: str, extension: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", [name])
+    folder = write_captions(tmp_path / "captions", [rows[0] | {"format": format}])
+
+    export(folder, tmp_path / "out", "webdataset")
+
+    with tarfile.open(fileobj=io.BytesIO((tmp_path / "out" / "captions-00000.tar").read_bytes())) as tar:
+        assert tar.getnames() == [f"a.{extension}", "a.txt", "a.json"]
+
+
+def test_what_a_killed_export_has_left_goes_with_the_next(captions: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".captions-00003.tar.0123abcd").write_bytes(b"half")
+    (tmp_path / "out" / "captions-00002.tar").write_bytes(b"old")
+
+    export(captions, tmp_path / "out", "webdataset", overwrite=True)
+
+    assert os.listdir(tmp_path / "out") == ["captions-00000.tar"]
+
+
+def test_progress_is_told_while_rows_go_by(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path / "captions", [row(f"{number}.jpg") for number in range(1000)])
+    told: list[tuple[int, int]] = []
+
+    export(folder, tmp_path / "out", "jsonl", on_progress=lambda done, total: told.append((done, total)))
+
+    assert [total for _, total in told] == [1000] * len(told)
+    assert 1 < len(told) <= 10
+    assert told == sorted(told)
