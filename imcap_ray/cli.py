@@ -602,25 +602,46 @@ def _describe_training(status: TrainingStatus) -> list[str]:
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
 @click.option("--submission-id", help="A name for the job.")
-@click.option("--no-wait", is_flag=True, help="Do not follow the job.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def submit(address: str | None, submission_id: str | None, no_wait: bool, command: tuple[str, ...]) -> None:
-    """Run an imcap command as a Ray job on a cluster, follow it, and return its exit code.
+@click.option("--no-wait", is_flag=True, help="Submit the job and return.")
+@click.option("--follow", metavar="ID", help="Follow a job that was submitted before, in the place of COMMAND.")
+@click.option(
+    "--on-interrupt",
+    type=click.Choice(["stop", "detach"]),
+    default="stop",
+    show_default=True,
+    help="What Ctrl-C does: stop the job, or leave it running.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def submit(command: tuple[str, ...], **options: Any) -> None:
+    """Run an imcap COMMAND as a Ray job on a cluster, follow it, and return its exit code.
+
+    A connection that breaks is made again. The job does not need it, nor the terminal: --follow shows it anew.
 
     \b
     imcap submit caption s3://bucket/images s3://bucket/captions
     imcap submit --address http://127.0.0.1:8265 train /mnt/flickr8k /mnt/runs/mine
+    imcap submit --follow imcap-caption-0123abcd
     """
     for word in command:
         storage.refuse_secrets(word.partition("=")[2] if word.startswith("-") else word)
-    if command[0] not in ("caption", "train", "evaluate", "report", "demo"):
+    if bool(command) == bool(options["follow"]):
+        raise InputError("imcap submit takes a command (caption, train, ...), or --follow with the ID of a job")
+    if command and command[0] not in ("caption", "train", "evaluate", "report", "demo"):
         raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
-    from imcap_ray.distributed.submission import submit as submit_job
+    from imcap_ray.distributed import submission
 
+    common = {
+        "address": options["address"],
+        "on_interrupt": options["on_interrupt"],
+        # Ray colours the lines of a job's log.
+        "echo": lambda line: _say(_COLOURS.sub("", line)),
+    }
+    if options["follow"]:
+        sys.exit(submission.follow(options["follow"], **common))
     arguments = [command[0], *(_absolute_if_local(word) for word in command[1:])]
-    # Ray colours the lines of a job's log.
-    echo = lambda line: _say(_COLOURS.sub("", line))  # noqa: E731
-    sys.exit(submit_job(arguments, address=address, submission_id=submission_id, follow=not no_wait, echo=echo))
+    sys.exit(
+        submission.submit(arguments, submission_id=options["submission_id"], wait=not options["no_wait"], **common)
+    )
 
 
 def _absolute_if_local(word: str) -> str:
