@@ -23,6 +23,7 @@ from imcap_ray.escaping import printable
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningSummary
     from imcap_ray.distributed.images import Progress
+    from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -281,13 +282,18 @@ def _print_summary(summary: CaptioningSummary, options: dict[str, Any]) -> None:
         return
     if options["quiet"]:
         return
-    counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.counts.items(), reverse=True))
-    errors = ", ".join(f"{count:,} {code}" for code, count in summary.error_counts.items())
+    counts = _describe_counts(summary.counts, summary.error_counts)
     if summary.num_new:
         speed = f"{summary.images_per_second:.1f} images/s in {_duration(summary.seconds)}; {summary.bound}"
     else:
         speed = "nothing to do, all were done before"
-    _say(f"{summary.output}: {counts}{f' ({errors})' if errors else ''}; {speed}", err=True)
+    _say(f"{summary.output}: {counts}; {speed}", err=True)
+
+
+def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> str:
+    by_status = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items(), reverse=True))
+    errors = ", ".join(f"{count:,} {code}" for code, count in error_counts.items())
+    return f"{by_status} ({errors})" if errors else by_status
 
 
 @main.command()
@@ -612,28 +618,111 @@ def demo(out: str) -> None:
     _say(f"{summary.output}: {summary.num_images} rows of Parquet; {report_path}: the report")
 
 
+@main.command()
+@click.argument("output")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def status(output: str, as_json: bool) -> None:
+    """How far the captioning or the training is whose OUTPUT this is; read from its files, from anywhere.
+
+    \b
+    imcap status s3://bucket/captions
+    imcap status runs/mine --json
+    """
+    from dataclasses import asdict
+
+    from imcap_ray.distributed.status import CaptioningStatus, read_status
+
+    found = read_status(output)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+        return
+    for line in _describe_captioning(found) if isinstance(found, CaptioningStatus) else _describe_training(found):
+        _say(line)
+
+
+_STATES = {
+    "silent": "no sign of life for {}: it was killed or its machine is gone; the same command goes on",
+    "interrupted": "interrupted; the same command goes on",
+    "failed": "stopped by an error; the same command goes on",
+}
+
+
+def _describe_captioning(status: CaptioningStatus) -> list[str]:
+    state = _STATES.get(status.state, status.state).format(_duration(status.last_sign_seconds or 0))
+    if status.is_replacing:
+        state = f"{state} (--overwrite; the old rows stand until it is complete)"
+    share = f" ({status.num_done / status.num_images:.0%})" if status.num_images else ""
+    progress = f"{status.num_done:,} of {status.num_images:,} images{share}"
+    if status.images_per_second is not None:
+        progress += f", {status.images_per_second:.1f} images/s"
+    if status.seconds_left is not None:
+        progress += f", {_duration(status.seconds_left)} left"
+    lines = [f"{status.output}: {state}", progress]
+    if status.counts:
+        lines.append(_describe_counts(status.counts, status.error_counts))
+    if status.state == "running":
+        lines.append(f"last sign of life {_duration(status.last_sign_seconds or 0)} ago; started {status.started}")
+    return lines
+
+
+def _describe_training(status: TrainingStatus) -> list[str]:
+    age = _duration(status.last_sign_seconds or 0)
+    state = _STATES.get(status.state, status.state).format(age)
+    if status.state == "starting":
+        state = f"no epoch has ended yet; begun {age} ago"
+    lines = [f"{status.model}: {state}"]
+    if status.num_epochs_done:
+        left = f", {_duration(status.seconds_left)} left at most" if status.seconds_left is not None else ""
+        lines.append(f"{status.num_epochs_done} of {status.num_epochs} epochs, {status.phase} phase{left}")
+        lines.append(f"best: epoch {status.best_epoch}, validation CIDEr-D {status.best_cider_d:.3f}")
+    if status.state == "running":
+        lines.append(f"last epoch ended {age} ago")
+    return lines
+
+
 @main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
 @click.option("--submission-id", help="A name for the job.")
-@click.option("--no-wait", is_flag=True, help="Do not follow the job.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def submit(address: str | None, submission_id: str | None, no_wait: bool, command: tuple[str, ...]) -> None:
-    """Run an imcap command as a Ray job on a cluster, follow it, and return its exit code.
+@click.option("--no-wait", is_flag=True, help="Submit the job and return.")
+@click.option("--follow", metavar="ID", help="Follow a job that was submitted before, in the place of COMMAND.")
+@click.option(
+    "--on-interrupt",
+    type=click.Choice(["stop", "detach"]),
+    default="stop",
+    show_default=True,
+    help="What Ctrl-C does: stop the job, or leave it running.",
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def submit(command: tuple[str, ...], **options: Any) -> None:
+    """Run an imcap COMMAND as a Ray job on a cluster, follow it, and return its exit code.
+
+    A connection that breaks is made again. The job does not need it, nor the terminal: --follow shows it anew.
 
     \b
     imcap submit caption s3://bucket/images s3://bucket/captions
     imcap submit --address http://127.0.0.1:8265 train /mnt/flickr8k /mnt/runs/mine
+    imcap submit --follow imcap-caption-0123abcd
     """
     for word in command:
         storage.refuse_secrets(word.partition("=")[2] if word.startswith("-") else word)
-    if command[0] not in ("caption", "train", "evaluate", "report", "demo"):
+    if bool(command) == bool(options["follow"]):
+        raise InputError("imcap submit takes a command (caption, train, ...), or --follow with the ID of a job")
+    if command and command[0] not in ("caption", "train", "evaluate", "report", "demo"):
         raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
-    from imcap_ray.distributed.submission import submit as submit_job
+    from imcap_ray.distributed import submission
 
+    common = {
+        "address": options["address"],
+        "on_interrupt": options["on_interrupt"],
+        # Ray colours the lines of a job's log.
+        "echo": lambda line: _say(_COLOURS.sub("", line)),
+    }
+    if options["follow"]:
+        sys.exit(submission.follow(options["follow"], **common))
     arguments = [command[0], *(_absolute_if_local(word) for word in command[1:])]
-    # Ray colours the lines of a job's log.
-    echo = lambda line: _say(_COLOURS.sub("", line))  # noqa: E731
-    sys.exit(submit_job(arguments, address=address, submission_id=submission_id, follow=not no_wait, echo=echo))
+    sys.exit(
+        submission.submit(arguments, submission_id=options["submission_id"], wait=not options["no_wait"], **common)
+    )
 
 
 def _absolute_if_local(word: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from imcap_ray import __version__, storage
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import Caption, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
-from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, is_owner
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.image_index import start_image_index
 from imcap_ray.distributed.images import (
@@ -32,6 +33,7 @@ from imcap_ray.distributed.images import (
     default_num_actors,
     map_images,
     num_blocks,
+    repeating,
     stack_pixels,
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
@@ -49,6 +51,9 @@ from imcap_ray.manifest import (
 )
 
 BATCH_SIZE: Final = 2 * COMPUTE_BATCH_SIZE
+
+RATE_SECONDS: Final = 120
+"""What "of late" means."""
 
 
 class ImageCaptioner(Protocol):
@@ -244,15 +249,23 @@ def caption_images(
             storage.remove(folder.location)
     else:
         final.claim(identity)
+    started = _now()
     run = {
         **identity,
         "model": model_name,
         "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
-        "started": _now(),
+        "started": started,
     }
     before = folder.read_run()
     check = partial(_require_owner, folder.work, folder.take_over())
-    with _state_written(folder, run, check):
+    heartbeat = _Heartbeat(folder, started, check)
+
+    def show(progress: Progress) -> None:
+        heartbeat.num_images = progress.num_images
+        on_progress(progress, num_new)
+
+    heartbeat.beat()  # before run.json, which a resumed run writes when its input is listed
+    with _state_written(folder, run, check), repeating(heartbeat.beat, seconds=HEARTBEAT_SECONDS):
         num_again = _prepare(
             folder,
             run,
@@ -293,7 +306,7 @@ def caption_images(
                     num_actors=actors,
                     gpus_per_actor=gpus,
                     batch_size=batch_size,
-                    on_progress=lambda progress: on_progress(progress, num_new),
+                    on_progress=show,
                     index=index,
                     check=check,
                 )
@@ -355,6 +368,29 @@ def _state_written(folder: CaptionsFolder, run: dict[str, Any], check: Callable[
             check()
             folder.write_run(run | {"state": state, "ended": _now()})
         raise
+
+
+class _Heartbeat:
+    """Says from time to time, in a file, that the run lives and how fast it is: whoever looks needs no Ray."""
+
+    def __init__(self, folder: CaptionsFolder, started: str, check: Callable[[], None]) -> None:
+        self.num_images = 0
+        """Images that the actors are done with."""
+        self._folder = folder
+        self._started = started
+        self._check = check
+        self._beats: deque[tuple[float, int]] = deque(maxlen=1 + RATE_SECONDS // HEARTBEAT_SECONDS)
+
+    def beat(self) -> None:
+        """Write the file. What goes wrong with that is no reason to stop."""
+        if not self.num_images:  # while the actors load, there is no speed
+            self._beats.clear()
+        self._beats.append((time.monotonic(), self.num_images))
+        (start, before), (now, after) = self._beats[0], self._beats[-1]
+        rate = max(0, after - before) / (now - start) if now > start else None
+        with contextlib.suppress(OSError, ImcapError):
+            self._check()
+            self._folder.write_heartbeat({"time": _now(), "started": self._started, "images_per_second": rate})
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
     OUTPUT/*.parquet          the parts: rows of `CAPTIONS_SCHEMA`
     OUTPUT/_imcap/run.json    settings, versions, counts, state
+                  heartbeat.json  when the run last said that it lives, and how fast it is
                   manifest/   every image of the input with its number
                   done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
                   owner       the run that may write here
@@ -44,6 +45,9 @@ from imcap_ray.manifest import (
 )
 
 RUN_FILE: Final = "run.json"
+HEARTBEAT_FILE: Final = "heartbeat.json"
+HEARTBEAT_SECONDS: Final = 30
+"""How often a run says that it lives; a small file each time, which an object store does not feel."""
 WORK_FOLDER: Final = "_imcap"
 _ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
 PART_NAME: Final = re.compile(r"[0-9a-f]{32}_[0-9]{6,}\.parquet")
@@ -90,6 +94,19 @@ class CaptionsFolder:
         """Replace run.json."""
         storage.write_bytes(storage.join(self.work, RUN_FILE), json.dumps(run, indent=2).encode())
 
+    def read_heartbeat(self) -> dict[str, Any]:
+        """The last sign of life: `time`, `started` of its run, `images_per_second` of late; empty if there is none."""
+        place = storage.join(self.work, HEARTBEAT_FILE)
+        try:
+            heartbeat = json.loads(storage.read_bytes(place)) if storage.exists(place) else {}
+        except (ValueError, FileNotFoundError):
+            return {}
+        return heartbeat if isinstance(heartbeat, dict) else {}
+
+    def write_heartbeat(self, heartbeat: Mapping[str, Any]) -> None:
+        """Replace the sign of life."""
+        storage.write_bytes(storage.join(self.work, HEARTBEAT_FILE), json.dumps(heartbeat).encode())
+
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Raise OutputError if something else has made this folder; `identity` has the keys of `IDENTITY`."""
         run = self.read_run()
@@ -107,7 +124,8 @@ class CaptionsFolder:
     def _is_somebody_elses(self) -> bool:
         """Whether there is more than a run leaves that was killed in its first moment."""
         names = (file.name for file in storage.list_files(self.location))
-        return any(name != f"{WORK_FOLDER}/owner" and not name.startswith(f"{WORK_FOLDER}/.") for name in names)
+        first = {f"{WORK_FOLDER}/owner", f"{WORK_FOLDER}/{HEARTBEAT_FILE}"}
+        return any(name not in first and not name.startswith(f"{WORK_FOLDER}/.") for name in names)
 
     def is_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether a run of this identity has begun here."""
@@ -147,6 +165,17 @@ class CaptionsFolder:
     def count_manifest(self) -> int:
         """Images of the input."""
         return sum(_num_rows(path) for path in storage.list_parquet(self.manifest))
+
+    def count_rows(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Rows that are noted as done by status, and those of failed images by error code, the most first."""
+        with self._questions() as database:
+            rows = database.execute(
+                "SELECT status, error_code, count(*) FROM captions GROUP BY ALL ORDER BY 3 DESC, 1, 2"
+            ).fetchall()
+        counts: dict[str, int] = {}
+        for status, _, number in rows:
+            counts[status] = counts.get(status, 0) + number
+        return counts, {code: number for _, code, number in rows if code}
 
     def check_accounts(self) -> None:
         """Raise ImcapError unless every image of the manifest is exactly one row."""

@@ -1,18 +1,23 @@
 """An imcap command -> a Ray job on a cluster, its log and its exit code.
 
-Talks to the cluster's dashboard over HTTP and joins no cluster itself, so it runs anywhere.
+Talks to the cluster's dashboard over HTTP and joins no cluster itself, so it runs anywhere. A job does not depend on
+who follows it: the connection may break, and another process may go on.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import platform
+import secrets
 import shlex
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import aiohttp
 import ray
@@ -27,14 +32,21 @@ from imcap_ray.errors import ClusterError, ImcapError
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
 ANSWER_TIMEOUT_SECONDS: Final = 5
 
-# A tunnel that drops, or a dashboard that restarts, does not end the job: look again this often.
-RECONNECT_ATTEMPTS: Final = 10
-RECONNECT_PAUSE_SECONDS: Final = 3
+# A tunnel that drops, or a dashboard that restarts, does not end the job.
+PATIENCE_SECONDS: Final = 600
+LONGEST_PAUSE_SECONDS: Final = 30
+SILENCE_SECONDS: Final = 60
+"""After so long without a line the log is asked for anew: a connection may be dead without either side knowing."""
+LOG_ATTEMPTS: Final = 3
+"""How often the end of the log of a job that has ended is asked for."""
 
-LOST: Final = (RuntimeError, aiohttp.ClientError, requests.RequestException)
+LOST: Final = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
 """What the client raises when the dashboard is gone, or refuses."""
 
 INTERRUPTED: Final = 130
+STOP: Final = "stop"
+DETACH: Final = "detach"
+ON_INTERRUPT: Final = (STOP, DETACH)
 
 
 def submit(
@@ -42,48 +54,50 @@ def submit(
     *,
     address: str | None,
     submission_id: str | None = None,
-    follow: bool = True,
+    wait: bool = True,
+    on_interrupt: str = STOP,
     echo: Callable[[str], None],
 ) -> int:
-    """Run `imcap COMMAND ...` as a Ray job and return its exit code; 0 at once unless `follow`.
+    """Run `imcap COMMAND ...` as a Ray job and return its exit code; 0 at once unless `wait`.
 
     The installed imcap_ray travels with the job: the cluster's nodes need what it depends on, not the package.
     `address` is the dashboard's, http://HOST:PORT; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is of that form,
-    or this machine's port 8265. Ctrl-C while following stops the job and returns 130, as does a job that is stopped
-    by others. Raises ClusterError, within seconds, if the cluster cannot be reached or runs another Ray, and
-    ImcapError if it is lost on the way.
+    or this machine's port 8265. Raises ClusterError, within seconds, if the cluster cannot be reached or runs another
+    Ray; for the rest see `follow`.
     """
-    address = _dashboard_address(address)
-    headers = _preflight(address, echo)
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it finds the package's own model large
+    dashboard = _connect(address, echo)
+    job = submission_id or f"imcap-{command[0]}-{secrets.token_hex(4)}"
     try:
-        # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
-        with environment({"RAY_API_SERVER_ADDRESS": address}):
-            client = JobSubmissionClient(address, headers=headers)
-        job = client.submit_job(**job_request(command), submission_id=submission_id)
+        dashboard.client().submit_job(**job_request(command), submission_id=job)
+    except requests.RequestException as error:
+        raise ImcapError(
+            f"lost {dashboard.address} while it took the job: `{dashboard.follow_command(job)}` tells whether it runs"
+        ) from error
     except LOST as error:
         if "already exists" in str(error):
             raise ClusterError(
-                f"the cluster at {address} has a job {submission_id} already: give another --submission-id"
+                f"the cluster at {dashboard.address} has a job {job} already: give another --submission-id, "
+                f"or follow it with `{dashboard.follow_command(job)}`"
             ) from error
-        raise ClusterError(f"the cluster at {address} did not take the job: {error}") from error
-    except AuthenticationError as error:
-        raise ClusterError(f"RAY_AUTH_MODE=token, but there is none: {AUTHENTICATION_ADVICE}") from error
-    echo(f"job {job} submitted to {address}")
-    if not follow:
-        return 0
-    try:
-        try:
-            asyncio.run(_follow(client, job, echo))
-        except KeyboardInterrupt:
-            client.stop_job(job)
-            echo(f"interrupted: job {job} is stopped, the same command resumes")
-            return INTERRUPTED
-        return _exit_code(client, job, echo)
-    except LOST as error:
-        raise ImcapError(f"lost {address}; job {job} may go on: `ray job logs --follow {job}` shows it") from error
+        raise ClusterError(f"the cluster at {dashboard.address} did not take the job: {error}") from error
+    echo(f"job {job} submitted to {dashboard.address}")
+    if wait:
+        return _follow(dashboard, job, on_interrupt=on_interrupt, echo=echo)
+    echo(f"`{dashboard.follow_command(job)}` shows it")
+    return 0
+
+
+def follow(job: str, *, address: str | None, on_interrupt: str = STOP, echo: Callable[[str], None]) -> int:
+    """Echo the log of a job from its start, each line once, until the job ends; its exit code.
+
+    A connection that breaks is made again, for ten minutes. Ctrl-C stops the job, or leaves it running if
+    `on_interrupt` is `detach`, and returns 130, as does a job that others stop.
+
+    Raises:
+        ClusterError: the cluster cannot be reached, or has no such job.
+        ImcapError: it is lost on the way; the job may go on.
+    """
+    return _follow(_connect(address, echo), job, on_interrupt=on_interrupt, echo=echo)
 
 
 def job_request(command: Sequence[str]) -> dict[str, Any]:
@@ -112,8 +126,40 @@ def _dashboard_address(address: str | None) -> str:
     return address.rstrip("/")
 
 
-def _preflight(address: str, echo: Callable[[str], None]) -> dict[str, str]:
-    """Raise ClusterError unless the cluster can run the job; the headers that it wants to see."""
+@dataclass(frozen=True, slots=True)
+class _Dashboard:
+    """A cluster's dashboard that has answered."""
+
+    address: str
+    headers: dict[str, str]
+    """What it wants to see."""
+
+    def client(self) -> JobSubmissionClient:
+        try:
+            # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
+            with environment({"RAY_API_SERVER_ADDRESS": self.address}):
+                return JobSubmissionClient(self.address, headers=self.headers)
+        except AuthenticationError as error:
+            raise ClusterError(f"RAY_AUTH_MODE=token, but there is none: {AUTHENTICATION_ADVICE}") from error
+
+    def describe(self, job: str) -> dict[str, Any]:
+        """The job's `status`, `driver_exit_code` and `message`. Unlike Ray's client this does not wait for ever."""
+        answer = requests.get(f"{self.address}/api/jobs/{job}", headers=self.headers, timeout=ANSWER_TIMEOUT_SECONDS)
+        if answer.status_code == 404:
+            raise ClusterError(f"the cluster at {self.address} has no job {job}")
+        answer.raise_for_status()
+        return dict(answer.json())
+
+    def follow_command(self, job: str) -> str:
+        return f"imcap submit --address {self.address} --follow {shlex.quote(job)}"
+
+
+def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
+    """Raise ClusterError unless the cluster can run the job."""
+    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it finds the package's own model large
+    address = _dashboard_address(address)
     headers: dict[str, str] = {}
     version = _get(address, "/api/version", headers)
     if version.status_code == 401:  # asks for a token; none is shown to a dashboard that does not ask
@@ -135,7 +181,7 @@ def _preflight(address: str, echo: Callable[[str], None]) -> dict[str, str]:
     python_version = _field(_get(address, "/api/v0/cluster_metadata", headers), "data", "pythonVersion")
     if python_version and python_version.split(".")[:2] != platform.python_version().split(".")[:2]:
         echo(f"the job will run with the cluster's Python, {python_version}; this is {platform.python_version()}")
-    return headers
+    return _Dashboard(address, headers)
 
 
 def _get(address: str, path: str, headers: dict[str, str]) -> requests.Response:
@@ -163,37 +209,94 @@ def _field(response: requests.Response, *names: str) -> Any:
     return value
 
 
-async def _follow(client: JobSubmissionClient, job: str, echo: Callable[[str], None]) -> None:
-    """Echo the job's log, each line once, until the job has ended."""
-    num_seen = 0
-    attempts = 0
-    while True:
-        num_lines = 0  # every connection starts again at the log's first line
+def _follow(dashboard: _Dashboard, job: str, *, on_interrupt: str, echo: Callable[[str], None]) -> int:
+    again = f"`{dashboard.follow_command(job)}` shows it again"
+    echo(f"Ctrl-C {'stops it' if on_interrupt == STOP else 'leaves it running'}; {again}")
+    try:
         try:
-            async for lines in client.tail_job_logs(job):
-                attempts = 0
-                for line in lines.splitlines():
-                    num_lines += 1
-                    if num_lines > num_seen:
-                        echo(line)
-                num_seen = max(num_seen, num_lines)
-            if client.get_job_status(job).is_terminal():
-                return
+            job_info = asyncio.run(_echo_log(dashboard, job, echo))
+        except KeyboardInterrupt:
+            if on_interrupt == DETACH:
+                echo(f"job {job} goes on; {again}")
+            else:
+                dashboard.client().stop_job(job)
+                echo(f"interrupted: job {job} is stopped, the same command resumes")
+            return INTERRUPTED
+    except LOST as error:
+        raise ImcapError(f"lost {dashboard.address}; job {job} may go on: {again}") from error
+    return _exit_code(job, job_info, echo)
+
+
+async def _echo_log(dashboard: _Dashboard, job: str, echo: Callable[[str], None]) -> dict[str, Any]:
+    """Echo the job's log until the job has ended; what the dashboard says of it then."""
+    job_info = dashboard.describe(job)
+    client = dashboard.client()
+    log = _Log(echo)
+    num_failures, last_answer = 0, time.monotonic()
+    while True:
+        is_whole = False
+        try:
+            is_whole = await log.read(client, job)
+            num_failures = 0
         except LOST:
-            attempts += 1
-            if attempts == RECONNECT_ATTEMPTS:
+            num_failures += 1
+            if num_failures == 2:
+                echo(f"no answer from {dashboard.address}; the job does not need it, trying again")
+        try:
+            job_info, last_answer = dashboard.describe(job), time.monotonic()
+        except LOST:
+            if time.monotonic() - last_answer > PATIENCE_SECONDS:
                 raise
-        await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
+        if JobStatus(job_info["status"]).is_terminal() and (is_whole or num_failures >= LOG_ATTEMPTS):
+            log.close()
+            return job_info
+        await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2**num_failures))
 
 
-def _exit_code(client: JobSubmissionClient, job: str, echo: Callable[[str], None]) -> int:
-    details = client.get_job_info(job)
-    if details.status == JobStatus.SUCCEEDED:
+class _Log:
+    """A job's log, echoed line by line. Every connection brings it from its first character, in pieces of any size."""
+
+    def __init__(self, echo: Callable[[str], None]) -> None:
+        self._echo = echo
+        self._num_seen = 0
+        self._rest = ""
+
+    async def read(self, client: JobSubmissionClient, job: str) -> bool:
+        """Connect, and echo what is new; whether the log was at its end, rather than silent for long."""
+        position = 0
+        generator = cast("AsyncGenerator[str, None]", client.tail_job_logs(job))  # Ray says AsyncIterator
+        async with contextlib.aclosing(generator) as pieces:
+            while True:
+                try:
+                    piece = await asyncio.wait_for(anext(pieces), SILENCE_SECONDS)
+                except StopAsyncIteration:
+                    return True
+                except asyncio.TimeoutError:
+                    return False
+                position += len(piece)
+                if position > self._num_seen:
+                    self._feed(piece[-(position - self._num_seen) :])
+
+    def close(self) -> None:
+        """Echo the last line, if it has no end."""
+        if self._rest:
+            self._echo(self._rest)
+
+    def _feed(self, new: str) -> None:
+        self._num_seen += len(new)
+        *lines, self._rest = (self._rest + new).split("\n")
+        for line in lines:
+            self._echo(line)
+
+
+def _exit_code(job: str, job_info: dict[str, Any], echo: Callable[[str], None]) -> int:
+    code = job_info.get("driver_exit_code")
+    if job_info["status"] == JobStatus.SUCCEEDED:
         return 0
-    if details.status == JobStatus.STOPPED:
+    if job_info["status"] == JobStatus.STOPPED:
         echo(f"job {job} was stopped")
         return INTERRUPTED
-    if details.driver_exit_code is None:
-        echo(f"job {job} failed: {details.message}")
+    if code is None:
+        echo(f"job {job} failed: {job_info.get('message')}")
         return 1
-    return details.driver_exit_code
+    return int(code) if code >= 0 else 128 - int(code)  # as shells count deaths by a signal

@@ -32,6 +32,11 @@ if behaviour == "print":
 if behaviour == "wait":
     print("waiting", flush=True)
     time.sleep(300)
+if behaviour == "go on":
+    print("waiting", flush=True)
+    time.sleep(5)
+    print("done", flush=True)
+    sys.exit(4)
 if behaviour == "connect":
     import ray
     ray.init(logging_level="ERROR")
@@ -54,8 +59,14 @@ def echo(line):
     if line == "waiting":
         os.kill(os.getpid(), signal.SIGINT)
 
+job = os.environ.get("JOB")
+how = {"address": address, "echo": echo, "on_interrupt": os.environ.get("ON_INTERRUPT", "stop")}
 try:
-    said = {"exit_code": submission.submit(command, address=address, submission_id=os.environ.get("JOB"), echo=echo)}
+    if command:
+        said = {"exit_code": submission.submit(command, submission_id=job, **how)}
+    else:
+        how["echo"] = lines.append
+        said = {"exit_code": submission.follow(job, **how)}
 except ImcapError as error:
     said = {"error": type(error).__name__, "message": str(error)}
 print(json.dumps(said | {"lines": lines}))
@@ -131,6 +142,16 @@ def test_ctrl_c_stops_the_job(head):
             status = json.load(answer)["status"]
         time.sleep(0.5)
     assert status == "STOPPED"
+
+
+def test_a_job_that_ctrl_c_leaves_running_is_followed_again_to_its_exit_code(head):
+    left = head.submit("go on", RAY_AUTH_TOKEN=TOKEN, JOB="left", ON_INTERRUPT="detach")
+    assert left["exit_code"] == 130
+    assert f"imcap submit --address {head.dashboard} --follow left" in left["lines"][-1]
+
+    followed = head.submit(RAY_AUTH_TOKEN=TOKEN, JOB="left")
+    assert followed["exit_code"] == 4
+    assert followed["lines"][-2:] == ["waiting", "done"]
 
 
 def test_a_name_that_is_taken_is_said_so(head):

@@ -24,7 +24,7 @@ from imcap_ray.escaping import printable
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from tests import small_data
 
-COMMANDS = ["caption", "demo", "evaluate", "export", "model", "report", "submit", "train"]
+COMMANDS = ["caption", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,10 @@
-"""cluster.yaml is one that Ray's launcher takes, and leaves no door open."""
+"""cluster.yaml and the Kubernetes manifest are ones that Ray takes, fit the image and the package, and leave no door
+open."""
 
 import copy
+import itertools
 import re
+import shlex
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,18 @@ from typing import Any
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from imcap_ray import __version__
+from imcap_ray.cli import main
 
 pytestmark = pytest.mark.timeout(60)
 
-CLUSTER_FILE = Path(__file__).parents[2] / "cluster.yaml"
+ROOT = Path(__file__).parents[2]
+CLUSTER_FILE = ROOT / "cluster.yaml"
+RAYJOB_FILE = ROOT / "jobs" / "rayjob.yaml"
+DOCKERFILE = ROOT / "jobs" / "Dockerfile"
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +40,36 @@ def test_ray_accepts_the_file(cluster):
     validate_config(prepare_config(copy.deepcopy(cluster)))
 
 
-def test_ray_accepts_the_file_for_machines_of_ones_own(cluster):
-    own = {name: value for name, value in cluster.items() if name not in ("docker", "max_workers", "head_node_type")}
-    del own["available_node_types"]
-    lines = CLUSTER_FILE.read_text().partition("#\n# provider:\n")[2].splitlines()
-    own["provider"] = yaml.safe_load("\n".join(line.removeprefix("#") for line in lines))
+def uncommented(text: str) -> dict[str, Any]:
+    """The YAML in the comments at the start of this text."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
+
+
+def test_ray_accepts_the_file_for_google(cluster):
+    variant = uncommented("# gcp:\n" + CLUSTER_FILE.read_text().partition("\n# gcp:\n")[2])["gcp"]
+    validate_config(prepare_config(copy.deepcopy(cluster) | variant))
+    worker = variant["available_node_types"]["gpu_worker"]["node_config"]
+    assert worker["disks"] and worker["scheduling"][0]["provisioningModel"] == "SPOT"
+    assert variant["available_node_types"]["head"]["resources"]["CPU"] == 0
+
+
+def test_ray_accepts_the_file_with_workers_at_the_full_price_too():
+    text = CLUSTER_FILE.read_text()
+    start = text.index("  # gpu_worker_on_demand:")
+    block = "".join(itertools.takewhile(lambda line: line.startswith("  #"), text[start:].splitlines(keepends=True)))
+    with_it = yaml.safe_load(text.replace(block, block.replace("  # ", "  ")))
+    validate_config(prepare_config(with_it))
+    spot, on_demand = (with_it["available_node_types"][name] for name in ("gpu_worker", "gpu_worker_on_demand"))
+    assert spot["node_config"].pop("InstanceMarketOptions") == {"MarketType": "spot"}
+    assert spot == on_demand
+
+
+@pytest.mark.parametrize("dropped", [[], ["docker"]], ids=["with Docker", "without"])
+def test_ray_accepts_the_file_for_machines_of_ones_own(cluster, dropped):
+    dropped = [*dropped, "max_workers", "head_node_type", "available_node_types"]
+    own = {name: value for name, value in cluster.items() if name not in dropped}
+    own |= uncommented("# provider:\n" + CLUSTER_FILE.read_text().partition("#\n# provider:\n")[2])
     validate_config(prepare_config(own))
 
 
@@ -61,13 +96,77 @@ def test_the_dashboard_listens_on_the_loopback_only(cluster):
 
 
 def test_the_nodes_get_the_ray_that_the_package_wants(cluster):
-    text = CLUSTER_FILE.read_text()
-    installed = [Requirement(found) for found in re.findall(r'"(ray\[.*?)"', text)]
-    images = re.findall(r"rayproject/ray:([\d.]+)-", text)
+    text = DOCKERFILE.read_text()
+    (base,) = re.findall(r"^FROM rayproject/ray:([\d.]+)-py311-gpu$", text, re.MULTILINE)
+    (installed,) = (Requirement(found) for found in re.findall(r'"(ray\[.*?)"', text))
     wanted = next(wanted for wanted in map(Requirement, requires("imcap_ray") or []) if wanted.name == "ray")
-    assert [found.extras for found in installed] == [wanted.extras]
-    assert {str(found.specifier) for found in installed} == {f"=={version}" for version in images}
-    assert all(version in wanted.specifier for version in images)
+    assert installed.extras == wanted.extras
+    assert str(installed.specifier) == f"=={base}"
+    assert base in wanted.specifier
+    assert rayjob()["spec"]["rayClusterSpec"]["rayVersion"] == base
+
+
+# ---- the image, and Kubernetes
+
+
+def rayjob() -> dict[str, Any]:
+    return yaml.safe_load(RAYJOB_FILE.read_text())
+
+
+def containers() -> list[dict[str, Any]]:
+    spec = rayjob()["spec"]["rayClusterSpec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+
+def test_cluster_and_kubernetes_use_the_image_of_the_recipe(cluster):
+    image = cluster["docker"]["image"]
+    assert image.endswith(f"/imcap_ray:{__version__}")
+    assert {container["image"] for container in containers()} == {image}
+    assert f"--tag {image} " in DOCKERFILE.read_text()
+
+
+def test_the_image_holds_what_the_recipe_copies():
+    copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
+    assert {name for line in copied for name in line.split()} == {"pyproject.toml", "README.md", "LICENSE", "imcap_ray"}
+    assert all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+def test_ray_reads_the_resources_of_the_kubernetes_cluster():
+    cluster = {"metadata": {"name": "imcap", "namespace": "default"}, "spec": rayjob()["spec"]["rayClusterSpec"]}
+
+    types = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+
+    head = types.pop("headgroup")
+    assert head["resources"]["CPU"] == 0 and not head["resources"].get("GPU")
+    (worker,) = types.values()
+    assert (worker["resources"]["CPU"], worker["resources"]["GPU"]) == (4, 1)
+    assert worker["min_workers"] >= 1
+
+
+def test_the_kubernetes_cluster_wants_a_token_and_goes_with_its_job():
+    spec = rayjob()["spec"]
+    assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+    assert spec["shutdownAfterJobFinishes"] is True
+    names = {entry["name"] for container in containers() for entry in container["env"]}
+    assert not {name for name in names if re.search("TOKEN|SECRET|KEY|AUTH", name)}
+
+
+@pytest.mark.parametrize("file", ["cluster.yaml", "rayjob.yaml"])
+def test_the_commands_are_ones_that_the_command_line_takes(file):
+    if file == "rayjob.yaml":
+        commands = [rayjob()["spec"]["entrypoint"]]
+        commands += re.findall(r"^#   (imcap .*?)(?:  +#.*)?$", RAYJOB_FILE.read_text(), re.MULTILINE)
+    else:
+        commands = re.findall(r"\bimcap (?:submit|caption|train) .*", CLUSTER_FILE.read_text())
+    assert commands
+    for command in commands:
+        program, name, *words = shlex.split(command)
+        assert program == "imcap"
+        context = main.commands[name].make_context(name, words)
+        if name == "submit":
+            inner, *words = context.params["command"]
+            main.commands[inner].make_context(inner, words)
 
 
 def test_amazon_lets_in_ssh_and_nothing_else(cluster):

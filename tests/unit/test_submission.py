@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import shlex
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import ray
+from aiohttp import web
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imcap_ray.cli import main
+from imcap_ray.distributed import submission
 from imcap_ray.distributed.submission import job_request
+from imcap_ray.errors import ClusterError, ImcapError
 
 HOSTILE = [
     "a b",
@@ -47,3 +57,165 @@ def test_nothing_of_the_environment_travels_with_a_job(monkeypatch: pytest.Monke
     assert set(request) == {"entrypoint", "runtime_env"}
     assert set(request["runtime_env"]) == {"py_modules"}
     assert "planted" not in repr(request)
+
+
+# ---- following a job whose dashboard comes and goes
+
+
+LOG = "first\nsecond is cut in the middle\n\nümlaut\nlast without an end"
+
+
+class Dashboard:
+    """Answers as Ray's does. Each connection to the log sends some of its pieces, and ends as it is told."""
+
+    def __init__(self, *connections: tuple[int, str], details: dict[str, Any]) -> None:
+        self.num_connections = 0
+        self._connections = connections
+        self._details = details
+
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": ""})
+
+    async def job(self, request: web.Request) -> web.Response:
+        if request.match_info["job"] != "known":
+            raise web.HTTPNotFound
+        if self.num_connections and self._connections[0][1] == "away":
+            raise web.HTTPInternalServerError
+        has_ended = self.num_connections >= len(self._connections)
+        return web.json_response(self._details | ({} if has_ended else {"status": "RUNNING"}))
+
+    async def log(self, request: web.Request) -> web.WebSocketResponse:
+        num_characters, end = self._connections[min(self.num_connections, len(self._connections) - 1)]
+        self.num_connections += 1
+        if end in ("refuse", "away"):
+            raise web.HTTPInternalServerError
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        size = 3 + self.num_connections  # pieces differ from connection to connection
+        for start in range(0, num_characters, size):
+            await socket.send_str(LOG[start : min(start + size, num_characters)])
+        if end == "cut":
+            assert request.transport is not None
+            request.transport.abort()
+        elif end == "silent":
+            await asyncio.sleep(30)
+        return socket
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str]]:
+    """Run a dashboard in a thread; its address."""
+    monkeypatch.setattr(submission, "LONGEST_PAUSE_SECONDS", 0.01)
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    runners = []
+
+    async def start(dashboard: Dashboard) -> int:
+        app = web.Application()
+        app.router.add_get("/api/version", dashboard.version)
+        app.router.add_get("/api/jobs/{job}", dashboard.job)
+        app.router.add_get("/api/jobs/{job}/logs/tail", dashboard.log)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        runners.append(runner)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return runner.addresses[0][1]
+
+    def serve(dashboard: Dashboard) -> str:
+        return f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(start(dashboard), loop).result(10)}"
+
+    yield serve
+    for runner in runners:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
+
+
+def lines_of(address: str, job: str = "known") -> tuple[int, list[str]]:
+    """The exit code and what was said after the first line, which tells how to come back."""
+    lines: list[str] = []
+    code = submission.follow(job, address=address, echo=lines.append)
+    assert f"imcap submit --address {address} --follow {job}" in lines[0]
+    return code, lines[1:]
+
+
+SUCCEEDED = {"status": "SUCCEEDED", "driver_exit_code": 0}
+
+
+@pytest.mark.parametrize(
+    "connections",
+    [
+        [(len(LOG), "close")],
+        [(8, "cut"), (30, "cut"), (20, "close"), (len(LOG), "close")],
+        [(8, "refuse"), (len(LOG), "close")],
+    ],
+    ids=["undisturbed", "cut and closed in the middle of lines", "refused at first"],
+)
+def test_every_line_is_echoed_once_whatever_happens_to_the_connection(
+    serve: Callable[[Dashboard], str], connections: list[tuple[int, str]]
+) -> None:
+    address = serve(Dashboard(*connections, details=SUCCEEDED))
+
+    code, lines = lines_of(address)
+
+    assert code == 0
+    assert [line for line in lines if "answer" not in line] == LOG.split("\n")
+
+
+def test_a_connection_that_is_silent_for_long_is_made_anew(
+    serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "SILENCE_SECONDS", 0.3)
+    address = serve(Dashboard((10, "silent"), (len(LOG), "close"), details=SUCCEEDED))
+
+    assert lines_of(address) == (0, LOG.split("\n"))
+
+
+def test_a_job_that_has_ended_needs_no_log_to_tell_its_exit_code(serve: Callable[[Dashboard], str]) -> None:
+    dashboard = Dashboard((5, "cut"), details={"status": "FAILED", "driver_exit_code": 3})
+
+    code, lines = lines_of(serve(dashboard))
+
+    assert (code, lines[-1]) == (3, "first"[: len(lines[-1])])
+    assert dashboard.num_connections == submission.LOG_ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("details", "code"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0),
+        ({"status": "FAILED", "driver_exit_code": 2}, 2),
+        ({"status": "FAILED", "driver_exit_code": -9}, 137),
+        ({"status": "FAILED", "driver_exit_code": None, "message": "the runtime environment"}, 1),
+        ({"status": "STOPPED", "driver_exit_code": None}, 130),
+    ],
+)
+def test_the_exit_code_is_the_jobs(serve: Callable[[Dashboard], str], details: dict[str, Any], code: int) -> None:
+    assert lines_of(serve(Dashboard((len(LOG), "close"), details=details)))[0] == code
+
+
+def test_a_job_that_is_not_there_is_said_so(serve: Callable[[Dashboard], str]) -> None:
+    with pytest.raises(ClusterError, match="has no job unknown"):
+        lines_of(serve(Dashboard((0, "close"), details=SUCCEEDED)), "unknown")
+
+
+def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
+    serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "PATIENCE_SECONDS", 0.2)
+    dashboard = Dashboard(*[(0, "away")] * 1000, details=SUCCEEDED)
+
+    with pytest.raises(ImcapError, match=r"job known may go on: `imcap submit --address .* --follow known`") as raised:
+        lines_of(serve(dashboard))
+    assert raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--follow", "job", "demo"]])
+def test_submit_wants_a_command_or_a_job_to_follow(words: list[str]) -> None:
+    result = CliRunner().invoke(main, ["submit", *words])
+
+    assert result.exit_code == 2
+    assert result.stderr.startswith("imcap: imcap submit takes a command")

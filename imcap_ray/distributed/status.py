@@ -1,0 +1,191 @@
+"""The files of a captioning or of a training -> how far it is. Starts nothing, writes nothing, needs no Ray."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Final
+
+from imcap_ray import storage
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder
+from imcap_ray.errors import ImcapError, InputError
+
+RUNNING: Final = "running"
+SILENT: Final = "silent"
+"""Said to be running, without a sign of life: it was killed, or its machine is gone."""
+COMPLETE: Final = "complete"
+
+SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
+EPOCHS_UNTIL_SILENT: Final = 3
+"""A training's only sign of life is the end of an epoch."""
+
+# The trainer's names of its files; its module imports torch and Ray.
+TRAINING_FOLDER: Final = "_training"
+METRICS_FILE: Final = "metrics.jsonl"
+
+_READ_ATTEMPTS: Final = 3  # a run that goes on takes files away between the listing and the reading
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptioningStatus:
+    """How far a captioning is."""
+
+    output: str
+    input: str
+    model: str
+    state: str
+    """running, silent, interrupted, failed or complete."""
+    is_replacing: bool
+    """Whether these are the new rows of `--overwrite`, which readers do not see yet."""
+    num_images: int
+    """Of the input, as far as it is listed."""
+    num_done: int
+    """Images whose rows are written."""
+    counts: dict[str, int]
+    """Written rows by status."""
+    error_counts: dict[str, int]
+    """Failed rows by error code."""
+    images_per_second: float | None
+    """Of the last two minutes while it runs, of the whole run when it is complete."""
+    seconds_left: float | None
+    started: str
+    last_sign_seconds: float | None
+    """Time since the last sign of life of a run that should be running."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStatus:
+    """How far a training is."""
+
+    model: str
+    state: str
+    """running, silent or complete; starting before the first epoch has ended."""
+    phase: str
+    """Of the newest epoch; "" before."""
+    num_epochs: int
+    """At most, over all phases."""
+    num_epochs_done: int
+    best_epoch: int | None
+    best_cider_d: float | None
+    seconds_left: float | None
+    """At most, if the epochs go on like the last one."""
+    last_sign_seconds: float | None
+    """Time since an epoch ended, or since the start."""
+
+
+def read_status(location: str) -> CaptioningStatus | TrainingStatus:
+    """How far the captioning or the training is whose output this is.
+
+    Raises:
+        InputError: there is neither.
+    """
+    location = storage.absolute(location)
+    folder = CaptionsFolder(location)
+    new = folder.next()
+    for candidate in (new, folder):
+        if (run := candidate.read_run()) is not None:
+            return _captioning_status(location, candidate, run, is_replacing=candidate is new)
+    training = storage.join(location, TRAINING_FOLDER)
+    if storage.is_folder(training):
+        return _training_status(location, training)
+    raise InputError(f"no captions and no training of imcap there: {location}")
+
+
+def _captioning_status(
+    output: str, folder: CaptionsFolder, run: Mapping[str, Any], *, is_replacing: bool
+) -> CaptioningStatus:
+    heartbeat = folder.read_heartbeat()
+    state = str(run.get("state", RUNNING))
+    is_of_newer_run = heartbeat.get("started", run.get("started")) != run.get("started")
+    last_sign = _seconds_since(heartbeat.get("time") or run.get("started"))
+    is_alive = last_sign is not None and last_sign < SILENT_SECONDS
+    if state == RUNNING or (is_of_newer_run and is_alive):
+        state = RUNNING if is_alive else SILENT
+    counts, error_counts = _count_rows(folder)
+    num_images, num_done = folder.count_manifest(), sum(counts.values())
+    source = heartbeat if state == RUNNING else run if state == COMPLETE else {}
+    rate = source.get("images_per_second")
+    return CaptioningStatus(
+        output=output,
+        input=str(run.get("input", "")),
+        model=str(run.get("model", "")),
+        state=state,
+        is_replacing=is_replacing,
+        num_images=num_images,
+        num_done=num_done,
+        counts=counts,
+        error_counts=error_counts,
+        images_per_second=rate,
+        seconds_left=(num_images - num_done) / rate if rate and state == RUNNING else None,
+        started=str(heartbeat.get("started") or run.get("started", "")),
+        last_sign_seconds=last_sign if state in (RUNNING, SILENT) else None,
+    )
+
+
+def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int]]:
+    for _ in range(_READ_ATTEMPTS - 1):
+        try:
+            return folder.count_rows()
+        except (ImcapError, FileNotFoundError):
+            time.sleep(1)
+    return folder.count_rows()
+
+
+def _training_status(model: str, work: str) -> TrainingStatus:
+    metrics = storage.join(work, METRICS_FILE)
+    rows = _read_rows(metrics)
+    num_epochs = _num_epochs(storage.join(work, "settings.json"))
+    best = max(rows, key=lambda row: row["cider_d"], default=None)
+    modified_ns = storage.describe_file(metrics).modified_ns if storage.exists(metrics) else 0
+    last_sign = max(0.0, time.time() - modified_ns / 1e9) if modified_ns else None
+    if storage.exists(storage.join(model, "config.json")):
+        state = COMPLETE
+    elif not rows:
+        state = "starting"
+    else:
+        longest = max(row["seconds"] for row in rows)
+        is_alive = last_sign is not None and last_sign < max(EPOCHS_UNTIL_SILENT * longest, SILENT_SECONDS)
+        state = RUNNING if is_alive else SILENT
+    return TrainingStatus(
+        model=model,
+        state=state,
+        phase=rows[-1].get("phase", "") if rows else "",
+        num_epochs=num_epochs,
+        num_epochs_done=len(rows),
+        best_epoch=best["epoch"] if best else None,
+        best_cider_d=best["cider_d"] if best else None,
+        seconds_left=(num_epochs - len(rows)) * rows[-1]["seconds"] if state == RUNNING else None,
+        last_sign_seconds=last_sign if state != COMPLETE else None,
+    )
+
+
+def _read_rows(place: str) -> list[dict[str, Any]]:
+    """The epochs done, up to the first line that is damaged or half written."""
+    rows = []
+    for line in storage.read_bytes(place).decode(errors="replace").splitlines() if storage.exists(place) else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        rows.append(row)
+    return rows
+
+
+def _num_epochs(place: str) -> int:
+    """The epochs of all phases of the recipe in settings.json."""
+    try:
+        recipe = json.loads(storage.read_bytes(place))["recipe"]
+    except (FileNotFoundError, ValueError, LookupError) as error:
+        raise InputError(f"{place} does not say what is trained here: {error}") from error
+    return sum(section.get("epochs", 0) for section in recipe.values() if isinstance(section, dict))
+
+
+def _seconds_since(moment: Any) -> float | None:
+    """Time since a moment in ISO format, by this machine's clock; None for what is none."""
+    try:
+        return max(0.0, (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds())
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,230 @@
+"""How far a run is, told by its files alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+
+from imcap_ray import storage
+from imcap_ray.cli import main
+from imcap_ray.distributed.captioning import _Heartbeat
+from imcap_ray.distributed.captions_folder import CaptionsFolder
+from imcap_ray.distributed.status import METRICS_FILE, TRAINING_FOLDER, CaptioningStatus, TrainingStatus, read_status
+from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, write_table
+
+PART = "0123456789abcdef" * 2
+
+
+def ago(seconds: float) -> str:
+    return (datetime.now(timezone.utc) - timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def write_captions(
+    location: Path, *, num_images: int, ok: int, missing: int = 0, is_noted: bool = True, **run: Any
+) -> CaptionsFolder:
+    """A captioning output of `num_images` images, some of which have rows in one part."""
+    folder = CaptionsFolder(str(location))
+    rows = [
+        {name: "" for name in CAPTIONS_SCHEMA.names if pa.types.is_string(CAPTIONS_SCHEMA.field(name).type)}
+        | {"image_id": str(number)}
+        | {"status": "ok" if number < ok else "failed", "error_code": "" if number < ok else "missing"}
+        for number in range(ok + missing)
+    ]
+    manifest = [{"manifest_id": number, "image_id": str(number)} for number in range(num_images)]
+    write_table(storage.join(folder.manifest, "part-0.parquet"), pa.Table.from_pylist(manifest, schema=MANIFEST_SCHEMA))
+    if rows:
+        write_table(str(location / f"{PART}_000000.parquet"), pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA))
+        if is_noted:
+            ids = pa.table({"manifest_id": pa.array(range(len(rows)), pa.int64())})
+            write_table(storage.join(folder.done, f"{PART}_000000.parquet"), ids)
+    folder.write_run({"input": "/in", "model": "mine", "state": "running", "started": ago(3600)} | run)
+    return folder
+
+
+def captioning(location: Path) -> CaptioningStatus:
+    status = read_status(str(location))
+    assert isinstance(status, CaptioningStatus)
+    return status
+
+
+def training(location: Path) -> TrainingStatus:
+    status = read_status(str(location))
+    assert isinstance(status, TrainingStatus)
+    return status
+
+
+def test_a_run_that_breathes_is_running_and_its_end_is_estimated(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path, num_images=10, ok=5, missing=1, started=(started := ago(3600)))
+    folder.write_heartbeat({"time": ago(10), "started": started, "images_per_second": 2.0})
+
+    status = captioning(tmp_path)
+
+    assert (status.state, status.num_done, status.num_images) == ("running", 6, 10)
+    assert (status.counts, status.error_counts) == ({"ok": 5, "failed": 1}, {"missing": 1})
+    assert (status.images_per_second, status.seconds_left) == (2.0, 2.0)
+    assert 9 < (status.last_sign_seconds or 0) < 30
+
+
+def test_a_run_without_a_sign_of_life_is_silent(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path, num_images=10, ok=5, started=(started := ago(3600)))
+    folder.write_heartbeat({"time": ago(600), "started": started, "images_per_second": 2.0})
+
+    status = captioning(tmp_path)
+
+    assert (status.state, status.images_per_second, status.seconds_left) == ("silent", None, None)
+
+
+def test_a_run_that_has_just_begun_is_running_before_its_first_heartbeat(tmp_path: Path) -> None:
+    write_captions(tmp_path, num_images=0, ok=0, started=ago(5))
+
+    assert captioning(tmp_path).state == "running"
+
+
+@pytest.mark.parametrize("state", ["complete", "failed", "interrupted"])
+def test_how_a_run_ended_is_said_however_young_its_last_heartbeat_is(tmp_path: Path, state: str) -> None:
+    folder = write_captions(tmp_path, num_images=5, ok=5, state=state, started=(started := ago(60)))
+    folder.write_heartbeat({"time": ago(1), "started": started, "images_per_second": 2.0})
+
+    assert captioning(tmp_path).state == state
+
+
+def test_a_run_that_goes_on_is_running_while_run_json_still_tells_of_the_one_before(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path, num_images=10, ok=5, state="failed", started=ago(3600))
+    folder.write_heartbeat({"time": ago(1), "started": ago(2), "images_per_second": None})
+
+    assert captioning(tmp_path).state == "running"
+
+
+def test_a_part_that_is_not_noted_as_done_does_not_count(tmp_path: Path) -> None:
+    write_captions(tmp_path, num_images=10, ok=5, is_noted=False)
+
+    assert captioning(tmp_path).num_done == 0
+
+
+def test_the_new_rows_of_overwrite_are_what_is_told_of(tmp_path: Path) -> None:
+    old = write_captions(tmp_path, num_images=3, ok=3, state="complete")
+    write_captions(Path(old.next().location), num_images=10, ok=4, started=ago(1))
+
+    status = captioning(tmp_path)
+
+    assert (status.is_replacing, status.state, status.num_done, status.num_images) == (True, "running", 4, 10)
+
+
+def test_the_heartbeat_tells_the_speed_of_late_and_stops_with_the_ownership(tmp_path: Path) -> None:
+    folder = CaptionsFolder(str(tmp_path))
+    is_ours = True
+
+    def check() -> None:
+        if not is_ours:
+            raise ImcapError("another run has taken over")
+
+    heartbeat = _Heartbeat(folder, "then", check)
+    heartbeat.beat()
+    assert folder.read_heartbeat()["images_per_second"] is None
+    heartbeat.beat()
+    heartbeat.num_images = 1000
+    heartbeat.beat()
+    mine = folder.read_heartbeat()
+    assert mine["started"] == "then" and mine["images_per_second"] > 0
+    is_ours = False
+    heartbeat.num_images = 2000
+    heartbeat.beat()
+    assert folder.read_heartbeat() == mine
+
+
+# ---- trainings
+
+
+def write_training(location: Path, *cider_d: float, phase: str = "cross_entropy", seconds: float = 60.0) -> None:
+    work = location / TRAINING_FOLDER
+    work.mkdir()
+    recipe = {"training": {"epochs": 4}, "finetune": {"epochs": 2}, "encoder": {"name": "vgg16"}}
+    (work / "settings.json").write_text(json.dumps({"recipe": recipe}))
+    rows = [
+        {"epoch": number, "phase": phase, "cider_d": score, "seconds": seconds}
+        for number, score in enumerate(cider_d, start=1)
+    ]
+    (work / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_training_tells_its_epochs_its_best_and_its_phase(tmp_path: Path) -> None:
+    write_training(tmp_path, 0.3, 0.5, 0.4)
+
+    status = training(tmp_path)
+
+    assert (status.state, status.phase) == ("running", "cross_entropy")
+    assert (status.num_epochs_done, status.num_epochs) == (3, 6)
+    assert (status.best_epoch, status.best_cider_d, status.seconds_left) == (2, 0.5, 180.0)
+
+
+def test_a_half_written_line_is_no_epoch(tmp_path: Path) -> None:
+    write_training(tmp_path, 0.3)
+    with (tmp_path / TRAINING_FOLDER / METRICS_FILE).open("a") as file:
+        file.write('{"epoch": 2, "pha')
+
+    assert training(tmp_path).num_epochs_done == 1
+
+
+def test_a_training_before_its_first_epoch_and_after_its_last(tmp_path: Path) -> None:
+    write_training(tmp_path)
+    assert training(tmp_path).state == "starting"
+    (tmp_path / "config.json").touch()
+    assert training(tmp_path).state == "complete"
+
+
+def test_the_names_are_the_trainers() -> None:
+    from imcap_ray.distributed import train_worker, trainer
+
+    assert (TRAINING_FOLDER, METRICS_FILE) == (trainer.WORK_FOLDER, train_worker.METRICS_FILE)
+
+
+# ---- the command
+
+
+@pytest.mark.parametrize("place", ["nowhere", "empty"])
+def test_where_nothing_of_ours_is_the_exit_code_is_2(tmp_path: Path, place: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError):
+        read_status(str(tmp_path / place))
+
+    result = CliRunner().invoke(main, ["status", str(tmp_path / place)])
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"imcap: no captions and no training of imcap there: {tmp_path / place}\n"
+
+
+def test_the_command_starts_no_ray_and_imports_no_torch(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path, num_images=10, ok=5, missing=1, started=(started := ago(3600)))
+    folder.write_heartbeat({"time": ago(1), "started": started, "images_per_second": 2.0})
+    program = (
+        "import sys\n"
+        "from imcap_ray.cli import main\n"
+        f"main(['status', {str(tmp_path)!r}], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'ray', 'PIL') if name in sys.modules])"
+    )
+
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=50)
+
+    lines = run.stdout.splitlines()
+    assert lines[0] == f"{tmp_path}: running"
+    assert lines[1] == "6 of 10 images (60%), 2.0 images/s, 2 s left"
+    assert lines[2] == "5 ok, 1 failed (1 missing)"
+    assert lines[3].startswith("last sign of life ")
+    assert lines[-1] == "[]"
+
+
+def test_json_is_one_object(tmp_path: Path) -> None:
+    write_captions(tmp_path, num_images=10, ok=5)
+
+    result = CliRunner().invoke(main, ["status", str(tmp_path), "--json"])
+
+    assert json.loads(result.stdout)["num_done"] == 5
