@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from imcap_ray import storage
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder
+from imcap_ray.distributed.training_folder import METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
 from imcap_ray.errors import ImcapError, InputError
 
 RUNNING: Final = "running"
@@ -21,10 +22,6 @@ COMPLETE: Final = "complete"
 SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
 EPOCHS_UNTIL_SILENT: Final = 3
 """A training's only sign of life is the end of an epoch."""
-
-# The trainer's names of its files; its module imports torch and Ray.
-TRAINING_FOLDER: Final = "_training"
-METRICS_FILE: Final = "metrics.jsonl"
 
 _READ_ATTEMPTS: Final = 3  # a run that goes on takes files away between the listing and the reading
 
@@ -88,7 +85,7 @@ def read_status(location: str) -> CaptioningStatus | TrainingStatus:
     for candidate in (new, folder):
         if (run := candidate.read_run()) is not None:
             return _captioning_status(location, candidate, run, is_replacing=candidate is new)
-    training = storage.join(location, TRAINING_FOLDER)
+    training = storage.join(location, WORK_FOLDER)
     if storage.is_folder(training):
         return _training_status(location, training)
     raise InputError(f"no captions and no training of imcap there: {location}")
@@ -136,8 +133,8 @@ def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int]]
 
 def _training_status(model: str, work: str) -> TrainingStatus:
     metrics = storage.join(work, METRICS_FILE)
-    rows = _read_rows(metrics)
-    num_epochs = _num_epochs(storage.join(work, "settings.json"))
+    rows = read_metrics(work)
+    num_epochs = _num_epochs(storage.join(work, SETTINGS_FILE))
     best = max(rows, key=lambda row: row["cider_d"], default=None)
     modified_ns = storage.describe_file(metrics).modified_ns if storage.exists(metrics) else 0
     last_sign = max(0.0, time.time() - modified_ns / 1e9) if modified_ns else None
@@ -160,18 +157,6 @@ def _training_status(model: str, work: str) -> TrainingStatus:
         seconds_left=(num_epochs - len(rows)) * rows[-1]["seconds"] if state == RUNNING else None,
         last_sign_seconds=last_sign if state != COMPLETE else None,
     )
-
-
-def _read_rows(place: str) -> list[dict[str, Any]]:
-    """The epochs done, up to the first line that is damaged or half written."""
-    rows = []
-    for line in storage.read_bytes(place).decode(errors="replace").splitlines() if storage.exists(place) else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        rows.append(row)
-    return rows
 
 
 def _num_epochs(place: str) -> int:

@@ -38,6 +38,7 @@ from imcap_ray.distributed.checkpoints import (
 )
 from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.distributed.seals import seal
+from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.encoders import FINETUNED, Encoder
 from imcap_ray.errors import ConfigError
 from imcap_ray.metrics import HALF, confidence_curve, score
@@ -62,7 +63,6 @@ from imcap_ray.vocabulary import NEVER_SAID, Vocabulary
 # In the training's work folder.
 CAPTIONS_FILE: Final = "captions.parquet"
 VOCABULARY_FILE: Final = "vocabulary.json"
-METRICS_FILE: Final = "metrics.jsonl"
 RUN_FOLDER: Final = "ray"
 """What Ray Train keeps: the checkpoints."""
 
@@ -408,12 +408,6 @@ def _report(optimization: Optimization, encoder: Encoder, history: list[dict[str
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(len(history)))
     write_metrics(work, history)
-
-
-def write_metrics(work: str, history: list[dict[str, Any]]) -> None:
-    """Write the metrics of each epoch as JSON lines into the training's work folder, for people and tools."""
-    lines = "".join(json.dumps(row) + os.linesep for row in history)
-    storage.write_bytes(storage.join(work, METRICS_FILE), lines.encode())
 
 
 def _read_table(location: str) -> pa.Table:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -48,22 +48,19 @@ from imcap_ray.distributed.images import (
 )
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
-    METRICS_FILE,
     RUN_FOLDER,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
     train_worker,
     unfreeze,
-    write_metrics,
 )
+from imcap_ray.distributed.training_folder import SETTINGS_FILE, WORK_FOLDER, read_metrics, write_metrics
 from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
 from imcap_ray.training import SCORE, next_phase, num_epochs, phases, reads_pixels
 from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
-
-WORK_FOLDER: Final = "_training"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +145,7 @@ def train(
     for note in data.notes:
         echo(f"{data.location}: {note}")
     run = storage.join(work, RUN_FOLDER)
-    resumed = recover(run, finished_epochs=len(_read_metrics(work)), echo=echo)
+    resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
     history = resumed.history if resumed else []
     write_metrics(work, history)
 
@@ -189,7 +186,7 @@ def train(
             threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
             echo=echo,
         )
-        resumed = recover(run, finished_epochs=len(_read_metrics(work)), echo=echo)
+        resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
         if resumed is None or next_phase(resumed.history, recipe) == phase:
             raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
         history = resumed.history
@@ -361,7 +358,7 @@ def _settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int
 
 def _claim(model: str, work: str, settings: dict[str, Any]) -> None:
     """Refuse a folder that holds something else; remember what is trained here."""
-    place = storage.join(work, "settings.json")
+    place = storage.join(work, SETTINGS_FILE)
     if storage.exists(place):
         try:
             before = json.loads(storage.read_bytes(place))
@@ -498,11 +495,11 @@ def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...
 
 def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
     """A function that says the epochs which the workers have added to their history since it was last called."""
-    known = len(_read_metrics(work))
+    known = len(read_metrics(work))
 
     def look() -> None:
         nonlocal known
-        rows = _read_metrics(work)
+        rows = read_metrics(work)
         for row in rows[known:]:
             echo(
                 f"epoch {row['epoch']}: {_describe_learning(row)}, validation CIDEr-D "
@@ -517,21 +514,6 @@ def _describe_learning(metrics: Mapping[str, Any]) -> str:
     if "train_reward" in metrics:
         return f"training reward {metrics['train_reward']:.3f}"
     return f"training loss {metrics['train_loss']:.3f}"
-
-
-def _read_metrics(work: str) -> list[dict[str, Any]]:
-    """Metrics of the epochs done, up to the first line that is damaged: what counts is in the checkpoints."""
-    place = storage.join(work, METRICS_FILE)
-    if not storage.exists(place):
-        return []
-    rows = []
-    for line in storage.read_bytes(place).decode(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        rows.append(row)
-    return rows
 
 
 def _write_table(location: str, table: pa.Table) -> None:

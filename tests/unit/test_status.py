@@ -17,7 +17,8 @@ from imcap_ray import storage
 from imcap_ray.cli import main
 from imcap_ray.distributed.captioning import _Heartbeat
 from imcap_ray.distributed.captions_folder import CaptionsFolder
-from imcap_ray.distributed.status import METRICS_FILE, TRAINING_FOLDER, CaptioningStatus, TrainingStatus, read_status
+from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus, read_status
+from imcap_ray.distributed.training_folder import METRICS_FILE, WORK_FOLDER
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, write_table
 
@@ -145,7 +146,7 @@ def test_the_heartbeat_tells_the_speed_of_late_and_stops_with_the_ownership(tmp_
 
 
 def write_training(location: Path, *cider_d: float, phase: str = "cross_entropy", seconds: float = 60.0) -> None:
-    work = location / TRAINING_FOLDER
+    work = location / WORK_FOLDER
     work.mkdir()
     recipe = {"training": {"epochs": 4}, "finetune": {"epochs": 2}, "encoder": {"name": "vgg16"}}
     (work / "settings.json").write_text(json.dumps({"recipe": recipe}))
@@ -168,7 +169,7 @@ def test_a_training_tells_its_epochs_its_best_and_its_phase(tmp_path: Path) -> N
 
 def test_a_half_written_line_is_no_epoch(tmp_path: Path) -> None:
     write_training(tmp_path, 0.3)
-    with (tmp_path / TRAINING_FOLDER / METRICS_FILE).open("a") as file:
+    with (tmp_path / WORK_FOLDER / METRICS_FILE).open("a") as file:
         file.write('{"epoch": 2, "pha')
 
     assert training(tmp_path).num_epochs_done == 1
@@ -179,12 +180,6 @@ def test_a_training_before_its_first_epoch_and_after_its_last(tmp_path: Path) ->
     assert training(tmp_path).state == "starting"
     (tmp_path / "config.json").touch()
     assert training(tmp_path).state == "complete"
-
-
-def test_the_names_are_the_trainers() -> None:
-    from imcap_ray.distributed import train_worker, trainer
-
-    assert (TRAINING_FOLDER, METRICS_FILE) == (trainer.WORK_FOLDER, train_worker.METRICS_FILE)
 
 
 # ---- the command

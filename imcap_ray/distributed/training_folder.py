@@ -1,0 +1,42 @@
+"""The work folder of a training: the names of its files, and the metrics of its epochs for people and tools.
+
+    MODEL/_training/settings.json   what must not change between a training and its resumption
+                    metrics.jsonl   a line for each epoch that is done
+                    ray/            what Ray Train keeps: the checkpoints, which are what counts
+
+Knows neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from imcap_ray import storage
+
+WORK_FOLDER: Final = "_training"
+SETTINGS_FILE: Final = "settings.json"
+METRICS_FILE: Final = "metrics.jsonl"
+
+
+def write_metrics(work: str, history: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the metrics of the epochs done."""
+    lines = "".join(json.dumps(row) + os.linesep for row in history)
+    storage.write_bytes(storage.join(work, METRICS_FILE), lines.encode())
+
+
+def read_metrics(work: str) -> list[dict[str, Any]]:
+    """Metrics of the epochs done, up to the first line that is damaged; empty where there are none."""
+    place = storage.join(work, METRICS_FILE)
+    if not storage.exists(place):
+        return []
+    rows = []
+    for line in storage.read_bytes(place).decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        rows.append(row)
+    return rows
