@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 INTERRUPTED = 130
+SPOILT = 3
+"""`imcap check` has found what would spoil a training."""
 
 
 class _Group(click.Group):
@@ -76,6 +78,7 @@ def main() -> None:
     imcap train flickr8k/ runs/mine         a model of your own
     imcap evaluate captions/ flickr8k/      a score that can be trusted
     imcap export captions/ OUT --to jsonl   what other tools read
+    imcap check flickr8k/                   what is wrong with a data set
     """
 
 
@@ -318,8 +321,9 @@ def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> st
 def train(data: str, model: str, **options: Any) -> None:
     """Train on the captioned images of DATA and write the model folder MODEL.
 
-    DATA is recognised by looking: Flickr8k as distributed, Kaggle's form, or Parquet with captions. Run again, the
-    same command goes on after the last finished epoch.
+    DATA is recognised by looking: Flickr8k or Flickr30k as distributed or in Kaggle's form, Karpathy's or COCO's JSON,
+    Hugging Face's metadata.jsonl, images with .txt files beside them, or Parquet with captions. Run again, the same
+    command goes on after the last finished epoch.
 
     \b
     imcap train flickr8k/ runs/mine
@@ -339,6 +343,7 @@ def train(data: str, model: str, **options: Any) -> None:
     )
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"])
+    dataset.require_files()
     say, _ = _voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     result = run_training(
@@ -363,6 +368,50 @@ def train(data: str, model: str, **options: Any) -> None:
             f"{result.model}: epoch {result.metrics['epoch']} of {result.num_epochs} kept, validation CIDEr-D "
             f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; {_duration(result.seconds)}"
         )
+
+
+@main.command()
+@click.argument("data")
+@click.option("--decode/--no-decode", default=True, help="Read every image; without it only names and captions.")
+@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="Whose vocabulary the captions are for.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override a setting of the recipe."
+)
+@_outside_option
+@_output_options
+def check(data: str, **options: Any) -> None:
+    """Tell what the captioned images of DATA hold, what is wrong with them, and what leaks between splits.
+
+    Exit code 3 says that a training would be spoilt: there are no training or validation images; more than 10 % of the
+    images are missing or unreadable; an image is in two splits with the same bytes, or more than 1 % of a split look
+    the same as images of another; more than 1 % of the captions were read in the wrong encoding.
+
+    \b
+    imcap check flickr8k/
+    imcap check coco/annotations/captions_val2017.json --no-decode
+    """
+    from imcap_ray.config import load_recipe, parse_override
+    from imcap_ray.data_check import check_dataset
+    from imcap_ray.datasets import load_dataset
+
+    recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
+    dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"], look_for_files=False)
+    _, show = _counting_voice(options)
+    found = check_dataset(
+        dataset,
+        recipe=recipe,
+        decode=options["decode"],
+        on_progress=show,
+    )
+    if sys.stderr.isatty() and options["decode"] and not options["quiet"]:
+        click.echo(_CLEAR_LINE, err=True, nl=False)
+    if options["as_json"]:
+        click.echo(json.dumps(found.to_mapping()))
+    elif not options["quiet"]:
+        for line in found.to_text().splitlines():
+            _say(line)
+    if found.spoils:
+        sys.exit(SPOILT)
 
 
 @main.command()

@@ -24,7 +24,7 @@ from imcap_ray.escaping import printable
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from tests import small_data
 
-COMMANDS = ["caption", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]
+COMMANDS = ["caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_every_command_is_listed_and_has_help() -> None:
     assert sorted(main.commands) == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["caption", "train", "evaluate", "export", "submit"])
+@pytest.mark.parametrize("command", ["caption", "check", "train", "evaluate", "export", "submit"])
 def test_the_main_commands_help_has_an_example(command: str) -> None:
     assert f"\n  imcap {command}" in imcap(command, "-h").stdout
 
@@ -205,6 +205,7 @@ def without_control_characters(text: str) -> bool:
         ["evaluate", HOSTILE, HOSTILE],
         ["report", HOSTILE],
         ["export", HOSTILE, HOSTILE, "--to", "csv"],
+        ["check", HOSTILE],
         ["model", HOSTILE],
         ["submit", HOSTILE],
         ["train", "data", "out", "--recipe", HOSTILE],
@@ -318,6 +319,7 @@ def test_training_data_may_name_files_elsewhere_only_when_told_to(tmp_path: Path
         ["report", "s3://AKIA:planted@bucket/captions"],
         ["export", "s3://AKIA:planted@bucket/captions", "out.csv", "--to", "csv"],
         ["export", "captions", "s3://AKIA:planted@bucket/out.csv", "--to", "csv"],
+        ["check", "s3://AKIA:planted@bucket/data"],
         ["model", "s3://AKIA:planted@bucket/model"],
         ["submit", "caption", "s3://AKIA:planted@bucket/images", "s3://bucket/captions"],
         ["submit", "caption", "s3://b/images", "s3://b/captions", "--model=s3://b/model?secret_key=planted"],

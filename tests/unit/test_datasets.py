@@ -45,6 +45,7 @@ def test_flickr8k_is_recognised_with_its_official_splits(flickr8k: Path) -> None
     assert dataset.format == "Flickr8k as distributed"
     assert dataset.describe_splits() == "8 train, 2 validation, 2 test"
     assert dataset.split("test")["image_id"].to_pylist() == ["0010_photo.jpg", "0011_photo.jpg"]
+    assert dataset.table["split"].to_pylist() == ["train"] * 8 + ["validation"] * 2 + ["test"] * 2
     assert dataset.references("validation")["0008_photo.jpg"] == captions_of(8)
     for row in dataset.table.to_pylist():
         assert row["image_path"] == f"{flickr8k}/Flicker8k_Dataset/{row['image_id']}"
@@ -55,7 +56,8 @@ def test_the_key_without_an_image_is_left_out_and_counted(flickr8k: Path) -> Non
     dataset = load(flickr8k)
 
     assert ODD_KEY not in dataset.references()
-    assert dataset.notes == ["1 captioned image is in no split"]
+    assert dataset.left_out["image_id"].to_pylist() == [ODD_KEY]
+    assert dataset.notes == [f"1 captioned image is in no split: {ODD_KEY}"]
 
 
 def test_odd_lines_are_counted(flickr8k: Path) -> None:
@@ -63,8 +65,18 @@ def test_odd_lines_are_counted(flickr8k: Path) -> None:
 
     dataset = load(flickr8k)
 
-    assert "3 lines are not `name#number<TAB>caption`" in dataset.notes
+    assert "2 lines are not `name#number<TAB>caption`: line 66, line 67" in dataset.notes
+    assert "1 caption is blank: line 68" in dataset.notes
     assert len(dataset.references()["0000_photo.jpg"]) == 5
+
+
+def test_a_second_tab_is_counted_and_its_caption_kept(flickr8k: Path) -> None:
+    append(flickr8k / "Flickr8k.token.txt", "0000_photo.jpg#7\tA dog\tin the grass .\n")
+
+    dataset = load(flickr8k)
+
+    assert "1 line has more than one tab: line 66" in dataset.notes
+    assert dataset.references()["0000_photo.jpg"][-1] == "A dog in the grass ."
 
 
 def test_line_ends_and_the_mark_of_windows_are_no_part_of_a_caption(flickr8k: Path) -> None:
@@ -85,17 +97,30 @@ def test_without_split_lists_each_image_gets_a_split_of_its_own(flickr8k: Path) 
     assert all(row["split"] == split_of(row["image_id"]) for row in rows)
 
 
-def test_an_image_of_a_split_list_without_a_caption_is_refused(flickr8k: Path) -> None:
+def test_an_image_of_a_split_list_without_a_caption_is_counted(flickr8k: Path) -> None:
     append(flickr8k / "Flickr_8k.testImages.txt", "z.jpg\nlost.jpg\n")
 
-    with pytest.raises(DatasetError, match="2 images of the split lists have no caption, the first is lost.jpg"):
-        load_dataset(str(flickr8k))
+    dataset = load(flickr8k)
+
+    assert dataset.describe_splits() == "8 train, 2 validation, 2 test"
+    assert "2 images of the splits have no caption: z.jpg, lost.jpg" in dataset.notes
 
 
-def test_a_file_that_is_not_utf8_is_named(flickr8k: Path) -> None:
-    (flickr8k / "Flickr8k.token.txt").write_bytes(b"a.jpg#0\tcaf\xe9\n")
+def test_images_without_a_file_are_counted_and_stay(flickr8k: Path) -> None:
+    (flickr8k / "Flicker8k_Dataset" / "0003_photo.jpg").unlink()
 
-    with pytest.raises(DatasetError, match=r"Flickr8k.token.txt is not UTF-8"):
+    assert load(flickr8k).notes[-1] == "1 of 12 images have no file: 0003_photo.jpg"
+    for path in (flickr8k / "Flicker8k_Dataset").iterdir():
+        path.unlink()
+    dataset = load(flickr8k)
+    assert dataset.notes[-1] == "none of the 12 images is there"
+    assert len(dataset.references()) == 12
+
+
+def test_an_image_in_two_split_lists_is_refused(flickr8k: Path) -> None:
+    append(flickr8k / "Flickr_8k.testImages.txt", "0003_photo.jpg\n")
+
+    with pytest.raises(DatasetError, match=r"0003_photo.jpg is in two splits, test and train|train and test"):
         load_dataset(str(flickr8k))
 
 
@@ -138,14 +163,46 @@ def test_kaggles_form_is_recognised(tmp_path: Path) -> None:
         "b.jpg": ["A cat , asleep .", 'He says "hi" .'],
     }
     assert dataset.table["image_path"].to_pylist() == [f"{tmp_path}/Images/a.jpg", f"{tmp_path}/Images/b.jpg"]
-    assert dataset.notes == ["no official splits: each image's split is a hash of its name"]
+    assert dataset.notes == [
+        "no official splits: each image's split is a hash of its name",
+        "none of the 2 images is there",
+    ]
 
 
 def test_kaggles_odd_lines_are_counted(tmp_path: Path) -> None:
     dataset = load(write_kaggle(tmp_path, "image,caption\na.jpg,A dog\nb.jpg\nc.jpg, \n\n"))
 
-    assert dataset.notes[0] == "2 lines are not `image,caption`"
+    assert dataset.notes[0] == "2 lines are not `image,caption`: line 3, line 4"
     assert list(dataset.references()) == ["a.jpg"]
+
+
+def test_a_quote_that_nothing_closes_costs_no_other_line(tmp_path: Path) -> None:
+    dataset = load(write_kaggle(tmp_path, 'image,caption\na.jpg,"A dog\nb.jpg,A cat\nc.jpg,"A cow, asleep"\n'))
+
+    assert dataset.references() == {"a.jpg": ["A dog"], "b.jpg": ["A cat"], "c.jpg": ["A cow, asleep"]}
+
+
+def test_the_official_lists_beside_kaggles_captions_are_the_splits(tmp_path: Path) -> None:
+    write_kaggle(tmp_path, "image,caption\na.jpg,A dog\nb.jpg,A cat\nc.jpg,A cow\n")
+    (tmp_path / "Flickr_8k.trainImages.txt").write_text("a.jpg\n")
+    (tmp_path / "val.txt").write_text("b\r\n")  # without the ending, as some lists are
+    (tmp_path / "test.txt").write_text("something else altogether\n")
+
+    dataset = load(tmp_path)
+
+    assert [(row["image_id"], row["split"]) for row in dataset.table.to_pylist()] == [
+        ("a.jpg", "train"),
+        ("b.jpg", "validation"),
+    ]
+    assert "1 list of a split names none of the images: test.txt" in dataset.notes
+    assert "1 captioned image is in no split: c.jpg" in dataset.notes
+
+
+def test_a_split_by_caption_is_refused_with_an_image(tmp_path: Path) -> None:
+    write_kaggle(tmp_path, "image,caption,split\na.jpg,A dog, with a ball,train\nb.jpg,x,val\na.jpg,A puppy,test\n")
+
+    with pytest.raises(DatasetError, match="a.jpg is in two splits, train and test"):
+        load_dataset(str(tmp_path))
 
 
 # ---- Parquet
@@ -199,14 +256,14 @@ def test_parquet_rows_without_an_image_or_a_caption_are_counted(tmp_path: Path) 
     dataset = load(write_parquet(tmp_path / "a.parquet", columns))
 
     assert dataset.references() == {"a": ["x"]}
-    assert dataset.notes == ["4 rows have no image or no caption"]
+    assert dataset.notes[0] == "4 rows have no image or no caption: row 1, row 2, row 3, ..."
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
         ({"image_id": ["a", "a"], "caption": ["x", "y"], "split": ["train", "test"]}, "a is in two splits, train and"),
-        ({"image_id": ["a"], "caption": ["x"], "split": ["val"]}, "split must be train, validation, test, got 'val'"),
+        ({"image_id": ["a"], "caption": ["x"], "split": ["odd"]}, "split must be train, validation, test, got 'odd'"),
         ({"image_id": ["a"], "text": ["x"]}, "expected the columns image_id or image_path, and captions or caption"),
         ({"image": ["a"], "caption": ["x"]}, "expected the columns image_id or image_path, and captions or caption"),
         ({"image_id": [["a"]], "caption": [{"text": "x"}]}, "is not readable Parquet of captions"),
@@ -216,6 +273,21 @@ def test_parquet_rows_without_an_image_or_a_caption_are_counted(tmp_path: Path) 
 def test_parquet_that_is_no_data_set_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         load_dataset(str(write_parquet(tmp_path / "a.parquet", columns)))
+
+
+def test_one_file_under_two_ids_in_two_splits_is_refused(tmp_path: Path) -> None:
+    columns = {"image_id": ["a", "b"], "image_path": ["x.jpg"] * 2, "caption": ["x", "y"], "split": ["train", "test"]}
+
+    with pytest.raises(DatasetError, match="x.jpg is in two splits, train and test"):
+        load_dataset(str(write_parquet(tmp_path / "a.parquet", columns)))
+
+
+def test_the_usual_names_of_splits_are_known(tmp_path: Path) -> None:
+    columns = {"image_id": ["a", "b", "c"], "caption": ["x", "y", "z"], "split": ["restval", "Dev", "test"]}
+
+    dataset = load(write_parquet(tmp_path / "a.parquet", columns))
+
+    assert dataset.describe_splits() == "1 train, 1 validation, 1 test"
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:

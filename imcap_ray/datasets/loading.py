@@ -1,0 +1,107 @@
+"""Where captioned images are -> the data set, its format recognised by looking."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from imcap_ray import storage
+from imcap_ray.datasets.folders import read_hugging_face, read_sidecars
+from imcap_ray.datasets.json_files import read_json
+from imcap_ray.datasets.table import CaptionedImages, Source, examples
+from imcap_ray.datasets.tables import read_parquet
+from imcap_ray.datasets.text_files import read_text_files
+from imcap_ray.datasets.webdataset import read_webdataset
+from imcap_ray.errors import DatasetError
+
+# Each returns None for what is not its own. The last is for folders that hold nothing but images and texts.
+_READERS: Final[tuple[Callable[[Source], CaptionedImages | None], ...]] = (
+    read_text_files,
+    read_hugging_face,
+    read_parquet,
+    read_json,
+    read_webdataset,
+    read_sidecars,
+)
+
+_EXPECTED: Final = (
+    "Flickr8k as distributed (Flickr8k.token.txt beside the image folder), Kaggle's form (captions.txt beside "
+    "Images/), Flickr30k (results.csv or results_20130124.token), Karpathy's or COCO's JSON, Hugging Face's "
+    "metadata.jsonl or metadata.csv, WebDataset tars, images with .txt files beside them, or Parquet with the columns "
+    "image_id or image_path, and captions"
+)
+
+
+def load_dataset(location: str, *, allow_outside_paths: bool = False, look_for_files: bool = True) -> CaptionedImages:
+    """The captioned images of a folder or file, its format recognised by looking.
+
+    Args:
+        allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
+        look_for_files: whether to note how many of the images have no file, where they are on a local disk.
+
+    Raises:
+        DatasetError: nothing there, or nothing in a format that is known; the message lists those that are. Or an
+            image lies where it may not, or is in two splits.
+    """
+    location = storage.absolute(location)
+    if not storage.exists(location):
+        raise DatasetError(f"no such data set: {location}")
+    source = _open(location)
+    for read in _READERS:
+        dataset = read(source)
+        if dataset is not None:
+            _check_places(dataset, source.base, allow_outside_paths)
+            return replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)]) if look_for_files else dataset
+    raise DatasetError(f"{location} holds no captioned images: expected {_EXPECTED}")
+
+
+def _open(location: str) -> Source:
+    if not storage.is_file(location):
+        files = tuple(file.name for file in storage.list_files(location, recursive=False))
+        return Source(location, location, files)
+    folder = storage.parent(location)
+    # COCO's images lie beside the folder of its annotations.
+    base = storage.parent(folder) if folder.endswith("/annotations") else folder
+    return Source(location, base, (location[len(base) + 1 :],))
+
+
+def _check_places(dataset: CaptionedImages, folder: str, allow_outside_paths: bool) -> None:
+    """Raise DatasetError for the first image that lies where it may not, whatever the format says it with."""
+    for table in (dataset.table, dataset.left_out):
+        for number, row in enumerate(table.select(["image_id", "image_path"]).to_pylist()):
+            if row["image_path"]:
+                name = number if storage.is_uri(row["image_id"]) else repr(row["image_id"])  # a URI may hold a secret
+                storage.place(
+                    row["image_path"],
+                    base=folder,
+                    folders=[folder],
+                    source=f"{dataset.location}, image {name}",
+                    allow_outside=allow_outside_paths,
+                    error=DatasetError,
+                )
+
+
+def _describe_missing(dataset: CaptionedImages) -> list[str]:
+    """How many of the images have no file. No error, for captions are of use without their images too, and a training
+    counts what it cannot read; and only on a local disk, where it costs nothing."""
+    names: dict[str, set[str]] = defaultdict(set)
+    for path in dataset.table["image_path"].to_pylist():
+        if path and path not in dataset.packed and not storage.is_uri(path):
+            names[storage.parent(path)].add(path.rpartition("/")[2])
+    num_images = sum(map(len, names.values()))
+    missing = sorted(name for folder, wanted in names.items() for name in wanted - _names_in(folder))
+    if not missing:
+        return []
+    if len(missing) == num_images:
+        return [f"none of the {num_images:,} images is there"]
+    return [f"{len(missing):,} of {num_images:,} images have no file: {examples(missing, len(missing))}"]
+
+
+def _names_in(folder: str) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except (OSError, ValueError):  # not there; a name with a zero byte
+        return set()

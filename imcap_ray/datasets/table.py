@@ -1,0 +1,305 @@
+"""The table of captioned images, and the collector through which the reader of any format fills it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+
+from imcap_ray import storage
+from imcap_ray.datasets.encodings import decode_text
+from imcap_ray.errors import DatasetError
+
+TRAIN: Final = "train"
+VALIDATION: Final = "validation"
+TEST: Final = "test"
+SPLITS: Final = (TRAIN, VALIDATION, TEST)
+
+# One row per image: image_id, image_path, split, captions.
+DATASET_SCHEMA: Final = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("image_path", pa.string()),
+        ("split", pa.string()),
+        ("captions", pa.list_(pa.string())),
+    ]
+)
+
+# What people call the splits. Karpathy's restval, the rest of COCO's validation images, is trained on.
+SPLIT_NAMES: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("train", "training", "restval"), TRAIN),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "development"), VALIDATION),
+    **dict.fromkeys(("test", "testing"), TEST),
+}
+
+NUM_EXAMPLES: Final = 3
+"""So many of what is odd are named, the rest is counted."""
+
+_LINE_ENDS_AND_TABS: Final = re.compile(r"[\t\r\n]+")
+_SURROGATES: Final = re.compile("[\ud800-\udfff]")
+
+
+class PackedImage(NamedTuple):
+    """Where in a tar the bytes of an image are."""
+
+    tar_path: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImages:
+    """A data set: its table (`DATASET_SCHEMA`, one row per image) and what was noticed while reading it."""
+
+    location: str
+    format: str
+    """As a person would call it: "Flickr8k as distributed"."""
+    table: pa.Table
+    notes: list[str] = field(default_factory=list)
+    """One line for each kind of oddity, with its count and the first few."""
+    terms: str = ""
+    """Where the data come from and what they may be used for, as far as the format tells."""
+    left_out: pa.Table = field(default_factory=DATASET_SCHEMA.empty_table)
+    """Rows of images that have captions and are in no split, where the others have official ones; `split` is ""."""
+    packed: Mapping[str, PackedImage] = field(default_factory=dict)
+    """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name."""
+
+    def split(self, name: str) -> pa.Table:
+        """The rows of one split, or DatasetError naming those there are."""
+        rows = self.table.filter(pa.compute.equal(self.table["split"], name))
+        if not rows.num_rows:
+            raise DatasetError(f"{self.location} has no {name} images: it has {self.describe_splits()}")
+        return rows
+
+    def count_splits(self) -> dict[str, int]:
+        """Images by split; a split without any is left out."""
+        counts = self.table.group_by("split").aggregate([([], "count_all")]).to_pylist()
+        found = {row["split"]: row["count_all"] for row in counts}
+        return {name: found[name] for name in SPLITS if name in found}
+
+    def describe_splits(self) -> str:
+        """The splits with their numbers of images."""
+        return ", ".join(f"{count:,} {name}" for name, count in self.count_splits().items()) or "nothing"
+
+    def references(self, split: str | None = None) -> dict[str, list[str]]:
+        """image_id -> captions, of one split or of all images."""
+        rows = self.split(split) if split else self.table
+        return dict(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
+
+    def read_image(self, image_path: str, *, max_bytes: int | None = None) -> bytes:
+        """The bytes of an image, from its file or from the tar that holds it; raises as `storage.read_bytes` does."""
+        packed = self.packed.get(image_path)
+        if packed is None:
+            return storage.read_bytes(image_path, max_bytes=max_bytes)
+        return storage.read_range(packed.tar_path, packed.offset, packed.size, max_bytes=max_bytes)
+
+    def require_files(self) -> None:
+        """Raise DatasetError if its images lie in tars, which a training does not read."""
+        if self.packed:
+            first = next(iter(self.packed.values())).tar_path
+            raise DatasetError(
+                f"{self.location}: {self.format}, and a training reads images from files, not from tars. Unpack them, "
+                f"those of each split into a folder of its name (mkdir -p data/train; tar -xf {first} -C data/train; "
+                "the others are validation and test; without such folders the splits are a hash of the names), and "
+                "train on data/: images with their captions beside them are recognised"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A data set as it was named: a folder, or one file of it."""
+
+    location: str
+    base: str
+    """The folder that names of images start at and must not lead out of."""
+    files: tuple[str, ...]
+    """Names of the files directly in the folder; of the one that was named."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether one file was named."""
+        return self.base != self.location
+
+
+class Collector:
+    """What the reader of a format has found so far: images, their captions and splits, and what was odd."""
+
+    def __init__(self, source: Source, format_name: str, *, terms: str = "") -> None:
+        self.source = source
+        self.captions: dict[str, list[str]] = defaultdict(list)
+        self.splits: dict[str, str] = {}
+        self.format = format_name
+        self.terms = terms
+        self._paths: dict[str, str] = {}
+        self._odd: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def odd(self, one: str, many: str, where: str) -> None:
+        """Count something odd; `one` or `many` stands behind the number: "line is blank", "lines are blank"."""
+        self._odd[one, many].append(where)
+
+    def add(
+        self, image_id: str, captions: Iterable[str], *, where: str, path: str | None = None, split: str = ""
+    ) -> None:
+        """Add captions of an image; blank ones are counted and left out.
+
+        Args:
+            where: the place in the file, for people.
+            path: the image's location; None: `image_id` in the folder that `to_dataset` is told.
+            split: its official split by any of its names; "": it has none.
+        """
+        if not image_id or _SURROGATES.search(image_id):
+            self.odd("name of an image is empty or no Unicode", "names of images are empty or no Unicode", where)
+            return
+        kept = []
+        for caption in captions:
+            text = _LINE_ENDS_AND_TABS.sub(" ", caption).strip()
+            if _SURROGATES.search(text):
+                self.odd("caption has letters that are no Unicode", "captions have letters that are no Unicode", where)
+                text = _SURROGATES.sub("\ufffd", text)
+            if text:
+                kept.append(text)
+            else:
+                self.odd("caption is blank", "captions are blank", where)
+        if not kept:
+            return
+        self.captions[image_id] += kept
+        if path is not None:
+            self._paths.setdefault(image_id, path)
+        if split:
+            self.put_into(image_id, split)
+
+    def put_into(self, image_id: str, split: str) -> None:
+        """Say the official split of an image. DatasetError if it is none, or if the image is in another one too."""
+        name = SPLIT_NAMES.get(split.strip().lower())
+        if name is None:
+            raise DatasetError(
+                f"{self.source.location}: split must be {', '.join(SPLITS)}, got {split!r} at {image_id}"
+            )
+        known = self.splits.setdefault(image_id, name)
+        if known != name:
+            raise _leak(self.source.location, image_id, known, name)
+
+    def decode(self, data: bytes, name: str) -> str:
+        """The text of a file, its encoding noted where it is not UTF-8."""
+        decoded = decode_text(data)
+        if decoded.encoding != "UTF-8":
+            self.odd(f"file is {decoded.encoding}", f"files are {decoded.encoding}", name)
+        for number in decoded.odd_lines:
+            self.odd(
+                "line is not UTF-8 and is read as Windows-1252 (latin-1)",
+                "lines are not UTF-8 and are read as Windows-1252 (latin-1)",
+                f"{name} line {number}",
+            )
+        return decoded.text
+
+    def read_text(self, name: str) -> str:
+        """The text of a file below the data's folder."""
+        location = storage.join(self.source.base, name)
+        try:
+            return self.decode(storage.read_bytes(location), name)
+        except OSError as error:
+            raise DatasetError(f"{location} cannot be read: {error}") from error
+
+    def to_dataset(self, *, folder: str = "", packed: Mapping[str, PackedImage] | None = None) -> CaptionedImages:
+        """The data set: with the official splits, where any image has one, else each image's by a hash of its name.
+
+        Args:
+            folder: where the images are that were added without a path.
+        """
+        location = self.source.location
+        has_splits = bool(self.splits)
+        splits = self.splits if has_splits else {image_id: split_of(image_id) for image_id in self.captions}
+        chosen = [image_id for image_id in splits if image_id in self.captions]
+        left_out = [image_id for image_id in self.captions if image_id not in splits]
+        for image_id in left_out:
+            self.odd("captioned image is in no split", "captioned images are in no split", image_id)
+        for image_id in (image_id for image_id in splits if image_id not in self.captions):
+            self.odd("image of the splits has no caption", "images of the splits have no caption", image_id)
+        notes = [_describe(kind, places) for kind, places in self._odd.items()]
+        if not chosen:
+            found = "not one caption in it" if not left_out else "not one captioned image is in a split"
+            raise DatasetError("; ".join([f"{location}: {self.format}, but {found}", *notes]))
+        if not has_splits:
+            notes.append("no official splits: each image's split is a hash of its name")
+        table = self._rows(chosen, splits, folder)
+        _refuse_one_file_in_two_splits(location, table)
+        return CaptionedImages(
+            location,
+            self.format,
+            table,
+            notes,
+            self.terms,
+            left_out=self._rows(left_out, {}, folder),
+            packed=packed or {},
+        )
+
+    def _rows(self, image_ids: list[str], splits: Mapping[str, str], folder: str) -> pa.Table:
+        return pa.table(
+            [
+                image_ids,
+                [self._paths.get(image_id, storage.join(folder, image_id)) for image_id in image_ids],
+                [splits.get(image_id, "") for image_id in image_ids],
+                [self.captions[image_id] for image_id in image_ids],
+            ],
+            schema=DATASET_SCHEMA,
+        )
+
+
+def split_of(image_id: str) -> str:
+    """The split of an image that has no official one, by a hash of its name: 90 % train, 5 % validation, 5 % test."""
+    number = int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8], "big") % 100
+    return TRAIN if number < 90 else VALIDATION if number < 95 else TEST
+
+
+def split_in_name(name: str) -> str:
+    """The split that a file's or folder's name tells, like `captions_val2017`; "" if it tells none or several."""
+    words = re.split(r"[^a-z]+", name.lower())
+    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return found.pop() if len(found) == 1 else ""
+
+
+def split_in_path(path: str) -> str:
+    """The split that a folder on the way to a file is named after; "" if there is none."""
+    folders = path.lower().split("/")[:-1]
+    return next((SPLIT_NAMES[folder] for folder in folders if folder in SPLIT_NAMES), "")
+
+
+def find_image_folder(base: str, names: Iterable[str], image_ids: Iterable[str]) -> str:
+    """The first of these folders below `base`, or itself, that holds an image; else the first that is there."""
+    plain = (one for one in image_ids if not re.search(r"(^|/)\.\.(/|$)|^/|^[A-Za-z][\w+.-]*:|[\0]", one))
+    some = list(islice(plain, 5))
+    folders = [folder for name in names if storage.is_folder(folder := storage.join(base, name))]
+    for folder in (*folders, base):
+        if any(storage.is_file(storage.join(folder, image_id)) for image_id in some):
+            return folder
+    return (*folders, base)[0]
+
+
+def examples(names: Iterable[str], total: int) -> str:
+    """The first few names, and a sign that there are more."""
+    return ", ".join(islice(names, NUM_EXAMPLES)) + (", ..." if total > NUM_EXAMPLES else "")
+
+
+def _describe(kind: tuple[str, str], places: list[str]) -> str:
+    return f"{len(places):,} {kind[len(places) != 1]}: {examples(places, len(places))}"
+
+
+def _refuse_one_file_in_two_splits(location: str, table: pa.Table) -> None:
+    """Whatever the ids are: the same file is the same image."""
+    seen: dict[str, str] = {}
+    for path, split in zip(table["image_path"].to_pylist(), table["split"].to_pylist(), strict=True):
+        if path and seen.setdefault(path, split) != split:
+            raise _leak(location, path.rpartition("/")[2], seen[path], split)
+
+
+def _leak(location: str, image: str, first: str, second: str) -> DatasetError:
+    return DatasetError(
+        f"{location}: {image} is in two splits, {first} and {second}: splits must be by image and not by caption, "
+        "or a model is judged on what it has learnt by heart"
+    )

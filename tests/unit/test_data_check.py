@@ -1,0 +1,328 @@
+"""What would spoil a training is found and named; what is sound passes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from imcap_ray.caption_faults import find_mojibake
+from imcap_ray.cli import main
+from imcap_ray.config import Recipe, load_recipe
+from imcap_ray.data_check import DataCheck, Finding, check_dataset
+from imcap_ray.datasets import load_dataset
+from tests.odd_images import photo
+from tests.small_data import ODD_KEY, captions_of, jpeg
+
+
+@pytest.fixture
+def flickr8k(tmp_path: Path, make_flickr8k: Callable[..., Path]) -> Path:
+    return make_flickr8k(tmp_path / "flickr8k", num_train=12, num_validation=4, num_test=4)
+
+
+def check(data: Path, **options: Any) -> DataCheck:
+    return check_dataset(load_dataset(str(data), look_for_files=False), recipe=Recipe(), **options)
+
+
+def image(data: Path, number: int) -> Path:
+    return data / "Flicker8k_Dataset" / f"{number:04}_photo.jpg"
+
+
+def find(found: DataCheck, code: str) -> Finding:
+    (finding,) = [finding for finding in found.findings if finding.code == code]
+    return finding
+
+
+def imcap(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+# ---- what there is
+
+
+def test_a_sound_data_set_is_described_and_passes(flickr8k: Path) -> None:
+    found = check(flickr8k)
+
+    assert not found.spoils
+    assert found.splits == {"train": 12, "validation": 4, "test": 4}
+    assert found.captions["count"] == 100
+    assert found.captions["per_image"] == {"fewest": 5, "median": 5, "most": 5}
+    assert found.captions["tokens"]["longest"] == 7
+    assert found.images == {
+        "read": 20,
+        "unreadable": 0,
+        "formats": {"jpeg": 20},
+        "smallest": [80, 60],
+        "median": [80, 60],
+        "largest": [80, 60],
+    }
+    assert {finding.code for finding in found.findings} == {"missing", "odd_names", "note", "small"}
+
+
+def test_the_coverage_is_the_share_of_tokens_that_training_has_seen_often_enough(flickr8k: Path) -> None:
+    token_file = flickr8k / "Flickr8k.token.txt"
+    token_file.write_text(token_file.read_text() + "0012_photo.jpg#5\tunheard of words\n")
+
+    found = check(flickr8k).vocabulary
+
+    assert found["coverage"]["test"] == 1
+    assert found["coverage"]["validation"] == pytest.approx(1 - 3 / (20 * 7 + 3))
+    rare = load_recipe("lite2-attention", {"vocabulary.min_count": 10_000})
+    dataset = load_dataset(str(flickr8k))
+    assert check_dataset(dataset, recipe=rare, decode=False).vocabulary["coverage"]["test"] == 0
+
+
+def test_without_decoding_no_image_is_read(flickr8k: Path) -> None:
+    for number in range(20):
+        image(flickr8k, number).write_bytes(b"no image")
+
+    found = check(flickr8k, decode=False)
+
+    assert found.images == {}
+    assert not found.spoils
+    assert check(flickr8k).spoils
+
+
+def test_progress_ends_with_all_images(flickr8k: Path) -> None:
+    seen: list[tuple[int, int]] = []
+
+    check(flickr8k, on_progress=lambda done, total: seen.append((done, total)))
+
+    assert seen[-1] == (20, 20)
+
+
+# ---- leaks
+
+
+def test_the_same_bytes_in_two_splits_spoil_a_training(flickr8k: Path) -> None:
+    shutil.copy(image(flickr8k, 3), image(flickr8k, 12))
+    shutil.copy(image(flickr8k, 4), image(flickr8k, 16))
+    shutil.copy(image(flickr8k, 5), image(flickr8k, 6))
+
+    found = check(flickr8k)
+
+    leaks = [finding for finding in found.findings if finding.code == "leak"]
+    assert all(finding.spoils for finding in leaks)
+    assert {(leak.text, *leak.examples) for leak in leaks} == {
+        ("validation image is in train too, byte for byte", "0012_photo.jpg = 0003_photo.jpg"),
+        ("test image is in train too, byte for byte", "0016_photo.jpg = 0004_photo.jpg"),
+    }
+    repeated = find(found, "repeated")
+    assert (repeated.spoils, repeated.examples) == (False, ["0006_photo.jpg = 0005_photo.jpg"])
+
+
+def test_the_same_picture_saved_again_is_a_leak_too(flickr8k: Path) -> None:
+    photo(320, 240).save(image(flickr8k, 0), "JPEG", quality=95)
+    photo(320, 240).resize((200, 200)).convert("L").save(image(flickr8k, 15), "PNG")
+
+    found = find(check(flickr8k), "near_leak")
+
+    assert (found.count, found.spoils, found.examples) == (1, True, ["0015_photo.jpg = 0000_photo.jpg"])
+
+
+def test_pictures_that_are_not_alike_are_no_leak(flickr8k: Path) -> None:
+    """Nor are pictures on which there is nothing to see."""
+    for number, grey in ((0, 100), (12, 101)):
+        Image.new("RGB", (80, 60), (grey,) * 3).save(image(flickr8k, number), "JPEG")
+
+    assert not check(flickr8k).spoils
+
+
+# ---- files
+
+
+def test_missing_unreadable_and_uncaptioned_images_are_told_apart(flickr8k: Path) -> None:
+    image(flickr8k, 0).unlink()
+    image(flickr8k, 1).write_bytes(jpeg(1)[:500])
+    (flickr8k / "Flicker8k_Dataset" / "new.jpg").write_bytes(jpeg(50))
+    (flickr8k / "Flicker8k_Dataset" / "notes.txt").write_text("no image")
+
+    found = check(flickr8k)
+
+    assert find(found, "missing").examples == ["0000_photo.jpg", ODD_KEY]
+    assert find(found, "unreadable").text == "image cannot be read (truncated)"
+    assert find(found, "unreadable").examples == ["0001_photo.jpg"]
+    assert find(found, "without_captions").examples == ["new.jpg"]
+    assert find(found, "odd_names").examples == [ODD_KEY]
+    assert not found.spoils
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"<html>404</html>")])
+def test_more_than_a_tenth_gone_spoils_a_training(flickr8k: Path, damage: Callable[[Path], Any]) -> None:
+    for number in range(2):
+        damage(image(flickr8k, number))
+    assert not check(flickr8k).spoils
+    damage(image(flickr8k, 2))
+    assert check(flickr8k).spoils
+
+
+def test_no_validation_images_spoil_a_training(flickr8k: Path) -> None:
+    (flickr8k / "Flickr_8k.devImages.txt").unlink()
+
+    found = check(flickr8k, decode=False)
+
+    assert find(found, "no_split").text == "validation images: a training needs some"
+    assert found.spoils
+
+
+def test_the_dirt_of_public_copies_of_flickr8k_is_found_and_named(flickr8k: Path) -> None:
+    """Lines of another collection whose names begin with `e`, some of them in the split lists; none has a file."""
+    names = [f"e{number}.png" for number in range(19)] + ["e17_01jpg"]
+    lines = [f"{name}#{k}\tForeign words here ." for name in names for k in range(5)]
+    lines[7] += "\tafter a second tab"
+    with (flickr8k / "Flickr8k.token.txt").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    with (flickr8k / "Flickr_8k.trainImages.txt").open("a") as file:
+        file.write("\n".join(names[:2]) + "\n")
+
+    text = check(flickr8k).to_text()
+
+    assert (
+        "21 captioned images have no file (105 captions; 20 of them begin with 'e', as no other does): e0.png" in text
+    )
+    assert "1 line has more than one tab: line 113" in text
+    assert f"19 captioned images are in no split: {ODD_KEY}, e2.png" in text
+    assert f"2 captioned names do not end like an image's: {ODD_KEY}, e17_01jpg" in text
+
+
+def test_images_in_tars_are_read_where_they_are(tmp_path: Path) -> None:
+    import tarfile
+
+    for split, number in (("train", 1), ("val", 1)):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for name, data in ((f"{split}1.jpg", jpeg(number)), (f"{split}1.txt", b"a dog")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+    found = check(tmp_path)
+
+    assert found.images["read"] == 2
+    assert find(found, "leak").examples == ["val1 = train1"]
+
+
+# ---- captions
+
+
+@pytest.mark.parametrize("text", ["é", "café", "„Kaffee“", "naïve—really", "犬が走る", "Привет", "Ελλάδα", "€", "😀"])
+def test_utf8_read_as_another_encoding_is_found_and_the_text_itself_is_not(text: str) -> None:
+    assert find_mojibake(f"a {text} b") == ""
+    for encoding in ("latin-1", "cp1252"):
+        try:
+            wrong = text.encode().decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        assert find_mojibake(f"a {wrong} b") != ""
+
+
+@pytest.mark.parametrize(
+    ("caption", "what", "example", "spoils"),
+    [
+        ("a cafÃ©", "letters of UTF-8 that was read as latin-1", "Ã©", True),
+        ("a caf\ufffd", "replacement characters, for letters that are lost", "\ufffd", True),
+        ("a \x1b[31mdog", "control characters", "\x1b", True),
+        ("a dog &amp; a cat", "HTML entities", "&amp;", False),
+    ],
+)
+def test_texts_in_the_wrong_encoding_are_found(
+    flickr8k: Path, caption: str, what: str, example: str, spoils: bool
+) -> None:
+    with (flickr8k / "Flickr8k.token.txt").open("a", encoding="utf-8") as file:
+        file.write(f"0003_photo.jpg#5\t{caption}\n0004_photo.jpg#5\t{caption}\n")
+
+    found = find(check(flickr8k, decode=False), "encoding")
+
+    assert found.text == f"captions have {what}"
+    assert found.examples == [f"{example} in 0003_photo.jpg", f"{example} in 0004_photo.jpg"]
+    assert found.spoils == spoils  # 2 of 102 are more than 1 %
+
+
+def test_odd_captions_are_counted(flickr8k: Path) -> None:
+    with (flickr8k / "Flickr8k.token.txt").open("a") as file:
+        file.write(
+            f"0003_photo.jpg#5\t{captions_of(3)[0]}\n0003_photo.jpg#6\tdog .\n0003_photo.jpg#7\t{'very ' * 30}\n"
+        )
+
+    found = check(flickr8k, decode=False)
+
+    assert find(found, "repeated_captions").examples == ["0003_photo.jpg"]
+    assert find(found, "num_captions").text == "image has more or fewer than 5 captions"
+    assert find(found, "short").count == find(found, "long").count == 1
+
+
+# ---- the command
+
+
+def test_the_command_tells_the_worst_first_and_ends_with_3(flickr8k: Path) -> None:
+    assert imcap("check", flickr8k).exit_code == 0
+    shutil.copy(image(flickr8k, 3), image(flickr8k, 12))
+
+    result = imcap("check", flickr8k)
+
+    assert (result.exit_code, result.stderr) == (3, "")
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"{flickr8k}: Flickr8k as distributed"
+    leak = "        1 validation image is in train too, byte for byte: 0012_photo.jpg = 0003_photo.jpg"
+    assert lines.index("would spoil a training:") + 1 == lines.index(leak) < lines.index("worth a look:")
+    assert lines[-1] == "not fit to train on: 1 thing would spoil a training"
+
+
+def test_json_is_one_object_with_the_same_exit_code(flickr8k: Path) -> None:
+    (flickr8k / "Flickr_8k.devImages.txt").unlink()
+
+    result = imcap("check", flickr8k, "--json", "--no-decode")
+
+    assert result.exit_code == 3
+    found = json.loads(result.stdout)
+    assert found["spoils"] is True
+    assert found["findings"][0] == {
+        "code": "no_split",
+        "count": 0,
+        "text": "validation images: a training needs some",
+        "examples": [],
+        "spoils": True,
+    }
+    assert imcap("check", flickr8k, "--quiet", "--no-decode").output == ""
+
+
+def test_wrong_input_is_exit_code_2(tmp_path: Path) -> None:
+    for arguments in ([tmp_path], [tmp_path / "nowhere"], [tmp_path, "--set", "vocabulary.min_count=0"]):
+        result = imcap("check", *arguments)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_names_are_told_in_letters(tmp_path: Path) -> None:
+    hostile = "\x1b[2J\u202egpj.jpg"
+    for name in (hostile, f"2{hostile}"):
+        (tmp_path / name).write_bytes(jpeg(1))
+    records = [{"file_name": name, "text": f"{hostile} a"} for name in (hostile, f"2{hostile}")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    result = imcap("check", tmp_path)
+
+    assert "\\x1b[2J\\u202egpj.jpg" in result.stdout
+    assert not {"\x1b", "\u202e"} & set(result.stdout + imcap("check", tmp_path, "--json").stdout)
+
+
+def test_training_on_tars_is_refused_in_one_line(tmp_path: Path) -> None:
+    import tarfile
+
+    (tmp_path / "a.txt").write_text("a dog")
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.txt", "a.jpg"):
+            tar.add(tmp_path / name, name)
+
+    result = imcap("train", tmp_path / "a.tar", tmp_path / "model")
+
+    assert result.exit_code == 2
+    assert "a training reads images from files, not from tars" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

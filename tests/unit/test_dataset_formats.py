@@ -1,0 +1,507 @@
+"""The same small data set in each of the formats people have: whichever it is, the same table comes out of it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset
+from imcap_ray.errors import DatasetError, InputError
+from tests.small_data import jpeg
+
+# name -> split and captions; what has no official split in a format gets its own by its name.
+IMAGES: Final[dict[str, tuple[str, list[str]]]] = {
+    "dog.jpg": ("train", ["A dog runs .", "The dog, black and white, runs ."]),
+    "cat.jpg": ("train", ["A cat sleeps ."]),
+    "café.jpg": ("validation", ["Un café près de la mer .", "Ein „Kaffee“ ."]),
+    "ball.png": ("test", ["A | ball ; red .", '"Catch" , he says .']),
+}
+SHORT: Final = {"train": "train", "validation": "val", "test": "test"}
+REFERENCES: Final = {name: captions for name, (_, captions) in IMAGES.items()}
+
+
+def put_images(folder: Path, names: Any = IMAGES) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        (folder / name).write_bytes(jpeg(number))
+    return folder
+
+
+def write_flickr30k_token(folder: Path) -> None:
+    put_images(folder / "flickr30k-images")
+    lines = [f"{name}#{k}\t{c}" for name, captions in REFERENCES.items() for k, c in enumerate(captions)]
+    (folder / "results_20130124.token").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_flickr30k_csv(folder: Path) -> None:
+    put_images(folder / "flickr30k_images")
+    lines = [f"{name}| {k}| {c}" for name, captions in REFERENCES.items() for k, c in enumerate(captions)]
+    text = "\n".join(["image_name| comment_number| comment", *lines])
+    (folder / "results.csv").write_text(text, encoding="utf-8")
+
+
+def write_csv(folder: Path) -> None:
+    put_images(folder)
+    with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "caption", "split"])
+        writer.writerows([name, c, split] for name, (split, captions) in IMAGES.items() for c in captions)
+
+
+def karpathy() -> dict[str, Any]:
+    images = [
+        {"filename": name, "imgid": number, "split": SHORT[split], "sentences": [{"raw": c} for c in captions]}
+        for number, (name, (split, captions)) in enumerate(IMAGES.items())
+    ]
+    return {"dataset": "flickr8k", "images": images}
+
+
+def write_karpathy(folder: Path) -> None:
+    put_images(folder / "Flicker8k_Dataset")
+    (folder / "dataset_flickr8k.json").write_text(json.dumps(karpathy()), encoding="utf-8")
+
+
+def write_karpathy_coco(folder: Path) -> None:
+    document = karpathy()
+    for image in document["images"]:
+        image["filepath"] = "val2014" if image["split"] == "val" else "train2014"
+        put_images(folder / image["filepath"], [image["filename"]])
+    (folder / "dataset_coco.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def coco(splits: tuple[str, ...] = SPLITS) -> dict[str, Any]:
+    chosen = [(name, captions) for name, (split, captions) in IMAGES.items() if split in splits]
+    images = [
+        {"id": 7 + number, "file_name": name, "width": 80, "height": 60} for number, (name, _) in enumerate(chosen)
+    ]
+    annotations = [
+        {"id": 100 * number + k, "image_id": 7 + number, "caption": caption}
+        for number, (_, captions) in enumerate(chosen)
+        for k, caption in enumerate(captions)
+    ]
+    return {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+
+
+def write_coco(folder: Path) -> None:
+    (folder / "annotations").mkdir(parents=True)
+    for split in SPLITS:
+        name = f"{SHORT[split]}2017"
+        (folder / "annotations" / f"captions_{name}.json").write_text(json.dumps(coco((split,))), encoding="utf-8")
+        put_images(folder / name, [image for image, (of, _) in IMAGES.items() if of == split])
+    (folder / "annotations" / "instances_train2017.json").write_text("not even JSON")
+
+
+def write_coco_single(folder: Path) -> None:
+    put_images(folder / "images")
+    (folder / "annotations.json").write_text(json.dumps(coco()), encoding="utf-8")
+
+
+def write_list(folder: Path) -> None:
+    put_images(folder)
+    records = [{"file_path": name, "captions": captions, "split": split} for name, (split, captions) in IMAGES.items()]
+    (folder / "captions.json").write_text(json.dumps(records), encoding="utf-8")
+
+
+def write_metadata_jsonl(folder: Path) -> None:
+    put_images(folder)
+    lines = [json.dumps({"file_name": name, "text": c}) for name, captions in REFERENCES.items() for c in captions]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_metadata_by_split(folder: Path) -> None:
+    for split in SPLITS:
+        chosen = {name: captions for name, (of, captions) in IMAGES.items() if of == split}
+        put_images(folder / split, chosen)
+        with (folder / split / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file_name", "captions"])
+            writer.writerows([name, json.dumps(captions)] for name, captions in chosen.items())
+
+
+def write_sidecars(folder: Path) -> None:
+    put_images(folder)
+    for name, captions in REFERENCES.items():
+        (folder / name).with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+
+def write_sidecars_by_split(folder: Path) -> None:
+    for name, (split, captions) in IMAGES.items():
+        path = put_images(folder / SHORT[split] / "deep", [name]) / name
+        path.with_suffix(".json").write_text(json.dumps({"caption": captions}), encoding="utf-8")
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_webdataset(folder: Path) -> None:
+    for split in SPLITS:
+        members = {}
+        for number, (name, (of, captions)) in enumerate(IMAGES.items()):
+            if of == split:
+                members[name] = jpeg(number)
+                members[f"{name.partition('.')[0]}.txt"] = "\n".join(captions).encode()
+        write_tar(folder / f"some-{SHORT[split]}-000.tar", members)
+
+
+# What the format is called, and whether it says the splits. Ids may have a folder before the name, or lack the ending.
+FORMATS: Final[dict[Callable[[Path], None], tuple[str, bool]]] = {
+    write_flickr30k_token: ("Flickr30k as distributed", False),
+    write_flickr30k_csv: ("Flickr30k as distributed", False),
+    write_csv: ("CSV", True),
+    write_karpathy: ("Karpathy's JSON", True),
+    write_karpathy_coco: ("Karpathy's JSON", True),
+    write_coco: ("COCO captions", True),
+    write_coco_single: ("COCO captions", False),
+    write_list: ("a JSON list of captions", True),
+    write_metadata_jsonl: ("Hugging Face's imagefolder", False),
+    write_metadata_by_split: ("Hugging Face's imagefolder", True),
+    write_sidecars: ("a folder of images with their captions beside them", False),
+    write_sidecars_by_split: ("a folder of images with their captions beside them", True),
+    write_webdataset: ("WebDataset, 3 tars", True),
+}
+every_format = pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
+
+
+def stem(image_id: str) -> str:
+    return image_id.rpartition("/")[2].partition(".")[0]
+
+
+@every_format
+def test_each_format_is_the_same_table(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path / "data")
+    name, has_splits = FORMATS[write]
+
+    dataset = load_dataset(str(tmp_path / "data"))
+
+    assert dataset.format == name
+    assert dataset.table.schema == DATASET_SCHEMA
+    assert {stem(key): found for key, found in dataset.references().items()} == {
+        stem(key): found for key, found in REFERENCES.items()
+    }
+    for row in dataset.table.to_pylist():
+        assert dataset.read_image(row["image_path"]).startswith(b"\xff\xd8")
+        if has_splits:
+            assert row["split"] == next(s for key, (s, _) in IMAGES.items() if stem(key) == stem(row["image_id"]))
+    no_splits = "no official splits: each image's split is a hash of its name"
+    assert dataset.notes == [] if has_splits else dataset.notes == [no_splits]
+
+
+@every_format
+def test_nothing_in_any_format_leads_out_of_the_data(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    """The same files, with each mention of one image replaced by a path to a file above the data."""
+    data = tmp_path / "data"
+    write(data)
+    put_images(tmp_path, ["dog.jpg"])
+    changed = 0
+    for path in [path for path in data.rglob("*") if path.suffix in (".json", ".jsonl", ".csv", ".token")]:
+        text = path.read_text(encoding="utf-8")
+        changed += "dog.jpg" in text
+        path.write_text(text.replace("dog.jpg", "../../../dog.jpg"), encoding="utf-8")
+    if write is write_webdataset:
+        write_tar(data / "some-train-000.tar", {"../../dog.jpg": jpeg(), "../../dog.txt": b"x"})
+        changed = 1
+    if not changed:
+        return  # sidecars name nothing
+
+    with pytest.raises(DatasetError, match="dog.*leads out of .*--allow-outside-paths"):
+        load_dataset(str(data))
+    assert load_dataset(str(data), allow_outside_paths=True).table.num_rows > 0
+
+
+# ---- encodings
+
+ENCODINGS: Final = {
+    "utf-8-sig": "1 file is UTF-8 with BOM: ",
+    "utf-16": "1 file is UTF-16: ",
+    "utf-16-le": "1 file is UTF-16",
+}
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "cp1252"])
+@pytest.mark.parametrize(
+    "write",
+    [write_flickr30k_token, write_flickr30k_csv, write_csv, write_karpathy, write_coco_single, write_metadata_jsonl],
+)
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_no_encoding_or_line_end_changes_a_caption(
+    tmp_path: Path, write: Callable[[Path], None], encoding: str, line_end: str
+) -> None:
+    write(tmp_path)
+    expected = load_dataset(str(tmp_path)).references()
+    (path,) = [path for path in tmp_path.iterdir() if path.is_file() and path.suffix not in (".jpg", ".png")]
+    text = path.read_bytes().decode("utf-8")
+    text = json.dumps(json.loads(text), ensure_ascii=False) if path.suffix == ".json" else text
+    text = text.replace("\r\n", "\n").replace("\n", line_end)
+    path.write_bytes(text.encode(encoding))
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == expected
+    if encoding == "cp1252":
+        is_escaped = not any(letter > "\x7f" for letter in text)
+        assert is_escaped or any("read as Windows-1252 (latin-1)" in note for note in dataset.notes)
+    else:
+        assert any(note.startswith(ENCODINGS[encoding]) for note in dataset.notes)
+
+
+def test_a_line_in_another_encoding_changes_no_other_line(tmp_path: Path) -> None:
+    (tmp_path / "captions.csv").write_bytes("image,caption\na.jpg,né\n".encode() + "b.jpg,né\n".encode("latin-1"))
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == {"a.jpg": ["né"], "b.jpg": ["né"]}
+    assert "1 line is not UTF-8 and is read as Windows-1252 (latin-1): captions.csv line 3" in dataset.notes
+
+
+# ---- what is odd in each format
+
+
+def test_the_known_broken_line_of_flickr30k_is_counted(tmp_path: Path) -> None:
+    write_flickr30k_csv(tmp_path)
+    with (tmp_path / "results.csv").open("a", encoding="utf-8") as file:
+        file.write("\ndog.jpg| 4   A dog runs across the grass .\n")
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert "1 line is not `image_name|comment_number|comment`: line 9" in dataset.notes
+    assert len(dataset.references()["dog.jpg"]) == 2
+
+
+def test_karpathys_restval_is_trained_on_and_odd_entries_are_counted(tmp_path: Path) -> None:
+    document = karpathy()
+    document["images"][0]["split"] = "restval"
+    document["images"] += [{"filename": "x.jpg", "split": "train", "sentences": []}, "no object", {"sentences": [{}]}]
+    (tmp_path / "dataset.json").write_text(json.dumps(document))
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.count_splits() == {"train": 2, "validation": 1, "test": 1}
+    assert "3 images have no name or no caption: dataset.json images[4], " in "".join(dataset.notes)
+
+
+def test_coco_without_file_names_is_of_use_as_references(tmp_path: Path) -> None:
+    document = coco()
+    for image in document["images"]:
+        del image["file_name"]
+    document["annotations"] += [{"image_id": 99, "caption": "x"}, {"image_id": 7}, None]
+    (tmp_path / "references.json").write_text(json.dumps(document))
+
+    dataset = load_dataset(str(tmp_path / "references.json"))
+
+    assert set(dataset.references()) == {"7", "8", "9", "10"}
+    assert dataset.table["image_path"].to_pylist() == [""] * 4
+    assert dataset.notes[0].startswith(
+        "3 annotations have no caption or none of the images: references.json annotations"
+    )
+
+
+def test_captions_as_pycocotools_writes_them_are_read_back(tmp_path: Path) -> None:
+    coco_class = pytest.importorskip("pycocotools.coco").COCO
+    put_images(tmp_path / "images")
+    (tmp_path / "a.json").write_text(json.dumps(coco()))
+    loaded = coco_class(str(tmp_path / "a.json")).loadRes(
+        [{"image_id": 7, "caption": "a dog"}, {"image_id": 8, "caption": "b"}]
+    )
+    (tmp_path / "a.json").write_text(json.dumps(loaded.dataset))
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == {"dog.jpg": ["a dog"], "cat.jpg": ["b"]}
+    assert dataset.notes == ["no official splits: each image's split is a hash of its name"]
+
+
+def test_images_of_coco_without_annotations_are_counted(tmp_path: Path) -> None:
+    document = coco()
+    document["annotations"] = [one for one in document["annotations"] if one["image_id"] < 9]
+    (tmp_path / "captions.json").write_text(json.dumps(document))
+
+    assert "2 images have no caption: café.jpg, ball.png" in load_dataset(str(tmp_path)).notes
+
+
+def test_one_file_of_coco_finds_its_images_beside_the_annotations(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+
+    dataset = load_dataset(str(tmp_path / "annotations" / "captions_val2017.json"))
+
+    assert dataset.describe_splits() == "1 validation"
+    assert dataset.table["image_path"].to_pylist() == [f"{tmp_path}/val2017/café.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["dataset_a.json", "dataset_b.json"], "several sets of captions, dataset_a.json, dataset_b.json: name one"),
+        (["captions_train2014.json", "captions_val2017.json"], "several sets of captions"),
+    ],
+)
+def test_of_several_sets_of_captions_one_must_be_named(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text(json.dumps(karpathy() if name.startswith("dataset") else coco()))
+
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(str(tmp_path))
+    assert load_dataset(str(tmp_path / names[0])).table.num_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("captions.json", "{", "captions.json is not valid JSON: "),
+        ("captions.json", "[" * 100_000, "captions.json is not valid JSON: "),
+        ("instances.json", '{"images": [], "annotations": [{"bbox": []}]}', "holds no captions: expected Karpathy's"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.jpg", "label": 1}\n',
+            "metadata.jsonl has no captions: .*got file_name, label",
+        ),
+        ("notes.txt", "Dear all,\nthis is no data set, I fear.\n", "not one caption in it; 2 lines are not"),
+        ("broken.tar", "no tar", "not one caption in it; 1 tar is damaged or ends early: broken.tar"),
+        ("photo.xyz", "x", "holds no captioned images: expected Flickr8k"),
+    ],
+)
+def test_a_file_that_holds_no_captions_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+
+    with pytest.raises(DatasetError, match=message) as caught:
+        load_dataset(str(tmp_path / name))
+    assert "\n" not in str(caught.value)
+
+
+def test_names_in_split_folders_do_not_clash(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        put_images(tmp_path / split, ["1.jpg"])
+        (tmp_path / split / "metadata.jsonl").write_text(f'{{"file_name": "1.jpg", "text": "{split}"}}\nno JSON\n\n')
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == {"train/1.jpg": ["train"], "test/1.jpg": ["test"]}
+    assert "2 lines are no JSON objects: train/metadata.jsonl line 2, test/metadata.jsonl line 2" in dataset.notes
+
+
+def test_what_has_no_other_half_beside_it_is_counted(tmp_path: Path) -> None:
+    write_sidecars(tmp_path)
+    put_images(tmp_path, ["alone.jpg", "dog.png", "blank.jpg"])
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "README.txt").write_text("what this is")
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references()["dog.png"] == dataset.references()["dog.jpg"]
+    assert "1 caption file belongs to several images: dog" in dataset.notes
+    assert "2 images have no caption: blank.jpg, alone.jpg" in dataset.notes
+    assert "1 file has no image beside it: README.txt" in dataset.notes
+
+
+# ---- tars
+
+
+def test_keys_that_two_tars_share_are_two_images(tmp_path: Path) -> None:
+    for number in range(2):
+        members = {"0.jpg": jpeg(number), "0.json": json.dumps({"caption": f"number {number}"}).encode()}
+        write_tar(tmp_path / f"{number}.tar", members)
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == {"0/0": ["number 0"], "1/0": ["number 1"]}
+    assert [dataset.read_image(path) for path in dataset.table["image_path"].to_pylist()] == [jpeg(0), jpeg(1)]
+
+
+def test_a_tar_that_ends_early_has_what_comes_before(tmp_path: Path) -> None:
+    members = {"a.jpg": jpeg(1), "a.txt": b"x", "b.txt": b"y", "b.jpg": jpeg(2), "c.jpg": jpeg(3)}
+    path = write_tar(tmp_path / "a.tar", members)
+    path.write_bytes(path.read_bytes()[: len(jpeg(1)) + 2600])
+
+    dataset = load_dataset(str(path))
+
+    assert dataset.references() == {"a": ["x"]}
+    assert any(note.startswith("1 tar is damaged or ends early: a.tar") for note in dataset.notes)
+
+
+def test_a_training_refuses_tars_and_says_how_to_go_on(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "data")
+
+    with pytest.raises(DatasetError, match="not from tars. Unpack them"):
+        load_dataset(str(tmp_path / "data")).require_files()
+
+    for split in SPLITS:  # as it says
+        with tarfile.open(tmp_path / "data" / f"some-{SHORT[split]}-000.tar") as tar:
+            tar.extractall(tmp_path / "unpacked" / split, filter="data")
+    dataset = load_dataset(str(tmp_path / "unpacked"))
+    dataset.require_files()
+    assert dataset.count_splits() == {"train": 2, "validation": 1, "test": 1}
+
+
+# ---- whatever a file holds
+
+JSON: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["a.jpg", "train"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["images", "annotations", "sentences", "caption", "raw", "filename", "image_id", "id", "split"]
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+def loads_or_is_refused(path: Path) -> CaptionedImages | None:
+    try:
+        return load_dataset(str(path))
+    except InputError:
+        return None
+
+
+@settings(max_examples=150, deadline=None)
+@given(document=JSON, ascii_only=st.booleans())
+def test_no_json_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, document: Any, ascii_only: bool) -> None:
+    folder = tmp_path_factory.mktemp("json")
+    text = json.dumps(document, ensure_ascii=ascii_only)
+    (folder / "captions.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+
+    loads_or_is_refused(folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["captions.txt", "results.csv", "Flickr8k.token.txt", "metadata.jsonl", "metadata.csv", "a.tar"]
+    ),
+    data=st.binary(max_size=200)
+    | st.lists(
+        st.sampled_from(
+            [b"a.jpg", b"#0\t", b",", b"|", b'"', b"\n", b"\r", b"\0", b"\xe9", b"x", b"image,caption\n", b"{}"]
+        ),
+        max_size=20,
+    ).map(b"".join),
+)
+def test_no_bytes_are_a_traceback(tmp_path_factory: pytest.TempPathFactory, name: str, data: bytes) -> None:
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / name).write_bytes(data)
+
+    dataset = loads_or_is_refused(folder)
+
+    if dataset is not None:
+        assert all(caption.strip() for found in dataset.references().values() for caption in found)
