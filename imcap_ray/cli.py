@@ -427,7 +427,12 @@ def check(data: str, **options: Any) -> None:
     show_default=True,
     help="What counts as a word: ptb for English, unicode for other languages, seed as the Keras tutorials clean it.",
 )
-@click.option("--save", help="Folder for scores.json and scores.md. Default: _imcap in CAPTIONS, if that is a folder.")
+@click.option("--against", metavar="CAPTIONS", help="Other captions of the same images: is the difference real?")
+@click.option(
+    "--save",
+    help="Folder for scores.json, scores.md, and scores.parquet with each image's. Default: _imcap in CAPTIONS, if "
+    "that is a folder.",
+)
 @_outside_option
 @_output_options
 def evaluate(captions: str, references: str, **options: Any) -> None:
@@ -435,16 +440,23 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 
     \b
     imcap evaluate captions/ flickr8k/
+    imcap evaluate captions/ flickr8k/ --against captions-before/
     """
+    import pyarrow as pa
+
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
+    from imcap_ray.manifest import write_table
 
     dataset = load_dataset(references, allow_outside_paths=options["allow_outside_paths"])
-    report = evaluate_captions(captions, dataset, split=options["split"], tokenizer=options["tokenizer"])
+    report = evaluate_captions(
+        captions, dataset, split=options["split"], tokenizer=options["tokenizer"], against=options["against"]
+    )
     folder = options["save"] or (storage.join(captions, "_imcap") if storage.is_folder(captions) else None)
     if folder:
         storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
         storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
+        write_table(storage.join(folder, "scores.parquet"), pa.table(dict(report.image_scores)))
     if options["as_json"]:
         click.echo(json.dumps(json.loads(report.to_json()), indent=2))  # without a letter that a terminal would obey
     elif not options["quiet"]:

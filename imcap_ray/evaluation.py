@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from imcap_ray.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
@@ -26,13 +27,21 @@ def read_captions(location: str) -> Captions:
 
 
 def evaluate_captions(
-    location: str, references: CaptionedImages, *, split: str | None = None, tokenizer: str = "ptb"
+    location: str,
+    references: CaptionedImages,
+    *,
+    split: str | None = None,
+    tokenizer: str = "ptb",
+    against: str | None = None,
 ) -> EvaluationReport:
     """Score the captions table at `location` against a data set.
 
     An image is looked up by its id, or by its file name where the captions were made from a folder above the images.
     With a split the captions of other images are left aside; without one there must be none, and the captions must
     be of all images of one split, or of all images.
+
+    Args:
+        against: another captions table, of the same images at least, to be compared with.
 
     Raises:
         DatasetError: the captions are of other images, or some of the split's images have none.
@@ -42,24 +51,39 @@ def evaluate_captions(
         _refuse_strangers(location, captions, references)
         split = _split_of(captions, references)
     wanted = references.references(split)
-    captions = {image_id: caption for image_id, caption in captions.items() if image_id in wanted}
-    missing = [image_id for image_id in wanted if image_id not in captions]
-    if missing:
-        raise DatasetError(
-            f"{location} has captions for {len(wanted) - len(missing):,} of the {len(wanted):,} "
-            f"{split or 'captioned'} images of {references.location}, {missing[0]} is missing: caption them all, or "
-            "name the --split they are of; a score over a part cannot be compared"
-        )
+    captions = _of_all(captions, wanted, location, f"{split or 'captioned'} images of {references.location}")
+    other = None
+    if against is not None:
+        found = _match(read_captions(against), references)
+        found = _of_all(found, wanted, against, f"images that {location} is scored on")
+        other = (against, _texts(found))
     notes = "images of the training split: no measure of quality" if split == TRAIN else ""
     confidences = {image_id: confidence for image_id, (_, confidence) in captions.items()}
     return evaluate(
-        {image_id: caption for image_id, (caption, _) in captions.items()},
+        _texts(captions),
         wanted,
         split=split or "",
         tokenizer=tokenizer,
         notes=notes,
         confidences=None if all(map(math.isnan, confidences.values())) else confidences,
+        against=other,
     )
+
+
+def _of_all(captions: Captions, wanted: Mapping[str, object], location: str, what: str) -> Captions:
+    """The captions of the wanted images, or DatasetError when one has none."""
+    captions = {image_id: caption for image_id, caption in captions.items() if image_id in wanted}
+    missing = [image_id for image_id in wanted if image_id not in captions]
+    if missing:
+        raise DatasetError(
+            f"{location} has captions for {len(captions):,} of the {len(wanted):,} {what}, {missing[0]} is missing: "
+            "caption them all, or name the --split they are of; a score over a part cannot be compared"
+        )
+    return captions
+
+
+def _texts(captions: Captions) -> dict[str, str]:
+    return {image_id: text for image_id, (text, _) in captions.items()}
 
 
 def _match(captions: Captions, references: CaptionedImages) -> Captions:

@@ -10,9 +10,9 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +108,20 @@ class ConfidencePoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Comparison:
+    """Scores of other captions of the same images, and how sure a difference is (Koehn 2004, W04-3250)."""
+
+    name: str
+    """Of the other captions."""
+    scores: Scores
+    differences: Mapping[str, float]
+    """This model's scores minus the other's."""
+    intervals: Mapping[str, tuple[float, float]]
+    """95 % bootstrap interval of a difference, both drawn on the same images; without 0 in it, the difference is more
+    than the choice of images."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvaluationReport:
     """Scores, their protocol, and the two lines that give them meaning."""
 
@@ -122,10 +136,18 @@ class EvaluationReport:
     """Each reference scored against the others; None where no image has two."""
     confidence_curve: Sequence[ConfidencePoint] = ()
     """From all captions to the most confident tenth; empty where confidences are not known."""
+    comparison: Comparison | None = None
+    image_scores: Mapping[str, Sequence[str | float]] = field(default_factory=dict)
+    """Columns with a value for each image: image_id, cider_d, rouge_l, and what the corpus's BLEU is the sums of.
+
+    There is no BLEU of one image that BLEU would be the mean of: matched_n and num_n are the n-grams of the caption
+    that its references have and all of its n-grams, num_1 its length, reference_length the closest one's."""
 
     def to_json(self) -> str:
-        """A json object."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        """A json object, without the scores of each image."""
+        values = asdict(replace(self, image_scores={}))
+        del values["image_scores"]
+        return json.dumps(values, indent=2, ensure_ascii=False)
 
     def to_markdown(self) -> str:
         """A table, BLEU and ROUGE-L in percent, and the protocol below it."""
@@ -151,6 +173,14 @@ class EvaluationReport:
         ]
         if self.human is not None:
             table.append(["human, leave one out", *_cells(self.human)])
+        if self.comparison is not None:
+            other = self.comparison
+            bounds = [[_cell(name, bound, signed=True) for bound in other.intervals[name]] for name in _SCORE_NAMES]
+            table += [
+                [markdown(printable(other.name)), *_cells(other.scores)],
+                ["difference", *(_cell(name, other.differences[name], signed=True) for name in _SCORE_NAMES), ""],
+                ["95 % interval", *(f"{low} to {high}" for low, high in bounds), ""],
+            ]
         return table
 
     def _footer(self) -> list[str]:
@@ -178,11 +208,13 @@ def evaluate(
     tokenizer: str = "ptb",
     notes: str = "",
     confidences: Mapping[str, float] | None = None,
+    against: tuple[str, Mapping[str, str]] | None = None,
 ) -> EvaluationReport:
     """Scores of the captions (image_id to text) with all that is needed to read them; see `score`.
 
     Args:
         confidences: of the captions, by image_id.
+        against: name and captions of another model, to be compared image by image.
     """
     reference_tokens = _tokenize_references(references, tokenizer)
     hypotheses = _tokenize_captions(captions, reference_tokens, tokenizer)
@@ -205,6 +237,8 @@ def evaluate(
         floor=floor,
         human=_human(reference_tokens) if max(counts) > 1 else None,
         confidence_curve=_confidence_curve(rows, [confidences[id_] for id_ in references]) if confidences else (),
+        comparison=_compare(rows, against, reference_tokens, tokenizer, cider_d) if against else None,
+        image_scores=_image_scores(list(references), rows),
     )
 
 
@@ -500,13 +534,49 @@ def _summary(rows: NDArray[np.float64], hypotheses: Sequence[Tokens]) -> Scores:
     )
 
 
+def _image_scores(image_ids: Sequence[str], rows: NDArray[np.float64]) -> dict[str, Sequence[str | float]]:
+    """The columns of `EvaluationReport.image_scores`."""
+    rouge_l_of_image, cider_d_of_image = rows[:, _MEANS].T
+    columns: dict[str, NDArray[Any]] = {"cider_d": cider_d_of_image, "rouge_l": rouge_l_of_image}
+    counts = rows[:, : _MEANS.start].astype(int)
+    for name, part in (("matched", counts[:, _MATCHES]), ("num", counts[:, _TOTALS])):
+        columns |= {f"{name}_{order}": part[:, order - 1] for order in range(1, MAX_ORDER + 1)}
+    columns["reference_length"] = counts[:, _REFERENCE_LENGTH]
+    return {"image_id": image_ids, **{name: column.tolist() for name, column in columns.items()}}
+
+
+def _compare(
+    rows: NDArray[np.float64],
+    against: tuple[str, Mapping[str, str]],
+    references: Mapping[str, Sequence[Tokens]],
+    tokenizer: str,
+    cider_d: CiderD,
+) -> Comparison:
+    name, captions = against
+    hypotheses = _tokenize_captions(captions, references, tokenizer)
+    others = _image_rows(hypotheses, list(references.values()), cider_d)
+    differences = _corpus_scores(rows.sum(axis=0), len(rows)) - _corpus_scores(others.sum(axis=0), len(rows))
+    return Comparison(
+        name=name,
+        scores=_summary(others, hypotheses),
+        differences=dict(zip(_SCORE_NAMES, differences.tolist(), strict=True)),
+        intervals=_interval_of_each(_resampled(rows) - _resampled(others)),
+    )
+
+
 def _intervals(rows: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
+    return _interval_of_each(_resampled(rows))
+
+
+def _resampled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Corpus scores of images drawn with replacement, a row a draw; the same images at every call."""
     generator = np.random.default_rng(RESAMPLING_SEED)
     num_images = len(rows)
-    resamples = [
-        _corpus_scores(rows[generator.integers(num_images, size=num_images)].sum(axis=0), num_images)
-        for _ in range(NUM_RESAMPLES)
-    ]
+    draws = (generator.integers(num_images, size=num_images) for _ in range(NUM_RESAMPLES))
+    return np.stack([_corpus_scores(rows[drawn].sum(axis=0), num_images) for drawn in draws])
+
+
+def _interval_of_each(resamples: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
     lows, highs = np.quantile(resamples, [0.025, 0.975], axis=0).tolist()
     return {name: (low, high) for name, low, high in zip(_SCORE_NAMES, lows, highs, strict=True)}
 
@@ -579,5 +649,6 @@ def _cells(scores: Scores) -> list[str]:
     return [*(_cell(name, values[name]) for name in _SCORE_NAMES), f"{scores.length_ratio:.2f}"]
 
 
-def _cell(name: str, value: float) -> str:
-    return f"{value:.3f}" if name == "cider_d" else f"{100 * value:.1f}"
+def _cell(name: str, value: float, *, signed: bool = False) -> str:
+    sign = "+" if signed else "-"
+    return f"{value:{sign}.3f}" if name == "cider_d" else f"{100 * value:{sign}.1f}"

@@ -35,6 +35,7 @@ import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
 
+from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import Caption, Captioner
 from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.datasets import VALIDATION, load_dataset
@@ -485,20 +486,25 @@ def large_photographs(data: str, images: int, model: str | None, as_json: bool) 
     captioner = Captioner.load(model)
     dataset = load_dataset(data)
     rows = dataset.split(VALIDATION).slice(0, images).to_pylist()
-    seconds: dict[str, list[float]] = {"reduced": [], "whole": []}
+    milliseconds: dict[str, list[float]] = {"reduced": [], "whole": []}
     captions: dict[str, dict[str, str]] = {"reduced": {}, "whole": {}}
-    for row in rows:
-        with Image.open(row["image_path"]) as small:
-            stream = io.BytesIO()
-            small.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-        for way, decode in (("reduced", _decode_reduced), ("whole", _decode_whole)):
-            start = time.perf_counter()
-            pixels = decode(stream.getvalue(), captioner.image_size)
-            seconds[way].append(1000 * (time.perf_counter() - start))
-            captions[way][row["image_id"]] = captioner.caption_pixels(pixels[None])[0][0].text
+    for start in range(0, len(rows), COMPUTE_BATCH_SIZE):
+        chunk = rows[start : start + COMPUTE_BATCH_SIZE]
+        pixels: dict[str, list[np.ndarray[Any, Any]]] = {"reduced": [], "whole": []}
+        for row in chunk:
+            with Image.open(row["image_path"]) as small:
+                stream = io.BytesIO()
+                small.convert("RGB").resize((4000, 3000), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+            for way, decode in (("reduced", _decode_reduced), ("whole", _decode_whole)):
+                before = time.perf_counter()
+                pixels[way].append(decode(stream.getvalue(), captioner.image_size))
+                milliseconds[way].append(1000 * (time.perf_counter() - before))
+        for way, images_of_chunk in pixels.items():
+            for row, best in zip(chunk, captioner.caption_pixels(np.stack(images_of_chunk)), strict=True):
+                captions[way][row["image_id"]] = best[0].text
     same = sum(captions["reduced"][name] == text for name, text in captions["whole"].items())
     references = {row["image_id"]: row["captions"] for row in rows}
-    medians = {way: float(np.median(values)) for way, values in seconds.items()}
+    medians = {way: float(np.median(values)) for way, values in milliseconds.items()}
     result = {
         "images": len(rows),
         "milliseconds": {way: round(value, 1) for way, value in medians.items()},

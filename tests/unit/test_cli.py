@@ -403,6 +403,7 @@ def test_captions_are_scored_and_the_scores_kept_beside_them(captions: Path, fli
     assert "BLEU-4" in result.stdout
     assert json.loads((captions / "_imcap" / "scores.json").read_text())
     assert "BLEU-4" in (captions / "_imcap" / "scores.md").read_text()
+    assert "cider_d" in pq.read_schema(captions / "_imcap" / "scores.parquet").names
 
 
 def test_scores_as_json_are_all_there_is_on_stdout(captions: Path, flickr8k: Path, tmp_path: Path) -> None:

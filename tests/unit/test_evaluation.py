@@ -119,6 +119,19 @@ def test_a_missing_caption_is_refused(tmp_path: Path, references: CaptionedImage
         evaluate_captions(captions, references)
 
 
+def test_other_captions_are_compared_on_the_same_images(tmp_path: Path, references: CaptionedImages) -> None:
+    ours = write(tmp_path / "a.parquet", of_split("test"))
+    theirs = write(tmp_path / "b.parquet", PERFECT | {"test/c.jpg": "a bird"})
+
+    comparison = evaluate_captions(ours, references, against=theirs).comparison
+
+    assert comparison is not None
+    assert (comparison.name, comparison.scores.num_images) == (theirs, 2)
+    assert comparison.differences["bleu_1"] > 0
+    with pytest.raises(DatasetError, match=r"c\.parquet has captions for 1 of the 2 images that .*a\.parquet is"):
+        evaluate_captions(ours, references, against=write(tmp_path / "c.parquet", {"test/d.jpg": "a child"}))
+
+
 def test_an_image_that_failed_is_scored_as_silence(tmp_path: Path, references: CaptionedImages) -> None:
     captions = of_split("test") | {"test/c.jpg": None}
 

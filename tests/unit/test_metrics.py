@@ -336,6 +336,57 @@ def test_intervals_surround_the_scores_and_are_the_same_every_time():
     assert evaluate(captions, references).intervals == report.intervals
 
 
+def test_captions_compared_with_themselves_do_not_differ():
+    references = make_references(30)
+    captions = {image_id: texts[0] for image_id, texts in references.items()}
+
+    comparison = evaluate(captions, references, against=("the same", captions)).comparison
+
+    assert comparison.scores == score(captions, references)
+    assert set(comparison.differences.values()) == {0.0}
+    assert set(comparison.intervals.values()) == {(0.0, 0.0)}
+
+
+def test_a_difference_is_drawn_on_the_same_images_and_turns_its_sign_with_the_sides():
+    references = make_references(60)
+    good = {image_id: texts[0] for image_id, texts in references.items()}
+    # The same captions but for every tenth image: each alone varies much more than what is between them.
+    worse = {image_id: text if i % 10 else "a bird" for i, (image_id, text) in enumerate(good.items())}
+
+    report = evaluate(good, references, against=("worse", worse))
+    reverse = evaluate(worse, references, against=("good", good)).comparison
+
+    comparison = report.comparison
+    for name, difference in comparison.differences.items():
+        low, high = comparison.intervals[name]
+        assert difference == pytest.approx(getattr(report.scores, name) - getattr(comparison.scores, name))
+        assert low < difference < high
+        assert reverse.differences[name] == pytest.approx(-difference)
+        assert reverse.intervals[name] == pytest.approx((-high, -low))
+    low, high = comparison.intervals["cider_d"]
+    assert low > 0, "more than the choice of images"
+    own_low, own_high = report.intervals["cider_d"]
+    assert high - low < own_high - own_low
+    assert f"| difference | +{100 * comparison.differences['bleu_1']:.1f} |" in report.to_markdown()
+    assert json.loads(report.to_json())["comparison"]["name"] == "worse"
+
+
+def test_the_scores_of_the_images_make_up_those_of_all():
+    references = make_references(30)
+    captions = {image_id: f"{texts[0]} and a dog" for image_id, texts in references.items()}
+
+    report = evaluate(captions, references)
+
+    columns = report.image_scores
+    assert columns["image_id"] == list(references)
+    assert sum(columns["cider_d"]) / 30 == pytest.approx(report.scores.cider_d)
+    assert sum(columns["rouge_l"]) / 30 == pytest.approx(report.scores.rouge_l)
+    precisions = [sum(columns[f"matched_{n}"]) / sum(columns[f"num_{n}"]) for n in (1, 2)]
+    brevity = min(1.0, math.exp(1 - sum(columns["reference_length"]) / sum(columns["num_1"])))
+    assert brevity * math.prod(precisions) ** 0.5 == pytest.approx(report.scores.bleu_2)
+    assert "image_scores" not in json.loads(report.to_json())
+
+
 def test_a_report_reads_as_json_markdown_and_text():
     references = make_references(30)
     captions = {image_id: texts[0] for image_id, texts in references.items()}
