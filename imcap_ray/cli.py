@@ -21,7 +21,7 @@ from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.escaping import printable
 
 if TYPE_CHECKING:
-    from imcap_ray.distributed.captioning import CaptioningSummary
+    from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.images import Progress
     from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
 
@@ -47,6 +47,13 @@ class _Group(click.Group):
                 raise
             _say(f"imcap: stopped by an error: {storage.hide_secrets(str(error))}", err=True)
             ctx.exit(ImcapError.exit_code)
+        except ModuleNotFoundError as error:  # on a cluster whose image or environment is not ours
+            if (error.name or "").startswith("imcap_ray"):
+                raise
+            _say(
+                f"imcap: {sys.executable} has no module {error.name}: install there what imcap_ray depends on", err=True
+            )
+            ctx.exit(InputError.exit_code)
         except KeyboardInterrupt:
             click.echo("imcap: interrupted; what is written is kept, the same command goes on", err=True)
             ctx.exit(INTERRUPTED)
@@ -141,6 +148,7 @@ _output_options = _options(
     show_default=True,
     help="Share of images that may fail before the exit code is 3.",
 )
+@click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and stop there.")
 @_outside_option
 @_cluster_options
 @_output_options
@@ -159,6 +167,9 @@ def caption(input: str, output: str | None, **options: Any) -> None:
         _print_caption(input, options)
         return
     say, progress_line = _voice(options)
+    if options["dry_run"]:
+        _print_plan(plan(input, output, options), options)
+        return
     summary = run_captioning(input, output, options, say=say, on_progress=progress_line)
     _print_summary(summary, options)
 
@@ -205,39 +216,82 @@ def run_captioning(
     on_progress: Callable[[Progress, int], None],
 ) -> CaptioningSummary:
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
+    from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
+
+    arguments, models = _prepare_captioning(input, output, options)
+    return caption_images(
+        **arguments,
+        model_name=", ".join(models) or DEFAULT_MODEL,
+        batch_size=options["batch_size"] or BATCH_SIZE,
+        retry_failed=options["retry_failed"],
+        max_failure_rate=options["max_failure_rate"],
+        echo=say,
+        on_progress=on_progress,
+    )
+
+
+def plan(input: str, output: str, options: dict[str, Any]) -> CaptioningPlan:
+    """Connect, load, and say what would be done."""
+    from imcap_ray.distributed.captioning import plan_captioning
+
+    return plan_captioning(**_prepare_captioning(input, output, options)[0])
+
+
+def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments that a captioning and its plan share, with a cluster that sees all of them; and the models."""
     from functools import partial
 
     from imcap_ray.captioner import load_captioner, read_model_folder
-    from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
-    from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
+    from imcap_ray.distributed.cluster import connect, is_ray_job, refuse_relative_paths_in_job
+    from imcap_ray.distributed.preflight import ADVICE, require_visible
 
     refuse_relative_paths_in_job({"OUTPUT": output})
     input, output = storage.absolute(input), storage.absolute(output)
     if not storage.exists(input):
-        raise InputError(f"no such input: {input}")
+        where = f" on the cluster: {input}: {ADVICE}" if is_ray_job() else f": {input}"
+        raise InputError(f"no such input{where}")
     models = [storage.absolute(model) for model in options["models"]]
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
     search = _search(options)
     for model in models or (None,):
         read_model_folder(model)  # a broken one is found before Ray starts
-    return caption_images(
-        input,
-        output,
-        load_captioner=partial(load_captioner, models, search=search, encoder_weights=weights),
-        resources=connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"]),
-        model_name=", ".join(models) or DEFAULT_MODEL,
-        num_actors=options["num_actors"],
-        gpus_per_actor=options["gpus_per_worker"],
-        batch_size=options["batch_size"] or BATCH_SIZE,
-        recursive=options["recursive"],
-        limit=options["limit"],
-        overwrite=options["overwrite"],
-        retry_failed=options["retry_failed"],
-        allow_outside_paths=options["allow_outside_paths"],
-        max_failure_rate=options["max_failure_rate"],
-        echo=say,
-        on_progress=on_progress,
-    )
+    resources = connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"])
+    reads = [("INPUT", input), *(("--model", model) for model in models)]
+    if weights:
+        reads.append(("--encoder-weights", weights))
+    require_visible(resources, reads=reads, writes={"OUTPUT": output})
+    arguments = {
+        "input": input,
+        "output": output,
+        "load_captioner": partial(load_captioner, models, search=search, encoder_weights=weights),
+        "resources": resources,
+        "num_actors": options["num_actors"],
+        "gpus_per_actor": options["gpus_per_worker"],
+        "recursive": options["recursive"],
+        "limit": options["limit"],
+        "overwrite": options["overwrite"],
+        "allow_outside_paths": options["allow_outside_paths"],
+    }
+    return arguments, models
+
+
+def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(plan)))
+        return
+    more = "" if plan.is_counted else " at least"
+    _say(f"would caption {plan.input} into {plan.output}: {plan.num_images:,} images{more}, {plan.num_done:,} are done")
+    work = f"{plan.num_blocks:,} block{'s' * (plan.num_blocks != 1)}"
+    work += f", {plan.num_actors} actor{'s' * (plan.num_actors != 1)}"
+    if plan.gpus_per_actor:
+        work += f" with {plan.gpus_per_actor:g} GPU each"
+    if plan.seconds is None:
+        _say(f"{work}; no run into this output tells a speed yet, one with --limit 1000 would")
+    else:
+        speed = f"{plan.images_per_second:.1f} images/s, as the last run there"
+        _say(f"{work}; about {_duration(plan.seconds)}{more} at {speed}")
 
 
 def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Progress, int], None]]:
@@ -336,6 +390,7 @@ def train(data: str, model: str, **options: Any) -> None:
     from imcap_ray.config import load_recipe, parse_override
     from imcap_ray.datasets import load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
+    from imcap_ray.distributed.preflight import require_visible
     from imcap_ray.distributed.trainer import train as run_training
 
     refuse_relative_paths_in_job(
@@ -346,6 +401,13 @@ def train(data: str, model: str, **options: Any) -> None:
     dataset.require_files()
     say, _ = _voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
+    resources = connect(options["address"], verbose=options["verbose"])
+    written = {"MODEL": model, "--features": options["features"] or storage.parent(storage.absolute(model))}
+    require_visible(
+        resources,
+        reads=[("DATA", dataset.location)],
+        writes={name: storage.absolute(place) for name, place in written.items()},
+    )
     result = run_training(
         dataset,
         model,
@@ -353,7 +415,7 @@ def train(data: str, model: str, **options: Any) -> None:
         recipe_name=options["recipe"],
         recipe_options=options["overrides"],
         start_from=options["start_from"],
-        resources=connect(options["address"], verbose=options["verbose"]),
+        resources=resources,
         num_workers=options["num_workers"],
         gpus_per_worker=options["gpus_per_worker"],
         seed=options["seed"],
@@ -745,6 +807,7 @@ def _describe_training(status: TrainingStatus) -> list[str]:
 @click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
 @click.option("--submission-id", help="A name for the job.")
 @click.option("--no-wait", is_flag=True, help="Submit the job and return.")
+@click.option("--dry-run", is_flag=True, help="Check everything on the cluster, say what would be done; caption only.")
 @click.option("--follow", metavar="ID", help="Follow a job that was submitted before, in the place of COMMAND.")
 @click.option(
     "--on-interrupt",
@@ -770,6 +833,12 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
         raise InputError("imcap submit takes a command (caption, train, ...), or --follow with the ID of a job")
     if command and command[0] not in ("caption", "train", "evaluate", "report", "demo"):
         raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
+    if options["dry_run"] and command[:1] != ("caption",):
+        raise InputError(f"imcap submit --dry-run plans caption, got {' '.join(command[:1]) or '--follow'}")
+    arguments = [_absolute_if_local(word) for word in command[1:]] + ["--dry-run"] * options["dry_run"]
+    if command:
+        # Wrong usage is found here, and not in the job.
+        main.commands[command[0]].make_context(f"imcap {command[0]}", list(arguments)).close()
     from imcap_ray.distributed import submission
 
     common = {
@@ -780,10 +849,8 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     }
     if options["follow"]:
         sys.exit(submission.follow(options["follow"], **common))
-    arguments = [command[0], *(_absolute_if_local(word) for word in command[1:])]
-    sys.exit(
-        submission.submit(arguments, submission_id=options["submission_id"], wait=not options["no_wait"], **common)
-    )
+    common |= {"submission_id": options["submission_id"], "wait": not options["no_wait"]}
+    sys.exit(submission.submit([command[0], *arguments], **common))
 
 
 def _absolute_if_local(word: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -51,6 +52,9 @@ from imcap_ray.manifest import (
 )
 
 BATCH_SIZE: Final = 2 * COMPUTE_BATCH_SIZE
+
+MAX_COUNTED: Final = 100_000
+"""Images that a plan counts at most: it is to take seconds."""
 
 RATE_SECONDS: Final = 120
 """What "of late" means."""
@@ -184,6 +188,98 @@ class CaptioningSummary:
     """One sentence: what limited the speed."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptioningPlan:
+    """What a captioning run would do."""
+
+    input: str
+    output: str
+    num_images: int
+    """Of the input, as far as they were counted."""
+    is_counted: bool
+    """Whether these are all."""
+    num_done: int
+    """Rows that an earlier run has written, and this one would keep."""
+    num_blocks: int
+    """Decode tasks, of 64 images each."""
+    num_actors: int
+    gpus_per_actor: float
+    images_per_second: float | None
+    """Of the last run into this output, if there was one."""
+    seconds: float | None
+    """At that speed."""
+
+
+def plan_captioning(
+    input: str,
+    output: str,
+    *,
+    load_captioner: Callable[[], ImageCaptioner],
+    resources: ClusterResources,
+    num_actors: int | None = None,
+    gpus_per_actor: float | None = None,
+    recursive: bool = True,
+    limit: int | None = None,
+    overwrite: bool = False,
+    allow_outside_paths: bool = False,
+) -> CaptioningPlan:
+    """What `caption_images` would do with these arguments. Nothing is written.
+
+    Raises:
+        InputError: what that would raise before work begins.
+    """
+    input, output = storage.absolute(input), storage.absolute(output)
+    actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
+    folder = CaptionsFolder(output)
+    run = folder.read_run() or {}
+    if not overwrite:
+        folder.claim(_identity(input, load_captioner()))
+    with TemporaryDirectory() as manifest:
+        found = build_manifest(
+            input,
+            manifest,
+            recursive=recursive,
+            limit=min(limit or MAX_COUNTED, MAX_COUNTED),
+            allow_outside_paths=allow_outside_paths,
+            output=output,
+        )
+    num_done = 0 if overwrite or not run else sum(folder.count_rows()[0].values())
+    num_new = max(0, found.num_images - num_done)
+    rate = run.get("images_per_second") or folder.read_heartbeat().get("images_per_second")
+    return CaptioningPlan(
+        input=input,
+        output=output,
+        num_images=found.num_images,
+        is_counted=found.num_images < MAX_COUNTED,
+        num_done=num_done,
+        num_blocks=num_blocks(num_new),
+        num_actors=min(actors, max(1, num_blocks(num_new))),
+        gpus_per_actor=gpus,
+        images_per_second=rate,
+        seconds=num_new / rate if rate else None,
+    )
+
+
+def _choose_actors(
+    resources: ClusterResources, num_actors: int | None, gpus_per_actor: float | None
+) -> tuple[int, float]:
+    """How many actors, and how many GPUs each; ClusterError if there is no room for them."""
+    gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if resources.gpus else 0.0)
+    actors = num_actors or default_num_actors(resources, gpus)
+    # Beside the actors Ray Data needs a CPU to decode with, and on a resumed run one to leave out what is done.
+    require(resources, cpus=actors + 2, gpus=actors * gpus, what=f"--num-actors {actors}")
+    return actors, gpus
+
+
+def _identity(input: str, captioner: ImageCaptioner) -> dict[str, Any]:
+    return {
+        "input": input,
+        "model_fingerprint": captioner.fingerprint,
+        "search": to_mapping(captioner.search),
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
 def caption_images(
     input: str,
     output: str,
@@ -225,17 +321,9 @@ def caption_images(
     """
     start = time.time()
     input, output = storage.absolute(input), storage.absolute(output)
-    gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if resources.gpus else 0.0)
-    actors = num_actors or default_num_actors(resources, gpus)
-    # Beside the actors Ray Data needs a CPU to decode with, and on a resumed run one to leave out what is done.
-    require(resources, cpus=actors + 2, gpus=actors * gpus, what=f"--num-actors {actors}")
+    actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
     captioner = load_captioner()
-    identity = {
-        "input": input,
-        "model_fingerprint": captioner.fingerprint,
-        "search": to_mapping(captioner.search),
-        "schema_version": SCHEMA_VERSION,
-    }
+    identity = _identity(input, captioner)
     final = folder = CaptionsFolder(output)
     with _told_as_ours():
         is_replaced = final.finish_replacement()

@@ -22,6 +22,7 @@ import grpc  # type: ignore[import-untyped]
 import ray
 import ray.data
 from ray._private import services, worker
+from ray._private.state import state
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
@@ -65,6 +66,12 @@ class ClusterResources:
     physical_cores: int
     """How many processes can be busy at once: this machine's cores when local, else the cluster's CPUs."""
 
+    max_cpus: float = 0.0
+    """Logical CPUs when autoscaling has added what it may; 0 where nothing is known of that."""
+
+    max_gpus: float = 0.0
+    """Logical GPUs then."""
+
 
 def connect(address: str | None = None, *, num_actors: int | None = None, verbose: bool = False) -> ClusterResources:
     """Connect this process to Ray and say what it has; once connected, further calls keep the connection.
@@ -86,14 +93,26 @@ def connect(address: str | None = None, *, num_actors: int | None = None, verbos
 
 
 def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str) -> None:
-    """Raise ClusterError unless Ray can hold `cpus` and `gpus` at once; `what` is the setting that needs them."""
+    """Raise ClusterError unless Ray can hold `cpus` and `gpus` at once, now or when it has grown as far as it may.
+
+    `what` is the setting that needs them.
+    """
     holder, advice = ("this machine", "") if resources.is_local else ("the cluster", ", or add nodes")
-    for unit, needed, available in (("CPU", cpus, resources.cpus), ("GPU", gpus, resources.gpus)):
-        if needed > available:
+    for unit, needed, available, maximum in (
+        ("CPU", cpus, resources.cpus, resources.max_cpus),
+        ("GPU", gpus, resources.gpus, resources.max_gpus),
+    ):
+        if needed > max(available, maximum):
+            growth = f" and grows to {maximum:g}" if maximum > available else ""
             raise ClusterError(
                 f"{what} needs {needed:g} {unit}{'' if needed == 1 else 's'}, "
-                f"{holder} has {available:g}: ask for less{advice}"
+                f"{holder} has {available:g}{growth}: ask for less{advice}"
             )
+
+
+def is_ray_job() -> bool:
+    """Whether this process is the driver of a submitted job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # set by Ray there and nowhere else
 
 
 def refuse_relative_paths_in_job(paths: Mapping[str, str]) -> None:
@@ -102,7 +121,7 @@ def refuse_relative_paths_in_job(paths: Mapping[str, str]) -> None:
     Meant for what a run writes: a job's folder is a temporary copy of its working_dir, or one of the cluster's
     choosing, and what is written there is lost.
     """
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # set by Ray in the driver of a submitted job, nowhere else
+    if not is_ray_job():
         return
     for name, path in paths.items():
         if "://" not in path and not os.path.isabs(path):
@@ -263,12 +282,15 @@ def _resources() -> ClusterResources:
     is_local = bool(node and node.is_head())
     available = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus = available.get("CPU", 0.0)
+    maximum = {} if is_local else state.get_max_resources_from_cluster_config() or {}
     return ClusterResources(
         is_local=is_local,
         cpus=cpus,
         gpus=available.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),  # type: ignore[no-untyped-call]
         physical_cores=_cores() if is_local else int(cpus),
+        max_cpus=float(maximum.get("CPU", 0)),
+        max_gpus=float(maximum.get("GPU", 0)),
     )
 
 

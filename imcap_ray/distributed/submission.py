@@ -16,12 +16,14 @@ import shlex
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any, Final, cast
 
 import aiohttp
 import ray
 import requests
+from packaging.specifiers import SpecifierSet
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
@@ -39,6 +41,9 @@ SILENCE_SECONDS: Final = 60
 """After so long without a line the log is asked for anew: a connection may be dead without either side knowing."""
 LOG_ATTEMPTS: Final = 3
 """How often the end of the log of a job that has ended is asked for."""
+
+MAX_PACKAGE_BYTES: Final = 200 * 2**20
+"""What is sent along at most; Ray refuses 512 MiB, and keeps it in the head's memory."""
 
 LOST: Final = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
 """What the client raises when the dashboard is gone, or refuses."""
@@ -65,6 +70,7 @@ def submit(
     or this machine's port 8265. Raises ClusterError, within seconds, if the cluster cannot be reached or runs another
     Ray; for the rest see `follow`.
     """
+    require_small(Path(imcap_ray.__file__).parent)
     dashboard = _connect(address, echo)
     job = submission_id or f"imcap-{command[0]}-{secrets.token_hex(4)}"
     try:
@@ -98,6 +104,23 @@ def follow(job: str, *, address: str | None, on_interrupt: str = STOP, echo: Cal
         ImcapError: it is lost on the way; the job may go on.
     """
     return _follow(_connect(address, echo), job, on_interrupt=on_interrupt, echo=echo)
+
+
+def require_small(package: Path) -> None:
+    """Raise ClusterError if more lies in the package's folder than should travel to a cluster."""
+    left_out = {".git", ".venv", "venv", "__pycache__"}  # Ray leaves them out too
+    sizes = {
+        path: path.stat().st_size
+        for path in package.rglob("*")
+        if path.is_file() and not left_out & set(path.relative_to(package).parts)
+    }
+    total = sum(sizes.values())
+    if total > MAX_PACKAGE_BYTES:
+        largest = max(sizes, key=lambda path: sizes[path])
+        raise ClusterError(
+            f"{package} is sent along with the job, expected at most {MAX_PACKAGE_BYTES >> 20} MiB, found "
+            f"{total >> 20} MiB: move what is not the package's own out of it, {largest} for one"
+        )
 
 
 def job_request(command: Sequence[str]) -> dict[str, Any]:
@@ -179,6 +202,11 @@ def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
             f"the cluster at {address} runs Ray {ray_version}, imcap here {ray.__version__}: install the same on both"
         )
     python_version = _field(_get(address, "/api/v0/cluster_metadata", headers), "data", "pythonVersion")
+    if python_version and python_version not in SpecifierSet(metadata("imcap_ray")["Requires-Python"]):
+        raise ClusterError(
+            f"the cluster at {address} runs Python {python_version}, imcap needs "
+            f"{metadata('imcap_ray')['Requires-Python']}: start it with another image or environment"
+        )
     if python_version and python_version.split(".")[:2] != platform.python_version().split(".")[:2]:
         echo(f"the job will run with the cluster's Python, {python_version}; this is {platform.python_version()}")
     return _Dashboard(address, headers)

@@ -58,6 +58,18 @@ def test_imcap_submit_captions_on_the_cluster(head: Head, flickr8k: Path, model_
     assert pads.dataset([str(path) for path in output.glob("*.parquet")]).count_rows() == 9
 
 
+def test_imcap_submit_dry_run_plans_on_the_cluster(head: Head, flickr8k: Path, model_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "captions"
+    words = ["caption", flickr8k / "Flicker8k_Dataset", output, "--model", model_dir]
+
+    done = head.run("imcap", "submit", "--address", head.dashboard, "--dry-run", *words)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"would caption {words[1]} into {output}: 9 images, 0 are done" in done.stdout
+    assert "1 block, 1 actor" in done.stdout
+    assert not output.exists()
+
+
 def test_imcap_submit_returns_the_commands_exit_code(head: Head, flickr8k: Path, tmp_path: Path) -> None:
     done = head.run("imcap", "submit", "--address", head.dashboard, "caption", tmp_path / "nowhere", tmp_path / "out")
 

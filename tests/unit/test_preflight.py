@@ -1,0 +1,186 @@
+"""What is found out before work begins, as far as it needs no cluster."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import imcap_ray
+from imcap_ray import cli
+from imcap_ray.distributed import submission
+from imcap_ray.distributed.captioning import _identity, plan_captioning
+from imcap_ray.distributed.captions_folder import CaptionsFolder
+from imcap_ray.distributed.cluster import ClusterResources, require
+from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
+from imcap_ray.errors import ClusterError, InputError, OutputError
+from tests import small_data
+from tests.fakes import EchoCaptioner
+
+RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=0, nodes=1, physical_cores=6)
+
+
+# ---- what a node sees
+
+
+def test_a_node_that_sees_everything_has_no_problem(tmp_path: Path) -> None:
+    with _Marks({"OUTPUT": str(tmp_path / "a" / "b")}) as marks:
+        assert find_problem([("INPUT", str(tmp_path))], marks.locations) == ""
+
+
+def test_an_input_that_is_not_on_the_node_is_named_with_what_to_do(tmp_path: Path) -> None:
+    problem = find_problem([("INPUT", str(tmp_path)), ("--model", str(tmp_path / "mine"))], {})
+
+    assert problem.startswith(f"--model {tmp_path / 'mine'} is not there: give a URI, or a path of a file system that")
+
+
+def test_an_output_folder_of_the_same_name_on_the_nodes_own_disk_is_found_out(tmp_path: Path) -> None:
+    mine, others = tmp_path / "mine", tmp_path / "others"
+    mine.mkdir()
+    others.mkdir()
+    with _Marks({"OUTPUT": str(mine)}) as marks:
+        seen_there = {name: place.replace(str(mine), str(others)) for name, place in marks.locations.items()}
+        assert find_problem([], seen_there).startswith(f"OUTPUT: {others} is another folder than here: ")
+
+
+@pytest.mark.parametrize("place", [".", "a/b"], ids=["a folder", "one that does not exist yet"])
+def test_marks_leave_nothing_behind(tmp_path: Path, place: str) -> None:
+    with _Marks({"OUTPUT": str(tmp_path / place)}):
+        assert len(list(tmp_path.iterdir())) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_store_says_is_one_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(location: str) -> bool:
+        raise OSError("When reading\ns3://id:key@bucket/x: AWS Error ACCESS_DENIED")
+
+    monkeypatch.setattr("imcap_ray.storage.exists", refuse)
+
+    problem = find_problem([("INPUT", "s3://bucket/x")], {})
+
+    assert problem == "INPUT s3://bucket/x cannot be read: When reading s3://***@bucket/x: AWS Error ACCESS_DENIED"
+
+
+def test_one_node_is_not_asked() -> None:
+    require_visible(RESOURCES, reads=[("INPUT", "/no/such/folder")], writes={"OUTPUT": "/no/such/output"})
+
+
+# ---- what the cluster has
+
+
+def test_what_autoscaling_may_bring_counts_as_there() -> None:
+    growing = ClusterResources(is_local=False, cpus=0, gpus=0, nodes=1, physical_cores=0, max_cpus=16, max_gpus=4)
+
+    require(growing, cpus=6, gpus=4, what="--num-actors 4")
+    with pytest.raises(ClusterError, match="--num-actors 5 needs 5 GPUs, the cluster has 0 and grows to 4: ask for le"):
+        require(growing, cpus=7, gpus=5, what="--num-actors 5")
+
+
+# ---- what is sent along
+
+
+def test_a_package_with_data_in_it_is_not_sent(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with (tmp_path / "data" / "photographs.tar").open("wb") as file:
+        file.truncate(submission.MAX_PACKAGE_BYTES + 1)  # takes no room
+
+    with pytest.raises(ClusterError, match=r"expected at most 200 MiB, found 200 MiB: .*photographs\.tar"):
+        submission.require_small(tmp_path)
+
+    shutil.move(tmp_path / "data", tmp_path / ".git")
+    submission.require_small(tmp_path)
+
+
+def test_the_package_itself_is_small_enough() -> None:
+    submission.require_small(Path(imcap_ray.__file__).parent)
+
+
+# ---- what the user asks for
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["caption", "in", "out", "--no-such-option"], "No such option"),
+        (["caption", "in", "out", "--beam-size", "0"], "--beam-size"),
+        (["caption"], "Missing argument 'INPUT'"),
+        (["train", "in"], "Missing argument 'MODEL'"),
+        (["--dry-run", "train", "in", "out"], "imcap submit --dry-run plans caption, got train"),
+        (["--dry-run", "--follow", "job"], "imcap submit --dry-run plans caption, got --follow"),
+    ],
+)
+def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(submission, "_connect", lambda *_: pytest.fail("a cluster was asked"))
+
+    result = CliRunner().invoke(cli.main, ["submit", *words])
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_a_python_without_what_we_depend_on_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'timm'", name="timm")
+
+    monkeypatch.setattr(cli.storage, "refuse_secrets", missing)
+    result = CliRunner().invoke(cli.main, ["submit", "demo"])
+
+    assert result.exit_code == 2
+    assert result.stderr == f"imcap: {sys.executable} has no module timm: install there what imcap_ray depends on\n"
+
+
+# ---- the plan
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(130):
+        (folder / f"{number}.jpg").write_bytes(small_data.jpeg(0))
+    return folder
+
+
+def test_a_plan_tells_images_blocks_and_actors_and_writes_nothing(tmp_path: Path, photographs: Path) -> None:
+    output = tmp_path / "out"
+
+    plan = plan_captioning(str(photographs), str(output), load_captioner=EchoCaptioner, resources=RESOURCES)
+
+    assert (plan.num_images, plan.is_counted, plan.num_done) == (130, True, 0)
+    assert (plan.num_blocks, plan.num_actors, plan.gpus_per_actor) == (3, 3, 0.0)
+    assert plan.seconds is None
+    assert not output.exists()
+
+
+def test_a_plan_knows_the_speed_of_the_last_run(tmp_path: Path, photographs: Path) -> None:
+    folder = CaptionsFolder(str(tmp_path / "out"))
+    folder.write_run(_identity(str(photographs), EchoCaptioner()) | {"state": "complete", "images_per_second": 13.0})
+
+    plan = plan_captioning(str(photographs), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES)
+
+    assert (plan.images_per_second, plan.seconds) == (13.0, 10.0)
+
+
+def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: Path) -> None:
+    def plan(output: Path, num_actors: int = 1) -> None:
+        plan_captioning(
+            str(photographs),
+            str(output),
+            load_captioner=EchoCaptioner,
+            resources=RESOURCES,
+            num_actors=num_actors,
+        )
+
+    with pytest.raises(OutputError, match="is no captions folder"):
+        plan(photographs)
+    with pytest.raises(ClusterError, match="--num-actors 8 needs 10 CPUs"):
+        plan(tmp_path / "out", num_actors=8)
+    shutil.rmtree(photographs)
+    with pytest.raises(InputError, match="no such input"):
+        plan(tmp_path / "out")
