@@ -318,8 +318,9 @@ def _with_cnn(encoder: Encoder, weights: Mapping[str, torch.Tensor]) -> Encoder:
     finetuned = copy.deepcopy(encoder)
     finetuned.cnn.load_state_dict(cnn)
     digest = hashlib.sha256()
-    for name in sorted(cnn):
-        digest.update(name.encode() + cnn[name].numpy().tobytes())
+    for name in sorted(cnn):  # in float16, as a model folder keeps them: the same CNN has the same hash ever after
+        tensor = cnn[name].half() if cnn[name].is_floating_point() else cnn[name]
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     finetuned.weights = EncoderWeights(source=FINETUNED, sha256=digest.hexdigest())
     return finetuned
 
