@@ -741,6 +741,54 @@ def demo(out: str) -> None:
     _say(f"{summary.output}: {summary.num_images} rows of Parquet; {report_path}: the report")
 
 
+def _size(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", value)
+    if not match or not all(0 < int(side) <= 10_000 for side in match.groups()):
+        raise click.BadParameter(f"expected WIDTHxHEIGHT in pixels, got {value!r}")
+    return int(match[1]), int(match[2])
+
+
+@main.command()
+@click.argument("input", required=False)
+@click.option("--model", "models", multiple=True, help="Model folder. Default: the one that comes with the package.")
+@click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Images that are made.")
+@click.option("--size", callback=_size, default="500x375", show_default=True, help="Of the images that are made.")
+@click.option("--num-actors", type=click.IntRange(1), help="Processes with a model. Default: one per GPU, or per core.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images an actor takes at a time.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def bench(input: str | None, **options: Any) -> None:
+    """Images per second on this machine: what its cores or its GPU could do at best, and what `imcap caption` does.
+
+    The images are those of INPUT, a folder or Parquet, or else made for it: noise that is as much work as photographs.
+    Nothing is left behind. `jobs/benchmark.py` has more: other ways to caption, training, millions of images.
+
+    \b
+    imcap bench
+    imcap bench ~/Pictures --model runs/mine
+    imcap bench --size 4000x3000 --images 300
+    """
+    from tempfile import TemporaryDirectory
+
+    from imcap_ray.distributed.speed import compare_with_limit, describe_machine, write_photographs
+
+    with TemporaryDirectory(prefix="imcap-bench-") as folder:
+        if input is None:
+            write_photographs(input := f"{folder}/photographs", options["images"], options["size"])
+        found = compare_with_limit(
+            input,
+            f"{folder}/captions",
+            models=options["models"],
+            num_actors=options["num_actors"],
+            batch_size=options["batch_size"],
+        )
+    if options["as_json"]:
+        click.echo(json.dumps({"machine": describe_machine()} | found.to_dict()))
+        return
+    _say(", ".join(f"{name} {value}" for name, value in describe_machine().items()))
+    for line in found.lines():
+        _say(line)
+
+
 @main.command()
 @click.argument("output")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

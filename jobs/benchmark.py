@@ -1,8 +1,14 @@
 """What imcap_ray claims of itself, measured on this machine. One command for each table.
 
-python jobs/benchmark.py chaos --seeds 20
-python jobs/benchmark.py train-step
+imcap bench                                                     the table below for one kind of image
+python jobs/benchmark.py captioning --images 5000                ours against the limit of this machine
+python jobs/benchmark.py others                                  against what people would use instead
+python jobs/benchmark.py scale --images 1000 --images 100000     memory and speed by the number of images
+python jobs/benchmark.py beam-search                             a batch against one image at a time
+python jobs/benchmark.py training                                against a bare loop, and torchrun
+python jobs/benchmark.py train-step                              a step against the loop that tutorials have
 python jobs/benchmark.py large-photographs flickr8k --images 1000
+python jobs/benchmark.py chaos --seeds 20
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,7 +26,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -36,16 +44,30 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
-from imcap_ray.captioner import Caption, Captioner
+from imcap_ray.captioner import Caption, Captioner, search_captions
 from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.datasets import VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.speed import (
+    IMAGES_PER_ROUND,
+    Comparison,
+    Rate,
+    describe_machine,
+    measure_limit,
+    measure_run,
+    some_files,
+    steady_rate,
+    watch_run,
+    write_photographs,
+    write_table,
+)
 from imcap_ray.errors import ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16
+from imcap_ray.vocabulary import END_ID, START_ID
 
 
 @click.group()
@@ -383,6 +405,281 @@ def _count_done(output: Path) -> int:
 
 def _count_computed(output: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in Path(f"{output}.computed").glob("*"))
+
+
+# ---- captioning: against the limit, and against other ways to do it
+
+SIZES = ((224, 224), (500, 375), (4000, 3000))
+LARGE_PIXELS = 4_000_000
+
+
+@main.command()
+@click.option("--images", default=5000, show_default=True, help="Images of each size.")
+@click.option("--large-images", default=1000, show_default=True, help="Of 4000 x 3000.")
+@click.option("--model", "models", multiple=True, help="Model folder. Default: the one that comes with the package.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def captioning(images: int, large_images: int, models: tuple[str, ...], as_json: bool) -> None:
+    """`imcap caption` against the limit of this machine, for JPEGs of three sizes, as files and as a Parquet table."""
+    found: dict[str, Any] = {"machine": describe_machine(), "runs": []}
+    for size in SIZES:
+        with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
+            count = large_images if size[0] * size[1] > LARGE_PIXELS else images
+            files, table = f"{folder}/photographs", f"{folder}/photographs.parquet"
+            write_photographs(files, count, size)
+            write_table(files, table)
+            limit = measure_limit(list(some_files(files, IMAGES_PER_ROUND)), models)
+            for kind, input in (("folder", files), ("Parquet", table)):
+                run = measure_run(input, f"{folder}/captions-{kind}", models=models)
+                comparison = Comparison(limit=limit, run=run)
+                name = f"{size[0]} x {size[1]}, {kind}"
+                found["runs"].append({"input": name} | comparison.to_dict())
+                click.echo(f"--- {name}\n" + "\n".join(comparison.lines()), err=True)
+    _show(found, as_json)
+
+
+@main.command()
+@click.option("--images", default=1000, show_default=True, help="Images of 500 x 375.")
+@click.option("--tutorial-images", default=100, show_default=True, help="Of these, for the loop over single images.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def others(images: int, tutorial_images: int, rounds: int, as_json: bool) -> None:
+    """`imcap caption` against three other ways to caption a folder with the same model.
+
+    A PyTorch DataLoader with a worker for each core, whose batches the main process captions; Ray Data's documented
+    recipe (read_images, map, map_batches with actors); and one image at a time with a beam search in Python, as
+    tutorials have it. Rates are steady ones: no start-up in them. The ways take turns, round by round.
+    """
+    ways: dict[str, Callable[[str, str], float]] = {
+        "imcap caption": _caption_by_imcap,
+        "DataLoader loop": _caption_by_data_loader,
+        "Ray's recipe": _caption_by_ray_recipe,
+        "tutorial loop": partial(_caption_one_by_one, count=tutorial_images),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
+        source = f"{folder}/photographs"
+        write_photographs(source, images, (500, 375))
+        for number in range(rounds):
+            for name, caption in ways.items():
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    rates[name].append(pool.submit(caption, source, f"{folder}/{name}-{number}").result())
+                click.echo(f"round {number + 1}, {name}: {rates[name][-1]:.1f} images/s", err=True)
+    ours = Rate(tuple(rates["imcap caption"]))
+    found: dict[str, Any] = {"machine": describe_machine(), "images": images}
+    for name, values in rates.items():
+        rate = Rate(tuple(values))
+        found[name] = rate.to_dict() | {"ours_is_times": round(ours.median / rate.median, 2)}
+    _show(found, as_json)
+
+
+def _caption_by_imcap(source: str, output: str) -> float:
+    return measure_run(source, output).steady
+
+
+def _caption_by_data_loader(source: str, output: str) -> float:
+    captioner = Captioner.load()
+    loader = torch.utils.data.DataLoader(
+        _Photographs(source, captioner.image_size), batch_size=32, num_workers=os.cpu_count() or 1
+    )
+    return _rate_of(len(captioner.caption_pixels(pixels)) for pixels in loader)
+
+
+class _Photographs(torch.utils.data.Dataset[torch.Tensor]):
+    def __init__(self, source: str, image_size: int) -> None:
+        self._files = sorted(Path(source).rglob("*.jpg"))
+        self._image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, number: int) -> torch.Tensor:
+        return torch.from_numpy(_decode_whole(self._files[number].read_bytes(), self._image_size))
+
+
+class RecipeCaptioner:
+    """The actor of Ray Data's batch inference guide, with our model in it."""
+
+    def __init__(self) -> None:
+        self._captioner = Captioner.load()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Captions of a batch of pixels."""
+        captions = self._captioner.caption_pixels(np.stack(list(batch["pixels"])))
+        return {"caption": [best[0].text for best in captions]}
+
+
+def _caption_by_ray_recipe(source: str, output: str) -> float:
+    cores = os.cpu_count() or 1
+    connect("local")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
+    dataset = (
+        ray.data.read_images(source, mode="RGB")
+        .map(_preprocess)
+        .map_batches(RecipeCaptioner, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=cores))
+    )
+    return _rate_of(len(batch["caption"]) for batch in dataset.iter_batches(batch_size=32))
+
+
+def _preprocess(row: dict[str, Any]) -> dict[str, Any]:
+    squashed = Image.fromarray(row["image"]).resize((224, 224), Image.Resampling.BICUBIC)
+    return {"pixels": np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))}
+
+
+def _caption_one_by_one(source: str, output: str, *, count: int) -> float:
+    captioner = Captioner.load()
+    files = sorted(Path(source).rglob("*.jpg"))[:count]
+    return _rate_of(_one_caption(captioner, file) for file in files)
+
+
+@torch.inference_mode()
+def _one_caption(captioner: Captioner, file: Path) -> int:
+    """Caption a photograph with a beam of lists, beams that have ended leaving it."""
+    pixels = torch.from_numpy(_decode_whole(file.read_bytes(), captioner.image_size)).unsqueeze(0)
+    search = captioner.search
+    step, state = captioner.decoder.start(captioner.encoder(pixels), 1)
+    live: list[tuple[float, list[int], Any]] = [(0.0, [START_ID], state)]
+    ended: list[tuple[float, list[int]]] = []
+    for _ in range(search.max_length):
+        grown = []
+        for logprob, words, state_of_beam in live:
+            log_probs, next_state = step(torch.tensor([[words[-1]]]), state_of_beam)
+            values, words_after = log_probs[0, 0].topk(search.beam_size)
+            grown += [
+                (logprob + value, [*words, word], next_state)
+                for value, word in zip(values.tolist(), words_after.tolist(), strict=True)
+            ]
+        grown.sort(key=lambda beam: -beam[0])
+        best = grown[: search.beam_size - len(ended)]
+        ended += [(logprob, words) for logprob, words, _ in best if words[-1] == END_ID]
+        live = [beam for beam in best if beam[1][-1] != END_ID]
+        if not live:
+            break
+    scored = ended or [(logprob, words) for logprob, words, _ in live]
+    captioner.vocabulary.to_text(max(scored, key=lambda beam: beam[0] / len(beam[1]) ** search.length_penalty)[1][1:])
+    return 1
+
+
+def _rate_of(counts: Iterable[int]) -> float:
+    """Images per second in the middle of a run, from the images of each of its steps."""
+    timeline, done, start = [], 0, time.perf_counter()
+    for count in counts:
+        done += count
+        timeline.append((time.perf_counter() - start, done))
+    return steady_rate(timeline)
+
+
+# ---- scale: does memory, or the time an image takes, grow with their number?
+
+
+class InstantEcho:
+    """Stands in for a captioner that takes no time: what is left is the pipeline."""
+
+    image_size = 32
+    fingerprint = "instant-echo"
+    compute_batch_size = 16
+    search = SearchConfig()
+
+    def caption_pixels(self, pixels: Any) -> list[list[Caption]]:
+        """The mean brightness of each image."""
+        return [[Caption(text=f"{image.mean():.1f}", logprob=-1.0, num_tokens=2)] for image in pixels]
+
+
+@main.command()
+@click.option("--images", "counts", multiple=True, type=int, default=(1_000, 10_000, 100_000), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def scale(counts: tuple[int, ...], as_json: bool) -> None:
+    """Images per second, and memory of the driver, the actors and the tasks, by the number of images.
+
+    Tiny JPEGs in a Parquet table and a captioner that takes no time: what is measured is the pipeline.
+    """
+    found: dict[str, Any] = {"machine": describe_machine(), "runs": []}
+    for count in counts:
+        with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
+            table = f"{folder}/tiny.parquet"
+            _write_tiny_images(table, count)
+            command = [sys.executable, __file__, "scale-run", table, f"{folder}/captions", str(time.time())]
+            run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        found["runs"].append(run)
+        megabytes = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in sorted(run["peak_bytes"].items()))
+        click.echo(
+            f"{count:9,} images: {run['steady']:7,.0f} images/s steady, {run['seconds']:5.0f} s in all, "
+            f"the first after {run['first_seconds']:.0f} s; {megabytes}",
+            err=True,
+        )
+    _show(found, as_json)
+
+
+@main.command("scale-run", hidden=True)
+@click.argument("source")
+@click.argument("output")
+@click.argument("start", type=float)
+def scale_run(source: str, output: str, start: float) -> None:
+    """One captioning run, for `scale` to watch."""
+    click.echo(json.dumps(asdict(watch_run(source, output, InstantEcho, start))))
+
+
+def _write_tiny_images(path: str, count: int) -> None:
+    """Different JPEGs: one image, with its number in a comment."""
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (36, 48, 3), np.uint8)).save(stream, "JPEG")
+    data = stream.getvalue()
+    schema = pa.schema([("image_id", pa.string()), ("image", pa.binary())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, count, 8192):
+            numbers = range(start, min(count, start + 8192))
+            comments = [b"\xff\xfe" + (14).to_bytes(2, "big") + f"{number:012}".encode() for number in numbers]
+            images = [data[:2] + comment + data[2:] for comment in comments]
+            writer.write_table(pa.table([[f"{number:09}" for number in numbers], images], schema=schema))
+
+
+# ---- beam search: all images of a batch at once against one after the other
+
+
+@main.command()
+@click.option("--images", default=64, show_default=True)
+@click.option("--rounds", default=5, show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def beam_search(images: int, rounds: int, as_json: bool) -> None:
+    """Images per second of the search alone, in batches as `imcap` does and one by one, where both find the same."""
+    captioner = Captioner.load()
+    with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
+        write_photographs(folder, images, (224, 224))
+        pixels = np.stack([captioner.read_pixels(file) for file in sorted(Path(folder).rglob("*.jpg"))])
+    features = captioner.encode(pixels)
+    rates: dict[str, list[float]] = {"batches": [], "one by one": []}
+    texts: dict[str, list[str]] = {}
+    for _ in range(rounds + 1):
+        for name, size in (("batches", COMPUTE_BATCH_SIZE), ("one by one", 1)):
+            start = time.perf_counter()
+            found = [
+                best[0].text
+                for chunk in features.split(size)  # type: ignore[no-untyped-call]
+                for best in search_captions(captioner.decoder, captioner.vocabulary, chunk, captioner.search)
+            ]
+            rates[name].append(images / (time.perf_counter() - start))
+            texts[name] = found
+    batches, one_by_one = (Rate(tuple(values[1:])) for values in rates.values())
+    same = sum(one == other for one, other in zip(texts["batches"], texts["one by one"], strict=True))
+    _show(
+        {
+            "machine": describe_machine(),
+            "threads": torch.get_num_threads(),
+            "batches": batches.to_dict(),
+            "one_by_one": one_by_one.to_dict(),
+            "ratio": round(batches.median / one_by_one.median, 2),
+            "same_captions": f"{same} of {images}",
+        },
+        as_json,
+    )
+
+
+def _show(found: dict[str, Any], as_json: bool) -> None:
+    """The object, as JSON or name by name."""
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:22} {json.dumps(value) if isinstance(value, dict | list) else value}")
 
 
 # ---- training: a step of all captions at once against the loop that tutorials have

@@ -155,11 +155,16 @@ def load_images(rows: pa.Table, *, image_size: int, root: str, index: Any = None
 
 
 def _load_rows(rows: pa.Table, *, image_size: int, root: str) -> pa.Table:
-    loaded = [_load_row(row, data, image_size=image_size) for row, data in _read_rows(rows.to_pylist(), root)]
+    loaded = [_load_row(row, data, image_size=image_size) for row, data in read_rows(rows.to_pylist(), root)]
     return pa.Table.from_pylist(loaded, schema=LOADED_SCHEMA)
 
 
-def _read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
+def read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
+    """The bytes of each row of a manifest, or why there are none; rows of tables last.
+
+    Raises:
+        ImcapError: `root`, where the images lie, is gone.
+    """
     in_tables: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["table_path"]:

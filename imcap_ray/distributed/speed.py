@@ -1,0 +1,458 @@
+"""How many images a second this machine captions, and how many its cores or its GPU could do at best."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import torch
+from PIL import Image
+
+from imcap_ray.batches import COMPUTE_BATCH_SIZE
+from imcap_ray.captioner import load_captioner, search_captions
+from imcap_ray.distributed.captioning import BATCH_SIZE, ImageCaptioner, caption_images
+from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.images import Progress, read_rows, repeating
+from imcap_ray.distributed.memory import keep_freed_memory
+from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.images import decode_image
+from imcap_ray.manifest import build_manifest
+
+IMAGES_PER_ROUND: Final = 64
+"""Of each core."""
+
+BATCH_SIZES: Final = (COMPUTE_BATCH_SIZE, 2 * COMPUTE_BATCH_SIZE, 4 * COMPUTE_BATCH_SIZE)
+"""Tried for the model by itself."""
+
+STEADY_SHARES: Final = (0.15, 0.95)
+"""Of a run's images: between these all actors are busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Images per second, measured several times."""
+
+    values: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return float(np.median(self.values))
+
+    @property
+    def spread(self) -> str:
+        """The lowest and the highest."""
+        return f"{min(self.values):,.1f} to {max(self.values):,.1f}"
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return {
+            "median": round(self.median, 2),
+            "lowest": round(min(self.values), 2),
+            "highest": round(max(self.values), 2),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What this machine could do if nothing else were to be done."""
+
+    decode: Rate
+    """Files that are in memory already, on all cores."""
+    model: Rate
+    """Pixels that are in memory already, on all cores or on the GPUs, with the batch size that is best."""
+    model_batch_size: int
+    on_gpu: bool
+
+    @property
+    def images_per_second(self) -> float:
+        """The slower of the two where each has its own processors, else of both one after the other on the same."""
+        if self.on_gpu:
+            return min(self.decode.median, self.model.median)
+        return 1 / (1 / self.decode.median + 1 / self.model.median)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "decode": self.decode.to_dict(),
+            "model": self.model.to_dict(),
+            "model_batch_size": self.model_batch_size,
+            "images_per_second": round(self.images_per_second, 2),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpeed:
+    """How fast a captioning run in a process of its own was."""
+
+    num_images: int
+    seconds: float
+    """From the start of the process to the last row."""
+    first_seconds: float
+    """From the start of the process until there were captions."""
+    steady: float
+    """Images per second while all actors were busy."""
+    cpu_seconds: dict[str, float]
+    """By kind of process, of those that lived at the end; empty where there is no /proc."""
+    peak_bytes: dict[str, int]
+    """Resident memory of the largest process of each kind; empty where there is no /proc."""
+    bound: str
+    """One sentence: what limited the speed."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole run."""
+        return self.num_images / self.seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A run beside what the machine could do."""
+
+    limit: Limit
+    run: RunSpeed
+
+    @property
+    def share_of_limit(self) -> float:
+        """The run's steady speed by the limit."""
+        return self.run.steady / self.limit.images_per_second
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        run = {name: round(value, 2) if isinstance(value, float) else value for name, value in asdict(self.run).items()}
+        run["images_per_second"] = round(self.run.images_per_second, 2)
+        return {"limit": self.limit.to_dict(), "run": run, "share_of_limit": round(self.share_of_limit, 3)}
+
+    def lines(self) -> list[str]:
+        """A table, and the bottleneck in one sentence."""
+        limit, run = self.limit, self.run
+        where = "GPU" if limit.on_gpu else "all cores"
+
+        def line(name: str, rate: float, remark: str) -> str:
+            return f"{name:24}{rate:10,.1f}  {remark}"
+
+        return [
+            f"{'':24}{'images/s':>10}",
+            line("decoding alone", limit.decode.median, f"{limit.decode.spread}, all cores"),
+            line(
+                "the model alone",
+                limit.model.median,
+                f"{limit.model.spread}, {where}, {limit.model_batch_size} images at a time",
+            ),
+            line("limit", limit.images_per_second, "the slower of both" if limit.on_gpu else "both on the same cores"),
+            line("imcap caption, steady", run.steady, f"{self.share_of_limit:.2f} of the limit"),
+            line(
+                "imcap caption, in all",
+                run.images_per_second,
+                f"{run.num_images:,} images in {run.seconds:.0f} s, the first captions after {run.first_seconds:.0f} s",
+            ),
+            run.bound,
+        ]
+
+
+def compare_with_limit(
+    input: str, output: str, *, models: Sequence[str] = (), num_actors: int | None = None, batch_size: int | None = None
+) -> Comparison:
+    """Measure the limit on images of `input`, then caption all of them into `output`.
+
+    Raises:
+        InputError: there is no image in `input`.
+        ImcapError: what the run ended with.
+    """
+    limit = measure_limit(list(some_files(input, IMAGES_PER_ROUND)), models)
+    run = measure_run(input, output, models=models, num_actors=num_actors, batch_size=batch_size or BATCH_SIZE)
+    return Comparison(limit=limit, run=run)
+
+
+def some_files(input: str, count: int) -> Iterator[bytes]:
+    """The bytes of the first images of a folder or a table that can be read."""
+    with TemporaryDirectory() as manifest:
+        build_manifest(input, manifest, limit=count)
+        rows = [row for path in sorted(Path(manifest).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    files = [data for _, data in read_rows(rows, input) if isinstance(data, bytes)]
+    if not files:
+        raise InputError(f"{input}: none of the first {len(rows)} images can be read")
+    yield from files
+
+
+def describe_machine() -> dict[str, Any]:
+    """What a number is worth nothing without."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    versions = {name: version(name) for name in ("torch", "ray", "pyarrow", "pillow")}
+    return {
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
+        "cores": os.cpu_count() or 1,
+        "gpu": ", ".join(gpus) or "none",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds: int = 3) -> Limit:
+    """How fast files are decoded, and pixels captioned, when all cores or GPUs do nothing else.
+
+    Args:
+        images: some of the files, used again and again.
+        models: folders of models that caption together; none: the one that comes with the package.
+    """
+    resources = connect("local")
+    cores, gpus = resources.physical_cores, int(resources.gpus)
+    files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
+    decoders = [_Alone.remote(files, models) for _ in range(cores)]  # type: ignore[attr-defined]
+    decode = _measure(decoders, rounds, lambda worker: worker.decode.remote())
+    captioners = decoders
+    if gpus:
+        captioners = [_Alone.options(num_gpus=1).remote(files, models) for _ in range(gpus)]  # type: ignore[attr-defined]
+    rates = {size: _measure(captioners, rounds, partial(_start_captioning, size)) for size in BATCH_SIZES}
+    best = max(rates, key=lambda size: rates[size].median)
+    ray.shutdown()
+    return Limit(decode=decode, model=rates[best], model_batch_size=best, on_gpu=gpus > 0)
+
+
+def _start_captioning(batch_size: int, worker: Any) -> Any:
+    return worker.caption.remote(batch_size)
+
+
+def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Rate:
+    rates = []
+    for _ in range(rounds + 1):
+        seconds = ray.get([start(worker) for worker in workers])
+        rates.append(len(workers) * IMAGES_PER_ROUND / max(seconds))
+    return Rate(tuple(rates[1:]))  # the first one warms up
+
+
+@ray.remote(num_cpus=1)
+class _Alone:
+    """One core, or one GPU, that does one thing only. Its methods say how many seconds it took."""
+
+    def __init__(self, images: list[bytes], models: Sequence[str]) -> None:
+        keep_freed_memory()
+        self._images = images
+        self._captioner = load_captioner(models)
+        self._pixels = torch.from_numpy(np.stack([self._decode(image) for image in images]))
+
+    def _decode(self, image: bytes) -> Any:
+        return decode_image(image, image_size=self._captioner.image_size).pixels
+
+    def decode(self) -> float:
+        start = time.perf_counter()
+        for image in self._images:
+            self._decode(image)
+        return time.perf_counter() - start
+
+    def caption(self, batch_size: int) -> float:
+        captioner = self._captioner
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for chunk in torch.split(self._pixels, batch_size):
+                features = captioner.encoder(chunk.to(captioner.device))
+                search_captions(captioner.decoder, captioner.vocabulary, features, captioner.search)
+        return time.perf_counter() - start
+
+
+def measure_run(
+    input: str,
+    output: str,
+    *,
+    models: Sequence[str] = (),
+    num_actors: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> RunSpeed:
+    """Caption `input` into `output` in a process of its own with a Ray of its own, and watch it.
+
+    Raises:
+        ImcapError: what the run ended with.
+    """
+    context = multiprocessing.get_context("spawn")  # a new interpreter, as when the command is typed
+    receiver, sender = context.Pipe(duplex=False)
+    load = partial(load_captioner, list(models))
+    arguments = (sender, input, output, load, time.time(), num_actors, batch_size)
+    process = context.Process(target=_send_run, args=arguments)
+    process.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        raise ImcapError("the captioning run that was to be measured died") from None
+    finally:
+        process.join()
+    if isinstance(answer, ImcapError):
+        raise answer
+    assert isinstance(answer, RunSpeed)
+    return answer
+
+
+def _send_run(sender: Connection, *arguments: Any) -> None:
+    try:
+        sender.send(watch_run(*arguments))
+    except ImcapError as error:
+        sender.send(error)
+
+
+def watch_run(
+    input: str,
+    output: str,
+    load: Callable[[], ImageCaptioner],
+    start: float,
+    num_actors: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> RunSpeed:
+    """Caption `input` into `output` with a Ray of this process, and watch it. To be called once in a process.
+
+    Args:
+        load: makes the captioner.
+        start: when the process was started (Unix time).
+    """
+    if os.getsid(0) != os.getpid():
+        os.setsid()  # what this run starts has its session's id
+    timeline: list[tuple[float, int]] = []
+    watch = _ProcessWatch()
+    try:
+        resources = connect("local", num_actors=num_actors)
+        with repeating(watch.look, seconds=1.0):
+            summary = caption_images(
+                input,
+                output,
+                load_captioner=load,
+                resources=resources,
+                num_actors=num_actors,
+                batch_size=batch_size,
+                max_failure_rate=1.0,
+                echo=lambda line: None,
+                on_progress=lambda progress, total: _note(timeline, time.time() - start, progress),
+            )
+            seconds = time.time() - start
+    finally:
+        ray.shutdown()
+    return RunSpeed(
+        num_images=summary.num_new,
+        seconds=seconds,
+        first_seconds=timeline[0][0] if timeline else seconds,
+        steady=steady_rate(timeline) or summary.num_new / seconds,
+        cpu_seconds=watch.cpu_seconds,
+        peak_bytes=watch.peak_bytes,
+        bound=summary.bound,
+    )
+
+
+def _note(timeline: list[tuple[float, int]], seconds: float, progress: Progress) -> None:
+    if progress.num_images:
+        timeline.append((seconds, progress.num_images))
+
+
+def steady_rate(timeline: Sequence[tuple[float, int]]) -> float:
+    """Images per second in the middle of a run, from (seconds, images done so far): the slope of a straight line.
+
+    0.0 where there are fewer than three points in `STEADY_SHARES` of the images.
+    """
+    total = timeline[-1][1] if timeline else 0
+    low, high = (share * total for share in STEADY_SHARES)
+    points = [(seconds, done) for seconds, done in timeline if low <= done <= high]
+    if len(points) < 3:
+        return 0.0
+    seconds, done = np.array(points).T
+    slope, _ = np.polyfit(seconds, done, 1)
+    return float(slope)
+
+
+class _ProcessWatch:
+    """What the processes of this session use, by kind."""
+
+    def __init__(self) -> None:
+        self.cpu_seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+
+    def look(self) -> None:
+        """Note what they have used so far."""
+        used: defaultdict[str, float] = defaultdict(float)
+        for kind, cpu_seconds, resident_bytes in _processes():
+            used[kind] += cpu_seconds
+            self.peak_bytes[kind] = max(self.peak_bytes.get(kind, 0), resident_bytes)
+        self.cpu_seconds = {kind: round(seconds, 2) for kind, seconds in sorted(used.items())}
+
+
+def _processes() -> Iterator[tuple[str, float, int]]:
+    """Kind, seconds of CPU and resident bytes of each process of this session."""
+    ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) != os.getsid(0):
+                continue
+            command = (folder / "cmdline").read_text(errors="replace")
+            values = (folder / "stat").read_text().rsplit(") ", 1)[1].split()
+            resident_pages = int((folder / "statm").read_text().split()[1])
+        except OSError:
+            continue  # it has just ended
+        cpu_ticks = int(values[11]) + int(values[12])  # utime and stime: fields 14 and 15 of proc(5)
+        yield _kind(int(folder.name), command), cpu_ticks / ticks, resident_pages * page
+
+
+def _kind(pid: int, command: str) -> str:
+    if pid == os.getpid():
+        return "driver"
+    if "CaptionImages" in command:
+        return "actors"
+    return "tasks" if command.startswith("ray::") else "ray"
+
+
+def write_photographs(folder: str, count: int, size: tuple[int, int], *, quality: int = 85) -> None:
+    """`count` JPEGs of `size` (width, height), each with bytes of its own, that are as much work as photographs.
+
+    Colour noise whose amplitude falls with the frequency, as that of natural images does (Field 1987), whose exponent
+    is 1.0 to 1.2.
+    """
+    width, height = size
+    generator = np.random.default_rng(0)
+    margin = 64
+    fields = _pink_noise(generator, height + margin, width + margin)
+    for number in range(count):
+        top, left = generator.integers(margin, size=2)
+        pixels = fields[top : top + height, left : left + width]
+        if number % 2:
+            pixels = pixels[:, ::-1]
+        path = Path(folder, f"{number // 1000:04}", f"{number:07}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # More of them than there are places to cut from: a comment tells them apart.
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path, "JPEG", quality=quality, comment=f"{number}")
+
+
+def _pink_noise(generator: np.random.Generator, height: int, width: int) -> np.ndarray[Any, Any]:
+    """uint8 (height, width, 3)."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :])
+    frequency[0, 0] = np.inf
+    channels = []
+    brightness = generator.standard_normal((height, width))
+    for _ in range(3):
+        noise = brightness + 0.3 * generator.standard_normal((height, width))  # channels are alike
+        field = np.fft.irfft2(np.fft.rfft2(noise) / frequency**1.2, s=(height, width))
+        channels.append(128 + 50 * field / field.std())
+    pixels: np.ndarray[Any, Any] = np.clip(np.stack(channels, axis=-1), 0, 255).astype(np.uint8)
+    return pixels
+
+
+def write_table(folder: str, path: str, *, rows_per_group: int = 256) -> None:
+    """The files of a folder as one Parquet table of image bytes."""
+    schema = pa.schema([("image_id", pa.string()), ("image", pa.binary())])
+    files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, len(files), rows_per_group):
+            rows = [
+                {"image_id": str(file.relative_to(folder)), "image": file.read_bytes()}
+                for file in files[start : start + rows_per_group]
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))

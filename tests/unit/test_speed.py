@@ -1,0 +1,98 @@
+"""Rates of a run, what a machine could do at best, and images to measure with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from imcap_ray.distributed.speed import (
+    Comparison,
+    Limit,
+    Rate,
+    RunSpeed,
+    some_files,
+    steady_rate,
+    write_photographs,
+    write_table,
+)
+from imcap_ray.errors import InputError
+
+pytestmark = pytest.mark.unit
+
+
+def make_limit(*, on_gpu: bool) -> Limit:
+    return Limit(decode=Rate((300.0,)), model=Rate((90.0, 100.0, 130.0)), model_batch_size=16, on_gpu=on_gpu)
+
+
+def test_on_the_same_cores_the_limit_is_both_one_after_the_other() -> None:
+    assert make_limit(on_gpu=False).images_per_second == pytest.approx(1 / (1 / 300 + 1 / 100))
+
+
+def test_with_a_processor_each_the_limit_is_the_slower_one() -> None:
+    assert make_limit(on_gpu=True).images_per_second == 100
+
+
+def test_the_steady_rate_knows_nothing_of_the_start_and_the_end() -> None:
+    timeline = [(10 + done / 50, done) for done in range(0, 1000, 25)]  # 50 a second after ten seconds
+    timeline += [(60.0, 1000)]  # the last ones come late
+    assert steady_rate(timeline) == pytest.approx(50)
+
+
+@pytest.mark.parametrize("timeline", [[], [(3.0, 100)], [(3.0, 50), (4.0, 100)]])
+def test_too_short_a_run_has_no_steady_rate(timeline: list[tuple[float, int]]) -> None:
+    assert steady_rate(timeline) == 0.0
+
+
+def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
+    run = RunSpeed(
+        num_images=1000,
+        seconds=20.0,
+        first_seconds=8.0,
+        steady=60.0,
+        cpu_seconds={},
+        peak_bytes={},
+        bound="model-bound",
+    )
+    comparison = Comparison(limit=make_limit(on_gpu=False), run=run)
+    assert comparison.share_of_limit == pytest.approx(0.8)
+    text = "\n".join(comparison.lines())
+    assert "0.80 of the limit" in text and "1,000 images in 20 s" in text and text.endswith("model-bound")
+    assert comparison.to_dict()["run"]["images_per_second"] == 50
+
+
+def test_made_photographs_are_jpegs_of_their_size_and_no_two_are_alike(tmp_path: Path) -> None:
+    write_photographs(str(tmp_path / "files"), 20, (50, 40))
+    files = sorted((tmp_path / "files").rglob("*.jpg"))
+    assert len({hashlib.sha256(file.read_bytes()).digest() for file in files}) == 20
+    with Image.open(files[0]) as image:
+        assert (image.format, image.size) == ("JPEG", (50, 40))
+        pixels = np.asarray(image, dtype=float)
+    # As in a photograph, neighbours are alike.
+    assert np.abs(np.diff(pixels, axis=1)).mean() < 0.7 * pixels.std()  # 1.1 in white noise
+
+
+def test_a_table_of_them_holds_the_same_bytes(tmp_path: Path) -> None:
+    write_photographs(str(tmp_path / "files"), 5, (20, 20))
+    write_table(str(tmp_path / "files"), str(tmp_path / "table.parquet"), rows_per_group=2)
+    rows = pq.read_table(tmp_path / "table.parquet").to_pylist()
+    assert [row["image"] for row in rows] == [file.read_bytes() for file in sorted((tmp_path / "files").rglob("*.jpg"))]
+
+
+def test_some_files_are_the_first_that_can_be_read(tmp_path: Path) -> None:
+    write_photographs(str(tmp_path / "files"), 5, (20, 20))
+    write_table(str(tmp_path / "files"), str(tmp_path / "table.parquet"))
+    for source in ("files", "table.parquet"):
+        found = list(some_files(str(tmp_path / source), 3))
+        assert len(found) == 3
+        assert Image.open(io.BytesIO(found[0])).size == (20, 20)
+
+
+def test_a_folder_without_images_cannot_be_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        list(some_files(str(tmp_path), 3))
