@@ -162,6 +162,37 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     imcap caption ~/Pictures captions/
     imcap caption photographs.parquet captions/ --model runs/mine --beam-size 5
     imcap caption one.jpg
+
+    When things break, the same command goes on:
+
+    \b
+    an image is broken, missing, too      a row with its code: missing, permission_denied,
+    large, or no image                    empty_file, not_an_image, truncated, too_large,
+                                          unsupported_format, read_error
+    an image kills its process            found by trying it alone, twice: a row with internal
+                                          or out_of_memory
+    memory runs out for a batch           half as many images at a time; the summary says it
+    a task, an actor or a node dies       Ray runs its blocks again
+    the driver dies, Ctrl-C, a power cut  what is noted as done is not computed again
+    the disk is full, the store is gone   one line, exit code 1; a store that fails now and then
+                                          is asked again for about 25 s (AWS_MAX_ATTEMPTS)
+    the same bytes under several names    captioned once, copied to the others
+    new images, files that have changed   captioned; by size and time
+    another model, input or search        refused, with the difference named, or --overwrite
+    some images failed                    --retry-failed takes them once more
+    two runs write to one OUTPUT          the later one takes over, the earlier one stops
+
+    OUTPUT/*.parquet can be read at any moment: parts appear when they are complete. While a run goes on a duplicate may
+    lack its caption, and a part from before a crash may be taken back by the next run; at the end of --overwrite new
+    and old parts lie side by side for as long as it takes to move them. OUTPUT/_imcap/run.json says complete when all
+    is settled; heartbeat.json there is written every 30 s until then.
+
+    Memory by the image: 8 bytes for each that is done, on the driver and in Ray's filter, and 29 bits for the hashes of
+    all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
+    a Parquet input, held once on the driver, and the images that --retry-failed takes again.
+
+    Falls short: a decoder that never returns is waited for; GPU memory that runs out was tried with torch's errors
+    raised on a CPU; S3 was tried against a server on one machine, not AWS.
     """
     if output is None:
         _print_caption(input, options)
@@ -382,7 +413,7 @@ def train(data: str, model: str, **options: Any) -> None:
     \b
     imcap train flickr8k/ runs/mine
     imcap train flickr8k/ runs/seed --recipe vgg16-lstm
-    imcap train flickr8k/ runs/short --set training.epochs=5 --num-workers 2
+    imcap train flickr8k/ runs/short --set training.epochs=3 --num-workers 2
     imcap train holidays/ runs/holidays --start-from flickr8k-lite2
     """
     from dataclasses import asdict
@@ -535,7 +566,12 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 def report(
     captions: str, references: str | None, output: str | None, max_images: int, allow_outside_paths: bool
 ) -> None:
-    """Write one self-contained HTML file: photographs, captions, scores, failures."""
+    """Write one self-contained HTML file: photographs, captions, scores, failures.
+
+    \b
+    imcap report captions/
+    imcap report captions/ --references flickr8k/ --output report.html
+    """
     _say(
         write_captions_report(
             captions, output, references=references, max_images=max_images, allow_outside_paths=allow_outside_paths
@@ -662,7 +698,12 @@ def export(captions: str, output: str, **options: Any) -> None:
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def model(model: str | None, as_json: bool) -> None:
-    """What a model folder is: architecture, vocabulary, preprocessing, scores, size. Default: the package's own."""
+    """What a model folder is: architecture, vocabulary, preprocessing, scores, size. Default: the package's own.
+
+    \b
+    imcap model
+    imcap model runs/mine --json
+    """
     from dataclasses import asdict
 
     from imcap_ray.captioner import read_model_folder

@@ -46,7 +46,7 @@ from ray.cluster_utils import Cluster
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import Caption, Captioner, search_captions
 from imcap_ray.config import SearchConfig, load_recipe
-from imcap_ray.datasets import VALIDATION, load_dataset
+from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
@@ -63,11 +63,12 @@ from imcap_ray.distributed.speed import (
     write_photographs,
     write_table,
 )
+from imcap_ray.encoders import build_encoder
 from imcap_ray.errors import ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16
-from imcap_ray.vocabulary import END_ID, START_ID
+from imcap_ray.vocabulary import END_ID, START_ID, Vocabulary
 
 
 @click.group()
@@ -680,6 +681,107 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
         return
     for name, value in found.items():
         click.echo(f"{name:22} {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+# ---- training: Ray Train against a bare loop, and against torchrun
+
+
+@main.command()
+@click.option("--images", default=1024, show_default=True, help="Training images, each with five captions.")
+@click.option("--epochs", default=4, show_default=True, help="Of each way; the first one does not count.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def training(images: int, epochs: int, as_json: bool) -> None:
+    """Captions per second of `imcap train` with one and two workers, against a bare loop and torchrun.
+
+    The bare loop is the same optimizer step on the same captions, with features in memory and nothing else: no Ray, no
+    validation, no checkpoint; with torchrun it is two processes of DistributedDataParallel. The epochs of `imcap train`
+    are timed without their validation too. A last line: the bare loop with the CNN in it, as if nothing were cached.
+    """
+    rates: dict[str, Rate] = {}
+    with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
+        data = Path(folder, "data")
+        _write_captioned_photographs(data, images)
+        cores = os.cpu_count() or 1
+        for workers in (1, 2):
+            model = Path(folder, f"model{workers}")
+            command = [sys.executable, "-m", "imcap_ray", "train", str(data), str(model), "--num-workers", str(workers)]
+            subprocess.run([*command, "--set", f"training.epochs={epochs}", "--quiet"], check=True)
+            lines = (model / "_training" / "metrics.jsonl").read_text().splitlines()
+            seconds = [json.loads(line)["train_seconds"] for line in lines]
+            rates[f"imcap train, {workers} worker{'s' * (workers > 1)}"] = _captions_per_second(images, seconds)
+        vocabulary = str(Path(folder, "model1", "vocabulary.json"))
+        for name, workers, options in (
+            ("bare loop", 1, []),
+            ("torchrun, 2 processes", 2, []),
+            ("bare loop, nothing cached", 1, ["--encode"]),
+        ):
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] * (workers > 1)
+            command = [sys.executable, *launcher, __file__, "bare-loop", str(data), vocabulary, str(epochs), *options]
+            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
+            rates[name] = _captions_per_second(images, json.loads(done.stdout))
+    found: dict[str, Any] = {"machine": describe_machine(), "images": images}
+    found |= {name: rate.to_dict() for name, rate in rates.items()}
+    found["of the bare loop"] = round(rates["imcap train, 1 worker"].median / rates["bare loop"].median, 3)
+    found["of torchrun"] = round(rates["imcap train, 2 workers"].median / rates["torchrun, 2 processes"].median, 3)
+    _show(found, as_json)
+
+
+def _captions_per_second(images: int, seconds: list[float]) -> Rate:
+    return Rate(tuple(5 * images / value for value in seconds[1:]))
+
+
+def _write_captioned_photographs(folder: Path, num_train: int) -> None:
+    """Photographs with five captions each, as long as those of Flickr8k, of 3,000 words; 32 of them for validation."""
+    generator = np.random.default_rng(0)
+    write_photographs(str(folder), num_train + 32, (224, 224))
+    files = sorted(folder.rglob("*.jpg"))
+    with open(folder / "metadata.jsonl", "w") as lines:
+        for number, file in enumerate(files):
+            lengths = np.clip(generator.normal(10.8, 3.8, size=5).round().astype(int), 4, 22)
+            captions = [" ".join(f"word{word}" for word in generator.integers(3000, size=length)) for length in lengths]
+            split = "train" if number < num_train else "validation"
+            row = {"file_name": str(file.relative_to(folder)), "captions": captions, "split": split}
+            lines.write(json.dumps(row) + "\n")
+
+
+@main.command("bare-loop", hidden=True)
+@click.argument("data")
+@click.argument("vocabulary")
+@click.argument("epochs", type=int)
+@click.option("--encode", is_flag=True)
+def bare_loop(data: str, vocabulary: str, epochs: int, encode: bool) -> None:
+    """Seconds of each epoch of the default recipe's cross-entropy, for `training`."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    if world_size > 1:
+        torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    recipe = load_recipe("lite2-attention")
+    words = Vocabulary.from_json(Path(vocabulary).read_bytes())
+    captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()[rank::world_size]
+    ids = [[words.to_ids(text, max_length=recipe.training.max_caption_length) for text in texts] for texts in captions]
+    encoder = build_encoder(recipe.encoder, recipe.preprocessing) if encode else None
+    size = recipe.preprocessing.image_size
+    shape, dtype = ((3, size, size), torch.uint8) if encoder else ((49, 1280), torch.float16)
+    inputs = (torch.rand(len(ids), *shape) * 255).to(dtype)  # what they show costs no time
+    decoder = build_decoder(recipe.decoder, num_channels=1280, vocabulary_size=len(words))
+    model = torch.nn.parallel.DistributedDataParallel(decoder) if world_size > 1 else decoder
+    optimization = Optimization(model, decoder, recipe.training, total_steps=10**6)
+    seconds = []
+    for _ in range(epochs):
+        start = time.perf_counter()
+        for chosen in torch.randperm(len(ids)).split(recipe.training.batch_size // world_size):
+            chunk = inputs[chosen]
+            if encoder:
+                with torch.inference_mode():
+                    chunk = encoder(chunk)
+            optimization.step(make_batch(chunk.clone(), [ids[number] for number in chosen], torch.device("cpu")))
+        seconds.append(time.perf_counter() - start)
+    if rank == 0:
+        click.echo(json.dumps(seconds))
+    if world_size > 1:
+        torch.distributed.destroy_process_group()
 
 
 # ---- training: a step of all captions at once against the loop that tutorials have

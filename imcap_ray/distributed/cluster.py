@@ -89,6 +89,7 @@ def connect(address: str | None = None, *, num_actors: int | None = None, verbos
         else:
             _join(address, verbose=verbose)
     _quieten(verbose=verbose)
+    _keep_small()
     return _resources()
 
 
@@ -269,6 +270,16 @@ def _quieten(*, verbose: bool) -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         # What Ray's daemons have to say Ray prints to stdout, which belongs to our results.
         worker.print_to_stdstream = _print_to_stderr
+
+
+def _keep_small() -> None:
+    """Let Ray Data start no processes that a manifest of a few files has no work for.
+
+    Its second reader of Parquet starts 32 actors to read footers (Ray 2.60, `RAY_DATA_PARQUET_FOOTER_NUM_ACTORS`), and
+    each costs two cores half a second and more; usage statistics are an actor too.
+    """
+    ray.data.DataContext.get_current().use_datasource_v2 = False
+    os.environ["RAY_DATA_USAGE_DISABLED"] = "1"
 
 
 def _print_to_stderr(data: Mapping[str, Any], ignore_prefix: bool) -> None:

@@ -259,7 +259,9 @@ def _draw_view(views: Tensor) -> Tensor:
 def _run_epoch(
     optimization: Optimization, make: BatchMaker, batches: Iterator[tuple[Tensor, list[str]]]
 ) -> dict[str, float]:
-    """One pass over this worker's images; the mean cross-entropy of a token, in nats, and other means over images."""
+    """One pass over this worker's images; the mean cross-entropy of a token, in nats, other means over images, and the
+    seconds it took."""
+    start = time.time()
     loss_sum, num_tokens, num_images = 0.0, 0, 0
     sums: dict[str, float] = {}
     for inputs, image_ids in batches:
@@ -269,7 +271,7 @@ def _run_epoch(
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0.0) + value * len(image_ids)
     means = {name: value / max(1, num_images) for name, value in sums.items()}
-    return {"train_loss": loss_sum / max(1, num_tokens), **means}
+    return {"train_loss": loss_sum / max(1, num_tokens), **means, "train_seconds": time.time() - start}
 
 
 @dataclass(frozen=True, slots=True)

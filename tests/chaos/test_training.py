@@ -84,7 +84,7 @@ class Workplace:
         """The metrics so far, but for the seconds it took."""
         place = self.root / name / "_training" / "metrics.jsonl"
         rows = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+        return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
 
     def wait_for_epoch(self, name: str, epoch: int, process: subprocess.Popen[bytes]) -> None:
         wait_until(lambda: len(self.epochs(name)) >= epoch or process.poll() is not None, lambda: self.said(name))

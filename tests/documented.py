@@ -1,0 +1,74 @@
+"""Every command line that the project shows: in the README, in --help, in docstrings, in YAML and in the model card."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from imcap_ray.cli import main
+
+ROOT = Path(__file__).parent.parent
+FILES = (
+    ROOT / "README.md",
+    *sorted((ROOT / "jobs").glob("*.py")),
+    *sorted((ROOT / "jobs").glob("*.yaml")),
+    ROOT / "cluster.yaml",
+    *sorted((ROOT / "imcap_ray" / "models").glob("*/README.md")),
+)
+
+# At the start of a line, after what marks a comment, a variable or a virtual environment.
+_LINE = re.compile(r"^[#\s]*((?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:imcap|ray job submit|python jobs/\w+\.py) \S.*)$")
+# In running text, with what it is given: `imcap train` alone is a name.
+_INLINE = re.compile(r"`((?:imcap [a-z]+ |python jobs/\w+\.py [a-z])[^`]+)`")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One command line and where it stands."""
+
+    where: str
+    line: str
+
+    @property
+    def words(self) -> list[str]:
+        """Without variables, and from `imcap` on: jobs/train.py is `imcap train` as a program."""
+        words = shlex.split(self.line)
+        if words[:3] == ["ray", "job", "submit"]:
+            words = words[words.index("--") + 1 :]
+        while "=" in words[0]:
+            words = words[1:]
+        if words[0] == "python" and words[1] != "jobs/benchmark.py":
+            return ["imcap", Path(words[1]).stem, *words[2:]]
+        return [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+
+def shown_commands() -> list[Shown]:
+    """Each line once, in the order of the files and then of --help."""
+    found = [shown for path in FILES for shown in _in_file(path)]
+    found += [
+        Shown(f"imcap {name} --help", _without_remark(line.strip()))
+        for name, command in [("", main), *main.commands.items()]
+        for line in (command.help or "").splitlines()
+        if line.strip().startswith("imcap ") and not line.rstrip().endswith(".")
+    ]
+    return list({shown.line: shown for shown in reversed(found)}.values())[::-1]
+
+
+def _in_file(path: Path) -> Iterator[Shown]:
+    is_code = path.suffix != ".md"
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        where = f"{path.relative_to(ROOT)}:{number}"
+        is_code = not is_code if path.suffix == ".md" and line.startswith("```") else is_code
+        is_shown = is_code or line.startswith("    ")  # the card's way to show a command
+        if is_shown and (match := _LINE.match(line)) and "`" not in line:
+            yield Shown(where, _without_remark(match[1]))
+        elif path.suffix == ".md" and not is_shown:
+            yield from (Shown(where, match[1]) for match in _INLINE.finditer(line))
+
+
+def _without_remark(line: str) -> str:
+    """The command without what is said of it behind a # or two spaces."""
+    return re.split(r"\s+#|\s{2,}", line)[0]

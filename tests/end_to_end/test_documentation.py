@@ -1,0 +1,117 @@
+"""Every command that the documentation shows for one machine, run as it stands there, where its names exist.
+
+Those for a cluster are in test_jobs.py; what needs a cloud, and what measures for minutes, is only parsed
+(tests/unit/test_documentation.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from imcap_ray.cli import main
+from tests import small_data
+from tests.documented import Shown, shown_commands
+
+pytestmark = pytest.mark.timeout(400)
+
+LOCAL = ("caption", "train", "check", "evaluate", "report", "export", "model", "status", "demo", "bench")
+MEASURES = "bench"
+SHOWN = [
+    shown
+    for shown in shown_commands()
+    if shown.words[1] in LOCAL and shown.words[1] != MEASURES and "s3://" not in shown.line
+]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's folder, with VGG16's weights where torchvision would have put them. The Ray of these tests knows it."""
+    import ray
+    from torchvision.models import vgg16
+
+    folder = tmp_path_factory.mktemp("home")
+    weights = folder / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    weights.parent.mkdir(parents=True)
+    torch.save(vgg16(weights=None).state_dict(), weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(folder))
+        patch.setenv("TORCH_HOME", str(folder / "torch"))
+        yield folder
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where all the names of the examples lead to something, but for what a command is to make."""
+    monkeypatch.chdir(tmp_path)
+    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=8, num_validation=4, num_test=0)
+    small_data.write_flickr8k(tmp_path / "holidays", num_train=6, num_validation=3, num_test=0)
+    photographs = flickr8k / "Flicker8k_Dataset"
+    pictures = home / "Pictures"
+    shutil.rmtree(pictures, ignore_errors=True)
+    shutil.copytree(photographs, pictures)
+    shutil.copytree(photographs, tmp_path / "development")
+    shutil.copy(next(photographs.iterdir()), tmp_path / "one.jpg")
+    files = sorted(photographs.iterdir())
+    table = pa.table({"image_id": [file.name for file in files], "image": [file.read_bytes() for file in files]})
+    pq.write_table(table, tmp_path / "photographs.parquet")
+    images = [{"id": number, "file_name": file.name} for number, file in enumerate(files)]
+    annotations = [{"id": number, "image_id": number, "caption": "a dog"} for number in range(len(files))]
+    coco = tmp_path / "coco" / "annotations" / "captions_val2017.json"
+    coco.parent.mkdir(parents=True)
+    coco.write_text(json.dumps({"images": images, "annotations": annotations}))
+    shutil.copytree(photographs, tmp_path / "coco" / "val2017")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def captions(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished captioning of such a development split."""
+    folder = tmp_path_factory.mktemp("captioned")
+    flickr8k = small_data.write_flickr8k(folder / "flickr8k", num_train=8, num_validation=4, num_test=0)
+    model = small_data.write_model_folder(folder / "tiny")
+    assert run("caption", flickr8k / "Flicker8k_Dataset", folder / "captions", "--model", model).exit_code == 0
+    for part in (folder / "captions").glob("*.parquet"):
+        table = pq.read_table(part)
+        place = table.schema.get_field_index("confidence")
+        sure = pa.array([0.5] * table.num_rows, pa.float32())  # as a model has it that has learnt something
+        pq.write_table(table.set_column(place, table.schema.field(place), sure), part)
+    return folder / "captions"
+
+
+def run(*words: object) -> Result:
+    """A command in this process, so that all share one Ray."""
+    return CliRunner().invoke(main, [os.path.expanduser(str(word)) for word in words])
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.line)
+def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Path) -> None:
+    _, command, *arguments = shown.words
+    if command not in ("caption", "demo"):
+        shutil.copytree(captions, folder / "captions")
+        shutil.copytree(captions, folder / "captions-before")
+    if command == "status" and "runs/mine" in arguments:
+        work = folder / "runs" / "mine" / "_training"
+        work.mkdir(parents=True)
+        (work / "metrics.jsonl").write_text("")
+    elif command != "train":
+        small_data.write_model_folder(folder / "runs" / "mine")
+
+    done = run(command, *arguments)
+
+    spoilt = "captions_val2017.json" in shown.line  # nothing in it to train on
+    assert done.exit_code == (3 if spoilt else 0), f"{shown.where}: {shown.line}\n{done.output}"
+    if command == "caption" and "one.jpg" not in arguments:
+        assert {row["status"] for path in Path("captions").glob("*.parquet") for row in pq.read_table(path).to_pylist()}
+    if command == "train":
+        assert Path(arguments[1], "model.safetensors").exists()

@@ -1,0 +1,70 @@
+"""What the documentation shows is what the commands take."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import click
+import pytest
+
+from imcap_ray.cli import main
+from tests.documented import ROOT, Shown, shown_commands
+
+SHOWN = shown_commands()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where the names of the examples exist."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("captions", "flickr8k"):
+        (tmp_path / name).mkdir()
+    yield tmp_path
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    path = ROOT / "jobs" / "benchmark.py"
+    specification = importlib.util.spec_from_file_location("benchmark", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["benchmark"] = module  # dataclasses look there for their own module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.line)
+def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path, benchmark: ModuleType) -> None:
+    program, *words = shown.words
+    if program == "python":
+        command, (_, name, *arguments) = benchmark.main, words
+    else:
+        command, (name, *arguments) = main, words
+    subcommand = command.get_command(click.Context(command), name)
+    assert subcommand is not None, f"{shown.where}: there is no {name}"
+    if name == "submit" and "--follow" not in arguments:
+        start = next(place for place, word in enumerate(arguments) if word in main.commands)
+        inner, *rest = arguments[start:]
+        main.commands[inner].make_context(inner, rest).close()
+    try:
+        subcommand.make_context(name, list(arguments)).close()
+    except click.UsageError as error:
+        pytest.fail(f"{shown.where}: {shown.line}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("name", [name for name, command in main.commands.items() if not command.hidden])
+def test_every_command_is_shown_somewhere(name: str) -> None:
+    assert any(shown.words[1:2] == [name] for shown in SHOWN), f"imcap {name} stands nowhere"
+
+
+@pytest.mark.parametrize("name", list(main.commands))
+def test_every_command_and_option_has_help(name: str) -> None:
+    command = main.commands[name]
+    assert command.help
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"imcap {name} {parameter.opts[0]} is not explained"
