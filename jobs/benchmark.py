@@ -70,6 +70,7 @@ class SlowEcho:
     image_size = 32
     fingerprint = "slow-echo"
     compute_batch_size = 16
+    num_beam_steps = 0
     search = SearchConfig()
 
     def __init__(self, log: str) -> None:

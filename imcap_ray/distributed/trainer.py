@@ -40,10 +40,10 @@ from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key, manifest_of
 from imcap_ray.distributed.images import (
     IMAGES_PER_BLOCK,
+    LoadImages,
     Progress,
     default_num_actors,
     explain,
-    load_images,
     repeating,
 )
 from imcap_ray.distributed.train_worker import (
@@ -479,7 +479,7 @@ def _read_features(cache: FeatureCache) -> ray.data.Dataset:
 
 def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
     """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it."""
-    load = partial(load_images, image_size=encoder.image_size, root=manifest.root)
+    load = LoadImages(image_size=encoder.image_size, root=manifest.root)
     return (
         ray.data.read_parquet(storage.resolve(manifest.folder)[1], filesystem=storage.resolve(manifest.folder)[0])
         .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
