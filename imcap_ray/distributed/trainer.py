@@ -461,6 +461,8 @@ def _fit(
         with repeating(watch, seconds=2.0):
             try:
                 trainer.fit()
+            except SystemExit as error:  # what Ray Train makes of Ctrl-C, without a word
+                raise KeyboardInterrupt from error
             except (RayError, ray.train.TrainingFailedError) as error:
                 raise ImcapError(
                     f"training stopped by an error: {explain(error)}; the same command goes on after its last epoch"
