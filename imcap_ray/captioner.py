@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -35,7 +35,7 @@ from imcap_ray.decoders import Decoder, DecoderEnsemble, build_decoder
 from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder, fold_batch_normalisation
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
-from imcap_ray.search import beam_search
+from imcap_ray.search import State, beam_search
 from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
 
 FORMAT_VERSION: Final = 1
@@ -67,12 +67,26 @@ class Caption:
 
 @torch.inference_mode()
 def search_captions(
-    decoder: Decoder | DecoderEnsemble, vocabulary: Vocabulary, features: Tensor, search: SearchConfig
+    decoder: Decoder | DecoderEnsemble,
+    vocabulary: Vocabulary,
+    features: Tensor,
+    search: SearchConfig,
+    *,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[list[Caption]]:
-    """For each image of `features` (B, R, F) its `search.num_captions` best captions, the best first."""
+    """For each image of `features` (B, R, F) its `search.num_captions` best captions, the best first.
+
+    Args:
+        on_step: called at every position that is computed.
+    """
     step, state = decoder.start(features, search.beam_size)
+
+    def told_step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
+        on_step()
+        return step(tokens, state)
+
     found = beam_search(
-        step,
+        told_step,
         state,
         start_id=START_ID,
         end_id=END_ID,
@@ -115,6 +129,8 @@ class Captioner:
         self.search = search
         self.fingerprint = fingerprint
         self._batches = FixedBatches(encoder.image_size, self.device)
+        self.num_beam_steps = 0
+        """Positions that searches have computed so far."""
 
     @property
     def compute_batch_size(self) -> int:
@@ -223,7 +239,12 @@ class Captioner:
         return features
 
     def _search(self, chunk: Tensor) -> list[list[Caption]]:
-        return search_captions(self.decoder, self.vocabulary, self._encode(chunk), self.search)
+        return search_captions(
+            self.decoder, self.vocabulary, self._encode(chunk), self.search, on_step=self._count_step
+        )
+
+    def _count_step(self) -> None:
+        self.num_beam_steps += 1
 
 
 def load_captioner(

@@ -9,6 +9,8 @@ import re
 import signal
 import sys
 import time
+import traceback
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +21,7 @@ from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.escaping import printable
+from imcap_ray.progress import LineSchedule, Pace
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
@@ -41,6 +44,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except ImcapError as error:
             _say(f"imcap: {storage.hide_secrets(str(error))}", err=True)
+            if ctx.meta.get(_VERBOSE) and error.__cause__:
+                text = "".join(traceback.format_exception(error.__cause__))
+                for line in storage.hide_secrets(text).splitlines():
+                    _say(line, err=True)
             ctx.exit(error.exit_code)
         except OSError as error:  # a disk that is full, a store that is gone
             if error.errno == errno.EPIPE:  # who read our output has heard enough: click's affair
@@ -57,6 +64,15 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("imcap: interrupted; what is written is kept, the same command goes on", err=True)
             ctx.exit(INTERRUPTED)
+
+
+_VERBOSE = "imcap.verbose"
+"""Where a command's contexts keep that -v was given."""
+
+
+def _note_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+    ctx.meta[_VERBOSE] = value
+    return value
 
 
 _CLEAR_LINE = "\r\033[K"
@@ -103,7 +119,9 @@ _cluster_options = _options(
     click.option(
         "--gpus-per-worker", type=click.FloatRange(0), help="GPUs of each process. Default: 1 where there are any."
     ),
-    click.option("-v", "--verbose", is_flag=True, help="Ray's own messages too."),
+    click.option(
+        "-v", "--verbose", is_flag=True, callback=_note_verbose, help="Ray's own messages and tracebacks too."
+    ),
 )
 _model_options = _options(
     click.option(
@@ -326,34 +344,51 @@ def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:
 
 
 def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Progress, int], None]]:
-    """How to say a line, and how to show progress: one changing line on a terminal, else a line every ten seconds."""
+    """How to say a line, and how to show progress: a line that changes on a terminal, else lines ever more seldom."""
     say, show = _counting_voice(options)
     return say, lambda progress, total: show(progress.num_images, total)
 
 
-def _counting_voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[int, int], None]]:
-    """The same, shown by the number of images that are done and of all."""
+def _counting_voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[..., None]]:
+    """The same, shown by the number of images that are done, of all, and what is done with them if that needs words."""
     if options["quiet"]:
-        return (lambda line: None), (lambda done, total: None)
-    start = time.monotonic()
-    last = start
+        return (lambda line: None), (lambda done, total, what="": None)
     on_terminal = sys.stderr.isatty()
+    schedule = LineSchedule(time.monotonic())
+    paces: dict[str, Pace] = defaultdict(Pace)
+    finished = set()
 
     def say(line: str) -> None:
         _say(line, err=True)
 
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if not done or (not on_terminal and now - last < 10):
+    def show(done: int, total: int, what: str = "") -> None:
+        now, pace = time.monotonic(), paces[what]
+        pace.note(now, done)
+        # What comes after the last image may take a while, and is told by the next line.
+        if not done or (not on_terminal and (what in finished or not schedule.is_due(now))):
             return
-        last = now
-        rate = done / (now - start)
-        left = _duration((total - done) / rate)
-        line = f"{done:,} of {total:,} images, {rate:.1f} images/s, {left} left"
+        if done >= total:
+            finished.add(what)
+        line = f"{what}{': ' if what else ''}{done:,} of {total:,} images"
+        rate, left = pace.rate(now), pace.seconds_left(now, total) if done < total else None
+        if rate is not None:
+            line += f", {rate:.1f} images/s"
+        if left is not None:
+            line += f", {_duration(left)} left"
         click.echo(f"{_CLEAR_LINE}{line}" if on_terminal else line, err=True, nl=not on_terminal)
 
     return say, show
+
+
+def _epoch_voice(say: Callable[[str], None]) -> Callable[[str], None]:
+    """How to say the line of an epoch: all on a terminal; in a log, of many short epochs now and then one."""
+    schedule = LineSchedule(time.monotonic())
+
+    def say_epoch(line: str) -> None:
+        if sys.stderr.isatty() or schedule.is_due(time.monotonic()):
+            say(line)
+
+    return say_epoch
 
 
 def _duration(seconds: float) -> str:
@@ -410,6 +445,9 @@ def train(data: str, model: str, **options: Any) -> None:
     Hugging Face's metadata.jsonl, images with .txt files beside them, or Parquet with captions. Run again, the same
     command goes on after the last finished epoch.
 
+    MODEL/_training has the metrics of every epoch, in metrics.jsonl and for `tensorboard --logdir MODEL`. Where mlflow
+    is installed and MLFLOW_TRACKING_URI is set, they go there too, in one run however often this is run again.
+
     \b
     imcap train flickr8k/ runs/mine
     imcap train flickr8k/ runs/seed --recipe vgg16-lstm
@@ -430,7 +468,7 @@ def train(data: str, model: str, **options: Any) -> None:
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"])
     dataset.require_files()
-    say, _ = _voice(options)
+    say, show = _counting_voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     resources = connect(options["address"], verbose=options["verbose"])
     written = {"MODEL": model, "--features": options["features"] or storage.parent(storage.absolute(model))}
@@ -453,6 +491,8 @@ def train(data: str, model: str, **options: Any) -> None:
         encoder_weights=options["encoder_weights"],
         features=options["features"],
         echo=say,
+        echo_epoch=_epoch_voice(say),
+        on_features=lambda split, total, progress: show(progress.num_images, total, f"features of {split} images"),
     )
     if options["as_json"]:
         click.echo(json.dumps(asdict(result)))

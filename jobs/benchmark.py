@@ -93,6 +93,7 @@ class SlowEcho:
     image_size = 32
     fingerprint = "slow-echo"
     compute_batch_size = 16
+    num_beam_steps = 0
     search = SearchConfig()
 
     def __init__(self, log: str) -> None:
@@ -578,6 +579,7 @@ class InstantEcho:
     image_size = 32
     fingerprint = "instant-echo"
     compute_batch_size = 16
+    num_beam_steps = 0
     search = SearchConfig()
 
     def caption_pixels(self, pixels: Any) -> list[list[Caption]]:

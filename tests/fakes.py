@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from os.path import exists
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class EchoCaptioner:
         self.fingerprint = fingerprint
         self.search = search or SearchConfig()
         self.compute_batch_size = COMPUTE_BATCH_SIZE
+        self.num_beam_steps = 0
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2)] for image in pixels]
@@ -76,3 +78,12 @@ class TooLargeFor(EchoCaptioner):
 def echo(image: npt.NDArray[np.uint8]) -> str:
     """What `EchoCaptioner` says of pixels (3, S, S)."""
     return f"seen {hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:12]}"
+
+
+class TakesSteps(EchoCaptioner):
+    """Takes 20 ms an image, and seven steps a batch."""
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        time.sleep(0.02 * len(pixels))
+        self.num_beam_steps += 7
+        return super().caption_pixels(pixels)

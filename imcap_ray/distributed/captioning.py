@@ -79,6 +79,10 @@ class ImageCaptioner(Protocol):
     def compute_batch_size(self) -> int:
         """Images computed together: fewer than `COMPUTE_BATCH_SIZE` after memory has run out."""
 
+    @property
+    def num_beam_steps(self) -> int:
+        """Positions that its searches have computed so far."""
+
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         """For uint8 pixels (B, 3, S, S) the captions of each image, the best first; none where memory runs out."""
 
@@ -100,6 +104,7 @@ class CaptionImages:
             if self._caption:
                 done = self._caption(rows)
                 self._reporter.tell_batch_size(self._caption.captioner.compute_batch_size)
+                self._reporter.tell_beam_steps(self._caption.captioner.num_beam_steps)
             else:
                 assert self._isolated
                 done = pa.concat_tables(

@@ -165,17 +165,20 @@ def _start(*, num_actors: int, verbose: bool) -> None:
         # its children know. Ray itself would save one as ~/.ray/auth_token, and from then on every `ray start` of
         # this user demands it while no client that is given an address shows it.
         variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    with _init_environment(variables, verbose=verbose):
-        ray.init(
-            address="local",
-            num_cpus=max(
-                MINIMUM_LOCAL_CPUS,
-                SPARE_LOCAL_CPUS + max(_cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * _cores())),
-            ),
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level=_logging_level(verbose),
-        )
+    try:
+        with _init_environment(variables, verbose=verbose):
+            ray.init(
+                address="local",
+                num_cpus=max(
+                    MINIMUM_LOCAL_CPUS,
+                    SPARE_LOCAL_CPUS + max(_cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * _cores())),
+                ),
+                include_dashboard=False,
+                log_to_driver=verbose,
+                logging_level=_logging_level(verbose),
+            )
+    except Exception as error:  # Ray has no type for it: its processes were slow to start, or its files have no room
+        raise ClusterError(f"Ray does not start on this machine: {_one_line(error)}") from error
 
 
 def _join(address: str, *, verbose: bool) -> None:

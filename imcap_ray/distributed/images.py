@@ -4,6 +4,7 @@ writes captions, and by training, which writes features."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import Counter, defaultdict
@@ -26,9 +27,11 @@ from ray.exceptions import RayError
 from imcap_ray import storage
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
+from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.images import MAX_FILE_BYTES, DecodedImage, decode_image, image_error_from_os_error
 from imcap_ray.manifest import read_table_images
+from imcap_ray.progress import Pace
 
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
@@ -108,12 +111,17 @@ class ProgressCounter:
 
 
 class BatchReporter:
-    """Tells the counter how an actor spends its time."""
+    """Tells the counter, and whoever watches Ray's metrics, how an actor of the operator spends its time."""
 
-    def __init__(self, counter: Any) -> None:
+    def __init__(self, counter: Any, operator: str) -> None:
         self._counter = counter
+        self._operator = operator
         self._last_end: float | None = None
         self._batch_size = 0
+
+    @functools.cached_property
+    def _metrics(self) -> ActorMetrics:  # of the actor, which this has come to from the driver
+        return ActorMetrics(self._operator)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Counter[str]]:
@@ -121,9 +129,12 @@ class BatchReporter:
         counts: Counter[str] = Counter()
         start = time.perf_counter()
         waited = start - self._last_end if self._last_end is not None else 0.0
+        if self._last_end is not None:
+            self._metrics.observe_wait(waited)
         yield counts
         self._last_end = time.perf_counter()
         self._counter.add_batch.remote(dict(counts), self._last_end - start, waited)
+        self._metrics.count_images(counts)
 
     def tell_batch_size(self, batch_size: int) -> None:
         """How many images this actor computes together."""
@@ -131,27 +142,37 @@ class BatchReporter:
             self._batch_size = batch_size
             self._counter.tell_batch_size.remote(batch_size)
 
+    def tell_beam_steps(self, num_steps: int) -> None:
+        """How many steps this actor's searches have taken so far."""
+        self._metrics.tell_beam_steps(num_steps)
 
-def load_images(rows: pa.Table, *, image_size: int, root: str, index: Any = None) -> Iterator[pa.Table]:
-    """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not.
 
-    Args:
-        root: where the images lie; when that is gone too, a missing image is no fault of its own.
-        index: an `ImageIndex`, where images that have come before need no pixels.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadImages:
+    """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not."""
 
-    Raises:
-        ImcapError: nothing can be read any more.
-    """
-    load = partial(_load_rows, image_size=image_size, root=root)
-    isolated = Isolated(lambda: load, memory_limit=DECODE_MEMORY) if is_repeated_work() else None
-    for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
-        block = rows.slice(start, IMAGES_PER_BLOCK)
-        if isolated is None:
-            loaded = load(block)
-        else:
-            parts = [_blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
-            loaded = pa.concat_tables(parts)
-        yield _without_repeated(loaded, index) if index else loaded
+    image_size: int
+    root: str
+    """Where the images lie; when that is gone too, a missing image is no fault of its own."""
+    index: Any = None
+    """An `ImageIndex`, where images that have come before need no pixels."""
+
+    def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
+        """The rows, `IMAGES_PER_BLOCK` at a time.
+
+        Raises:
+            ImcapError: nothing can be read any more.
+        """
+        load = partial(_load_rows, image_size=self.image_size, root=self.root)
+        isolated = Isolated(lambda: load, memory_limit=DECODE_MEMORY) if is_repeated_work() else None
+        for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
+            block = rows.slice(start, IMAGES_PER_BLOCK)
+            if isolated is None:
+                loaded = load(block)
+            else:
+                parts = [_blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
+                loaded = pa.concat_tables(parts)
+            yield _without_repeated(loaded, self.index) if self.index else loaded
 
 
 def _load_rows(rows: pa.Table, *, image_size: int, root: str) -> pa.Table:
@@ -350,7 +371,7 @@ def map_images(
             # Ray reads a manifest of 100,000 rows as one block whatever `override_num_blocks` says.
             .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
             .map_batches(
-                partial(load_images, image_size=image_size, root=root, index=index),
+                LoadImages(image_size=image_size, root=root, index=index),
                 batch_size=None,
                 batch_format="pyarrow",
                 # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing
@@ -359,7 +380,7 @@ def map_images(
             )
             .map_batches(
                 actor_class,
-                fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter)},
+                fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter, actor_class.__name__)},
                 batch_size=batch_size,
                 batch_format="pyarrow",
                 num_cpus=1,
@@ -370,10 +391,14 @@ def map_images(
             )
         )
 
+        pace, metrics = Pace(), RunMetrics(actor_class.__name__)
+
         def look() -> None:
             nonlocal progress
             with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
                 progress = ray.get(counter.get.remote())
+                pace.note(time.monotonic(), progress.num_images)
+                metrics.set_rate(pace.rate(time.monotonic()) or 0.0)
                 on_progress(progress)
 
         with repeating(look, seconds=1.0):
@@ -381,6 +406,7 @@ def map_images(
                 dataset.write_datasink(sink)
             except (RayError, OSError) as error:
                 raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
+        metrics.set_rate(0.0)
     return progress
 
 

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import platform
+import re
 import secrets
 import shlex
 import time
@@ -47,6 +48,9 @@ MAX_PACKAGE_BYTES: Final = 200 * 2**20
 
 LOST: Final = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
 """What the client raises when the dashboard is gone, or refuses."""
+
+# What Ray says at the top of every job's log. Errors of the same source are passed on.
+_PREAMBLE: Final = re.compile(r"(\x1b\[\d+m)*[-\d]+ [\d:,]+\s+INFO job_manager\.py:|Running entrypoint for job ")
 
 INTERRUPTED: Final = 130
 STOP: Final = "stop"
@@ -314,7 +318,8 @@ class _Log:
         self._num_seen += len(new)
         *lines, self._rest = (self._rest + new).split("\n")
         for line in lines:
-            self._echo(line)
+            if not _PREAMBLE.match(line):
+                self._echo(line)
 
 
 def _exit_code(job: str, job_info: dict[str, Any], echo: Callable[[str], None]) -> int:

@@ -40,10 +40,10 @@ from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key, manifest_of
 from imcap_ray.distributed.images import (
     IMAGES_PER_BLOCK,
+    LoadImages,
     Progress,
     default_num_actors,
     explain,
-    load_images,
     repeating,
 )
 from imcap_ray.distributed.train_worker import (
@@ -59,6 +59,7 @@ from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
+from imcap_ray.trackers import Trackers, tracking
 from imcap_ray.training import SCORE, next_phase, num_epochs, phases, reads_pixels
 from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
 
@@ -89,6 +90,8 @@ def train(
     encoder_weights: str | None = None,
     features: str | None = None,
     echo: Callable[[str], None] = print,
+    echo_epoch: Callable[[str], None] | None = None,
+    on_features: Callable[[str, int, Progress], None] = lambda split, total, progress: None,
 ) -> TrainingResult:
     """Train a decoder on the data set's training split and write the model folder.
 
@@ -101,6 +104,8 @@ def train(
             CNN, preprocessing, vocabulary and decoder are taken instead of the recipe's.
         num_workers: data-parallel processes; None: one per GPU, or one where there is none.
         features: folder for cached features; None: `_features` beside the model folder, shared by its neighbours.
+        echo_epoch: called with the line of an epoch, one after the other; None: `echo`.
+        on_features: called about once a second with the split whose images are encoded, their number, and the progress.
 
     Raises:
         InputError: something does not fit, found before work began.
@@ -150,7 +155,9 @@ def train(
     write_metrics(work, history)
 
     features = features or storage.join(storage.parent(model), "_features")
-    caches = _cache(encoder, data=data, recipe=recipe, folder=features, resources=resources, echo=echo)
+    caches = _cache(
+        encoder, data=data, recipe=recipe, folder=features, resources=resources, echo=echo, on_features=on_features
+    )
     for split, of_split in caches.items():
         if failures := of_split.failures:
             first = failures[0]
@@ -170,26 +177,29 @@ def train(
         echo(f"starting from {start_model.location}; {_describe_unknown_words(train_images, vocabulary, recipe)}")
         first_phase = next(iter(phases(recipe)))
         storage.write_bytes(_start_file(work, first_phase), safetensors.torch.save(start_model.tensors))
-    while (phase := next_phase(history, recipe)) is not None:
-        start_file = _start_of_phase(phase, history, work, echo)
-        current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
-        _fit(
-            phase,
-            _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches,
-            work=work,
-            recipe=recipe,
-            seed=seed,
-            encoder=current,
-            start_file=start_file,
-            workers=workers,
-            gpus=gpus,
-            threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
-            echo=echo,
-        )
-        resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
-        if resumed is None or next_phase(resumed.history, recipe) == phase:
-            raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
-        history = resumed.history
+    parameters = {"recipe": recipe_name, "seed": seed, "data": data.location, **to_mapping(recipe)}
+    name = model.rstrip("/").rpartition("/")[2]
+    with tracking(work, history, run_name=name, parameters=parameters, echo=echo) as trackers:
+        while (phase := next_phase(history, recipe)) is not None:
+            start_file = _start_of_phase(phase, history, work, echo)
+            current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
+            _fit(
+                phase,
+                _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches,
+                work=work,
+                recipe=recipe,
+                seed=seed,
+                encoder=current,
+                start_file=start_file,
+                workers=workers,
+                gpus=gpus,
+                threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
+                watch=_watch_epochs(work, echo_epoch or echo, trackers),
+            )
+            resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
+            if resumed is None or next_phase(resumed.history, recipe) == phase:
+                raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
+            history = resumed.history
     best, newest = choose_best(run, echo=echo)
     weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
     kept = _with_cnn(encoder, weights)
@@ -205,7 +215,7 @@ def train(
         vocabulary=vocabulary,
         metrics={"validation": metrics, "recipe": recipe_name, "seed": seed},
         card=write_card(
-            name=model.rstrip("/").rpartition("/")[2],
+            name=name,
             recipe=recipe,
             recipe_name=recipe_name,
             recipe_options=recipe_options,
@@ -233,6 +243,7 @@ def _cache(
     folder: str,
     resources: ClusterResources,
     echo: Callable[[str], None],
+    on_features: Callable[[str, int, Progress], None],
 ) -> dict[str, FeatureCache]:
     """The features of each split under this encoder, made or found."""
     caches = {}
@@ -255,7 +266,7 @@ def _cache(
             flip=flip,
             num_actors=default_num_actors(resources, gpus),
             gpus_per_actor=gpus,
-            on_progress=_echo_features(echo, split, images.num_rows),
+            on_progress=partial(on_features, split, images.num_rows),
         )
         for note in caches[split].notes:
             echo(f"features of {split} images: {note}")
@@ -389,20 +400,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield f"{prefix}{name}"
 
 
-def _echo_features(echo: Callable[[str], None], split: str, total: int) -> Callable[[Progress], None]:
-    start = time.monotonic()
-    last = [start]
-
-    def on_progress(progress: Progress) -> None:
-        now = time.monotonic()
-        if now - last[0] >= 10 and progress.num_images:
-            last[0] = now
-            rate = progress.num_images / (now - start)
-            echo(f"features of {split} images: {progress.num_images:,} of {total:,}, {rate:.0f} images/s")
-
-    return on_progress
-
-
 def _fit(
     phase: str,
     inputs: Mapping[str, FeatureCache] | Mapping[str, _Manifest],
@@ -415,9 +412,13 @@ def _fit(
     workers: int,
     gpus: float,
     threads: int,
-    echo: Callable[[str], None],
+    watch: Callable[[], None],
 ) -> None:
-    """Run the workers until the phase is finished; the checkpoints are in the run's folder then."""
+    """Run the workers until the phase is finished; the checkpoints are in the run's folder then.
+
+    Args:
+        watch: called every two seconds meanwhile, and once afterwards.
+    """
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # the same seed, the same batches
     # A read task's block is what the local shuffle and the object store hold at a time.
@@ -457,9 +458,11 @@ def _fit(
             datasets={**datasets},
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
-        with repeating(_echo_epochs(work, echo), seconds=2.0):
+        with repeating(watch, seconds=2.0):
             try:
                 trainer.fit()
+            except SystemExit as error:  # what Ray Train makes of Ctrl-C, without a word
+                raise KeyboardInterrupt from error
             except (RayError, ray.train.TrainingFailedError) as error:
                 raise ImcapError(
                     f"training stopped by an error: {explain(error)}; the same command goes on after its last epoch"
@@ -479,7 +482,7 @@ def _read_features(cache: FeatureCache) -> ray.data.Dataset:
 
 def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
     """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it."""
-    load = partial(load_images, image_size=encoder.image_size, root=manifest.root)
+    load = LoadImages(image_size=encoder.image_size, root=manifest.root)
     return (
         ray.data.read_parquet(storage.resolve(manifest.folder)[1], filesystem=storage.resolve(manifest.folder)[0])
         .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
@@ -494,12 +497,13 @@ def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...
     return inputs.shape if isinstance(inputs, FeatureCache) else (3, encoder.image_size, encoder.image_size)
 
 
-def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
-    """A function that says the epochs which the workers have added to their history since it was last called."""
+def _watch_epochs(work: str, echo: Callable[[str], None], trackers: Trackers) -> Callable[[], None]:
+    """A function that says and logs the epochs which the workers have added to their history since its last call."""
     known = len(read_metrics(work))
+    num_logged: int | None = None
 
     def look() -> None:
-        nonlocal known
+        nonlocal known, num_logged
         rows = read_metrics(work)
         for row in rows[known:]:
             echo(
@@ -507,6 +511,9 @@ def _echo_epochs(work: str, echo: Callable[[str], None]) -> Callable[[], None]:
                 f"{row['cider_d']:.3f}, BLEU-4 {100 * row['bleu_4']:.1f}, {row['seconds']:.0f} s"
             )
         known = max(known, len(rows))
+        if num_logged != len(rows):
+            num_logged = len(rows)
+            trackers.log(rows)
 
     return look
 

@@ -2,6 +2,8 @@
 
     MODEL/_training/settings.json   what must not change between a training and its resumption
                     metrics.jsonl   a line for each epoch that is done
+                    tensorboard/    the same as event files
+                    mlflow.json     which run of MLflow has them too, if any
                     ray/            what Ray Train keeps: the checkpoints, which are what counts
 
 Knows neither Ray nor torch.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,49 @@ def test_caption_evaluate_and_report(flickr8k: Path, photographs: Path, model_di
     assert reported.returncode == 0, reported.stderr
     page = (output / "report.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3
+
+
+OUR_LINES = (
+    r"captioning [\d,]+ of [\d,]+ images with \d+ actors?",
+    r"[\d,]+ of [\d,]+ images(, [\d.]+ images/s)?(, [\dhmins ]+ left)?",
+    r"\S+: 3 ok; [\d.]+ images/s in [\dhmins ]+; [^;]+(; more .+)?",
+)
+
+
+def test_a_log_is_short_and_every_line_of_it_is_ours(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
+    done = imcap("caption", photographs, tmp_path / "captions", "--model", model_dir)
+
+    lines = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (0, "")
+    assert [line for line in lines if not any(re.fullmatch(ours, line) for ours in OUR_LINES)] == []
+    assert re.fullmatch(OUR_LINES[0], lines[0])
+    assert re.fullmatch(OUR_LINES[-1], lines[-1])
+    assert len(lines) <= 3, "the last image is told once"
+
+
+WITHOUT_RAY = """
+import sys
+import ray
+
+def fail(**options):
+    raise Exception("The current node timed out.\\n  GCS is overloaded.")
+
+ray.init = fail
+from imcap_ray.cli import main
+
+main(sys.argv[1:])
+"""
+
+
+def test_a_ray_that_does_not_start_is_one_line(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
+    words = ["caption", photographs, tmp_path / "captions", "--model", model_dir]
+
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_RAY, *map(str, words)], capture_output=True, text=True, timeout=240, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "imcap: Ray does not start on this machine: The current node timed out. GCS is overloaded.\n"
 
 
 PLANTED = "planted0wJalrXUtnFEMI"

@@ -470,3 +470,16 @@ def test_weights_of_another_decoder_are_refused_in_one_line(tmp_path: Path) -> N
 
 def test_the_default_model_is_inside_the_package() -> None:
     assert Path(default_model_folder()).parent.parent.name == "imcap_ray"
+
+
+def test_beam_steps_are_counted_a_batch_at_a_time(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> None:
+    counts = [captioner.num_beam_steps]
+    longest = []
+    for _ in range(2):
+        found = captioner.caption_pixels(pixels[:1])
+        longest.append(max(one.num_tokens for one in found[0]))
+        counts.append(captioner.num_beam_steps)
+
+    first, second = counts[1] - counts[0], counts[2] - counts[1]
+    assert first == second
+    assert longest[0] <= first <= captioner.search.max_length + 1

@@ -165,6 +165,21 @@ def test_every_line_is_echoed_once_whatever_happens_to_the_connection(
     assert [line for line in lines if "answer" not in line] == LOG.split("\n")
 
 
+def test_what_ray_says_before_the_job_begins_is_left_out(
+    serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = "captioning 9 of 9 images with 1 actor\nINFO: a photograph is named so"
+    theirs = (
+        "2026-11-25 23:06:30,945\tINFO job_manager.py:581 -- Runtime env is setting up.\n"
+        "Running entrypoint for job known: python -m imcap_ray caption in out\n"
+    )
+    monkeypatch.setitem(globals(), "LOG", theirs + ours)
+
+    code, lines = lines_of(serve(Dashboard((len(LOG), "close"), details=SUCCEEDED)))
+
+    assert (code, lines) == (0, ours.split("\n"))
+
+
 def test_a_connection_that_is_silent_for_long_is_made_anew(
     serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

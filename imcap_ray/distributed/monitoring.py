@@ -1,0 +1,66 @@
+"""What the actors and the driver of a run do -> Ray's metrics, for Prometheus.
+
+Every node's agent serves them at its metrics port, which the head's `prom_metrics_service_discovery.json` lists, with
+`ray_` before their names and the process as a label. Where there is no agent, or no Ray, they go nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ray.util.metrics import Counter, Gauge, Histogram
+
+WAIT_BOUNDARIES_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
+
+
+class ActorMetrics:
+    """Of one actor that works on images; `operator` is the name of its class, as the dashboard shows it."""
+
+    def __init__(self, operator: str) -> None:
+        tags = {"operator": operator}
+        self._images = Counter(
+            "imcap_images_total",
+            "Images that actors are done with, by the status of their rows.",
+            ("operator", "status"),
+        ).set_default_tags(tags)
+        self._waits = Histogram(
+            "imcap_queue_wait_seconds",
+            "Time an actor waited for its next batch: much of it means that decoding cannot keep up.",
+            WAIT_BOUNDARIES_SECONDS,
+            ("operator",),
+        ).set_default_tags(tags)
+        self._steps = Counter(
+            "imcap_beam_steps_total",
+            "Positions that beam searches computed, each for all images and beams of a batch.",
+            ("operator",),
+        ).set_default_tags(tags)
+        self._num_steps = 0
+
+    def count_images(self, counts: Mapping[str, int]) -> None:
+        """So many more images, by status."""
+        for status, count in counts.items():
+            if count:
+                self._images.inc(count, {"status": status})
+
+    def observe_wait(self, seconds: float) -> None:
+        """The actor waited so long for a batch."""
+        self._waits.observe(seconds)
+
+    def tell_beam_steps(self, num_steps: int) -> None:
+        """The actor has taken so many steps since it began."""
+        if num_steps > self._num_steps:
+            self._steps.inc(num_steps - self._num_steps)
+            self._num_steps = num_steps
+
+
+class RunMetrics:
+    """Of a run as a whole, told by its driver."""
+
+    def __init__(self, operator: str) -> None:
+        self._rate = Gauge(
+            "imcap_images_per_second", "Images that a run finished in a second, of late.", ("operator",)
+        ).set_default_tags({"operator": operator})
+
+    def set_rate(self, images_per_second: float) -> None:
+        """The run's speed; 0 when it has ended."""
+        self._rate.set(images_per_second)
