@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -9,6 +11,8 @@ from imcap_ray import storage
 from imcap_ray.datasets.table import CaptionedImages, Collector, Source
 from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import refuse_pickles
+
+ROWS_AT_A_TIME: Final = 10_000
 
 
 def read_parquet(source: Source) -> CaptionedImages | None:
@@ -30,7 +34,8 @@ def read_parquet(source: Source) -> CaptionedImages | None:
             f"got {', '.join(found_columns)}"
         )
     collector = Collector(source, "Parquet")
-    for number, row in enumerate(table.to_pylist()):
+    batches = table.to_batches(max_chunksize=ROWS_AT_A_TIME)
+    for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
         image_id = row.get("image_id") or row.get("image_path")
         found = row[captions_column]
         found = [found] if isinstance(found, str) else found or []
