@@ -687,7 +687,7 @@ def model(model: str | None, as_json: bool) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(
-                f"{key} {item}" for key, item in value.items() if not isinstance(item, dict)
+                f"{key} {item}" for key, item in value.items() if not isinstance(item, dict | list)
             ) or json.dumps(value)
         _say(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
 
