@@ -71,9 +71,10 @@ def tokenize_ptb(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower())
     if not text.isascii():
         text = _unspaced_character().sub(r" \g<0> ", text)
-    words = [_without_sentence_end(word) for word in _PUNCTUATION.sub(" ", text).split()]
     tokens: list[str] = []
-    for word in words:
+    for word in _PUNCTUATION.sub(" ", text).split():
+        if not word.isalnum():
+            word = _without_sentence_end(word)
         if word.isalnum() and word not in _RUN_TOGETHER:
             tokens.append(word)
         elif word:
@@ -117,7 +118,7 @@ def _without_sentence_end(word: str) -> str:
 
 @lru_cache(maxsize=100_000)
 def _split_word(word: str) -> tuple[str, ...]:
-    """The treebank tokens of a word without sentence ends and quotation marks; of those none depends on other words.
+    """The treebank tokens of a word, without a sentence's end. Without quotation marks none depends on other words.
 
     Kept, for the tokenizer takes milliseconds (nltk 3.10 guards each of its patterns with a timeout).
     """
