@@ -531,16 +531,23 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 @click.option("--references", help="A data set whose captions stand beside ours.")
 @click.option("--output", type=click.Path(), help="The HTML file. Default: report.html in CAPTIONS.")
 @click.option("--max-images", type=click.IntRange(0), default=1000, show_default=True, help="Photographs shown.")
+@click.option(
+    "--attention",
+    "num_attended",
+    type=click.IntRange(0, 100),
+    default=4,
+    show_default=True,
+    help="Photographs with where the model looked at each word, if the model of the captions can be loaded.",
+)
 @_outside_option
-def report(
-    captions: str, references: str | None, output: str | None, max_images: int, allow_outside_paths: bool
-) -> None:
-    """Write one self-contained HTML file: photographs, captions, scores, failures."""
-    _say(
-        write_captions_report(
-            captions, output, references=references, max_images=max_images, allow_outside_paths=allow_outside_paths
-        )
-    )
+def report(captions: str, output: str | None, **options: Any) -> None:
+    """Write one self-contained HTML file: photographs, captions, scores, failures.
+
+    \b
+    imcap report captions/
+    imcap report captions/ --references flickr8k/      captions beside people's, the worst first
+    """
+    _say(write_captions_report(captions, output, **options))
 
 
 def write_captions_report(
@@ -549,6 +556,7 @@ def write_captions_report(
     *,
     references: str | None = None,
     max_images: int = 1000,
+    num_attended: int = 4,
     allow_outside_paths: bool = False,
 ) -> str:
     """Write the report of a captions folder; where it is.
@@ -559,6 +567,7 @@ def write_captions_report(
     from imcap_ray.evaluation import evaluate_captions
     from imcap_ray.manifest import image_locator, open_captions, read_run
     from imcap_ray.report import write_report
+    from imcap_ray.report_model import read_model_of_run
 
     table = open_captions(captions)
     dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
@@ -571,13 +580,22 @@ def write_captions_report(
         location = locate_image(row)
         return storage.read_bytes(location) if location else None
 
+    scores = evaluate_captions(captions, dataset) if dataset else None
+    columns = scores.image_scores if scores else {}
+    run = read_run(captions) or {}
+    model = read_model_of_run(run, with_attention=num_attended > 0)
     write_report(
         table,
         output,
         load_image=load_image,
         references=dataset.references() if dataset else None,
-        evaluation=json.loads(evaluate_captions(captions, dataset).to_json()) if dataset else None,
-        run=read_run(captions),
+        evaluation=json.loads(scores.to_json()) if scores else None,
+        image_scores=dict(zip(columns["image_id"], map(float, columns["cider_d"]), strict=True)) if scores else None,
+        history=model.history,
+        run=run,
+        attend=model.attend,
+        num_attended=num_attended,
+        attention_note=model.note,
         max_images=max_images,
     )
     return output

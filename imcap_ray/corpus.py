@@ -395,9 +395,11 @@ def _directions(sentence: Integers, weights: Floats) -> Floats:
     return _divide(weights, norms[sentence])
 
 
-def _divide(numerators: Floats, denominators: Floats) -> Floats:
+def _divide(numerators: NDArray[Any], denominators: NDArray[Any]) -> Floats:
     """Their quotients; 0 over 0 is 0."""
-    return np.divide(numerators, denominators, out=np.zeros(len(numerators)), where=numerators != 0)
+    quotients = np.zeros(len(numerators))
+    np.divide(numerators, denominators, out=quotients, where=numerators != 0)
+    return quotients
 
 
 def _offsets(counts: NDArray[Any]) -> Integers:

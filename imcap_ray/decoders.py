@@ -121,7 +121,7 @@ class AttentionDecoder(nn.Module):
         words = self.embedding(token_ids).unsqueeze(0)  # (1, T, E)
         hidden = self.attention_lstm(torch.cat([words, mean.unsqueeze(1).expand(-1, words.shape[1], -1)], dim=-1))[0]
         queries = self._split_heads(self.query(hidden))  # (1, heads, T, H / heads)
-        scores = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+        scores: Tensor = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
         return scores.softmax(dim=-1).mean(dim=1)[0]
 
     def _memory(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
