@@ -1,9 +1,9 @@
 """Sentences as integers -> for each image what its scores are made of. Knows no text and no model.
 
 I images, R references of them all, S sentences (the references, image after image, and whatever is scored against
-them), G n-grams of one order in all sentences, U different ones.
+them), G different n-grams of one order in each sentence, counted over all sentences, U different ones in all.
 
-Millions of sentences fit into memory: a token, and an n-gram at its place, is one 32-bit integer, and all counting is
+Millions of sentences fit into memory: a token, and an n-gram of a sentence, is one 32-bit integer, and all counting is
 done on slices of a few thousand images.
 """
 
@@ -35,7 +35,7 @@ MEANS: Final = slice(2 * MAX_ORDER + 2, 2 * MAX_ORDER + 4)
 NUM_COLUMNS: Final = 2 * MAX_ORDER + 4
 
 _REFERENCES_AT_A_TIME: Final = 40_000
-_LOOKUPS_AT_A_TIME: Final = 4_000_000
+_PLACES_AT_A_TIME: Final = 4_000_000
 _MOST_BITS: Final = 64
 
 
@@ -72,19 +72,68 @@ class _Numbering(dict[str, int]):
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """The n-grams of one order in all sentences."""
+    """The different n-grams of one order in each sentence."""
 
-    ids: NDArray[np.int32]  # (G,)
+    ids: NDArray[np.int32]  # (G,) rising within a sentence
     starts: Integers  # (S + 1,) where those of each sentence begin
     num_ids: int  # U
+    repeated: Integers  # the places of those that are in their sentence more than once
+    times: Integers  # how often these are
+
+    @classmethod
+    def of_places(cls, ids: NDArray[np.int32], starts: Integers, num_ids: int) -> _Order:
+        """Of the n-grams at all places, sentence after sentence."""
+        kept, num_kept, repeated, times = [], [np.zeros(0, dtype=np.int64)], [], []
+        first, num_before = 0, 0
+        while first < len(starts) - 1:
+            most = starts[first] + _PLACES_AT_A_TIME
+            last = max(first + 1, int(np.searchsorted(starts, most, side="right")) - 1)
+            sentences = np.repeat(np.arange(last - first), np.diff(starts[first : last + 1]))
+            keys, counts = _count_runs(np.sort(sentences * num_ids + ids[starts[first] : starts[last]]))
+            sentences, different = np.divmod(keys, num_ids)
+            kept.append(different.astype(np.int32))
+            num_kept.append(np.bincount(sentences, minlength=last - first))
+            more_than_once = np.flatnonzero(counts > 1)
+            repeated.append(more_than_once + num_before)
+            times.append(counts[more_than_once])
+            first, num_before = last, num_before + len(keys)
+        empty = [np.zeros(0, dtype=np.int64)]
+        return cls(
+            np.concatenate(kept) if kept else ids,
+            _offsets(np.concatenate(num_kept)),
+            num_ids,
+            np.concatenate(repeated or empty),
+            np.concatenate(times or empty),
+        )
 
     def of(self, sentences: Integers) -> tuple[Integers, Integers, Integers]:
         """The different n-grams of each of these sentences: number of the sentence among them, n-gram, count."""
-        counts = self.starts[sentences + 1] - self.starts[sentences]
-        place = np.repeat(self.starts[sentences] - _offsets(counts)[:-1], counts) + np.arange(counts.sum())
-        keys = np.repeat(np.arange(len(sentences)), counts) * self.num_ids + self.ids[place]
-        keys, counts = _count_runs(np.sort(keys))
-        return *np.divmod(keys, self.num_ids), counts
+        lengths = self.starts[sentences + 1] - self.starts[sentences]
+        places = np.repeat(self.starts[sentences] - _offsets(lengths)[:-1], lengths) + np.arange(lengths.sum())
+        counts = np.ones(len(places), dtype=np.int64)
+        if len(self.repeated):
+            nearest = np.minimum(np.searchsorted(self.repeated, places), len(self.repeated) - 1)
+            is_repeated = self.repeated[nearest] == places
+            counts[is_repeated] = self.times[nearest[is_repeated]]
+        return np.repeat(np.arange(len(sentences)), lengths), self.ids[places].astype(np.int64), counts
+
+
+@dataclass(frozen=True, slots=True)
+class InverseFrequencies:
+    """Of the n-grams of one order: log(images / images with it in their references), where no image counts as one.
+
+    An item is that of an n-gram. Kept as counts, which take half the memory.
+    """
+
+    counts: NDArray[np.int32]  # (U,) images
+    logs: Floats  # by count
+
+    def __getitem__(self, ids: Integers) -> Floats:
+        return self.logs[self.counts[ids]]
+
+
+Frequencies = list[InverseFrequencies]
+"""By order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +178,8 @@ class Corpus:
     def _orders(self) -> list[_Order]:
         return list(_number_ngrams(self._tokens, self.lengths))
 
-    def inverse_frequencies(self, without: int | None = None) -> list[Floats]:
-        """For each order, by n-gram: log(images / images with it in their references), where no image counts as one.
+    def inverse_frequencies(self, without: int | None = None) -> Frequencies:
+        """Of the n-grams of each order.
 
         Args:
             without: leave out the reference of this number of every image, and images that have no such or no other.
@@ -145,14 +194,15 @@ class Corpus:
                 images_with = _different(ids[is_used] * part.num_images + part.image_of_reference[reference[is_used]])
                 found_ids, num_found = _count_runs(images_with // part.num_images)
                 counts[found_ids] += num_found
-            inverse_frequencies.append(np.log(num_images) - np.log(np.maximum(1, counts)))
+            logs = np.log(num_images) - np.log(np.maximum(1, np.arange(counts.max(initial=0) + 1)))
+            inverse_frequencies.append(InverseFrequencies(counts, logs))
         return inverse_frequencies
 
     def has_other_than(self, number: int) -> NDArray[np.bool_]:
         """(I,) whether the image has a reference of this number, and another one."""
         return (self.num_references > number) & (self.num_references > 1)
 
-    def rows(self, hypotheses: Integers, inverse_frequencies: list[Floats], without: int | None = None) -> Floats:
+    def rows(self, hypotheses: Integers, inverse_frequencies: Frequencies, without: int | None = None) -> Floats:
         """One row for each image, of its hypothesis against its references; the columns stand at the module's top.
 
         Args:
@@ -164,7 +214,7 @@ class Corpus:
             self._fill(rows[part.images], part, hypotheses[part.images], inverse_frequencies)
         return rows
 
-    def _fill(self, rows: Floats, part: _Slice, hypotheses: Integers, inverse_frequencies: list[Floats]) -> None:
+    def _fill(self, rows: Floats, part: _Slice, hypotheses: Integers, inverse_frequencies: Frequencies) -> None:
         of_reference = part.image_of_reference
         lengths, reference_lengths = self.lengths[hypotheses].astype(int), self.lengths[part.references].astype(int)
         cosines = np.zeros(len(part.references))
@@ -212,7 +262,7 @@ class Corpus:
             10 * np.add.reduceat(similarities, part.first_reference) / MAX_ORDER, num_used.astype(float)
         )
 
-    def centralities(self, sentences: Integers, inverse_frequencies: list[Floats]) -> Floats:
+    def centralities(self, sentences: Integers, inverse_frequencies: Frequencies) -> Floats:
         """How close each of these sentences is to the mean of all references.
 
         This orders them nearly as their CIDEr-D does when every image has the same sentence, at a fraction of its
@@ -232,7 +282,7 @@ class Corpus:
                 total[start : start + len(some)] += np.bincount(sentence, weights=closeness, minlength=len(some))
         return total
 
-    def score_constants(self, candidates: Integers, inverse_frequencies: list[Floats]) -> Floats:
+    def score_constants(self, candidates: Integers, inverse_frequencies: Frequencies) -> Floats:
         """For each of these sentences the mean CIDEr-D when every image has it."""
         totals = np.zeros(len(candidates))
         tables = [
@@ -247,8 +297,8 @@ class Corpus:
                 reference, ids, counts = order.of(part.references)
                 weights = counts * inverse[ids]
                 norms = np.sqrt(np.bincount(reference, weights=weights**2, minlength=num_references))
-                columns = table.column_of[ids]
-                is_shared = columns >= 0
+                columns = np.minimum(np.searchsorted(table.ids, ids), len(table.ids) - 1)
+                is_shared = table.ids[columns] == ids if len(table.ids) else np.zeros(len(ids), dtype=bool)
                 reference, columns, weights = reference[is_shared], columns[is_shared], weights[is_shared]
                 for number, (of_candidate, norm) in enumerate(zip(table.weights, table.norms, strict=True)):
                     clipped = np.minimum(of_candidate[columns], weights) * weights
@@ -318,20 +368,18 @@ class Corpus:
 class _Table:
     """The n-grams of one order in a few candidates (C) that differ in M of them."""
 
-    column_of: NDArray[np.int32]  # (U,) of an n-gram; -1 where no candidate has it
+    ids: Integers  # (M,) rising
     weights: Floats  # (C, M)
     norms: Floats  # (C,)
 
     @classmethod
-    def of(cls, order: _Order, candidates: Integers, inverse: Floats) -> _Table:
+    def of(cls, order: _Order, candidates: Integers, inverse: InverseFrequencies) -> _Table:
         candidate, ids, counts = order.of(candidates)
         different, columns = np.unique(ids, return_inverse=True)
-        column_of = np.full(order.num_ids, -1, dtype=np.int32)
-        column_of[different] = np.arange(len(different))
         weights = np.zeros((len(candidates), len(different)))
         weights[candidate, columns] = counts * inverse[ids]
         norms = np.sqrt(np.bincount(candidate, weights=weights[candidate, columns] ** 2, minlength=len(candidates)))
-        return cls(column_of, weights, norms)
+        return cls(different, weights, norms)
 
 
 def longest_common_subsequence(one: Sequence[object], other: Sequence[object]) -> int:
@@ -350,7 +398,7 @@ def _number_ngrams(tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Ite
     """The orders from 1 on: an n-gram is known by the number of its first n - 1 tokens and its last token."""
     num_tokens = int(tokens.max(initial=0)) + 1
     ids, num_ids, starts = tokens, num_tokens, _offsets(lengths)
-    yield _Order(ids, starts, num_ids)
+    yield _Order.of_places(ids, starts, num_ids)
     last_tokens = tokens
     for order in range(2, MAX_ORDER + 1):
         has_any = starts[1:] > starts[:-1]
@@ -359,18 +407,17 @@ def _number_ngrams(tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Ite
         is_first = np.zeros(len(ids), dtype=bool)
         is_first[starts[:-1][has_any]] = True
         last_tokens = last_tokens[~is_first]
-        keys = ids[~is_last].astype(np.int64) * num_tokens + last_tokens
-        ids, num_ids = _number(keys)
+        ids, num_ids = _number(ids[~is_last].astype(np.int64) * num_tokens + last_tokens)
         starts = _offsets(np.maximum(0, lengths - (order - 1)))
-        yield _Order(ids, starts, num_ids)
+        yield _Order.of_places(ids, starts, num_ids)
 
 
 def _number(keys: Integers) -> tuple[NDArray[np.int32], int]:
     """Each key's rank among the different ones, and how many those are."""
     different = _different(keys)
     ranks = np.empty(len(keys), dtype=np.int32)
-    for start in range(0, len(keys), _LOOKUPS_AT_A_TIME):
-        some = keys[start : start + _LOOKUPS_AT_A_TIME]
+    for start in range(0, len(keys), _PLACES_AT_A_TIME):
+        some = keys[start : start + _PLACES_AT_A_TIME]
         order = np.argsort(some)  # looked up in their order, neighbours are in the cache
         ranks[start : start + len(some)][order] = np.searchsorted(different, some[order])
     return ranks, max(1, len(different))

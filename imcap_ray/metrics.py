@@ -28,6 +28,7 @@ from imcap_ray.corpus import (
     REFERENCE_LENGTH,
     TOTALS,
     Corpus,
+    Frequencies,
     SentenceCollector,
 )
 from imcap_ray.errors import DatasetError
@@ -267,6 +268,7 @@ def evaluate_texts(
             intervals=_interval_of_each(resamples[0] - resamples[1]),
         )
     best, floor = _floor(corpus, np.arange(corpus.first_reference[-1]), inverse_frequencies)
+    del inverse_frequencies  # people have others
     counts = corpus.num_references
     return EvaluationReport(
         protocol=Protocol(
@@ -535,9 +537,7 @@ def _reference_text(references: Iterable[Sequence[str]], corpus: Corpus, sentenc
     return next(islice(references, image, None))[sentence - int(corpus.first_reference[image])]
 
 
-def _floor(
-    corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: list[NDArray[np.float64]]
-) -> tuple[int, Scores]:
+def _floor(corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: Frequencies) -> tuple[int, Scores]:
     """The candidate (a sentence's number) that scores best when all images have it, and its scores."""
     centralities = corpus.centralities(candidates, inverse_frequencies)
     central: dict[bytes, int] = {}
