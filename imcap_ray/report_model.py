@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from imcap_ray.config import DEFAULT_MODEL
 from imcap_ray.errors import ImcapError, ModelError
+
+if TYPE_CHECKING:
+    from imcap_ray.captioner import Captioner
+    from imcap_ray.report import Attend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,23 +22,26 @@ class ModelOfRun:
 
     history: Sequence[Mapping[str, Any]] = ()
     """Metrics of the epochs of its training; empty where they are not known."""
-    captioner: Any = None
+    captioner: Captioner | None = None
     note: str = ""
     """Why there is no captioner, where one was asked for."""
 
     @property
-    def attend(self) -> Any:
-        """As `report.Attend`; None where there is no captioner."""
-        return None if self.captioner is None else self._attend
+    def attend(self) -> Attend | None:
+        """Where it looks; None where there is no captioner."""
+        captioner = self.captioner
+        if captioner is None:
+            return None
 
-    def _attend(self, image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
-        return [(one.word, one.weights) for one in self.captioner.attend(image, caption)]
+        def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
+            return [(one.word, one.weights) for one in captioner.attend(image, caption)]
+
+        return attend
 
 
 def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelOfRun:
     """The model of a run, if it is still where it was and is still the same; else a note that says why not."""
     from imcap_ray.captioner import Captioner, read_model_folder
-    from imcap_ray.decoders import AttentionDecoder
 
     name = run.get("model")
     if not name or not isinstance(name, str):
@@ -49,8 +56,6 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
             return ModelOfRun(history=history)
         if folder.decoder.name != "attention":
             return ModelOfRun(history=history, note=f"{name} has a decoder without attention")
-        captioner = Captioner.load(location)
-        assert isinstance(captioner.decoder, AttentionDecoder)
-        return ModelOfRun(history=history, captioner=captioner)
+        return ModelOfRun(history=history, captioner=Captioner.load(location))
     except (ImcapError, OSError) as error:
         return ModelOfRun(note=str(error) if with_attention else "")
