@@ -425,15 +425,21 @@ def _number(keys: Integers) -> tuple[NDArray[np.int32], int]:
 
 def _different(keys: Integers) -> Integers:
     """The different ones, rising. Not `np.unique`, whose hash table takes ten times as long (numpy 2.4)."""
-    return _count_runs(np.sort(keys))[0]
+    rising = np.sort(keys)
+    return rising[_is_new(rising)]
 
 
 def _count_runs(rising: Integers) -> tuple[Integers, Integers]:
     """The different ones, and how many there are of each."""
+    starts = np.flatnonzero(_is_new(rising))
+    return rising[starts], np.diff(starts, append=len(rising))
+
+
+def _is_new(rising: Integers) -> NDArray[np.bool_]:
+    """Whether each differs from the one before it."""
     is_new = np.ones(len(rising), dtype=bool)
     np.not_equal(rising[1:], rising[:-1], out=is_new[1:])
-    starts = np.flatnonzero(is_new)
-    return rising[starts], np.diff(starts, append=len(rising))
+    return is_new
 
 
 def _directions(sentence: Integers, weights: Floats) -> Floats:
