@@ -31,11 +31,12 @@ from imcap_ray.config import (
     from_mapping,
     to_mapping,
 )
-from imcap_ray.decoders import Decoder, DecoderEnsemble, build_decoder
+from imcap_ray.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
 from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder, fold_batch_normalisation
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import State, beam_search
+from imcap_ray.tokenization import tokenize
 from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
 
 FORMAT_VERSION: Final = 1
@@ -103,6 +104,15 @@ def search_captions(
         ]
         for hypotheses in found
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class WordAttention:
+    """Where the decoder looked before it said a word."""
+
+    word: str
+    weights: np.ndarray[Any, Any]
+    """(rows, columns) of the grid that the CNN lays over the image; they sum to 1."""
 
 
 class Captioner:
@@ -232,6 +242,35 @@ class Captioner:
         for found, count in self._batches.compute(pixels, self._search):
             captions.extend([[] for _ in range(count)] if found is None else found[:count])
         return captions
+
+    @torch.inference_mode()
+    def attend(self, image: str | Path | bytes, caption: str | None = None) -> list[WordAttention]:
+        """Where the decoder looks for each word of the caption; of its own best one, where none is given.
+
+        A word that is not in the vocabulary is one that it could not have said; it is read as unknown.
+
+        Raises:
+            ImageError: the image cannot be read, or memory runs out.
+            ModelError: this model has no attention over a grid, or is several models.
+        """
+        decoder = self.decoder
+        if not isinstance(decoder, AttentionDecoder):
+            kind = "models that caption together" if isinstance(decoder, DecoderEnsemble) else "a decoder without it"
+            raise ModelError(f"attention is that of one model with an attention decoder, these are {kind}")
+        pixels = self.read_pixels(image)[None]
+        if caption is None:
+            captions = self.caption_pixels(pixels)[0]
+            if not captions:
+                raise no_memory()
+            caption = captions[0].text
+        features = self.encode(pixels)[0]
+        side = math.isqrt(len(features))
+        if side * side != len(features):
+            raise ModelError(f"the CNN's {len(features)} regions are no square grid")
+        words = tokenize(caption, self.vocabulary.tokenizer)
+        ids = torch.tensor(self.vocabulary.to_ids(caption, max_length=len(words)), device=self.device)
+        weights = decoder.attention(features.to(self.device), ids[:-1]).reshape(-1, side, side).cpu().numpy()
+        return [WordAttention(*pair) for pair in zip(words, weights[:-1], strict=True)]  # the last is of the end
 
     @torch.inference_mode()
     def _encode(self, chunk: Tensor) -> Tensor:

@@ -602,21 +602,23 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 @click.option("--references", help="A data set whose captions stand beside ours.")
 @click.option("--output", type=click.Path(), help="The HTML file. Default: report.html in CAPTIONS.")
 @click.option("--max-images", type=click.IntRange(0), default=1000, show_default=True, help="Photographs shown.")
+@click.option(
+    "--attention",
+    "num_attended",
+    type=click.IntRange(0, 100),
+    default=4,
+    show_default=True,
+    help="Photographs with where the model looked at each word, if the model of the captions can be loaded.",
+)
 @_outside_option
-def report(
-    captions: str, references: str | None, output: str | None, max_images: int, allow_outside_paths: bool
-) -> None:
+def report(captions: str, output: str | None, **options: Any) -> None:
     """Write one self-contained HTML file: photographs, captions, scores, failures.
 
     \b
     imcap report captions/
-    imcap report captions/ --references flickr8k/ --output report.html
+    imcap report captions/ --references flickr8k/      captions beside people's, the worst first
     """
-    _say(
-        write_captions_report(
-            captions, output, references=references, max_images=max_images, allow_outside_paths=allow_outside_paths
-        )
-    )
+    _say(write_captions_report(captions, output, **options))
 
 
 def write_captions_report(
@@ -625,6 +627,7 @@ def write_captions_report(
     *,
     references: str | None = None,
     max_images: int = 1000,
+    num_attended: int = 4,
     allow_outside_paths: bool = False,
 ) -> str:
     """Write the report of a captions folder; where it is.
@@ -635,6 +638,7 @@ def write_captions_report(
     from imcap_ray.evaluation import evaluate_captions
     from imcap_ray.manifest import image_locator, open_captions, read_run
     from imcap_ray.report import write_report
+    from imcap_ray.report_model import read_model_of_run
 
     table = open_captions(captions)
     dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
@@ -647,13 +651,22 @@ def write_captions_report(
         location = locate_image(row)
         return storage.read_bytes(location) if location else None
 
+    scores = evaluate_captions(captions, dataset) if dataset else None
+    columns = scores.image_scores if scores else {}
+    run = read_run(captions) or {}
+    model = read_model_of_run(run, with_attention=num_attended > 0)
     write_report(
         table,
         output,
         load_image=load_image,
         references=dataset.references() if dataset else None,
-        evaluation=json.loads(evaluate_captions(captions, dataset).to_json()) if dataset else None,
-        run=read_run(captions),
+        evaluation=json.loads(scores.to_json()) if scores else None,
+        image_scores=dict(zip(columns["image_id"], map(float, columns["cider_d"]), strict=True)) if scores else None,
+        history=model.history,
+        run=run,
+        attend=model.attend,
+        num_attended=num_attended,
+        attention_note=model.note,
         max_images=max_images,
     )
     return output
@@ -768,7 +781,7 @@ def model(model: str | None, as_json: bool) -> None:
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(
-                f"{key} {item}" for key, item in value.items() if not isinstance(item, dict)
+                f"{key} {item}" for key, item in value.items() if not isinstance(item, dict | list)
             ) or json.dumps(value)
         _say(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
 

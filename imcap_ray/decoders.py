@@ -110,6 +110,20 @@ class AttentionDecoder(nn.Module):
         blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
         return step, (blank, blank, blank, blank)
 
+    def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:
+        """Where it looks before it says the token that follows each token of a caption: (T, R), the mean over heads.
+
+        Args:
+            features: (R, F).
+            token_ids: (T,) from the start token on.
+        """
+        keys, _, mean = self._memory(features.unsqueeze(0))
+        words = self.embedding(token_ids).unsqueeze(0)  # (1, T, E)
+        hidden = self.attention_lstm(torch.cat([words, mean.unsqueeze(1).expand(-1, words.shape[1], -1)], dim=-1))[0]
+        queries = self._split_heads(self.query(hidden))  # (1, heads, T, H / heads)
+        scores: Tensor = queries @ keys.transpose(2, 3) / queries.shape[-1] ** 0.5
+        return scores.softmax(dim=-1).mean(dim=1)[0]
+
     def _memory(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (I, heads, R, H / heads) and the mean region (I, H)."""
         projected = self.dropout(self.project_features(features))

@@ -1,28 +1,49 @@
-"""A captions table and a data set's references -> scores."""
+"""A captions table and a data set's references -> scores.
+
+Texts stay in Arrow's tables and become Python's a few thousand at a time.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from imcap_ray.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import open_captions
-from imcap_ray.metrics import EvaluationReport, evaluate
+from imcap_ray.metrics import EvaluationReport, evaluate_texts
 
-Captions = dict[str, tuple[str, float]]
-"""Caption and confidence by image_id."""
+ROWS_AT_A_TIME: Final = 10_000
 
 
-def read_captions(location: str) -> Captions:
-    """image_id -> caption and confidence of a captions table (folder or Parquet file); "" for images that have none."""
+def read_captions(location: str) -> pa.Table:
+    """image_id, caption and confidence of a captions table (folder or Parquet file).
+
+    A caption is "" for an image that has none, a confidence null where it is not known.
+
+    Raises:
+        DatasetError: an id stands there more than once.
+    """
     dataset = open_captions(location)
     columns = ["image_id", "caption", "confidence"]
     table = dataset.to_table(columns=[name for name in columns if name in dataset.schema.names])
-    rows = table.to_pylist()
-    captions = {str(row["image_id"]): (row["caption"] or "", row.get("confidence", math.nan)) for row in rows}
-    if len(captions) != len(rows):
-        raise DatasetError(f"{location}: {len(rows) - len(captions):,} image ids stand there more than once")
+    num_rows = table.num_rows
+    captions = pa.table(
+        {
+            "image_id": _text(table["image_id"]),
+            "caption": pc.fill_null(_text(table["caption"]), ""),
+            "confidence": table["confidence"].cast(pa.float64())
+            if "confidence" in table.column_names
+            else pa.nulls(num_rows, pa.float64()),
+        }
+    )
+    num_ids = pc.count_distinct(captions["image_id"], mode="all").as_py()
+    if num_ids != num_rows:
+        raise DatasetError(f"{location}: {num_rows - num_ids:,} image ids stand there more than once")
     return captions
 
 
@@ -50,64 +71,76 @@ def evaluate_captions(
     if split is None:
         _refuse_strangers(location, captions, references)
         split = _split_of(captions, references)
-    wanted = references.references(split)
+    wanted = references.split(split) if split else references.table
     captions = _of_all(captions, wanted, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
         found = _match(read_captions(against), references)
         found = _of_all(found, wanted, against, f"images that {location} is scored on")
-        other = (against, _texts(found))
-    notes = "images of the training split: no measure of quality" if split == TRAIN else ""
-    confidences = {image_id: confidence for image_id, (_, confidence) in captions.items()}
-    return evaluate(
-        _texts(captions),
-        wanted,
+        other = (against, _Values(found["caption"]))
+    confidences = captions["confidence"].to_numpy()  # nan where it is not known
+    return evaluate_texts(
+        _Values(captions["caption"]),
+        _Values(wanted["captions"]),
+        image_ids=wanted["image_id"].to_pylist(),
         split=split or "",
         tokenizer=tokenizer,
-        notes=notes,
-        confidences=None if all(map(math.isnan, confidences.values())) else confidences,
+        notes="images of the training split: no measure of quality" if split == TRAIN else "",
+        confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
         against=other,
     )
 
 
-def _of_all(captions: Captions, wanted: Mapping[str, object], location: str, what: str) -> Captions:
-    """The captions of the wanted images, or DatasetError when one has none."""
-    captions = {image_id: caption for image_id, caption in captions.items() if image_id in wanted}
-    missing = [image_id for image_id in wanted if image_id not in captions]
-    if missing:
+@dataclass(frozen=True)
+class _Values:
+    """The values of a column, a few thousand of them in memory at a time."""
+
+    column: pa.ChunkedArray
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.column), ROWS_AT_A_TIME):
+            yield from self.column.slice(start, ROWS_AT_A_TIME).to_pylist()
+
+
+def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return column.cast(pa.string())
+
+
+def _of_all(captions: pa.Table, wanted: pa.Table, location: str, what: str) -> pa.Table:
+    """The captions of the wanted images, in their order; DatasetError when one has none."""
+    positions = pc.index_in(wanted["image_id"], value_set=captions["image_id"])
+    if positions.null_count:
+        first = pc.index(positions.is_null(), True).as_py()
         raise DatasetError(
-            f"{location} has captions for {len(captions):,} of the {len(wanted):,} {what}, {missing[0]} is missing: "
+            f"{location} has captions for {wanted.num_rows - positions.null_count:,} of the {wanted.num_rows:,} "
+            f"{what}, {wanted['image_id'][first]} is missing: "
             "caption them all, or name the --split they are of; a score over a part cannot be compared"
         )
-    return captions
+    return captions.take(positions)
 
 
-def _texts(captions: Captions) -> dict[str, str]:
-    return {image_id: text for image_id, (text, _) in captions.items()}
-
-
-def _match(captions: Captions, references: CaptionedImages) -> Captions:
+def _match(captions: pa.Table, references: CaptionedImages) -> pa.Table:
     """The captions under the data set's image ids: their own, or their file names."""
-    if captions.keys().isdisjoint(references.table["image_id"].to_pylist()):
-        by_name = {image_id.rpartition("/")[2]: caption for image_id, caption in captions.items()}
-        if len(by_name) == len(captions):
-            return by_name
+    ids = captions["image_id"]
+    if not pc.any(pc.is_in(ids, value_set=references.table["image_id"])).as_py():
+        names = pc.replace_substring_regex(ids, "(?s)^.*/", "")
+        if pc.count_distinct(names, mode="all").as_py() == captions.num_rows:
+            return captions.set_column(0, "image_id", names)
     return captions
 
 
-def _refuse_strangers(location: str, captions: Captions, references: CaptionedImages) -> None:
-    known = set(references.table["image_id"].to_pylist())
-    strangers = [image_id for image_id in captions if image_id not in known]
-    if strangers:
+def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedImages) -> None:
+    is_known = pc.is_in(captions["image_id"], value_set=references.table["image_id"])
+    strangers = captions["image_id"].filter(pc.invert(is_known))
+    if len(strangers):
         raise DatasetError(
-            f"{location} does not match {references.location}: {len(strangers):,} of {len(captions):,} captioned "
+            f"{location} does not match {references.location}: {len(strangers):,} of {captions.num_rows:,} captioned "
             f"images have no references there, the first is {strangers[0]}"
         )
 
 
-def _split_of(captions: Captions, references: CaptionedImages) -> str | None:
+def _split_of(captions: pa.Table, references: CaptionedImages) -> str | None:
     """The split that all captioned images are of; None where they are of several."""
-    table = references.table
-    splits = dict(zip(table["image_id"].to_pylist(), table["split"].to_pylist(), strict=True))
-    found = {splits[image_id] for image_id in captions}
+    is_captioned = pc.is_in(references.table["image_id"], value_set=captions["image_id"])
+    found = set(references.table["split"].filter(is_captioned).unique().to_pylist())
     return found.pop() if len(found) == 1 and found <= set(SPLITS) else None

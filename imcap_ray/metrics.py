@@ -1,22 +1,36 @@
 """Captions and references to scores, with the protocol that gives the scores a meaning. No image, no model.
 
-BLEU is the corpus's, from nltk's n-gram counts; ROUGE-L and CIDEr-D are defined as in coco-caption.
-Two lines stand beside every evaluation: the best caption for all images, and people against each other.
+BLEU is the corpus's, as nltk has it; ROUGE-L and CIDEr-D are defined as in coco-caption. Two lines stand beside every
+evaluation: the best caption for all images, and people against each other.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from array import array
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
+from itertools import islice
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from imcap_ray.corpus import (
+    CIDER_SIGMA,
+    HYPOTHESIS_LENGTH,
+    MATCHES,
+    MAX_ORDER,
+    MEANS,
+    REFERENCE_LENGTH,
+    TOTALS,
+    Corpus,
+    Frequencies,
+    SentenceCollector,
+)
 from imcap_ray.errors import DatasetError
 from imcap_ray.escaping import markdown, printable
 from imcap_ray.tokenization import tokenize
@@ -24,16 +38,12 @@ from imcap_ray.tokenization import tokenize
 Tokens: TypeAlias = Sequence[str]
 Ngram: TypeAlias = tuple[str, ...]
 
-MAX_ORDER: Final = 4  # of n-grams, in BLEU and in CIDEr-D
-ROUGE_BETA: Final = 1.2  # above 1 recall counts for more than precision
-CIDER_SIGMA: Final = 6.0  # tokens: the width of CIDEr-D's penalty on a difference in length
-
 DEFINITIONS: Final = (
     "corpus BLEU, closest reference length, no smoothing; ROUGE-L with beta 1.2, best precision and best "
     "recall over the references; CIDEr-D, n = 1 to 4, sigma 6, document frequencies from these references"
 )
 
-# Of 1,500 Flickr8k captions the best by `score_constant` was the first by centrality, and the next three
+# Of 1,500 Flickr8k captions the one with the best score was the first by centrality, and the next three
 # were among its first seven.
 NUM_FLOOR_CANDIDATES: Final = 50
 NUM_RESAMPLES: Final = 1000
@@ -47,14 +57,6 @@ SEED_NOTE: Final = (
 RESAMPLING_SEED: Final = 0
 
 _SCORE_NAMES: Final = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
-# Columns of the table of one row an image, from which every corpus score follows by summing rows:
-# matched n-grams by order, n-grams of the hypothesis by order, its length, the closest reference length,
-# ROUGE-L, CIDEr-D.
-_MATCHES: Final = slice(0, MAX_ORDER)
-_TOTALS: Final = slice(MAX_ORDER, 2 * MAX_ORDER)
-_HYPOTHESIS_LENGTH: Final = 2 * MAX_ORDER
-_REFERENCE_LENGTH: Final = 2 * MAX_ORDER + 1
-_MEANS: Final = slice(2 * MAX_ORDER + 2, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class EvaluationReport:
     confidence_curve: Sequence[ConfidencePoint] = ()
     """From all captions to the most confident tenth; empty where confidences are not known."""
     comparison: Comparison | None = None
-    image_scores: Mapping[str, Sequence[str | float]] = field(default_factory=dict)
+    image_scores: Mapping[str, Sequence[str] | NDArray[Any]] = field(default_factory=dict)
     """Columns with a value for each image: image_id, cider_d, rouge_l, and what the corpus's BLEU is the sums of.
 
     There is no BLEU of one image that BLEU would be the mean of: matched_n and num_n are the n-grams of the caption
@@ -216,29 +218,75 @@ def evaluate(
         confidences: of the captions, by image_id.
         against: name and captions of another model, to be compared image by image.
     """
-    reference_tokens = _tokenize_references(references, tokenizer)
-    hypotheses = _tokenize_captions(captions, reference_tokens, tokenizer)
-    cider_d = CiderD(list(reference_tokens.values()))
-    rows = _image_rows(hypotheses, list(reference_tokens.values()), cider_d)
-    floor_caption, floor = _floor(_texts_by_tokens(references, reference_tokens), reference_tokens, cider_d)
-    counts = [len(image_references) for image_references in reference_tokens.values()]
+    _require_same_images(captions, references)
+    if against:
+        _require_same_images(against[1], references)
+    return evaluate_texts(
+        (captions[image_id] for image_id in references),
+        references.values(),
+        image_ids=list(references),
+        split=split,
+        tokenizer=tokenizer,
+        notes=notes,
+        confidences=[confidences[image_id] for image_id in references] if confidences else None,
+        against=(against[0], (against[1][image_id] for image_id in references)) if against else None,
+    )
+
+
+def evaluate_texts(
+    captions: Iterable[str],
+    references: Iterable[Sequence[str]],
+    *,
+    image_ids: Sequence[str],
+    split: str = "",
+    tokenizer: str = "ptb",
+    notes: str = "",
+    confidences: Sequence[float] | NDArray[Any] | None = None,
+    against: tuple[str, Iterable[str]] | None = None,
+) -> EvaluationReport:
+    """As `evaluate`, of captions and references that come one after the other, in one order of the images.
+
+    No text is kept: five references an image, a million images take about 3 GB.
+
+    Args:
+        references: gone through twice. Every image has one or more.
+    """
+    groups = [captions] if against is None else [captions, against[1]]
+    corpus, (hypotheses, *others) = _collect_texts(references, groups, tokenizer)
+    inverse_frequencies = corpus.inverse_frequencies()
+    rows = corpus.rows(hypotheses, inverse_frequencies)
+    scores = _summary(rows, corpus, hypotheses)
+    tables = [rows] if against is None else [rows, corpus.rows(others[0], inverse_frequencies)]
+    resamples = _resampled(tables)
+    comparison = None
+    if against is not None:
+        differences = _corpus_scores(rows.sum(axis=0), len(rows)) - _corpus_scores(tables[1].sum(axis=0), len(rows))
+        comparison = Comparison(
+            name=against[0],
+            scores=_summary(tables[1], corpus, others[0]),
+            differences=dict(zip(_SCORE_NAMES, differences.tolist(), strict=True)),
+            intervals=_interval_of_each(resamples[0] - resamples[1]),
+        )
+    best, floor = _floor(corpus, np.arange(corpus.first_reference[-1]), inverse_frequencies)
+    del inverse_frequencies  # people have others
+    counts = corpus.num_references
     return EvaluationReport(
         protocol=Protocol(
             tokenizer=tokenizer,
-            references_per_image=(min(counts), max(counts)),
-            num_images=len(counts),
+            references_per_image=(int(counts.min()), int(counts.max())),
+            num_images=corpus.num_images,
             split=split,
             notes=notes,
             nltk_version=version("nltk"),
         ),
-        scores=_summary(rows, hypotheses),
-        intervals=_intervals(rows),
-        floor_caption=floor_caption,
+        scores=scores,
+        intervals=_interval_of_each(resamples[0]),
+        floor_caption=_reference_text(references, corpus, best),
         floor=floor,
-        human=_human(reference_tokens) if max(counts) > 1 else None,
-        confidence_curve=_confidence_curve(rows, [confidences[id_] for id_ in references]) if confidences else (),
-        comparison=_compare(rows, against, reference_tokens, tokenizer, cider_d) if against else None,
-        image_scores=_image_scores(list(references), rows),
+        human=_human(corpus) if counts.max() > 1 else None,
+        confidence_curve=() if confidences is None else _confidence_curve(rows, confidences),
+        comparison=comparison,
+        image_scores=_image_scores(image_ids, rows),
     )
 
 
@@ -250,10 +298,8 @@ def confidence_curve(
     tokenizer: str = "ptb",
 ) -> list[ConfidencePoint]:
     """Scores of the most confident captions: of all of them, of nine tenths, and so on."""
-    reference_tokens = _tokenize_references(references, tokenizer)
-    hypotheses = _tokenize_captions(captions, reference_tokens, tokenizer)
-    image_references = list(reference_tokens.values())
-    rows = _image_rows(hypotheses, image_references, CiderD(image_references))
+    corpus, hypotheses = _collect_mappings(captions, references, tokenizer)
+    rows = corpus.rows(hypotheses, corpus.inverse_frequencies())
     return _confidence_curve(rows, [confidences[image_id] for image_id in references])
 
 
@@ -270,9 +316,8 @@ def score(captions: Mapping[str, str], references: Mapping[str, Sequence[str]], 
 
     Raises `DatasetError` when the image_ids are not those of the references, or an image has no reference.
     """
-    reference_tokens = _tokenize_references(references, tokenizer)
-    hypotheses = _tokenize_captions(captions, reference_tokens, tokenizer)
-    return _score_tokens(hypotheses, list(reference_tokens.values()))
+    corpus, hypotheses = _collect_mappings(captions, references, tokenizer)
+    return _summary(corpus.rows(hypotheses, corpus.inverse_frequencies()), corpus, hypotheses)
 
 
 def constant_caption_floor(
@@ -286,12 +331,14 @@ def constant_caption_floor(
     The candidates are the references themselves unless given. A model that does not beat this has not looked
     at the images.
     """
-    reference_tokens = _tokenize_references(references, tokenizer)
-    if candidates is None:
-        texts = _texts_by_tokens(references, reference_tokens)
-    else:
-        texts = {tuple(scored_tokens(candidate, tokenizer)): candidate for candidate in candidates}
-    return _floor(texts, reference_tokens, CiderD(list(reference_tokens.values())))
+    _require_references(references)
+    corpus, [given] = _collect_texts(references.values(), [candidates or ()], tokenizer)
+    inverse_frequencies = corpus.inverse_frequencies()
+    if candidates is not None:
+        best, scores = _floor(corpus, given, inverse_frequencies)
+        return candidates[best - int(given[0])], scores
+    best, scores = _floor(corpus, np.arange(corpus.first_reference[-1]), inverse_frequencies)
+    return _reference_text(references.values(), corpus, best), scores
 
 
 def human_agreement(references: Mapping[str, Sequence[str]], tokenizer: str = "ptb") -> Scores:
@@ -300,7 +347,8 @@ def human_agreement(references: Mapping[str, Sequence[str]], tokenizer: str = "p
     The n-th references are taken for those of the n-th annotator. Images with one reference are left out;
     `DatasetError` is raised when no image has two.
     """
-    return _human(_tokenize_references(references, tokenizer))
+    _require_references(references)
+    return _human(_collect_texts(references.values(), [], tokenizer)[0])
 
 
 def corpus_bleu(
@@ -311,15 +359,20 @@ def corpus_bleu(
     As nltk's `corpus_bleu`, but a hypothesis of fewer than n tokens has no n-grams, as in coco-caption:
     nltk counts it as one n-gram missed.
     """
-    counts = [_bleu_counts(*pair) for pair in zip(hypotheses, references, strict=True)]
-    bleu_1, bleu_2, bleu_3, bleu_4 = _bleu(np.sum(counts, axis=0)).tolist()
+    bleu_1, bleu_2, bleu_3, bleu_4 = _bleu(_rows_of_tokens(hypotheses, references).sum(axis=0)).tolist()
     return bleu_1, bleu_2, bleu_3, bleu_4
 
 
 def rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, list[float]]:
     """Mean and per-image ROUGE-L, 0 to 1; the best precision and the best recall may be of two references."""
-    per_image = [_image_rouge_l(*pair) for pair in zip(hypotheses, references, strict=True)]
-    return float(np.mean(per_image)), per_image
+    per_image = _rows_of_tokens(hypotheses, references)[:, MEANS.start]
+    return float(np.mean(per_image)), per_image.tolist()
+
+
+def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, list[float]]:
+    """Mean and per-image CIDEr-D, 0 to 10, equal to pycocoevalcap's `Cider`. One image alone scores 0."""
+    per_image = _rows_of_tokens(hypotheses, references)[:, MEANS.start + 1]
+    return float(np.mean(per_image)), per_image.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +401,7 @@ class _CiderVector:
 
 
 class CiderD:
-    """CIDEr-D against fixed references: 0 to 10, equal to pycocoevalcap's `Cider`.
+    """CIDEr-D of one caption at a time against fixed references: 0 to 10, equal to `cider_d`.
 
     The document frequencies are those of the references, or of another corpus when given: the reward in
     training takes the whole training split's. One image alone has no frequencies to speak of and scores 0.
@@ -369,43 +422,6 @@ class CiderD:
     def score(self, index: int, hypothesis: Tokens) -> float:
         """CIDEr-D of the hypothesis for the image at this index of the references."""
         return self._similarity(self._vector(hypothesis), self._references[index])
-
-    def score_all(self, hypotheses: Sequence[Tokens]) -> tuple[float, list[float]]:
-        """Mean and per-image CIDEr-D of one hypothesis per image, in the order of the references."""
-        per_image = [
-            self._similarity(self._vector(hypothesis), image_references)
-            for hypothesis, image_references in zip(hypotheses, self._references, strict=True)
-        ]
-        return float(np.mean(per_image)), per_image
-
-    def score_constant(self, hypothesis: Tokens) -> float:
-        """Mean CIDEr-D when every image has the same hypothesis."""
-        vector = self._vector(hypothesis)
-        return float(np.mean([self._similarity(vector, image) for image in self._references]))
-
-    def most_central(self, hypotheses: Iterable[Tokens], num_hypotheses: int) -> list[Tokens]:
-        """The hypotheses that are closest to the mean of all references, best first.
-
-        This orders them nearly as `score_constant` does, at a thousandth of its cost: only the clipping and
-        the penalty on length are lost.
-        """
-        centroid: defaultdict[Ngram, float] = defaultdict(float)
-        for image_references in self._references:
-            for reference in image_references:
-                for ngram, weight in reference.weights.items():
-                    norm = reference.norms[len(ngram) - 1]
-                    if norm:
-                        centroid[ngram] += weight / norm / len(image_references)
-
-        def centrality(hypothesis: Tokens) -> float:
-            vector = self._vector(hypothesis)
-            return sum(
-                weight * centroid.get(ngram, 0.0) / vector.norms[len(ngram) - 1]
-                for ngram, weight in vector.weights.items()
-                if weight
-            )
-
-        return sorted(hypotheses, key=centrality, reverse=True)[:num_hypotheses]
 
     def _vector(self, tokens: Tokens) -> _CiderVector:
         weights = {
@@ -445,19 +461,16 @@ def scored_tokens(text: str, tokenizer: str) -> list[str]:
     return ["startseq", *tokens, "endseq"] if tokenizer == SEED else tokens
 
 
-def _tokenize_references(references: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, list[list[str]]]:
+def _require_references(references: Mapping[str, Sequence[str]]) -> None:
     if not references:
         raise DatasetError("no references: there is nothing to score against")
     without = [image_id for image_id, texts in references.items() if not texts]
     if without:
         raise DatasetError(f"{len(without)} images have no reference, for example {without[0]!r}")
-    return {image_id: [scored_tokens(text, tokenizer) for text in texts] for image_id, texts in references.items()}
 
 
-def _tokenize_captions(
-    captions: Mapping[str, str], references: Mapping[str, object], tokenizer: str
-) -> list[list[str]]:
-    """Hypotheses in the order of the references."""
+def _require_same_images(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    _require_references(references)
     uncaptioned = references.keys() - captions.keys()
     unknown = captions.keys() - references.keys()
     if uncaptioned or unknown:
@@ -473,107 +486,123 @@ def _tokenize_captions(
             f"captions and references must be of the same images, got {len(captions)} captions and "
             f"{len(references)} images with references: {'; '.join(examples)}"
         )
-    return [scored_tokens(captions[image_id], tokenizer) for image_id in references]
 
 
-def _texts_by_tokens(
-    references: Mapping[str, Sequence[str]], reference_tokens: Mapping[str, Sequence[Tokens]]
-) -> dict[Ngram, str]:
-    return {
-        tuple(tokens): text
-        for image_id, texts in references.items()
-        for text, tokens in zip(texts, reference_tokens[image_id], strict=True)
-    }
+def _collect_mappings(
+    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: str
+) -> tuple[Corpus, NDArray[np.int64]]:
+    """The corpus and the hypotheses' numbers in it, in the order of the references."""
+    _require_same_images(captions, references)
+    corpus, [hypotheses] = _collect_texts(
+        references.values(), [(captions[image_id] for image_id in references)], tokenizer
+    )
+    return corpus, hypotheses
 
 
-def _score_tokens(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> Scores:
-    return _summary(_image_rows(hypotheses, references, CiderD(references)), hypotheses)
+def _collect_texts(
+    references: Iterable[Sequence[str]], groups: Sequence[Iterable[str]], tokenizer: str
+) -> tuple[Corpus, list[NDArray[np.int64]]]:
+    return _collect(
+        ([scored_tokens(text, tokenizer) for text in texts] for texts in references),
+        [(scored_tokens(text, tokenizer) for text in texts) for texts in groups],
+    )
 
 
-def _floor(
-    texts: Mapping[Ngram, str], references: Mapping[str, Sequence[Tokens]], cider_d: CiderD
-) -> tuple[str, Scores]:
-    central = cider_d.most_central(texts, NUM_FLOOR_CANDIDATES)
-    best = max(central, key=cider_d.score_constant)
-    hypotheses = [best] * len(references)
-    return texts[tuple(best)], _summary(_image_rows(hypotheses, list(references.values()), cider_d), hypotheses)
+def _collect(
+    references: Iterable[Sequence[Tokens]], groups: Sequence[Iterable[Tokens]]
+) -> tuple[Corpus, list[NDArray[np.int64]]]:
+    """The corpus of the references and of these groups of sentences; the numbers of each group's."""
+    collector = SentenceCollector()
+    counts = array("q")
+    for image_references in references:
+        for tokens in image_references:
+            collector.add(tokens)
+        counts.append(len(image_references))
+    ends = [len(collector)]
+    for group in groups:
+        for tokens in group:
+            collector.add(tokens)
+        ends.append(len(collector))
+    return collector.to_corpus(counts), [np.arange(*pair) for pair in zip(ends, ends[1:], strict=False)]
 
 
-def _human(references: Mapping[str, Sequence[Tokens]]) -> Scores:
-    images = [image_references for image_references in references.values() if len(image_references) > 1]
-    if not images:
+def _rows_of_tokens(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> NDArray[np.float64]:
+    corpus, [of_images] = _collect(references, [hypotheses])
+    return corpus.rows(of_images, corpus.inverse_frequencies())
+
+
+def _reference_text(references: Iterable[Sequence[str]], corpus: Corpus, sentence: int) -> str:
+    """The text of a reference, by its number in the corpus."""
+    image = int(np.searchsorted(corpus.first_reference, sentence, side="right")) - 1
+    return next(islice(references, image, None))[sentence - int(corpus.first_reference[image])]
+
+
+def _floor(corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: Frequencies) -> tuple[int, Scores]:
+    """The candidate (a sentence's number) that scores best when all images have it, and its scores."""
+    centralities = corpus.centralities(candidates, inverse_frequencies)
+    central: dict[bytes, int] = {}
+    for candidate in candidates[np.argsort(-centralities, kind="stable")].tolist():
+        central.setdefault(corpus.tokens_of(candidate), candidate)
+        if len(central) == NUM_FLOOR_CANDIDATES:
+            break
+    chosen = np.array(list(central.values()))
+    best = int(chosen[np.argmax(corpus.score_constants(chosen, inverse_frequencies))])
+    hypotheses = np.full(corpus.num_images, best)
+    return best, _summary(corpus.rows(hypotheses, inverse_frequencies), corpus, [best])
+
+
+def _human(corpus: Corpus) -> Scores:
+    if corpus.num_references.max() < 2:
         raise DatasetError("human agreement needs images with two references or more, there are none")
     annotators = []
-    for annotator in range(max(map(len, images))):
-        annotated = [image for image in images if len(image) > annotator]
-        others = [[*image[:annotator], *image[annotator + 1 :]] for image in annotated]
-        annotators.append(_score_tokens([image[annotator] for image in annotated], others).to_dict())
+    for annotator in range(int(corpus.num_references.max())):
+        is_annotated = corpus.has_other_than(annotator)
+        hypotheses = corpus.first_reference[:-1] + annotator * is_annotated
+        rows = corpus.rows(hypotheses, corpus.inverse_frequencies(without=annotator), without=annotator)
+        annotators.append(_summary(rows[is_annotated], corpus, hypotheses[is_annotated]).to_dict())
     means = {name: float(np.mean([scores[name] for scores in annotators])) for name in annotators[0]}
     return Scores(
         **{name: means[name] for name in (*_SCORE_NAMES, "length_ratio")},
-        num_images=len(images),
+        num_images=int((corpus.num_references > 1).sum()),
         num_distinct_captions=round(means["num_distinct_captions"]),
     )
 
 
-def _image_rows(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]], cider_d: CiderD
-) -> NDArray[np.float64]:
-    """One row an image; see `_MATCHES` and what follows it for the columns."""
-    bleu_counts = [_bleu_counts(*pair) for pair in zip(hypotheses, references, strict=True)]
-    return np.column_stack([bleu_counts, rouge_l(hypotheses, references)[1], cider_d.score_all(hypotheses)[1]])
-
-
-def _summary(rows: NDArray[np.float64], hypotheses: Sequence[Tokens]) -> Scores:
+def _summary(rows: NDArray[np.float64], corpus: Corpus, hypotheses: Iterable[int]) -> Scores:
     sums = rows.sum(axis=0)
     return Scores(
         **dict(zip(_SCORE_NAMES, _corpus_scores(sums, len(rows)).tolist(), strict=True)),
         num_images=len(rows),
-        length_ratio=float(sums[_HYPOTHESIS_LENGTH] / max(1.0, sums[_REFERENCE_LENGTH])),
-        num_distinct_captions=len(set(map(tuple, hypotheses))),
+        length_ratio=float(sums[HYPOTHESIS_LENGTH] / max(1.0, sums[REFERENCE_LENGTH])),
+        num_distinct_captions=corpus.count_different(hypotheses),
     )
 
 
-def _image_scores(image_ids: Sequence[str], rows: NDArray[np.float64]) -> dict[str, Sequence[str | float]]:
+def _image_scores(image_ids: Sequence[str], rows: NDArray[np.float64]) -> dict[str, Sequence[str] | NDArray[Any]]:
     """The columns of `EvaluationReport.image_scores`."""
-    rouge_l_of_image, cider_d_of_image = rows[:, _MEANS].T
+    rouge_l_of_image, cider_d_of_image = rows[:, MEANS].T
     columns: dict[str, NDArray[Any]] = {"cider_d": cider_d_of_image, "rouge_l": rouge_l_of_image}
-    counts = rows[:, : _MEANS.start].astype(int)
-    for name, part in (("matched", counts[:, _MATCHES]), ("num", counts[:, _TOTALS])):
+    counts = rows[:, : MEANS.start].astype(int)
+    for name, part in (("matched", counts[:, MATCHES]), ("num", counts[:, TOTALS])):
         columns |= {f"{name}_{order}": part[:, order - 1] for order in range(1, MAX_ORDER + 1)}
-    columns["reference_length"] = counts[:, _REFERENCE_LENGTH]
-    return {"image_id": image_ids, **{name: column.tolist() for name, column in columns.items()}}
+    columns["reference_length"] = counts[:, REFERENCE_LENGTH]
+    return {"image_id": image_ids, **columns}
 
 
-def _compare(
-    rows: NDArray[np.float64],
-    against: tuple[str, Mapping[str, str]],
-    references: Mapping[str, Sequence[Tokens]],
-    tokenizer: str,
-    cider_d: CiderD,
-) -> Comparison:
-    name, captions = against
-    hypotheses = _tokenize_captions(captions, references, tokenizer)
-    others = _image_rows(hypotheses, list(references.values()), cider_d)
-    differences = _corpus_scores(rows.sum(axis=0), len(rows)) - _corpus_scores(others.sum(axis=0), len(rows))
-    return Comparison(
-        name=name,
-        scores=_summary(others, hypotheses),
-        differences=dict(zip(_SCORE_NAMES, differences.tolist(), strict=True)),
-        intervals=_interval_of_each(_resampled(rows) - _resampled(others)),
-    )
+def _resampled(tables: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """For each table of rows the corpus scores of images drawn with replacement, a row a draw.
 
-
-def _intervals(rows: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
-    return _interval_of_each(_resampled(rows))
-
-
-def _resampled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Corpus scores of images drawn with replacement, a row a draw; the same images at every call."""
+    The same images for all tables, and at every call.
+    """
     generator = np.random.default_rng(RESAMPLING_SEED)
-    num_images = len(rows)
-    draws = (generator.integers(num_images, size=num_images) for _ in range(NUM_RESAMPLES))
-    return np.stack([_corpus_scores(rows[drawn].sum(axis=0), num_images) for drawn in draws])
+    num_images = len(tables[0])
+    rows = np.hstack(tables)
+    found = np.empty((len(tables), NUM_RESAMPLES, len(_SCORE_NAMES)))
+    for draw in range(NUM_RESAMPLES):
+        times_drawn = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
+        for table, sums in enumerate(np.split(times_drawn.astype(float) @ rows, len(tables))):
+            found[table, draw] = _corpus_scores(sums, num_images)
+    return list(found)
 
 
 def _interval_of_each(resamples: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
@@ -581,7 +610,7 @@ def _interval_of_each(resamples: NDArray[np.float64]) -> dict[str, tuple[float, 
     return {name: (low, high) for name, low, high in zip(_SCORE_NAMES, lows, highs, strict=True)}
 
 
-def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float]) -> list[ConfidencePoint]:
+def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float] | NDArray[Any]) -> list[ConfidencePoint]:
     known = np.nan_to_num(np.asarray(confidences, dtype=float), nan=0.0)  # a failed image has none
     order = np.argsort(-known, kind="stable")
     curve = []
@@ -594,46 +623,16 @@ def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float]) -
 
 def _corpus_scores(sums: NDArray[np.float64], num_images: int) -> NDArray[np.float64]:
     """In the order of `_SCORE_NAMES`."""
-    return np.concatenate([_bleu(sums), sums[_MEANS] / num_images])
+    return np.concatenate([_bleu(sums), sums[MEANS] / num_images])
 
 
 def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     """Brevity penalty times the geometric mean of the precisions of orders 1 to n, for n = 1 to 4."""
     with np.errstate(divide="ignore"):  # log 0 is -inf, whose exp is the 0 that is meant
-        log_precisions = np.log(sums[_MATCHES] / np.maximum(1, sums[_TOTALS]))
-    log_brevity = min(0.0, 1 - sums[_REFERENCE_LENGTH] / max(1, sums[_HYPOTHESIS_LENGTH]))
+        log_precisions = np.log(sums[MATCHES] / np.maximum(1, sums[TOTALS]))
+    log_brevity = min(0.0, 1 - sums[REFERENCE_LENGTH] / max(1, sums[HYPOTHESIS_LENGTH]))
     bleu: NDArray[np.float64] = np.exp(log_brevity + np.cumsum(log_precisions) / np.arange(1, MAX_ORDER + 1))
     return bleu
-
-
-def _bleu_counts(hypothesis: Tokens, references: Sequence[Tokens]) -> list[int]:
-    """The columns of a row that BLEU needs."""
-    from nltk.translate.bleu_score import closest_ref_length, modified_precision  # a second and a half
-
-    orders = range(1, MAX_ORDER + 1)
-    matches = [modified_precision(references, hypothesis, order).numerator for order in orders]
-    totals = [max(0, len(hypothesis) - order + 1) for order in orders]
-    return [*matches, *totals, len(hypothesis), closest_ref_length(references, len(hypothesis))]
-
-
-def _image_rouge_l(hypothesis: Tokens, references: Sequence[Tokens]) -> float:
-    common = [_longest_common_subsequence(hypothesis, reference) for reference in references]
-    precision = max(common) / max(1, len(hypothesis))
-    recall = max(length / max(1, len(reference)) for length, reference in zip(common, references, strict=True))
-    if not precision:
-        return 0.0
-    return (1 + ROUGE_BETA**2) * precision * recall / (recall + ROUGE_BETA**2 * precision)
-
-
-def _longest_common_subsequence(one: Tokens, other: Tokens) -> int:
-    lengths = [0] * (len(other) + 1)  # of the tokens of `one` so far and of each beginning of `other`
-    for token in one:
-        diagonal = 0
-        for position, other_token in enumerate(other, start=1):
-            above = lengths[position]
-            lengths[position] = diagonal + 1 if token == other_token else max(above, lengths[position - 1])
-            diagonal = above
-    return lengths[-1]
 
 
 def _ngram_counts(tokens: Tokens) -> Counter[Ngram]:

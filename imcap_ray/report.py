@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 import jinja2
 import numpy as np
@@ -23,10 +23,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from imcap_ray.errors import ConfigError, ImageError, InputError
+from imcap_ray.charts import curve_of_confidence, curve_of_epochs, histogram_of_lengths, histogram_of_scores
+from imcap_ray.errors import ConfigError, ImageError, ImcapError, InputError
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
-from imcap_ray.metrics import HALF
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -44,8 +44,11 @@ THUMBNAIL_BYTES: Final = 12_000
 _FAILED_SHARE: Final = 0.25
 _FREQUENT_CAPTIONS: Final = 10
 _MESSAGE_LENGTH: Final = 400
-_LONGEST_BAR_WORDS: Final = 30
 _LOADER_THREADS: Final = 8
+_MOST_WORDS_ATTENDED: Final = 40
+_HEAT_PIXELS_A_REGION: Final = 8
+_HEAT_COLOUR: Final = (8, 10, 24)
+_MOST_HEAT_ALPHA: Final = 205
 
 # Name in metrics.Scores: label, factor and format, as `imcap evaluate` prints them.
 _SCORES: Final = {
@@ -64,6 +67,8 @@ _EVALUATED: Final = (
 )
 
 Row = dict[str, Any]
+Attend = Callable[[bytes, str], Sequence[tuple[str, np.ndarray[Any, Any]]]]
+"""An image and its caption -> for each word the weights (rows, columns) over the image."""
 
 
 def write_report(
@@ -73,7 +78,12 @@ def write_report(
     load_image: Callable[[Row], bytes | None],
     references: Mapping[str, Sequence[str]] | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    image_scores: Mapping[str, float] | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
     run: Mapping[str, Any] | None = None,
+    attend: Attend | None = None,
+    num_attended: int = 0,
+    attention_note: str = "",
     title: str = "Image captions",
     max_images: int = 1000,
 ) -> None:
@@ -85,9 +95,13 @@ def write_report(
     Args:
         load_image: the file's bytes for a row of `captions`. None, an `ImageError` or an `OSError` where
             there are none: the card then says so. Called from several threads, never for a failed row.
-        references: human captions by image_id, shown beside the caption.
+        references: human captions by image_id, or by the file's name, shown beside the caption.
         evaluation: an `EvaluationReport` as a dict. Further lines of its table may stand under "rows", as
             `{"name": ..., "bleu_1": ..., "cider_d": ...}`, with what scores there are.
+        image_scores: CIDEr-D by image_id, or by the file's name, to sort the cards by.
+        history: a line for each epoch of the model's training: `phase`, `train_loss`, `cider_d`.
+        attend: where the model looked; asked for `num_attended` images from the least to the most confident.
+        attention_note: why there is no `attend`, where that needs saying.
         run: what `run.json` holds. `model` (a name, or a mapping with `name` and `fingerprint`) and
             `images_per_second` stand in the header, all of it under "Provenance".
         max_images: beyond it the gallery is an even sample with every failure that fits; the counts,
@@ -106,6 +120,7 @@ def write_report(
     summary = _summarise(captions)
     shown = _positions_shown(summary.failed, max_images=max_images)
     rows = sorted(captions.take(pa.array(shown, pa.int64())).to_pylist(), key=lambda row: str(row["image_id"]))
+    attended, note = _attended(rows, num_attended, load_image=load_image, attend=attend)
     page = _template().stream(
         title=title,
         summary=summary,
@@ -113,13 +128,19 @@ def write_report(
         run=_flatten(run or {}),
         scores=_score_table(evaluation or {}),
         protocol=_protocol(evaluation or {}),
-        curve=_curve((evaluation or {}).get("confidence_curve", ())),
-        histogram=_histogram(summary.captions),
+        curve=curve_of_confidence((evaluation or {}).get("confidence_curve", ())),
+        lengths=histogram_of_lengths(summary.captions),
+        image_scores=histogram_of_scores((image_scores or {}).values()),
+        losses=curve_of_epochs(history, "train_loss"),
+        validation=curve_of_epochs(history, "cider_d"),
+        attended=attended,
+        attention_note=attention_note or note,
         num_cards=len(rows),
         num_failed_cards=sum(row["status"] == FAILED for row in rows),
         statuses_shown=[s for s in (OK, DUPLICATE, FAILED) if any(row["status"] == s for row in rows)],
         has_references=bool(references),
-        cards=_cards(rows, load_image=load_image, references=references or {}),
+        has_scores=bool(image_scores),
+        cards=_cards(rows, load_image=load_image, references=references or {}, image_scores=image_scores or {}),
     )
     page.enable_buffering()
     _replace(Path(path), page)
@@ -198,6 +219,7 @@ def _cards(
     *,
     load_image: Callable[[Row], bytes | None],
     references: Mapping[str, Sequence[str]],
+    image_scores: Mapping[str, float],
 ) -> Iterator[Row]:
     """The rows, each with what only its card needs: thumbnail, references, the other captions."""
 
@@ -206,26 +228,86 @@ def _cards(
             return None
         try:
             data = load_image(row)
-            return None if data is None else _thumbnail(data)
+            return None if data is None else _thumbnail(data).uri
         except (ImageError, OSError):
             return None
 
     # Reading is mostly waiting, for a disk or a network.
     with ThreadPoolExecutor(_LOADER_THREADS) as threads:
         for row, thumbnail in zip(rows, threads.map(thumbnail_of, rows), strict=True):
-            confidence = row["confidence"]
             yield {
                 **row,
                 "thumbnail": thumbnail,
-                "confidence": None if confidence is None or math.isnan(confidence) else confidence,
+                "confidence": _confidence(row),
                 "error_message": _clip(row["error_message"]),
                 "other_captions": [c for c in row["captions"] or () if c != row["caption"]],
-                "references": references.get(row["image_id"], ()),
+                "references": _of_image(row["image_id"], references) or (),
+                "score": _of_image(row["image_id"], image_scores),
             }
 
 
-def _thumbnail(data: bytes) -> str:
-    """A JPEG data URI, upright and small; raises an `ImageError` for bytes that are no picture (any more)."""
+Value = TypeVar("Value")
+
+
+def _of_image(image_id: str, values: Mapping[str, Value]) -> Value | None:
+    """The image's own value, or its file name's: captions may be of a folder above that of the references."""
+    return values.get(image_id, values.get(image_id.rpartition("/")[2]))
+
+
+def _attended(
+    rows: Sequence[Row], count: int, *, load_image: Callable[[Row], bytes | None], attend: Attend | None
+) -> tuple[list[Row], str]:
+    """A few images with where the model looked at each word, and why there are none where there could be some."""
+    candidates = [row for row in rows if row["status"] == OK and row["caption"]]
+    candidates.sort(key=lambda row: -1.0 if _confidence(row) is None else row["confidence"])
+    if attend is None or not count or not candidates:
+        return [], ""
+    places = np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))
+    found, reason = [], "none of their photographs can be read"
+    for row in (candidates[place] for place in places):
+        try:
+            data = load_image(row)
+            if data is None:
+                continue
+            words = attend(data, row["caption"])[:_MOST_WORDS_ATTENDED]
+            thumbnail = _thumbnail(data)
+        except (ImageError, OSError):
+            continue
+        except ImcapError as error:
+            reason = str(error)
+            break
+        heats = [{"word": word, "heat": _heat(weights)} for word, weights in words]
+        found.append({**row, "confidence": _confidence(row), "thumbnail": thumbnail, "words": heats})
+    return found, "" if found else reason
+
+
+def _heat(weights: np.ndarray[Any, Any]) -> str:
+    """A PNG data URI that darkens the image where the weights are low."""
+    rows, columns = weights.shape
+    size = (columns * _HEAT_PIXELS_A_REGION, rows * _HEAT_PIXELS_A_REGION)
+    span = weights.max() - weights.min() or 1.0
+    light = np.asarray(Image.fromarray(((weights - weights.min()) / span).astype(np.float32)).resize(size))
+    pixels = np.empty((*light.shape, 4), dtype=np.uint8)
+    pixels[..., :3] = _HEAT_COLOUR
+    pixels[..., 3] = _MOST_HEAT_ALPHA * (1 - light.clip(0, 1))
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _confidence(row: Row) -> float | None:
+    confidence: float | None = row["confidence"]
+    return None if confidence is None or math.isnan(confidence) else confidence
+
+
+class _Thumbnail(NamedTuple):
+    uri: str
+    width: int
+    height: int
+
+
+def _thumbnail(data: bytes) -> _Thumbnail:
+    """A JPEG data URI, upright and small, with its size; an `ImageError` for bytes that are no picture (any more)."""
     largest = _THUMBNAIL_TRIES[0][0]
     decoded = decode_image(data, image_size=largest)
     square = Image.fromarray(decoded.pixels.transpose(1, 2, 0))
@@ -238,7 +320,7 @@ def _thumbnail(data: bytes) -> str:
         encoded = buffer.getvalue()
         if len(encoded) <= THUMBNAIL_BYTES:
             break
-    return "data:image/jpeg;base64," + base64.b64encode(encoded).decode("ascii")
+    return _Thumbnail("data:image/jpeg;base64," + base64.b64encode(encoded).decode("ascii"), *picture.size)
 
 
 def _model_line(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,26 +365,6 @@ def _protocol(evaluation: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), text) for name, text in pairs if text]
 
 
-def _curve(points: Sequence[Mapping[str, float]]) -> dict[str, Any] | None:
-    """CIDEr-D of the most confident captions by their share, drawn on a plane of 360 x 120; None without points."""
-    if not points:
-        return None
-    highest = max(point["cider_d"] for point in points) or 1.0
-    drawn = [
-        {
-            "share": f"{point['share']:.0%}",
-            "x": 360 * (1 - point["share"]),
-            "y": 120 - 100 * point["cider_d"] / highest,
-            "min_confidence": f"{point['min_confidence']:.3f}",
-            "cider_d": _score("cider_d", point),
-            "bleu_4": _score("bleu_4", point),
-            "labelled": point["share"] in (1.0, HALF) or point is points[-1],
-        }
-        for point in points
-    ]
-    return {"points": drawn, "half": next(point for point in drawn if point["share"] == f"{HALF:.0%}")}
-
-
 def _number(value: Any) -> str:
     """A number as people read it: 12,345; 0.254; 17.3."""
     if not isinstance(value, float):
@@ -321,47 +383,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
         else:
             pairs.append((f"{prefix}{key}", str(value)))
     return pairs
-
-
-def _histogram(captions: Counter[str]) -> dict[str, Any] | None:
-    """Images by number of words in their caption: one bar for each length, drawn on a plane of 360 x 120."""
-    lengths: Counter[int] = Counter()
-    for caption, count in captions.items():
-        lengths[len(caption.split())] += count
-    if not lengths:
-        return None
-    shortest, longest = min(lengths), max(lengths)
-    first, last = min(shortest, _LONGEST_BAR_WORDS), min(max(longest, shortest + 9), _LONGEST_BAR_WORDS)
-    bars: Counter[int] = Counter()
-    for length, count in lengths.items():
-        bars[min(length, last)] += count
-    width, tallest = 360 / (last - first + 1), max(bars.values())
-    return {
-        "bars": [
-            {
-                "words": f"{length}+" if length == last < longest else str(length),
-                "count": bars[length],
-                "x": (length - first) * width,
-                "width": width,
-                "height": 120 * bars[length] / tallest,
-                "labelled": length in (first, last) or (length % 5 == 0 and first + 2 <= length <= last - 2),
-            }
-            for length in range(first, last + 1)
-        ],
-        "shortest": shortest,
-        "longest": longest,
-        "median": _median(lengths),
-    }
-
-
-def _median(counts: Counter[int]) -> int:
-    """The middle value, of two the lower; without writing out 100 million of them."""
-    seen = 0
-    for value in sorted(counts):
-        seen += counts[value]
-        if 2 * seen >= counts.total():
-            return value
-    raise ValueError("no median of nothing")
 
 
 def _clip(message: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Final, Protocol
 
 from imcap_ray.errors import ConfigError
@@ -23,6 +23,9 @@ _PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
 
 # Their period is part of the word. So is that of an initial ("p.") and of letters with periods ("d.c.").
 ABBREVIATIONS: Final = frozenset(["mr.", "mrs.", "ms.", "dr.", "jr.", "sr.", "st.", "vs."])
+
+# Words of letters alone that the treebank tokenizer splits.
+_RUN_TOGETHER: Final = frozenset(["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
 
 CONTRACTIONS: Final = frozenset(["'s", "'m", "'d", "'ll", "'re", "'ve", "n't"])
 
@@ -68,10 +71,15 @@ def tokenize_ptb(text: str) -> list[str]:
     text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower())
     if not text.isascii():
         text = _unspaced_character().sub(r" \g<0> ", text)
-    words = [_without_sentence_end(word) for word in _PUNCTUATION.sub(" ", text).split()]
-    # The treebank tokenizer takes the last period for the end of the sentence: give it one to take.
-    tokens = _treebank_tokenizer().tokenize(" ".join([*words, "."]))
-    return [token for token in tokens if token not in _PUNCTUATION_ALONE]
+    tokens: list[str] = []
+    for word in _PUNCTUATION.sub(" ", text).split():
+        if not word.isalnum():
+            word = _without_sentence_end(word)
+        if word.isalnum() and word not in _RUN_TOGETHER:
+            tokens.append(word)
+        elif word:
+            tokens += _split_word(word)
+    return tokens
 
 
 def tokenize_unicode(text: str) -> list[str]:
@@ -106,6 +114,17 @@ def _without_sentence_end(word: str) -> str:
     stem = word.rstrip(".")
     is_abbreviation = len(stem) == 1 or "." in stem or word in ABBREVIATIONS
     return word if is_abbreviation else stem
+
+
+@lru_cache(maxsize=100_000)
+def _split_word(word: str) -> tuple[str, ...]:
+    """The treebank tokens of a word, without a sentence's end. Without quotation marks none depends on other words.
+
+    Kept, for the tokenizer takes milliseconds (nltk 3.10 guards each of its patterns with a timeout).
+    """
+    # It takes the last period for the end of the sentence: give it one to take.
+    tokens = _treebank_tokenizer().tokenize(f"{word} .")
+    return tuple(token for token in tokens if token not in _PUNCTUATION_ALONE)
 
 
 @cache

@@ -8,6 +8,7 @@ python jobs/benchmark.py beam-search                             a batch against
 python jobs/benchmark.py training                                against a bare loop, and torchrun
 python jobs/benchmark.py train-step                              a step against the loop that tutorials have
 python jobs/benchmark.py large-photographs flickr8k --images 1000
+python jobs/benchmark.py evaluate --images 1000000               memory and time of scoring a million captions
 python jobs/benchmark.py chaos --seeds 20
 """
 
@@ -37,6 +38,7 @@ from typing import Any
 import click
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -937,6 +939,95 @@ def _wilson_interval(count: int, total: int, z: float = 1.96) -> tuple[float, fl
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * (share * (1 - share) / total + spread / (4 * total)) ** 0.5
     return middle - half, middle + half
+
+
+# ---- evaluate: seconds and memory of scoring many captions
+
+NUM_WORDS = 30_000
+WORDS_OF_A_SCENE = 8
+CAPTIONS_AT_A_TIME = 20_000
+
+
+@main.command()
+@click.option("--images", default=100_000, show_default=True)
+@click.option("--references", default=5, show_default=True, help="Of each image.")
+@click.option("--against", is_flag=True, help="Compare with other captions too.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def evaluate(images: int, references: int, against: bool, as_json: bool) -> None:
+    """Seconds and most memory of `imcap evaluate` on made-up captions, in a process of its own.
+
+    Words are drawn with Zipf's frequencies, two of three from the scene of their image; a caption has 7 to 15. Real
+    captions repeat themselves more, so they have fewer different n-grams, which are what takes memory.
+    """
+    with tempfile.TemporaryDirectory(prefix="imcap-evaluate-") as folder:
+        write_made_up_captions(Path(folder), images, references)
+        command = [sys.executable, "-m", "imcap_ray", "evaluate", "captions.parquet", "references.parquet", "--json"]
+        command += ["--save", "scores", *(["--against", "others.parquet"] if against else [])]
+        start = time.monotonic()
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - start
+        if status:
+            raise click.ClickException(f"imcap evaluate ended with status {os.waitstatus_to_exitcode(status)}")
+    scores = json.loads(output)["scores"]
+    result = {
+        "images": images,
+        "references_per_image": references,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+        "captions_per_second": round(images / seconds),
+        "cider_d": round(scores["cider_d"], 4),
+        "bleu_4": round(scores["bleu_4"], 4),
+    }
+    if as_json:
+        click.echo(json.dumps(result))
+        return
+    for name, value in result.items():
+        click.echo(f"{name:22} {value}")
+
+
+def write_made_up_captions(folder: Path, num_images: int, references: int) -> None:
+    """captions.parquet, others.parquet and references.parquet of the same images."""
+    generator = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = pa.array(
+        sorted({"".join(generator.choice(letters, size=generator.integers(1, 9))) for _ in range(NUM_WORDS)})
+    )
+    frequencies = 1 / (10 + generator.permutation(len(words)))
+    thresholds = np.cumsum(frequencies / frequencies.sum())
+
+    def draw_words(shape: Any) -> np.ndarray[Any, Any]:
+        return np.minimum(np.searchsorted(thresholds, generator.random(shape)), len(words) - 1).astype(np.int32)
+
+    def draw_sentences(scenes: np.ndarray[Any, Any]) -> pa.Array:
+        lengths = generator.integers(7, 16, size=len(scenes))
+        image = np.repeat(np.arange(len(scenes)), lengths)
+        of_scene = scenes[image, generator.integers(scenes.shape[1], size=len(image))]
+        drawn = np.where(generator.random(len(image)) < 2 / 3, of_scene, draw_words(len(image)))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        return pc.binary_join(pa.ListArray.from_arrays(offsets, words.take(pa.array(drawn))), " ")
+
+    schema = pa.schema([("image_id", pa.string()), ("caption", pa.string()), ("confidence", pa.float32())])
+    reference_schema = pa.schema([schema.field(0), ("split", pa.string()), ("captions", pa.list_(pa.string()))])
+    with (
+        pq.ParquetWriter(folder / "captions.parquet", schema) as captions,
+        pq.ParquetWriter(folder / "others.parquet", schema) as others,
+        pq.ParquetWriter(folder / "references.parquet", reference_schema) as of_people,
+    ):
+        for start in range(0, num_images, CAPTIONS_AT_A_TIME):
+            size = min(CAPTIONS_AT_A_TIME, num_images - start)
+            image_ids = pa.array([f"{number:09}.jpg" for number in range(start, start + size)])
+            scenes = draw_words((size, WORDS_OF_A_SCENE))
+            for writer in (captions, others):
+                confidences = pa.array(generator.random(size), pa.float32())
+                writer.write(pa.record_batch([image_ids, draw_sentences(scenes), confidences], schema=schema))
+            offsets = pa.array(np.arange(size + 1) * references, pa.int32())
+            lists = pa.ListArray.from_arrays(offsets, draw_sentences(np.repeat(scenes, references, axis=0)))
+            splits = pa.array(["test"] * size)
+            of_people.write(pa.record_batch([image_ids, splits, lists], schema=reference_schema))
 
 
 if __name__ == "__main__":

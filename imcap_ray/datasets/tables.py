@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -9,6 +12,9 @@ from imcap_ray import storage
 from imcap_ray.datasets.table import CaptionedImages, Collector, Source
 from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import refuse_pickles
+
+ROWS_AT_A_TIME: Final = 10_000
+_WANTED: Final = ("image_id", "image_path", "split", "captions", "caption")
 
 
 def read_parquet(source: Source) -> CaptionedImages | None:
@@ -20,19 +26,19 @@ def read_parquet(source: Source) -> CaptionedImages | None:
     paths = [path for path in paths if path.endswith(".parquet")]
     if not paths:
         return None
-    found_columns: dict[str, None] = {}
-    table = pa.concat_tables([_read_table(path, found_columns) for path in paths], promote_options="default")
-    names = table.column_names
+    columns = {path: _columns(path) for path in paths}
+    names = list(dict.fromkeys(name for of_file in columns.values() for name in of_file))
     captions_column = "captions" if "captions" in names else "caption"
     if captions_column not in names or not {"image_id", "image_path"} & set(names):
         raise DatasetError(
             f"{source.location}: expected the columns image_id or image_path, and captions or caption; "
-            f"got {', '.join(found_columns)}"
+            f"got {', '.join(names)}"
         )
     collector = Collector(source, "Parquet")
-    for number, row in enumerate(table.to_pylist()):
+    rows = (row for path, of_file in columns.items() for row in _rows(path, of_file))
+    for number, row in enumerate(rows):
         image_id = row.get("image_id") or row.get("image_path")
-        found = row[captions_column]
+        found = row.get(captions_column)
         found = [found] if isinstance(found, str) else found or []
         found = [caption for caption in found if caption and caption.strip()]
         if not image_id or not found:
@@ -43,18 +49,31 @@ def read_parquet(source: Source) -> CaptionedImages | None:
     return collector.to_dataset()
 
 
-def _read_table(path: str, found_columns: dict[str, None]) -> pa.Table:
-    """The columns of a table that are looked for, as text; the names of all are added to `found_columns`."""
+def _columns(path: str) -> list[str]:
     filesystem, inner = storage.resolve(path)
     try:
         schema = pq.read_schema(inner, filesystem=filesystem)
-        refuse_pickles(schema, path)
-        found_columns.update(dict.fromkeys(schema.names))
-        wanted = ("image_id", "image_path", "split", "captions", "caption")
-        table = pq.read_table(inner, filesystem=filesystem, columns=[n for n in wanted if n in schema.names])
-        return table.cast(pa.schema([(f.name, _text_type(f.type)) for f in table.schema]))
     except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{path} is not readable Parquet of captions: {error}") from error
+        raise _unreadable(path, error) from error
+    refuse_pickles(schema, path)
+    return list(schema.names)
+
+
+def _rows(path: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The columns of a file that are looked for, as text, row by row."""
+    filesystem, inner = storage.resolve(path)
+    columns = [name for name in names if name in _WANTED]
+    try:
+        with filesystem.open_input_file(inner) as stream, pq.ParquetFile(stream) as file:
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
+                table = pa.Table.from_batches([batch])
+                yield from table.cast(pa.schema([(f.name, _text_type(f.type)) for f in table.schema])).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: str, error: Exception) -> DatasetError:
+    return DatasetError(f"{path} is not readable Parquet of captions: {error}")
 
 
 def _text_type(stored: pa.DataType) -> pa.DataType:

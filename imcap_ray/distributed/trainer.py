@@ -213,7 +213,7 @@ def train(
         decoder_tensors=below("decoder.", weights),
         search=recipe.search,
         vocabulary=vocabulary,
-        metrics={"validation": metrics, "recipe": recipe_name, "seed": seed},
+        metrics={"validation": metrics, "recipe": recipe_name, "seed": seed, "history": newest.history},
         card=write_card(
             name=name,
             recipe=recipe,

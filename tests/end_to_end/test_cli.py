@@ -71,7 +71,8 @@ def test_caption_evaluate_and_report(flickr8k: Path, photographs: Path, model_di
     assert (output / "_imcap" / "scores.md").read_text().count("|") > 20
     assert reported.returncode == 0, reported.stderr
     page = (output / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == 3
+    assert page.count("data:image/jpeg;base64,") == 3 + 3  # the cards, and where the model looks
+    assert "Where the model looks" in page
 
 
 OUR_LINES = (
@@ -207,7 +208,8 @@ def test_the_demo_captions_the_samples_with_the_model_of_the_package(tmp_path: P
     for row in found:
         assert row["status"] == "ok"
         assert any(line.startswith(row["image_id"]) and row["caption"] in line for line in lines)
-    assert (tmp_path / "demo" / "report.html").read_text().count("data:image/jpeg;base64,") == len(found)
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == len(found) + 4  # the cards, and where the model looks
 
 
 def test_ctrl_c_leaves_an_output_that_the_same_command_finishes(model_dir: Path, tmp_path: Path) -> None:

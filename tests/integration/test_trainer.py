@@ -92,6 +92,7 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     assert (folder.encoder_weights.source == "fine-tuned") == is_finetuned
     assert any(name.startswith("encoder.") for name in folder.tensors) == is_finetuned
     assert folder.metrics["validation"] == result.metrics == best
+    assert folder.metrics["history"] == history
     assert result.metrics["num_images"] == len(load_dataset(str(tiny_flickr8k)).split("validation"))
     captioner = Captioner.load(tmp_path / "model")
     image = next(path for path in tiny_flickr8k.rglob("*.jpg") if path.stat().st_size)

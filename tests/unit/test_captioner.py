@@ -483,3 +483,35 @@ def test_beam_steps_are_counted_a_batch_at_a_time(captioner: Captioner, pixels: 
     first, second = counts[1] - counts[0], counts[2] - counts[1]
     assert first == second
     assert longest[0] <= first <= captioner.search.max_length + 1
+
+
+# ---- attention
+
+
+def test_attention_is_over_the_grid_for_each_word_of_the_best_caption(captioner: Captioner) -> None:
+    photograph = jpeg(3)
+    [best] = captioner.caption([photograph])
+
+    attention = captioner.attend(photograph)
+
+    assert isinstance(best, Caption)
+    assert " ".join(one.word for one in attention) == best.text
+    side = math.isqrt(captioner.encoder.num_regions)
+    for one in attention:
+        assert one.weights.shape == (side, side)
+        assert one.weights.min() >= 0
+        assert one.weights.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_attention_is_that_of_the_caption_which_is_given(captioner: Captioner) -> None:
+    attention = captioner.attend(jpeg(3), "A dog, a unicorn")
+
+    assert [one.word for one in attention] == ["a", "dog", "a", "unicorn"]
+    assert captioner.attend(jpeg(3), "") == []
+
+
+def test_a_model_without_attention_says_so(lstm_captioner: Captioner, captioner: Captioner) -> None:
+    with pytest.raises(ModelError, match="these are a decoder without it"):
+        lstm_captioner.attend(jpeg(3))
+    with pytest.raises(ImageError):
+        captioner.attend(b"no image")

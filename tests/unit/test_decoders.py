@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from imcap_ray.captioner import search_captions
 from imcap_ray.config import DecoderConfig, SearchConfig
-from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.vocabulary import PADDING_ID, START_ID, Vocabulary
 
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS = 3, 5, 12
@@ -178,3 +178,27 @@ def test_every_parameter_learns(decoder: Decoder) -> None:
         assert parameter.grad is not None, name
         # The softmax over the regions takes no notice of a constant added to all keys.
         assert name == "key.bias" or bool(parameter.grad.any()), name
+
+
+@torch.inference_mode()
+def test_attention_is_what_the_search_attends_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder("attention")
+    features, token_ids = make_features(1), make_captions()[:1]
+    attended: list[Tensor] = []
+    attend = AttentionDecoder._attend
+
+    def remember(self: AttentionDecoder, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # Instead of values each region has its own unit vector, so that what is attended to are the weights.
+        units = torch.eye(NUM_REGIONS).expand(1, self.num_heads, -1, -1)
+        attended.append(attend(self, hidden, keys, units).unflatten(2, (self.num_heads, -1)).mean(dim=2)[0, 0])
+        return attend(self, hidden, keys, values)
+
+    monkeypatch.setattr(AttentionDecoder, "_attend", remember)
+    step, state = decoder.start(features, 1)
+    for position in range(token_ids.shape[1]):
+        _, state = step(token_ids[:, position : position + 1], state)
+
+    weights = decoder.attention(features[0], token_ids[0])
+
+    assert torch.allclose(weights, torch.stack(attended), atol=1e-6)
+    assert torch.allclose(weights.sum(dim=1), torch.ones(len(weights)))

@@ -175,7 +175,10 @@ def test_ids_may_be_numbers_and_captions_absent(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image_id": [1, 2], "caption": ["x", None]}), path)
 
-    assert {id_: caption for id_, (caption, _) in read_captions(str(path)).items()} == {"1": "x", "2": ""}
+    assert read_captions(str(path)).to_pylist() == [
+        {"image_id": "1", "caption": "x", "confidence": None},
+        {"image_id": "2", "caption": "", "confidence": None},
+    ]
 
 
 def test_captions_that_are_not_there_are_refused(tmp_path: Path) -> None:

@@ -5,16 +5,24 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nltk.translate.bleu_score import corpus_bleu as nltk_corpus_bleu
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
+from imcap_ray import corpus as corpus_module
+from imcap_ray import metrics
 from imcap_ray.errors import DatasetError
 from imcap_ray.metrics import (
     CiderD,
     DocumentFrequencies,
+    EvaluationReport,
+    Scores,
+    cider_d,
     constant_caption_floor,
     corpus_bleu,
     evaluate,
@@ -24,6 +32,7 @@ from imcap_ray.metrics import (
     scored_tokens,
 )
 from imcap_ray.tokenization import tokenize
+from tests import slow_scores
 
 WHO = ["a dog", "a brown dog", "two dogs", "a man", "a man in a red shirt", "a little girl", "two children"]
 DOES = [
@@ -107,12 +116,14 @@ def test_cider_d_is_that_of_coco_caption(corpus):
     hypotheses, references = corpus
     expected_mean, expected = Cider().compute_score(*in_coco_form(*corpus))
 
-    cider_d = CiderD(references)
-    mean, per_image = cider_d.score_all(hypotheses)
+    mean, per_image = cider_d(hypotheses, references)
 
     assert mean == pytest.approx(expected_mean, abs=1e-9)
     assert per_image == pytest.approx(list(expected), abs=1e-9)
-    assert [cider_d.score(index, hypothesis) for index, hypothesis in enumerate(hypotheses)] == per_image
+    one_by_one = CiderD(references)
+    assert [one_by_one.score(index, hypothesis) for index, hypothesis in enumerate(hypotheses)] == pytest.approx(
+        list(expected), abs=1e-9
+    )
 
 
 def test_bleu_is_that_of_nltk_which_takes_the_references_first():
@@ -156,17 +167,17 @@ def test_rouge_l_takes_the_best_precision_and_the_best_recall_of_different_refer
 
 
 def test_cider_d_by_hand_of_one_shared_rare_word():
-    cider_d = CiderD([[["dog"]], [["cat"]]])
+    references = [[["dog"]], [["cat"]]]
 
     # Of the four orders the unigrams agree exactly and the others do not exist.
-    assert cider_d.score(0, ["dog"]) == pytest.approx(10 / 4)
-    assert cider_d.score(1, ["dog"]) == 0.0
+    assert cider_d([["dog"], ["dog"]], references)[1] == pytest.approx([10 / 4, 0.0])
+    assert CiderD(references).score(0, ["dog"]) == pytest.approx(10 / 4)
 
 
 def test_cider_d_gives_nothing_for_saying_a_word_again():
-    cider_d = CiderD(to_tokens(make_references(20)))
+    of_images = CiderD(to_tokens(make_references(20)))
 
-    once, twice = cider_d.score(0, ["a", "dog"]), cider_d.score(0, ["a", "dog", "dog", "dog"])
+    once, twice = of_images.score(0, ["a", "dog"]), of_images.score(0, ["a", "dog", "dog", "dog"])
 
     assert twice < once
 
@@ -185,14 +196,63 @@ def test_cider_d_takes_document_frequencies_of_another_corpus():
     assert of_a_batch.score(5, hypothesis) != CiderD(training[30:40]).score(5, hypothesis)
 
 
-def test_score_constant_is_the_mean_of_one_hypothesis_for_all_images():
-    references = to_tokens(make_references(20))
-    hypothesis = ["a", "dog", "runs", "in", "the", "snow"]
-    cider_d = CiderD(references)
+def judged(report: EvaluationReport, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> None:
+    """The report says what the slow judge says."""
+    tokens = to_tokens(references)
+    hypotheses = [tokenize(captions[image_id]) for image_id in references]
+    rows = slow_scores.image_rows(hypotheses, tokens)
+    columns = list(report.image_scores.values())[1:]
+    assert np.column_stack([*columns[2:10], columns[6], columns[10], columns[1], columns[0]]) == pytest.approx(
+        rows, abs=1e-9
+    )
+    assert values_of(report.scores) == pytest.approx(slow_scores.corpus_scores(rows), abs=1e-9)
+    for name, interval in slow_scores.intervals(rows).items():
+        assert report.intervals[name] == pytest.approx(interval, abs=1e-9)
+    floor_tokens, floor = slow_scores.floor(tokens)
+    assert tuple(tokenize(report.floor_caption)) == floor_tokens
+    assert values_of(report.floor) == pytest.approx(floor, abs=1e-9)
+    if report.human is not None:
+        assert values_of(report.human) == pytest.approx(slow_scores.human(tokens), abs=1e-9)
 
-    mean, _ = cider_d.score_all([hypothesis] * len(references))
 
-    assert cider_d.score_constant(hypothesis) == pytest.approx(mean, abs=1e-12)
+def values_of(scores: Scores) -> dict[str, float]:
+    return {name: getattr(scores, name) for name in slow_scores.NAMES}
+
+
+@pytest.mark.parametrize("references_at_a_time", [3, 40_000])
+def test_every_number_of_a_report_is_that_of_the_slow_judge(
+    references_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "_REFERENCES_AT_A_TIME", references_at_a_time)
+    references = make_references(60)
+    for number, image_id in enumerate(references):  # one to five references, some without a word, some long
+        references[image_id] = references[image_id][: 1 + number % 5]
+    references["image-7.jpg"] = [" .", "a dog " * 40]
+    captions = {image_id: f"{references[f'image-{(i // 2) * 2}.jpg'][0]} dog" for i, image_id in enumerate(references)}
+    captions |= {"image-3.jpg": "", "image-4.jpg": "zebra", "image-7.jpg": "a dog and " * 30}
+    others = {image_id: texts[-1] for image_id, texts in references.items()}
+
+    report = evaluate(captions, references, against=("others", others))
+
+    judged(report, references, captions)
+    tokens = to_tokens(references)
+    rows, other_rows = (
+        slow_scores.image_rows([tokenize(texts[image_id]) for image_id in references], tokens)
+        for texts in (captions, others)
+    )
+    assert report.comparison is not None
+    for name, interval in slow_scores.intervals(rows, other_rows).items():
+        assert report.comparison.intervals[name] == pytest.approx(interval, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(*[st.lists(st.sampled_from("abc"), max_size=8)] * 3), min_size=1, max_size=5))
+def test_the_rows_of_any_sentences_are_those_of_the_slow_judge(images: list[tuple[list[str], ...]]) -> None:
+    hypotheses, references = [image[0] for image in images], [image[1:] for image in images]
+
+    rows = metrics._rows_of_tokens(hypotheses, references)
+
+    assert rows == pytest.approx(slow_scores.image_rows(hypotheses, references), abs=1e-9)
 
 
 def test_the_only_reference_repeated_is_a_perfect_caption():
@@ -270,12 +330,12 @@ def test_an_image_without_references_is_refused():
 
 def test_the_floor_is_the_best_of_all_constant_captions():
     references = make_references(40)
-    cider_d = CiderD(to_tokens(references))
-    constants = [tokenize(text) for texts in references.values() for text in texts]
+    tokens = to_tokens(references)
+    constants = [reference for image in tokens for reference in image]
 
     caption, scores = constant_caption_floor(references)
 
-    assert scores.cider_d == pytest.approx(max(map(cider_d.score_constant, constants)))
+    assert scores.cider_d == pytest.approx(max(cider_d([one] * 40, tokens)[0] for one in constants))
     assert scores == score(dict.fromkeys(references, caption), references)
     assert scores.num_distinct_captions == 1
 

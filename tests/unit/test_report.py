@@ -13,13 +13,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from imcap_ray.errors import ConfigError, ImageError, InputError
+from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from imcap_ray.metrics import SHARES, ConfidencePoint, EvaluationReport, Protocol, Scores
 from imcap_ray.report import write_report
@@ -187,6 +188,9 @@ def test_html_in_captions_and_names_is_text_and_not_markup(report: Report) -> No
             "floor_caption": HOSTILE,
         },
         run={"model": {"name": HOSTILE, "fingerprint": HOSTILE}, HOSTILE: HOSTILE},
+        history=[{"phase": HOSTILE, "train_loss": 1.0, "cider_d": 0.1}] * 2,
+        attend=lambda image, caption: [(HOSTILE, np.eye(2))],
+        num_attended=1,
         title=HOSTILE,
     )
 
@@ -469,9 +473,99 @@ def test_cards_carry_what_sorting_and_filtering_need(report: Report) -> None:
 
 
 def test_every_control_has_a_label(report: Report) -> None:
+    page = report(ok("1.jpg"), image_scores={"1.jpg": 0.4})
+
+    assert len(page.all("label")) == len(page.all("select")) + len(page.all("input")) == 7
+
+
+def test_scores_stand_on_the_cards_and_come_first_in_the_order(report: Report) -> None:
+    page = report(ok("a/1.jpg"), ok("2.jpg"), failed("3.jpg"), image_scores={"1.jpg": 0.4, "2.jpg": 1.25, "3.jpg": 0.0})
+
+    cards = {card["data-status"]: card["data-score"] for card in page.with_class("card")}
+    assert [card["data-score"] for card in page.with_class("card")] == ["1.25", "0.0", "0.4"], cards
+    assert "1.25 CIDEr-D" in page.text
+    assert page.all("option")[0]["value"] == "worst"
+    assert "Images by the CIDEr-D of their caption: median 0.40; 33 % are below 0.05" in page.text
+
+
+def test_without_scores_the_least_confident_come_first(report: Report) -> None:
     page = report(ok("1.jpg"))
 
-    assert len(page.all("label")) == len(page.all("select")) + len(page.all("input")) == 3
+    assert [option["value"] for option in page.all("option")][:3] == ["lowest", "highest", "image_id"]
+    assert "CIDEr-D" not in page.text
+    assert all("data-score" not in card for card in page.with_class("card"))
+
+
+def test_references_are_found_by_the_name_of_the_file_too(report: Report) -> None:
+    page = report(ok("photographs/1.jpg"), references={"1.jpg": ["a brown dog"]})
+
+    assert "Reference, by people a brown dog" in page.text
+
+
+HISTORY = [
+    {"epoch": epoch, "phase": "cross_entropy" if epoch < 4 else "self_critical", "train_loss": loss, "cider_d": cider_d}
+    for epoch, loss, cider_d in [(1, 4.5, 0.2), (2, 3.25, 0.5), (3, 3.0, 0.4), (4, -0.02, 0.6), (5, -0.05, 0.55)]
+]
+
+
+def test_the_training_of_the_model_is_drawn_phase_by_phase(report: Report) -> None:
+    page = report(ok("1.jpg"), history=HISTORY)
+
+    labels = [svg["aria-label"] for svg in page.all("svg") if "by epoch" in (svg.get("aria-label") or "")]
+    assert labels == [
+        "Training loss by epoch: cross entropy 4.500 in epoch 1, 3.000 in epoch 3; "
+        "self critical -0.020 in epoch 4, -0.050 in epoch 5;",
+        "CIDEr-D on the validation split by epoch: cross entropy; self critical 0.600 in epoch 4;",
+    ]
+    assert len(page.all("circle")) == 10
+
+
+@pytest.mark.parametrize("history", [[], HISTORY[:1], [{"epoch": 1}, {"epoch": 2, "cider_d": "much"}]])
+def test_a_training_that_is_not_known_is_not_drawn(report: Report, history: list[dict[str, Any]]) -> None:
+    assert "Training" not in report(ok("1.jpg"), history=history).text
+
+
+def look(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
+    """One more region for each word, and at it alone."""
+    return [(word, np.eye(9)[number].reshape(3, 3)) for number, word in enumerate(caption.split())]
+
+
+def test_where_the_model_looks_is_light_and_the_rest_dark(report: Report) -> None:
+    page = report(ok("1.jpg", "a dog"), attend=look, num_attended=1)
+
+    heats = [attributes["href"] or "" for attributes in page.all("image")][1:]
+    first, second = [
+        np.asarray(Image.open(BytesIO(base64.b64decode(heat.removeprefix("data:image/png;base64,"))))) for heat in heats
+    ]
+    assert first[0, 0, 3] < 30 < 180 < first[-1, -1, 3]
+    assert second[0, 12, 3] < 30 < 180 < second[-1, -1, 3]
+    assert [text for tag, text in page.texts if tag == "bdi"][:4] == ["a dog", "1.jpg", "a", "dog"]
+
+
+def test_the_least_and_the_most_confident_are_looked_into(report: Report) -> None:
+    seen: list[str] = []
+
+    def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
+        seen.append(caption)
+        return look(image, caption)
+
+    rows = [ok(f"{n}.jpg", f"caption {n}", confidence=(7 * n % 10) / 10) for n in range(10)]
+    report(*rows, failed("x.jpg"), attend=attend, num_attended=3)
+
+    assert seen == ["caption 0", "caption 2", "caption 7"]  # 0.0, 0.4 and 0.9
+
+
+def test_without_attention_a_line_says_why(report: Report) -> None:
+    def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
+        raise ModelError("the regions are no square grid")
+
+    assert "Where the model looks" not in report(ok("1.jpg"), attend=attend).text
+    for options, reason in (
+        ({"attend": attend, "num_attended": 2}, "the regions are no square grid"),
+        ({"attend": look, "num_attended": 2, "load_image": lambda row: None}, "none of their photographs can be read"),
+        ({"attention_note": HOSTILE}, HOSTILE),
+    ):
+        assert f"Without pictures of where the model looks: {reason}" in report(ok("1.jpg"), **options).text
 
 
 def test_beyond_max_images_the_gallery_is_an_even_sample_with_every_failure_and_says_so(

@@ -1,0 +1,82 @@
+"use strict";
+const gallery = document.getElementById("gallery");
+const controls = document.getElementById("controls");
+const order = document.getElementById("order");
+const statusFilter = document.getElementById("status");
+const search = document.getElementById("search");
+const shown = document.getElementById("shown");
+const nothing = document.getElementById("nothing");
+const ranges = ["score", "confidence"]
+  .map((name) => ({ name, from: document.getElementById(`${name}-from`), to: document.getElementById(`${name}-to`) }))
+  .filter((range) => range.from);
+
+function number(text) {
+  return text === undefined || text === "" ? null : Number(text);
+}
+
+const cards = Array.from(gallery.children, (element, position) => ({
+  element,
+  position,
+  status: element.dataset.status,
+  confidence: number(element.dataset.confidence),
+  score: number(element.dataset.score),
+  text: element.textContent.toLowerCase().replace(/\s+/g, " "),
+}));
+
+// Cards without the number, such as those of failed images, come last.
+function by(name, direction) {
+  return (a, b) => {
+    if (a[name] === null || b[name] === null) {
+      return (a[name] === null) - (b[name] === null) || a.position - b.position;
+    }
+    return direction * (a[name] - b[name]) || a.position - b.position;
+  };
+}
+
+const orders = {
+  image_id: (a, b) => a.position - b.position,
+  lowest: by("confidence", 1),
+  highest: by("confidence", -1),
+  worst: by("score", 1),
+  best: by("score", -1),
+};
+
+function sort() {
+  gallery.append(...cards.slice().sort(orders[order.value]).map((card) => card.element));
+}
+
+function isWithin(range, card) {
+  const from = number(range.from.value);
+  const to = number(range.to.value);
+  if (from === null && to === null) return true;
+  const value = card[range.name];
+  return value !== null && (from === null || value >= from) && (to === null || value <= to);
+}
+
+function filter() {
+  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  let count = 0;
+  for (const card of cards) {
+    const matches =
+      (statusFilter.value === "" || card.status === statusFilter.value) &&
+      ranges.every((range) => isWithin(range, card)) &&
+      words.every((word) => card.text.includes(word));
+    card.element.hidden = !matches;
+    count += matches;
+  }
+  shown.textContent = `${count.toLocaleString("en")} of ${cards.length.toLocaleString("en")} cards`;
+  nothing.hidden = count > 0;
+}
+
+for (const range of ranges) {
+  range.from.addEventListener("input", filter);
+  range.to.addEventListener("input", filter);
+}
+order.addEventListener("change", sort);
+statusFilter.addEventListener("change", filter);
+search.addEventListener("input", filter);
+controls.addEventListener("submit", (event) => event.preventDefault());
+controls.hidden = false;
+// A reload may keep what was chosen and typed.
+sort();
+filter();

@@ -1,0 +1,203 @@
+"""The report in a real browser: Chromium, headless. Skipped, and it says so, where there is none."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from imcap_ray.manifest import CAPTIONS_SCHEMA
+from imcap_ray.report import write_report
+from tests.browser import Page, browser, find_chromium
+from tests.small_data import jpeg
+
+pytestmark = [
+    pytest.mark.skipif(find_chromium() is None, reason="no chromium here: apt-get install chromium"),
+    pytest.mark.timeout(600),
+]
+
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+NUM_IMAGES = 30
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    with browser() as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    rows = [_row(number) for number in range(NUM_IMAGES)]
+    words = ["two", "dogs", "run"]
+    evaluation = {
+        "scores": {"bleu_1": 0.6, "bleu_2": 0.4, "bleu_3": 0.3, "bleu_4": 0.2, "rouge_l": 0.5, "cider_d": 0.6},
+        "intervals": {"cider_d": (0.5, 0.7), "bleu_4": (0.1, 0.3)},
+    }
+    write_report(
+        pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA),
+        path,
+        load_image=lambda row: jpeg(int(row["image_id"][:2])),
+        references={row["image_id"]: [f"reference of {row['image_id']} {HOSTILE}"] * 5 for row in rows},
+        evaluation=evaluation,
+        image_scores={row["image_id"]: (7 * number % NUM_IMAGES) / 20 for number, row in enumerate(rows)},
+        history=[{"phase": "cross_entropy", "train_loss": 4.0 - e / 5, "cider_d": 0.1 * e} for e in range(6)],
+        attend=lambda image, caption: [(word, np.eye(4)[n].reshape(2, 2)) for n, word in enumerate(words)],
+        num_attended=2,
+        run={"model": "a/model", HOSTILE: HOSTILE},
+    )
+    return path
+
+
+def _row(number: int) -> dict[str, Any]:
+    is_failed = number % 10 == 9
+    return {
+        "image_id": f"{number:02}{HOSTILE if number == 3 else ''}.jpg",
+        "image_path": "",
+        "caption": "" if is_failed else f"caption {number} {HOSTILE}",
+        "captions": [] if is_failed else [f"caption {number} {HOSTILE}", "another one"],
+        "confidence": float("nan") if is_failed else (number % 10) / 10,
+        "logprob": -1.0,
+        "num_tokens": 3,
+        "status": "failed" if is_failed else "ok",
+        "error_code": "truncated" if is_failed else "",
+        "error_message": HOSTILE if is_failed else "",
+        "width": 80,
+        "height": 60,
+        "format": "JPEG",
+        "sha256": "",
+        "duplicate_of": "",
+    }
+
+
+def shown(page: Page) -> list[str]:
+    """The first two letters of the image ids of the cards that can be seen, in their order."""
+    found: list[str] = page.evaluate(
+        "Array.from(document.querySelectorAll('.card:not([hidden]) .foot .id'), (id) => id.textContent.slice(0, 2))"
+    )
+    return found
+
+
+def choose(page: Page, control: str, value: str, event: str = "input") -> None:
+    page.evaluate(
+        f"{{ const c = document.getElementById('{control}'); c.value = '{value}';"
+        f" c.dispatchEvent(new Event('{event}', {{bubbles: true}})); }}"
+    )
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
+def test_the_page_fits_its_window_and_is_drawn(page: Page, report: Path, width: int, scheme: str) -> None:
+    page.open(report, width=width, scheme=scheme, mobile=width < 500)
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(22, 24, 27)") == (scheme == "dark")
+    path = report.with_name(f"{width}-{scheme}.png")
+    page.screenshot(path)
+    colours = len(Image.open(io.BytesIO(path.read_bytes())).convert("RGB").getcolors(maxcolors=2**24) or [])
+    assert colours > 50, f"look at {path}"
+    if "IMCAP_SCREENSHOTS" in os.environ:
+        Path(os.environ["IMCAP_SCREENSHOTS"], path.name).write_bytes(path.read_bytes())
+
+
+def test_text_can_be_read_on_its_ground(page: Page, report: Path) -> None:
+    # Contrast as WCAG 2.1 defines it, 1.4.3: 4.5 for text.
+    contrast = """
+      (() => {
+        const rgb = (text) => text.match(/[\\d.]+/g).map(Number);
+        const linear = (v) => (v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+        const luminance = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+        const ground = (element) => {
+          for (; element; element = element.parentElement) {
+            const colour = rgb(getComputedStyle(element).backgroundColor);
+            if (colour.length < 4 || colour[3] > 0) return colour;
+          }
+          return [255, 255, 255];
+        };
+        let worst = [99, ""];
+        for (const element of document.body.querySelectorAll("*:not(script):not(option)")) {
+          const text = Array.from(element.childNodes, (n) => (n.nodeType === 3 ? n.data.trim() : "")).join("");
+          if (!text || element.closest("[hidden], svg")) continue;
+          const [a, b] = [luminance(rgb(getComputedStyle(element).color)), luminance(ground(element))];
+          const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+          if (ratio < worst[0]) worst = [ratio, `${element.className} ${text.slice(0, 40)}`];
+        }
+        return worst;
+      })()"""
+    for scheme in ("light", "dark"):
+        page.open(report, scheme=scheme)
+        ratio, where = page.evaluate(contrast)
+        assert ratio >= 4.5, f"{scheme}: {where}"
+
+
+def test_nothing_of_the_data_runs_and_nothing_is_loaded(page: Page, report: Path) -> None:
+    page.events.clear()
+
+    page.open(report)
+
+    assert page.evaluate("document.title") == "Image captions"
+    assert page.evaluate("document.querySelectorAll('script').length") == 1
+    loaded = {
+        event["params"]["request"]["url"].partition(":")[0] for event in _events(page, "Network.requestWillBeSent")
+    }
+    assert loaded == {"file", "data"}
+    assert _events(page, "Log.entryAdded") == _events(page, "Runtime.exceptionThrown") == []
+
+
+def _events(page: Page, method: str) -> list[dict[str, Any]]:
+    return [event for event in page.events if event.get("method") == method]
+
+
+def test_the_worst_come_first_and_the_order_can_be_chosen(page: Page, report: Path) -> None:
+    page.open(report)
+
+    by_score = sorted(range(NUM_IMAGES), key=lambda number: 7 * number % NUM_IMAGES)
+    assert shown(page) == [f"{number:02}" for number in by_score]
+    choose(page, "order", "lowest", "change")
+    assert [int(number) % 10 for number in shown(page)[:27]] == sorted(list(range(9)) * 3)
+    assert all(number.endswith("9") for number in shown(page)[27:])  # the failed ones, which have no confidence
+    choose(page, "order", "image_id", "change")
+    assert shown(page) == [f"{number:02}" for number in range(NUM_IMAGES)]
+
+
+def test_cards_are_filtered_by_status_score_confidence_and_words(page: Page, report: Path) -> None:
+    page.open(report)
+    choose(page, "order", "image_id", "change")
+
+    choose(page, "status", "failed", "change")
+    assert shown(page) == ["09", "19", "29"]
+    choose(page, "status", "", "change")
+    choose(page, "confidence-from", "0.75")
+    assert shown(page) == ["08", "18", "28"]
+    choose(page, "score-to", "0.75")
+    assert shown(page) == ["18"]  # 7 * 18 % 30 = 6: 0.3; the others have 1.3 and 0.8
+    choose(page, "confidence-from", "")
+    choose(page, "score-to", "")
+    choose(page, "search", "CAPTION 12")
+    assert shown(page) == ["12"]
+    assert page.evaluate("document.getElementById('shown').textContent") == "1 of 30 cards"
+    choose(page, "search", "zebra")
+    assert page.evaluate("getComputedStyle(document.getElementById('nothing')).display") != "none"
+
+
+def test_every_control_is_reached_by_the_tab_key_and_shows_that_it_is(page: Page, report: Path) -> None:
+    page.open(report)
+
+    reached = []
+    for _ in range(12):
+        page.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none", reached[-1]
+
+    assert reached[0] == "skip"
+    controls = ["order", "status", "score-from", "score-to", "confidence-from", "confidence-to", "search"]
+    assert [one for one in reached if one in controls] == controls
