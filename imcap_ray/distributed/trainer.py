@@ -255,6 +255,7 @@ def _cache(
             flip=flip,
             num_actors=default_num_actors(resources, gpus),
             gpus_per_actor=gpus,
+            can_grow=not resources.is_local,
             on_progress=_echo_features(echo, split, images.num_rows),
         )
         for note in caches[split].notes:
