@@ -198,6 +198,7 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     new images, files that have changed   captioned; by size and time
     another model, input or search        refused, with the difference named, or --overwrite
     some images failed                    --retry-failed takes them once more
+    a node joins a cluster                it is taken up, unless --num-actors says how many
     two runs write to one OUTPUT          the later one takes over, the earlier one stops
 
     OUTPUT/*.parquet can be read at any moment: parts appear when they are complete. While a run goes on a duplicate may
@@ -210,7 +211,8 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     a Parquet input, held once on the driver, and the images that --retry-failed takes again.
 
     Falls short: a decoder that never returns is waited for; GPU memory that runs out was tried with torch's errors
-    raised on a CPU; S3 was tried against a server on one machine, not AWS.
+    raised on a CPU; S3 was tried against a server on one machine, not AWS, and several hosts as network namespaces of
+    one machine.
     """
     if output is None:
         _print_caption(input, options)

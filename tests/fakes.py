@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import ray
 
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import Caption
@@ -73,6 +74,24 @@ class TooLargeFor(EchoCaptioner):
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         captions = super().caption_pixels(pixels)
         return [[] if found[0].text in self._words else found for found in captions]
+
+
+class WaitsForFiles(EchoCaptioner):
+    """Captions nothing before so many files are in `folder`; each node that is asked leaves one with its id there."""
+
+    def __init__(self, *, folder: str, num_files: int) -> None:
+        super().__init__()
+        self._folder = Path(folder)
+        self._num_files = num_files
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        (self._folder / ray.get_runtime_context().get_node_id()).touch()
+        deadline = time.monotonic() + 400
+        while len(list(self._folder.iterdir())) < self._num_files:
+            if time.monotonic() > deadline:
+                raise RuntimeError("waited in vain")
+            time.sleep(0.1)
+        return super().caption_pixels(pixels)
 
 
 def echo(image: npt.NDArray[np.uint8]) -> str:

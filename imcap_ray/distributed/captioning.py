@@ -313,7 +313,7 @@ def caption_images(
         input: folder, image or Parquet; path or URI.
         output: folder; path or URI; on a cluster one that every node sees.
         load_captioner: makes the captioner that each actor keeps.
-        num_actors: None: one per GPU, or one per core where there is none.
+        num_actors: None: one per GPU, or one per core where there is none, and more where nodes join the cluster.
         overwrite: start anew; the old rows go when the new ones are complete.
         retry_failed: caption the images that failed before once more.
         allow_outside_paths: see `build_manifest`.
@@ -400,6 +400,7 @@ def caption_images(
                     gpus_per_actor=gpus,
                     batch_size=batch_size,
                     on_progress=show,
+                    can_grow=num_actors is None and not resources.is_local,
                     index=index,
                     check=check,
                 )

@@ -131,6 +131,7 @@ def cache_features(
     num_actors: int,
     gpus_per_actor: float,
     on_progress: Callable[[Progress], None],
+    can_grow: bool = False,
 ) -> FeatureCache:
     """Features of each image of a table of `DATASET_SCHEMA`, in Parquet files in `folder`.
 
@@ -160,6 +161,7 @@ def cache_features(
                 num_actors=num_actors,
                 gpus_per_actor=gpus_per_actor,
                 on_progress=on_progress,
+                can_grow=can_grow,
             )
             done = _keep_whole_parts(folder, {})
         if len(done) != images.num_rows:
@@ -230,6 +232,7 @@ def _encode(
     num_actors: int,
     gpus_per_actor: float,
     on_progress: Callable[[Progress], None],
+    can_grow: bool,
 ) -> None:
     """Add files with the features of these images to the folder."""
     work = storage.join(folder, _WORK_FOLDER)
@@ -250,4 +253,5 @@ def _encode(
         gpus_per_actor=gpus_per_actor,
         batch_size=2 * COMPUTE_BATCH_SIZE,
         on_progress=on_progress,
+        can_grow=can_grow,
     )

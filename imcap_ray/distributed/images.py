@@ -328,6 +328,7 @@ def map_images(
     gpus_per_actor: float,
     batch_size: int,
     on_progress: Callable[[Progress], None],
+    can_grow: bool = False,
     index: Any = None,
     check: Callable[[], None] = lambda: None,
 ) -> Progress:
@@ -341,7 +342,9 @@ def map_images(
         root: where the images lie.
         schema: of the parts; the actors return it with `manifest_id` besides.
         actor_class: called with a table of `LOADED_SCHEMA`; built with `actor_arguments` and `reporter`.
+        num_actors: of the pool, from the start to the end.
         on_progress: called about once a second.
+        can_grow: let the pool grow beyond that into nodes that join the cluster, and shrink again when they go.
         index: an `ImageIndex`, where images that have come before are not to be computed.
         check: called in the writing process before a part appears; raises if this run may not write any more.
 
@@ -357,6 +360,7 @@ def map_images(
         delete_checkpoint_on_success=False,
         override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
     )
+    num_actors = max(1, min(num_actors, num_blocks(num_images)))
     progress = Progress()
     counter = ProgressCounter.remote()  # type: ignore[attr-defined]
     sink = ParquetParts(
@@ -385,8 +389,13 @@ def map_images(
                 batch_format="pyarrow",
                 num_cpus=1,
                 num_gpus=gpus_per_actor or None,
+                # What fits now is the least, or Ray would begin by taking actors away, for it shares the CPUs out
+                # equally among the operators. Of more it has more only while every one has nearly two blocks waiting
+                # and the others keep CPUs enough for a task; so it takes what has joined, and nothing that they need.
                 compute=ActorPoolStrategy(
-                    size=max(1, min(num_actors, num_blocks(num_images))), max_tasks_in_flight_per_actor=4
+                    min_size=num_actors,
+                    max_size=max(num_actors, num_blocks(num_images)) if can_grow else num_actors,
+                    max_tasks_in_flight_per_actor=4,
                 ),
             )
         )

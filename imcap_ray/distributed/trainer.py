@@ -266,6 +266,7 @@ def _cache(
             flip=flip,
             num_actors=default_num_actors(resources, gpus),
             gpus_per_actor=gpus,
+            can_grow=not resources.is_local,
             on_progress=partial(on_features, split, images.num_rows),
         )
         for note in caches[split].notes:
@@ -423,6 +424,7 @@ def _fit(
     context.execution_options.preserve_order = True  # the same seed, the same batches
     # A read task's block is what the local shuffle and the object store hold at a time.
     context.target_max_block_size = 64 * 2**20
+    filesystem, work_path = storage.resolve(work)
     with DataContext.current(context):
         datasets = {
             split: _read_features(of_split) if isinstance(of_split, FeatureCache) else _read_pixels(of_split, encoder)
@@ -449,7 +451,8 @@ def _fit(
             ),
             run_config=RunConfig(
                 name=RUN_FOLDER,
-                storage_path=work,
+                storage_path=work_path,
+                storage_filesystem=filesystem,  # the one that asks a store again which fails now and then
                 failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=NUM_BEST_TO_KEEP, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"

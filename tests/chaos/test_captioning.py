@@ -1,18 +1,40 @@
-"""The chaos benchmark as a user runs it, with two seeds: one on this machine alone, one on a simulated cluster."""
+"""Captioning while processes die and nodes join."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ray.cluster_utils import Cluster
 
 from imcap_ray.distributed.captioning import BATCH_SIZE
+from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
-BENCHMARK = Path(__file__).parents[2] / "jobs" / "benchmark.py"
+NUM_IMAGES_OF_TWO = 768
+ROOT = Path(__file__).parents[2]
+Read = Callable[[Path], list[dict[str, Any]]]
+BENCHMARK = ROOT / "jobs" / "benchmark.py"
+
+CAPTION_ON_TWO_NODES = """
+import sys
+from functools import partial
+from imcap_ray.distributed.captioning import caption_images
+from imcap_ray.distributed.cluster import connect
+from tests.fakes import WaitsForFiles
+
+address, photographs, output, nodes = sys.argv[1:]
+captioner = partial(WaitsForFiles, folder=nodes, num_files=2)
+echo = partial(print, flush=True)
+caption_images(photographs, output, load_captioner=captioner, resources=connect(address), echo=echo)
+"""
 
 
 @pytest.mark.timeout(900)
@@ -41,3 +63,59 @@ def test_every_image_is_one_row_whatever_dies() -> None:
     # What was noted as done is not computed again. An image more for each that a repeated task was in the middle of.
     recomputed = result["captions_computed"] - result["captions_needed"]
     assert recomputed <= result["captions_in_flight"] + BATCH_SIZE * sum(result["faults"].values()), done.stderr
+
+
+@dataclass(frozen=True)
+class TwoNodes:
+    """A cluster of two nodes at most, and a run that waits until both were asked for captions."""
+
+    cluster: Cluster
+    root: Path
+
+    def start(self) -> subprocess.Popen[str]:
+        (self.root / "photographs").mkdir()
+        for number in range(NUM_IMAGES_OF_TWO):
+            data = encode(photo(20 + number % 32, 20 + number // 32), "JPEG")
+            (self.root / "photographs" / f"{number:03}.jpg").write_bytes(data)
+        (self.root / "nodes").mkdir()
+        places = [self.root / name for name in ("photographs", "captions", "nodes")]
+        words = [self.cluster.address, *places]
+        return subprocess.Popen(
+            [sys.executable, "-c", CAPTION_ON_TWO_NODES, *map(str, words)], stdout=subprocess.PIPE, text=True
+        )
+
+    def asked(self) -> set[str]:
+        """Ids of the nodes that were asked for captions."""
+        return {path.name for path in (self.root / "nodes").iterdir()}
+
+
+@pytest.fixture
+def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield TwoNodes(cluster, tmp_path)
+    finally:
+        cluster.shutdown()
+
+
+def assert_complete(rows: list[dict[str, Any]]) -> None:
+    names = [f"{number:03}.jpg" for number in range(NUM_IMAGES_OF_TWO)]
+    assert [(row["image_id"], row["status"]) for row in rows] == [(name, "ok") for name in names]
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_joins_captions_too(two_nodes: TwoNodes, read: Read) -> None:
+    first = two_nodes.cluster.add_node(num_cpus=4)
+    process = two_nodes.start()
+    assert process.stdout
+    begun = process.stdout.readline()
+
+    joined = two_nodes.cluster.add_node(num_cpus=4)
+    process.communicate(timeout=500)
+
+    assert begun == f"captioning {NUM_IMAGES_OF_TWO} of {NUM_IMAGES_OF_TWO} images with 2 actors\n"
+    assert process.returncode == 0
+    assert two_nodes.asked() == {first.node_id, joined.node_id}
+    assert_complete(read(two_nodes.root / "captions"))

@@ -1,0 +1,107 @@
+"""Hosts that share nothing but a network and a store are lost in the middle of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from imcap_ray.captioner import Caption, Captioner
+from tests import small_data
+from tests.hosts import BUCKET, Host, Hosts, running_hosts, wait_until
+
+pytestmark = pytest.mark.timeout(1800)
+
+NUM_IMAGES: Final = 300
+EPOCHS: Final = 8
+RECIPE: Final = {
+    "encoder.name": "efficientnet_lite0",
+    "preprocessing.image_size": 64,
+    "vocabulary.min_count": 1,
+    "decoder.embedding_size": 32,
+    "decoder.hidden_size": 32,
+    "decoder.num_heads": 4,
+    "training.batch_size": 4,
+    "training.epochs": EPOCHS,
+    "training.patience": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with running_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
+        for _ in range(2):
+            hosts.add_worker(num_cpus=3)
+        yield hosts
+
+
+def host_with(hosts: Hosts, what: str) -> Host:
+    """A worker on which a process of this name runs."""
+    found: list[Host] = []
+
+    def look() -> bool:
+        found.extend(host for host in hosts.alive() if any(what in line for line in host.processes()))
+        return bool(found)
+
+    wait_until(look, hosts.said)
+    return found[0]
+
+
+def test_a_host_that_is_lost_costs_no_image(
+    hosts: Hosts, model_dir: Path, captioner: Captioner, tmp_path: Path
+) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number in range(NUM_IMAGES):
+        (photographs / f"{number:03}.jpg").write_bytes(small_data.jpeg(number))
+    (photographs / "broken.jpg").write_bytes(b"no photograph")
+    (photographs / "copy.jpg").write_bytes(small_data.jpeg(7))
+    source = hosts.put(photographs, f"{BUCKET}/photographs")
+    model = hosts.put(model_dir, f"{BUCKET}/tiny")
+    command = ["caption", source, "--model", model, "--address", hosts.address, "--num-actors", 2]
+
+    run = hosts.start_imcap(*command, f"{BUCKET}/captions")
+    wait_until(lambda: run.poll() is not None or hosts.num_parts(f"{BUCKET}/captions"), hosts.said)
+    lost = host_with(hosts, "CaptionImages")
+    lost.lose()
+    assert run.poll() is None, f"all was done before a host was lost: {hosts.said()}"
+    hosts.add_worker(num_cpus=3)
+
+    assert run.wait(timeout=900) == 0, hosts.said()
+    rows = hosts.rows(f"{BUCKET}/captions")
+    assert [row["image_id"] for row in rows] == sorted(path.name for path in photographs.iterdir())
+    assert {row["image_id"]: row["status"] for row in rows if row["status"] != "ok"} == {
+        "broken.jpg": "failed",
+        "copy.jpg": "duplicate",
+    }
+    captioned = [row for row in rows if row["status"] != "failed"]
+    undisturbed = captioner.caption([photographs / row["image_id"] for row in captioned])
+    assert [row["caption"] for row in captioned] == [isinstance(one, Caption) and one.text for one in undisturbed]
+    assert rows[-1]["duplicate_of"] == "007.jpg"
+    assert json.loads(hosts.text(f"{BUCKET}/captions/_imcap/run.json"))["state"] == "complete"
+
+
+def test_a_training_goes_on_when_a_host_is_lost(hosts: Hosts, tmp_path: Path) -> None:
+    data = hosts.put(
+        small_data.write_flickr8k(tmp_path / "flickr8k", num_train=12, num_validation=4), f"{BUCKET}/flickr8k"
+    )
+    model = f"{BUCKET}/runs/mine"
+    settings = [f"--set={name}={value}" for name, value in RECIPE.items()]
+
+    run = hosts.start_imcap("train", data, model, "--address", hosts.address, "--num-workers", 2, *settings)
+    wait_until(lambda: run.poll() is not None or "epoch 2:" in hosts.head.said(), hosts.said)
+    host_with(hosts, "RayTrainWorker").lose()
+    done = len(epochs(hosts, model))
+
+    assert run.wait(timeout=900) == 0, hosts.said()
+    assert 0 < done < EPOCHS
+    assert epochs(hosts, model) == list(range(1, EPOCHS + 1))
+    image = f"{data}/Flicker8k_Dataset/0000_photo.jpg"
+    assert json.loads(hosts.imcap("caption", image, "--model", model, "--json"))["caption"]
+
+
+def epochs(hosts: Hosts, model: str) -> list[int]:
+    return [json.loads(line)["epoch"] for line in hosts.text(f"{model}/_training/metrics.jsonl").splitlines()]
