@@ -115,6 +115,9 @@ def test_the_version_is_told() -> None:
         ["caption", "a.jpg", "--beam-size", "0"],
         ["caption", "in", "out", "--max-failure-rate", "2"],
         ["train", "data"],
+        ["train", "data", "out", "--num-workers", "0"],
+        ["train", "data", "out", "--num-workers", "4-2"],
+        ["train", "data", "out", "--num-workers", "some"],
         ["evaluate", "a", "b", "--split", "dev"],
     ],
 )
