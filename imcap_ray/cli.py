@@ -35,6 +35,19 @@ SPOILT = 3
 """`imcap check` has found what would spoil a training."""
 
 
+class _Workers(click.ParamType):  # type: ignore[type-arg]
+    """How many workers a training has: N, or MIN-MAX where their number may change."""
+
+    name = "N|MIN-MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
+        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        if not 1 <= least <= most:
+            self.fail(f"expected a number of at least 1, or two as in 1-4, got {value}", param, ctx)
+        return (least, most) if found and found[2] else least
+
+
 class _Group(click.Group):
     """Turns our errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
@@ -434,7 +447,11 @@ def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> st
     help=f"Train this model on: a folder, or {DEFAULT_MODEL}, the package's. Its CNN, words and decoder stay.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the dropout.")
-@click.option("--num-workers", type=click.IntRange(1), help="Data-parallel processes. Default: one per GPU, or one.")
+@click.option(
+    "--num-workers",
+    type=_Workers(),
+    help="Data-parallel processes. Default: one per GPU, or one. MIN-MAX: as many as the cluster has room for by then.",
+)
 @click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
 @click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
 @_outside_option
@@ -454,6 +471,7 @@ def train(data: str, model: str, **options: Any) -> None:
     imcap train flickr8k/ runs/mine
     imcap train flickr8k/ runs/seed --recipe vgg16-lstm
     imcap train flickr8k/ runs/short --set training.epochs=3 --num-workers 2
+    imcap train s3://bucket/flickr8k s3://bucket/runs/mine --num-workers 2-8
     imcap train holidays/ runs/holidays --start-from flickr8k-lite2
     """
     from dataclasses import asdict

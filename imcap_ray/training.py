@@ -291,11 +291,19 @@ class Optimization:
             "average": self.average.state_dict() if self.average is not None else {},
         }
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from what `state_dict` returned."""
+    def load_state_dict(self, state: dict[str, object], *, step: int) -> None:
+        """Go on from what `state_dict` returned.
+
+        Args:
+            step: where the schedule stands: another number of workers takes another number of steps for an epoch.
+        """
         self.trained.load_state_dict(state["trained"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
         self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
+        self.scheduler.last_epoch = step
+        rates = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        for group, (peak, factor) in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = peak * factor(step)
         if self.average is not None:
             self.average.load_state_dict(state["average"])  # type: ignore[arg-type]
 

@@ -112,13 +112,15 @@ def train_worker(config: dict[str, Any]) -> None:
     trained.to(device)
     model = ray.train.torch.prepare_model(trained, move_to_device=False)
 
+    # All for this number of workers, which may be another after the next node that dies or joins.
     local_batch_size = max(1, settings.batch_size // world_size)
     num_images = config["num_train_images"] // world_size
+    steps_per_epoch = -(-num_images // local_batch_size)
     optimization = Optimization(
         model,
         trained,
         settings,
-        total_steps=settings.epochs * -(-num_images // local_batch_size),
+        total_steps=settings.epochs * steps_per_epoch,
         encoder_learning_rate=recipe.finetune.encoder_learning_rate,
         temperature=recipe.self_critical.temperature if phase == SELF_CRITICAL else 1.0,
         forbidden_ids=NEVER_SAID if phase == SELF_CRITICAL else (),
@@ -130,7 +132,10 @@ def train_worker(config: dict[str, Any]) -> None:
     history = list(checkpoint.history) if checkpoint else []
     if checkpoint and history[-1]["phase"] == phase:
         state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
-        optimization.load_state_dict(torch.load(io.BytesIO(state), map_location=device, weights_only=True))
+        done = sum(row["phase"] == phase for row in history)
+        optimization.load_state_dict(
+            torch.load(io.BytesIO(state), map_location=device, weights_only=True), step=done * steps_per_epoch
+        )
 
     inputs = _Inputs.of(config)
     source = _choose_source(num_images, inputs)
@@ -156,7 +161,8 @@ def train_worker(config: dict[str, Any]) -> None:
         if rank == 0:
             references = {image_id: captions[VALIDATION][image_id] for image_id in hypotheses}
             scores = _score(hypotheses, references, scoring_tokenizer(vocabulary.tokenizer))
-            metrics = {"epoch": epoch, "phase": phase, **averages, **scores, "seconds": time.time() - start}
+            told = {"epoch": epoch, "phase": phase, "num_workers": world_size}
+            metrics = {**told, **averages, **scores, "seconds": time.time() - start}
         metrics = _broadcast(metrics, world_size)
         history.append(metrics)
         if rank == 0:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,9 +21,11 @@ import safetensors.torch
 import torch
 from ray.data import DataContext
 from ray.exceptions import RayError
-from ray.train import CheckpointConfig, DataConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, DataConfig, RunConfig
 from ray.train.torch import TorchTrainer
-from ray.train.v2.api.config import FailureConfig  # the one `ray.train` exports at run time; mypy sees the old one
+
+# Those which `ray.train` exports at run time; mypy sees the old ones.
+from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
 from imcap_ray import storage
 from imcap_ray.captioner import (
@@ -63,6 +65,31 @@ from imcap_ray.trackers import Trackers, tracking
 from imcap_ray.training import SCORE, next_phase, num_epochs, phases, reads_pixels
 from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
 
+CPUS_FOR_READING: Final = 1
+"""Beyond the workers': Ray Data reads their images with them."""
+
+
+class RoomForReading(ScalingConfig):
+    """As many workers as Ray has room for, within limits, and CPUs left to read with.
+
+    Ray's own would take every CPU that is alive, and the workers would wait for ever for what nobody can read.
+    """
+
+    _is_valid = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]  # a cluster that is yet to grow is no mistake
+        self._is_valid = True
+
+    @property
+    def max_workers(self) -> int:
+        """The most that may run now. Ray asks in the process that decides, before each start and once a minute."""
+        most = super().max_workers
+        if not self._is_valid or not self.elasticity_enabled or self.use_gpu:  # beside GPUs there are CPUs enough
+            return most
+        cpus = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+        return min(most, int(cpus) - CPUS_FOR_READING)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
@@ -84,7 +111,7 @@ def train(
     recipe_options: Sequence[str] = (),
     start_from: str | None = None,
     resources: ClusterResources,
-    num_workers: int | None = None,
+    num_workers: int | tuple[int, int] | None = None,
     gpus_per_worker: float | None = None,
     seed: int = 0,
     encoder_weights: str | None = None,
@@ -102,7 +129,8 @@ def train(
         recipe_options: of the command line, what changed the recipe of this name; for the card.
         start_from: a model folder to start from, path or URI, or the name of the one that comes with the package. Its
             CNN, preprocessing, vocabulary and decoder are taken instead of the recipe's.
-        num_workers: data-parallel processes; None: one per GPU, or one where there is none.
+        num_workers: data-parallel processes; None: one per GPU, or one where there is none. The least and the most:
+            as many as the cluster has room for, fewer when a node dies and more when one joins.
         features: folder for cached features; None: `_features` beside the model folder, shared by its neighbours.
         echo_epoch: called with the line of an epoch, one after the other; None: `echo`.
         on_features: called about once a second with the split whose images are encoded, their number, and the progress.
@@ -114,11 +142,13 @@ def train(
     start = time.time()
     model = storage.absolute(model)
     gpus = gpus_per_worker if gpus_per_worker is not None else (1.0 if resources.gpus else 0.0)
-    workers = num_workers or max(1, int(resources.gpus / gpus) if gpus else 1)
-    if recipe.training.batch_size < workers:
-        raise InputError(f"--num-workers {workers} exceeds the recipe's batch of {recipe.training.batch_size} images")
-    # One CPU beyond the workers': Ray Data reads their features with it.
-    require(resources, cpus=workers + 1, gpus=workers * gpus, what=f"--num-workers {workers}")
+    if num_workers is None:
+        num_workers = max(1, int(resources.gpus / gpus) if gpus else 1)
+    least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
+    if recipe.training.batch_size < most:
+        raise InputError(f"--num-workers {most} exceeds the recipe's batch of {recipe.training.batch_size} images")
+    what = f"--num-workers {describe_workers(num_workers)}"
+    require(resources, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
     train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
     first_path = train_images["image_path"][0].as_py()
     if not storage.exists(first_path):
@@ -169,7 +199,7 @@ def train(
     storage.write_bytes(storage.join(work, VOCABULARY_FILE), vocabulary.to_json().encode())
     echo(
         f"training {recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} images, "
-        f"{workers} worker{'s' * (workers != 1)}, {num_epochs(recipe)} epochs at most"
+        f"{describe_workers(num_workers)} worker{'s' * (most != 1)}, {num_epochs(recipe)} epochs at most"
     )
     if history:
         echo(f"going on after epoch {len(history)}")
@@ -191,9 +221,9 @@ def train(
                 seed=seed,
                 encoder=current,
                 start_file=start_file,
-                workers=workers,
+                workers=num_workers,
                 gpus=gpus,
-                threads=max(1, resources.physical_cores // workers) if resources.is_local else 1,
+                threads=max(1, resources.physical_cores // most) if resources.is_local else 1,
                 watch=_watch_epochs(work, echo_epoch or echo, trackers),
             )
             resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
@@ -291,6 +321,11 @@ def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str 
         return _with_cnn(build_encoder(recipe.encoder, recipe.preprocessing, load_weights=False), model.tensors)
     expected = model.encoder_weights if model else None
     return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)
+
+
+def describe_workers(num_workers: int | tuple[int, int]) -> str:
+    """As `--num-workers` takes it."""
+    return "-".join(map(str, num_workers)) if isinstance(num_workers, tuple) else str(num_workers)
 
 
 def _describe_unknown_words(images: pa.Table, vocabulary: Vocabulary, recipe: Recipe) -> str:
@@ -410,7 +445,7 @@ def _fit(
     seed: int,
     encoder: Encoder,
     start_file: str | None,
-    workers: int,
+    workers: int | tuple[int, int],
     gpus: float,
     threads: int,
     watch: Callable[[], None],
@@ -444,7 +479,7 @@ def _fit(
                 "shapes": {split: _shape(of_split, encoder) for split, of_split in inputs.items()},
                 "num_train_images": inputs[TRAIN].num_images - len(getattr(inputs[TRAIN], "failures", ())),
             },
-            scaling_config=ScalingConfig(
+            scaling_config=RoomForReading(
                 num_workers=workers,
                 use_gpu=gpus > 0,
                 resources_per_worker={"CPU": 1, **({"GPU": gpus} if gpus else {})},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -63,11 +64,16 @@ class Workplace:
         return self.said(name)
 
     @contextlib.contextmanager
-    def running(self, name: str, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """A training under way, in a process group of its own that has ended afterwards."""
+    def running(self, name: str, *options: str, report_seconds: float = 0.2) -> Iterator[subprocess.Popen[bytes]]:
+        """A training under way, in a process group of its own that has ended afterwards.
+
+        Args:
+            report_seconds: Ray Train takes one report in this time; its default is two.
+        """
+        environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(report_seconds)}
         with open(self.root / f"{name}.log", "wb") as log:
             process = subprocess.Popen(
-                self.command(name, *options), env=environment(), start_new_session=True, stdout=log, stderr=log
+                self.command(name, *options), env=environment, start_new_session=True, stdout=log, stderr=log
             )
         try:
             yield process
@@ -90,13 +96,16 @@ class Workplace:
         wait_until(lambda: len(self.epochs(name)) >= epoch or process.poll() is not None, lambda: self.said(name))
         assert process.poll() is None, self.said(name)
 
+    def wait_for_workers(self, name: str, count: int, process: subprocess.Popen[bytes]) -> None:
+        """Until the newest epoch was done by so many workers."""
+        wait_until(
+            lambda: process.poll() is not None or [row["num_workers"] for row in self.epochs(name)][-1:] == [count],
+            lambda: self.said(name),
+        )
+        assert process.poll() is None, self.said(name)
+
     def weights(self, name: str) -> bytes:
         return (self.root / name / "model.safetensors").read_bytes()
-
-
-def environment() -> dict[str, str]:
-    # Ray Train takes one report in this time; its default of two seconds is longer than an epoch here.
-    return os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 
 def wait_until(condition: Callable[[], object], explain: Callable[[], str], *, seconds: float = 240) -> None:
@@ -189,6 +198,31 @@ def test_a_training_on_two_nodes_survives_the_loss_of_one(
 
     assert killed_after < EPOCHS_ON_TWO_NODES
     assert [row["epoch"] for row in workplace.epochs("node")] == list(range(1, EPOCHS_ON_TWO_NODES + 1))
+
+
+@pytest.mark.timeout(600, func_only=True)
+def test_a_training_goes_on_with_fewer_workers_and_takes_up_a_node_that_joins(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        options = [f"--address={cluster.address}", "--num-workers=1-2", "--set=training.epochs=1000"]
+        # An epoch every two seconds: Ray looks once a minute whether there is room for more workers.
+        with workplace.running("elastic", *options, report_seconds=2.0) as process:
+            workplace.wait_for_workers("elastic", 2, process)
+            lost = next(node for node in nodes if train_workers_below(raylet_of(node)))
+            cluster.remove_node(lost, allow_graceful=False)
+            workplace.wait_for_workers("elastic", 1, process)
+            cluster.add_node(num_cpus=1)
+            workplace.wait_for_workers("elastic", 2, process)
+    finally:
+        cluster.shutdown()
+
+    rows = workplace.epochs("elastic")
+    assert [row["epoch"] for row in rows] == list(range(1, len(rows) + 1))
+    assert [count for count, _ in itertools.groupby(row["num_workers"] for row in rows)] == [2, 1, 2]
 
 
 def raylet_of(node: Any) -> int:

@@ -24,7 +24,7 @@ from imcap_ray.escaping import printable
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from tests import small_data
 
-COMMANDS = ["caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]
+COMMANDS = ["bench", "caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]
 
 
 @pytest.fixture(autouse=True)
@@ -115,6 +115,9 @@ def test_the_version_is_told() -> None:
         ["caption", "a.jpg", "--beam-size", "0"],
         ["caption", "in", "out", "--max-failure-rate", "2"],
         ["train", "data"],
+        ["train", "data", "out", "--num-workers", "0"],
+        ["train", "data", "out", "--num-workers", "4-2"],
+        ["train", "data", "out", "--num-workers", "some"],
         ["evaluate", "a", "b", "--split", "dev"],
     ],
 )

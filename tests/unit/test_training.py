@@ -377,12 +377,29 @@ def test_a_training_goes_on_from_its_state_as_if_never_interrupted(optimizer: st
         config,
     )
 
-    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    resumed.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True), step=4)
 
     for _ in range(3):
         assert resumed.step(batch) == uninterrupted.step(batch)
     assert equal(resumed.trained.state_dict(), uninterrupted.trained.state_dict())
     assert equal(resumed.kept.state_dict(), uninterrupted.kept.state_dict())
+
+
+def test_a_schedule_stands_at_the_same_share_when_an_epoch_takes_another_number_of_steps() -> None:
+    config = replace(PLAIN, schedule="cosine", warmup_steps=0)
+    of_two_workers = optimize(make_decoder(), config, total_steps=20)
+    for _ in range(10):
+        of_two_workers.step(whole_batch())
+    of_one_worker = optimize(make_decoder(), config, total_steps=40)
+
+    of_one_worker.load_state_dict(of_two_workers.state_dict(), step=20)
+
+    rates = [one.optimizer.param_groups[0]["lr"] for one in (of_two_workers, of_one_worker)]
+    assert rates[0] == rates[1] < config.learning_rate
+    of_one_worker.step(whole_batch())
+    assert of_one_worker.optimizer.param_groups[0]["lr"] == pytest.approx(
+        config.learning_rate * learning_rate_factor(21, 40, config)
+    )
 
 
 def clone(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
