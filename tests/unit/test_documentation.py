@@ -44,16 +44,17 @@ def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path, bench
         command, (_, name, *arguments) = benchmark.main, words
     else:
         command, (name, *arguments) = main, [word for word in words if word != "--help"]
-    subcommand = command.get_command(click.Context(command), name)
+    above = click.Context(command, **command.context_settings)
+    subcommand = command.get_command(above, name)
     assert subcommand is not None, f"{shown.where}: there is no {name}"
     if "--help" in words:
         return
     if name == "submit" and "--follow" not in arguments:
         start = next(place for place, word in enumerate(arguments) if word in main.commands)
         inner, *rest = arguments[start:]
-        main.commands[inner].make_context(inner, rest).close()
+        main.commands[inner].make_context(inner, rest, parent=above).close()
     try:
-        subcommand.make_context(name, list(arguments)).close()
+        subcommand.make_context(name, list(arguments), parent=above).close()
     except click.UsageError as error:
         pytest.fail(f"{shown.where}: {shown.line}: {error.format_message()}")
 
