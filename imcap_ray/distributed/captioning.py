@@ -23,9 +23,9 @@ from imcap_ray import __version__, storage
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import Caption, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, is_owner
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
 from imcap_ray.distributed.cluster import ClusterResources, require
-from imcap_ray.distributed.image_index import start_image_index
+from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
     LOADED_SCHEMA,
@@ -350,7 +350,7 @@ def caption_images(
         "started": started,
     }
     before = folder.read_run()
-    check = partial(_require_owner, folder.work, folder.take_over())
+    check = partial(require_owner, folder.work, folder.take_over())
     heartbeat = _Heartbeat(folder, started, check)
 
     def show(progress: Progress) -> None:
@@ -408,7 +408,9 @@ def caption_images(
             folder.recover()  # of processes that this run has lost sight of
             # What was taken for a duplicate and has no twin is not done after all. It is not asked for again: the
             # index would answer the same.
-            is_settled, index = folder.settle_duplicates() == 0, None
+            is_settled = folder.settle_duplicates() == 0
+            end_image_index(index)
+            index = None
             done = len(folder.done_ids())
         check()
         folder.check_accounts()
@@ -526,11 +528,6 @@ def _describe_memory(progress: Progress) -> str:
         f"; memory ran out: {progress.batch_size} images were computed at a time instead of {COMPUTE_BATCH_SIZE}, "
         "fewer actors would help"
     )
-
-
-def _require_owner(work: str, token: str) -> None:
-    if not is_owner(work, token):
-        raise ImcapError(f"another run has taken over {storage.parent(work)}: this one must not write there")
 
 
 def _now() -> str:

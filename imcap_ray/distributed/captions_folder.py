@@ -356,6 +356,16 @@ def is_owner(work: str, token: str) -> bool:
     return storage.read_bytes(storage.join(work, "owner")).decode() == token
 
 
+def require_owner(work: str, token: str) -> None:
+    """Raise ImcapError if another run has taken over.
+
+    Here, and not where images are captioned, for the processes that write parts need no torch: importing it costs each
+    of them seconds.
+    """
+    if not is_owner(work, token):
+        raise ImcapError(f"another run has taken over {storage.parent(work)}: this one must not write there")
+
+
 def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:
     if not files:
         return pads.dataset(schema.empty_table())

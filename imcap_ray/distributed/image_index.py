@@ -55,5 +55,11 @@ def start_image_index(output: str, num_images: int) -> Any:
     return ImageIndex.options(scheduling_strategy=here).remote(output, num_images)  # type: ignore[attr-defined]
 
 
+def end_image_index(index: Any) -> None:
+    """Free its memory: the handles that a pipeline has held keep it alive as long as the driver."""
+    if index is not None:
+        ray.kill(index)
+
+
 def _to_int(digest: bytes) -> int:
     return int.from_bytes(digest[:16], "big", signed=True)

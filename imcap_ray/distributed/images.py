@@ -416,6 +416,7 @@ def map_images(
             except (RayError, OSError) as error:
                 raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
         metrics.set_rate(0.0)
+    ray.kill(counter)  # else it lives as long as this process
     return progress
 
 

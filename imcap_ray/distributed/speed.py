@@ -358,12 +358,12 @@ def _note(timeline: list[tuple[float, int]], seconds: float, progress: Progress)
 def steady_rate(timeline: Sequence[tuple[float, int]]) -> float:
     """Images per second in the middle of a run, from (seconds, images done so far): the slope of a straight line.
 
-    0.0 where there are fewer than three points in `STEADY_SHARES` of the images.
+    0.0 where there are fewer than three different ones in `STEADY_SHARES` of the images.
     """
     total = timeline[-1][1] if timeline else 0
     low, high = (share * total for share in STEADY_SHARES)
     points = [(seconds, done) for seconds, done in timeline if low <= done <= high]
-    if len(points) < 3:
+    if len({done for _, done in points}) < 3:
         return 0.0
     seconds, done = np.array(points).T
     slope, _ = np.polyfit(seconds, done, 1)

@@ -44,7 +44,9 @@ def test_the_steady_rate_knows_nothing_of_the_start_and_the_end() -> None:
     assert steady_rate(timeline) == pytest.approx(50)
 
 
-@pytest.mark.parametrize("timeline", [[], [(3.0, 100)], [(3.0, 50), (4.0, 100)]])
+@pytest.mark.parametrize(
+    "timeline", [[], [(3.0, 100)], [(3.0, 50), (4.0, 100)], [(s, 32) for s in range(9)] + [(9, 64)]]
+)
 def test_too_short_a_run_has_no_steady_rate(timeline: list[tuple[float, int]]) -> None:
     assert steady_rate(timeline) == 0.0
 
