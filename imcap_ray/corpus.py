@@ -407,24 +407,40 @@ def _number_ngrams(tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> Ite
         is_first = np.zeros(len(ids), dtype=bool)
         is_first[starts[:-1][has_any]] = True
         last_tokens = last_tokens[~is_first]
-        ids, num_ids = _number(ids[~is_last].astype(np.int64) * num_tokens + last_tokens)
+        ids, num_ids = _number(ids[~is_last], last_tokens, num_tokens)
         starts = _offsets(np.maximum(0, lengths - (order - 1)))
         yield _Order.of_places(ids, starts, num_ids)
 
 
-def _number(keys: Integers) -> tuple[NDArray[np.int32], int]:
-    """Each key's rank among the different ones, and how many those are."""
-    different = _different(keys)
-    ranks = np.empty(len(keys), dtype=np.int32)
-    for start in range(0, len(keys), _PLACES_AT_A_TIME):
-        some = keys[start : start + _PLACES_AT_A_TIME]
+def _number(
+    prefixes: NDArray[np.int32], last_tokens: NDArray[np.int32], num_tokens: int
+) -> tuple[NDArray[np.int32], int]:
+    """The rank of each pair among the different ones, and how many those are.
+
+    The pairs as one array of 64-bit integers are the largest thing in memory, so they are made twice and never copied.
+    """
+
+    def keys(part: slice) -> Integers:
+        found = prefixes[part].astype(np.int64)
+        found *= num_tokens
+        found += last_tokens[part]
+        return found
+
+    rising = keys(slice(None))
+    rising.sort()
+    # Not `np.unique`: its hash table takes ten times as long (numpy 2.4).
+    different = rising[_is_new(rising)]
+    del rising
+    ranks = np.empty(len(prefixes), dtype=np.int32)
+    for start in range(0, len(prefixes), _PLACES_AT_A_TIME):
+        some = keys(slice(start, start + _PLACES_AT_A_TIME))
         order = np.argsort(some)  # looked up in their order, neighbours are in the cache
         ranks[start : start + len(some)][order] = np.searchsorted(different, some[order])
     return ranks, max(1, len(different))
 
 
 def _different(keys: Integers) -> Integers:
-    """The different ones, rising. Not `np.unique`, whose hash table takes ten times as long (numpy 2.4)."""
+    """The different ones, rising."""
     rising = np.sort(keys)
     return rising[_is_new(rising)]
 

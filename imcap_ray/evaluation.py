@@ -79,6 +79,7 @@ def evaluate_captions(
         found = _of_all(found, wanted, against, f"images that {location} is scored on")
         other = (against, _Values(found["caption"]))
     confidences = captions["confidence"].to_numpy()  # nan where it is not known
+    pa.default_memory_pool().release_unused()  # what reading took
     return evaluate_texts(
         _Values(captions["caption"]),
         _Values(wanted["captions"]),

@@ -246,7 +246,7 @@ def evaluate_texts(
 ) -> EvaluationReport:
     """As `evaluate`, of captions and references that come one after the other, in one order of the images.
 
-    No text is kept: five references an image, a million images take about 3 GB.
+    No text is kept, only integers; `jobs/benchmark.py evaluate` measures the memory and the time of any size.
 
     Args:
         references: gone through twice. Every image has one or more.
