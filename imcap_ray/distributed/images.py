@@ -22,6 +22,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import BlockAccessor
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import BlockBasedFileDatasink, FilenameProvider
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from imcap_ray import storage
@@ -413,6 +414,9 @@ def map_images(
         with repeating(look, seconds=1.0):
             try:
                 dataset.write_datasink(sink)
+            except ExecutionTimeoutError as error:  # its text is a page about operators
+                seconds = context.execution_no_progress_timeout_s
+                raise ImcapError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
             except (RayError, OSError) as error:
                 raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
         metrics.set_rate(0.0)

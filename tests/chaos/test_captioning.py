@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from imcap_ray.distributed.captioning import BATCH_SIZE
 from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
-NUM_IMAGES_OF_TWO = 768
+NUM_IMAGES_OF_TWO = 24 * 64
+"""24 blocks: more than the actors of one node can have at hand, four CPUs times four blocks."""
 ROOT = Path(__file__).parents[2]
 Read = Callable[[Path], list[dict[str, Any]]]
 BENCHMARK = ROOT / "jobs" / "benchmark.py"
@@ -30,8 +32,8 @@ from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
 from tests.fakes import WaitsForFiles
 
-address, photographs, output, nodes = sys.argv[1:]
-captioner = partial(WaitsForFiles, folder=nodes, num_files=2)
+address, photographs, output, nodes, num_files = sys.argv[1:]
+captioner = partial(WaitsForFiles, folder=nodes, num_files=int(num_files))
 echo = partial(print, flush=True)
 caption_images(photographs, output, load_captioner=captioner, resources=connect(address), echo=echo)
 """
@@ -67,19 +69,19 @@ def test_every_image_is_one_row_whatever_dies() -> None:
 
 @dataclass(frozen=True)
 class TwoNodes:
-    """A cluster of two nodes at most, and a run that waits until both were asked for captions."""
+    """A cluster of two nodes at most, and a run whose captioners wait for files: one of each node, and the test's."""
 
     cluster: Cluster
     root: Path
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self, *, num_files: int) -> subprocess.Popen[str]:
         (self.root / "photographs").mkdir()
         for number in range(NUM_IMAGES_OF_TWO):
             data = encode(photo(20 + number % 32, 20 + number // 32), "JPEG")
-            (self.root / "photographs" / f"{number:03}.jpg").write_bytes(data)
+            (self.root / "photographs" / f"{number:04}.jpg").write_bytes(data)
         (self.root / "nodes").mkdir()
         places = [self.root / name for name in ("photographs", "captions", "nodes")]
-        words = [self.cluster.address, *places]
+        words = [self.cluster.address, *places, num_files]
         return subprocess.Popen(
             [sys.executable, "-c", CAPTION_ON_TWO_NODES, *map(str, words)], stdout=subprocess.PIPE, text=True
         )
@@ -101,21 +103,39 @@ def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNo
 
 
 def assert_complete(rows: list[dict[str, Any]]) -> None:
-    names = [f"{number:03}.jpg" for number in range(NUM_IMAGES_OF_TWO)]
+    names = [f"{number:04}.jpg" for number in range(NUM_IMAGES_OF_TWO)]
     assert [(row["image_id"], row["status"]) for row in rows] == [(name, "ok") for name in names]
 
 
 @pytest.mark.timeout(600)
 def test_a_node_that_joins_captions_too(two_nodes: TwoNodes, read: Read) -> None:
     first = two_nodes.cluster.add_node(num_cpus=4)
-    process = two_nodes.start()
+    process = two_nodes.start(num_files=2)
     assert process.stdout
     begun = process.stdout.readline()
 
     joined = two_nodes.cluster.add_node(num_cpus=4)
     process.communicate(timeout=500)
 
-    assert begun == f"captioning {NUM_IMAGES_OF_TWO} of {NUM_IMAGES_OF_TWO} images with 2 actors\n"
+    assert begun == f"captioning {NUM_IMAGES_OF_TWO:,} of {NUM_IMAGES_OF_TWO:,} images with 2 actors\n"
     assert process.returncode == 0
     assert two_nodes.asked() == {first.node_id, joined.node_id}
+    assert_complete(read(two_nodes.root / "captions"))
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_goes_for_good_leaves_the_rest_to_the_other(two_nodes: TwoNodes, read: Read) -> None:
+    nodes = [two_nodes.cluster.add_node(num_cpus=4) for _ in range(2)]
+    process = two_nodes.start(num_files=3)
+    deadline = time.monotonic() + 300
+    while len(two_nodes.asked()) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+
+    two_nodes.cluster.remove_node(nodes[0], allow_graceful=False)
+    (two_nodes.root / "nodes" / "go").touch()
+    said, _ = process.communicate(timeout=500)
+
+    assert process.returncode == 0, said
+    assert "with 6 actors" in said, "more than the node that is left has CPUs for"
     assert_complete(read(two_nodes.root / "captions"))
