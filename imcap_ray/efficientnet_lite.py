@@ -1,0 +1,128 @@
+"""EfficientNet-lite 0 to 2: normalised pixels -> a feature map (Tan & Le 2019, arXiv 1905.11946; tensorflow/tpu,
+efficientnet/lite: no squeeze-and-excitation, ReLU6, first and last stage not scaled).
+
+The layers, their names and their numbers are those of timm's `tf_efficientnet_lite`, to the last bit (the tests
+compare). It is here because importing timm takes every process 3 s of CPU, half of what it takes to begin to caption.
+
+B images, S pixels a side, F channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+HEAD_CHANNELS = 1280
+_STEM_CHANNELS = 32
+_EPSILON = 1e-3  # TensorFlow's
+_WIDTH_AND_DEPTH = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}
+_STAGES = (  # table 1 of the paper: blocks, kernel, stride, expansion, channels
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+
+class EfficientNetLite(nn.Module):
+    """Normalised pixels (B, 3, S, S) -> (B, 1280, S / 32, S / 32), rounded up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        width, depth = _WIDTH_AND_DEPTH[number]
+        self.conv_stem = _Convolution(3, _STEM_CHANNELS, kernel=3, stride=2)
+        self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS, eps=_EPSILON)
+        stages = []
+        channels = _STEM_CHANNELS
+        for place, (num_blocks, kernel, stride, expansion, wanted) in enumerate(_STAGES):
+            is_scaled = 0 < place < len(_STAGES) - 1
+            blocks: list[nn.Module] = []
+            for block in range(math.ceil(num_blocks * depth) if is_scaled else num_blocks):
+                after = _round_to_eight(wanted * width)
+                first_stride = stride if block == 0 else 1
+                if expansion == 1:
+                    blocks.append(_DepthwiseSeparable(channels, after, kernel=kernel))
+                else:
+                    blocks.append(_InvertedResidual(channels, after, kernel=kernel, stride=first_stride))
+                channels = after
+            stages.append(nn.Sequential(*blocks))
+        self.blocks = nn.Sequential(*stages)
+        self.conv_head = _Convolution(channels, HEAD_CHANNELS, kernel=1)
+        self.bn2 = nn.BatchNorm2d(HEAD_CHANNELS, eps=_EPSILON)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The last feature map."""
+        features = self.blocks(_activate(self.bn1(self.conv_stem(pixels))))
+        return _activate(self.bn2(self.conv_head(features)))
+
+
+class _Convolution(nn.Conv2d):
+    """Without bias, padded as TensorFlow does: where the sides differ, the last one gets more."""
+
+    def __init__(self, before: int, after: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        padding = kernel // 2 if stride == 1 else 0
+        super().__init__(before, after, kernel, stride=stride, padding=padding, groups=groups, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.stride[0] > 1:
+            sides = [self._padding_of(length) for length in (input.shape[-1], input.shape[-2])]
+            input = functional.pad(input, [half for side in sides for half in side])
+        return super().forward(input)
+
+    def _padding_of(self, length: int) -> tuple[int, int]:
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        total = max((math.ceil(length / stride) - 1) * stride + kernel - length, 0)
+        return total // 2, total - total // 2
+
+
+class _DepthwiseSeparable(nn.Module):
+    """The first stage's block; the number of channels changes, so that nothing is added to the input."""
+
+    def __init__(self, before: int, after: int, *, kernel: int) -> None:
+        super().__init__()
+        self.conv_dw = _Convolution(before, before, kernel=kernel, groups=before)
+        self.bn1 = nn.BatchNorm2d(before, eps=_EPSILON)
+        self.conv_pw = _Convolution(before, after, kernel=1)
+        self.bn2 = nn.BatchNorm2d(after, eps=_EPSILON)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.bn2(self.conv_pw(_activate(self.bn1(self.conv_dw(input)))))
+        return output
+
+
+class _InvertedResidual(nn.Module):
+    """Expand, filter each channel, project (Sandler et al. 2018, arXiv 1801.04381, figure 4)."""
+
+    def __init__(self, before: int, after: int, *, kernel: int, stride: int) -> None:
+        super().__init__()
+        between = 6 * before
+        self.conv_pw = _Convolution(before, between, kernel=1)
+        self.bn1 = nn.BatchNorm2d(between, eps=_EPSILON)
+        self.conv_dw = _Convolution(between, between, kernel=kernel, stride=stride, groups=between)
+        self.bn2 = nn.BatchNorm2d(between, eps=_EPSILON)
+        self.conv_pwl = _Convolution(between, after, kernel=1)
+        self.bn3 = nn.BatchNorm2d(after, eps=_EPSILON)
+        self._adds_input = stride == 1 and before == after
+
+    def forward(self, input: Tensor) -> Tensor:
+        hidden = _activate(self.bn1(self.conv_pw(input)))
+        hidden = _activate(self.bn2(self.conv_dw(hidden)))
+        output: Tensor = self.bn3(self.conv_pwl(hidden))
+        return output + input if self._adds_input else output
+
+
+def _activate(vectors: Tensor) -> Tensor:
+    """In place where no gradient needs what was there."""
+    return functional.relu6(vectors, inplace=not torch.is_grad_enabled())
+
+
+def _round_to_eight(channels: float) -> int:
+    """To the nearest multiple of eight, but never by more than a tenth down."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded

@@ -1,0 +1,50 @@
+"""Ours is timm's, layer by layer and bit by bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from imcap_ray.efficientnet_lite import EfficientNetLite
+
+
+@pytest.mark.parametrize("image_size", [224, 65])
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_features_are_those_of_timm(number: int, image_size: int) -> None:
+    judge = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=0).eval()
+    generator = torch.Generator().manual_seed(number)
+    for module in judge.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 10)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    ours = EfficientNetLite(number).eval()
+    ours.load_state_dict(judge.state_dict())
+    pixels = torch.randn(1, 3, image_size, image_size, generator=generator)
+
+    with torch.inference_mode():
+        assert torch.equal(ours(pixels), judge.forward_features(pixels))
+
+
+def test_it_can_be_trained() -> None:
+    cnn = EfficientNetLite(0)
+
+    cnn(torch.randn(2, 3, 64, 64)).sum().backward()  # type: ignore[no-untyped-call]
+
+    assert all(parameter.grad is not None for parameter in cnn.parameters())
+
+
+def test_a_captioner_is_loaded_without_timm_and_torchvision() -> None:
+    program = (
+        "import sys; from imcap_ray import Captioner; Captioner.load()\n"
+        "print([name for name in ('timm', 'torchvision', 'torch._dynamo', 'ray') if name in sys.modules])"
+    )
+
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=50)
+
+    assert run.stdout.strip() == "[]"
