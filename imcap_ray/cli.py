@@ -223,7 +223,9 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
     a Parquet input, held once on the driver, and the images that --retry-failed takes again.
 
-    Falls short: a decoder that never returns is waited for; GPU memory that runs out was tried with torch's errors
+    Falls short: where a node goes for good and the actors that it leaves behind ask for every CPU there is, nothing is
+    decoded any more, and after half an hour the run ends with one line; the same command goes on with fewer actors. A
+    decoder that never returns is waited for; GPU memory that runs out was tried with torch's errors
     raised on a CPU; S3 was tried against a server on one machine, not AWS, and several hosts as network namespaces of
     one machine.
     """

@@ -168,7 +168,8 @@ def chaos(seeds: int, first_seed: int, images: int, nodes: str, as_json: bool) -
         source = Path(folder, "images")
         write_chaos_images(source, images)
         calm = Path(folder, "calm")
-        assert _start_run(source, calm, num_nodes=1).wait() == 0, "the undisturbed run failed"
+        if _start_run(source, calm, num_nodes=1).wait():
+            raise SystemExit("the undisturbed run failed:\n" + Path(f"{calm}.log").read_text(errors="replace")[-2000:])
         expected, needed = _read_rows(calm), _count_computed(calm)
         for seed in range(first_seed, first_seed + seeds):
             num_nodes = {"1": 1, "3": 3}.get(nodes) or (3 if seed % 3 == 2 else 1)

@@ -63,9 +63,9 @@ def s3_environment(endpoint: str) -> dict[str, str]:
     }
 
 
-def make_bucket(endpoint: str) -> str:
+def make_bucket(endpoint: str, bucket: str = "") -> str:
     """A new bucket's name."""
-    bucket = f"bucket-{uuid.uuid4().hex}"
+    bucket = bucket or f"bucket-{uuid.uuid4().hex}"
     connection = http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=10)
     connection.request("PUT", f"/{bucket}")
     assert connection.getresponse().status == 200

@@ -108,6 +108,7 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
         work = folder / "runs" / "mine" / "_training"
         work.mkdir(parents=True)
         (work / "metrics.jsonl").write_text("")
+        (work / "settings.json").write_text(json.dumps({"recipe": {"training": {"epochs": 3}}}))
     elif command != "train":
         small_data.write_model_folder(folder / "runs" / "mine")
 

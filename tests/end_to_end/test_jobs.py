@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,12 @@ from pathlib import Path
 import pyarrow.dataset as pads
 import pytest
 
+from imcap_ray import storage
 from imcap_ray.captioner import read_model_folder
+from imcap_ray.manifest import open_captions
 from tests import small_data
+from tests.documented import shown_commands
+from tests.flaky_s3 import make_bucket, s3_environment
 from tests.ray_head import TOKEN, running_head
 
 pytestmark = pytest.mark.timeout(400)
@@ -38,14 +43,46 @@ class Head:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    with running_head(num_cpus=4) as (_, dashboard, _):
-        yield Head(dashboard)
+def head(s3_endpoint: str) -> Iterator[Head]:
+    """A cluster that knows an S3 store, as this process does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_environment(s3_endpoint).items():
+            patch.setenv(name, value)
+        with running_head(num_cpus=4) as (_, dashboard, _):
+            yield Head(dashboard)
 
 
 @pytest.fixture
 def flickr8k(tmp_path: Path) -> Path:
     return small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3, num_test=0)
+
+
+def test_the_lines_of_the_documentation_that_name_a_bucket_run_one_after_the_other(
+    head: Head, s3_endpoint: str, tmp_path: Path
+) -> None:
+    """But for trainings: the store of these tests refuses their checkpoints, which are sent in several parts."""
+    make_bucket(s3_endpoint, "bucket")
+    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3, num_test=0)
+    for file in flickr8k.rglob("*.*"):
+        storage.write_bytes(f"s3://bucket/flickr8k/{file.relative_to(flickr8k)}", file.read_bytes())
+        if file.suffix == ".jpg":
+            storage.write_bytes(f"s3://bucket/images/{file.name}", file.read_bytes())
+    lines = [shown.line for shown in shown_commands() if "s3://bucket" in shown.line and "train" not in shown.line]
+    assert len(lines) == 6
+
+    for line in sorted(lines, key=lambda line: ("--dry-run" not in line, "evaluate" in line, "status" in line)):
+        variables = [word for word in shlex.split(line) if word.startswith("RAY_")]
+        words = [word for word in shlex.split(line) if word not in variables]
+        if words[0] == "ray":
+            words[3:3] = ["--address", head.dashboard]
+        elif "--address" in words:
+            words[words.index("--address") + 1] = head.dashboard
+        elif words[1] == "submit":
+            words[2:2] = ["--address", head.dashboard]
+        done = head.run(*words)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    rows = open_captions("s3://bucket/captions").to_table().to_pylist()
+    assert len(rows) == 9 and {row["status"] for row in rows} == {"ok"}
 
 
 def test_imcap_submit_captions_on_the_cluster(head: Head, flickr8k: Path, model_dir: Path, tmp_path: Path) -> None:
