@@ -110,6 +110,10 @@ class Host:
         self.started.append(process)
         return process
 
+    def num_writes(self, uri: str) -> int:
+        """How often a small file was written there, from the store's own log."""
+        return self.store.said().count(f'"PUT /{uri.removeprefix("s3://")} ')
+
     def said(self) -> str:
         """The log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""

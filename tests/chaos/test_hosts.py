@@ -92,7 +92,9 @@ def test_a_training_goes_on_when_a_host_is_lost(hosts: Hosts, tmp_path: Path) ->
     settings = [f"--set={name}={value}" for name, value in RECIPE.items()]
 
     run = hosts.start_imcap("train", data, model, "--address", hosts.address, "--num-workers", 2, *settings)
-    wait_until(lambda: run.poll() is not None or "epoch 2:" in hosts.head.said(), hosts.said)
+    metrics = f"{model}/_training/metrics.jsonl"  # empty at first, then once for each epoch
+    wait_until(lambda: run.poll() is not None or hosts.num_writes(metrics) >= 3, hosts.said)
+    assert run.poll() is None, hosts.said()
     host_with(hosts, "RayTrainWorker").lose()
     done = len(epochs(hosts, model))
 
