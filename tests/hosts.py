@@ -110,10 +110,6 @@ class Host:
         self.started.append(process)
         return process
 
-    def num_writes(self, uri: str) -> int:
-        """How often a small file was written there, from the store's own log."""
-        return self.store.said().count(f'"PUT /{uri.removeprefix("s3://")} ')
-
     def said(self) -> str:
         """The log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -210,6 +206,10 @@ class Hosts:
     def num_parts(self, uri: str) -> int:
         """Parquet files that were written there, from the store's own log."""
         return len(re.findall(f'"PUT /{re.escape(uri.removeprefix("s3://"))}/[^/]*[.]parquet ', self.store.said()))
+
+    def num_writes(self, uri: str) -> int:
+        """How often a small file was written there, from the store's own log."""
+        return self.store.said().count(f'"PUT /{uri.removeprefix("s3://")} ')
 
     def said(self) -> str:
         """The ends of all logs, for the message of a test that fails."""
