@@ -427,6 +427,8 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
     metrics_location = storage.join(location, METRICS_FILE)
     try:
         metrics = json.loads(storage.read_bytes(metrics_location)) if storage.exists(metrics_location) else {}
+        if not isinstance(metrics, dict):
+            raise ValueError(f"expected an object, got {type(metrics).__name__}")
     except ValueError as error:
         raise ModelError(f"{location}: {METRICS_FILE} is damaged: {error}") from error
     digest = hashlib.sha256()

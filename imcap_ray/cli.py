@@ -398,7 +398,7 @@ def _counting_voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Cal
 
 
 def _epoch_voice(say: Callable[[str], None]) -> Callable[[str], None]:
-    """How to say the line of an epoch: all on a terminal; in a log, of many short epochs now and then one."""
+    """How to say the line of an epoch: all on a terminal; in a log, one where a line of progress is due."""
     schedule = LineSchedule(time.monotonic())
 
     def say_epoch(line: str) -> None:
@@ -452,7 +452,8 @@ def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> st
 @click.option(
     "--num-workers",
     type=_Workers(),
-    help="Data-parallel processes. Default: one per GPU, or one. MIN-MAX: as many as the cluster has room for by then.",
+    help="Data-parallel processes. Default: one per GPU, or one. MIN-MAX: as many as there is room for by then; "
+    "no autoscaler is asked for CPUs.",
 )
 @click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
 @click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
@@ -514,7 +515,7 @@ def train(data: str, model: str, **options: Any) -> None:
         features=options["features"],
         echo=say,
         echo_epoch=_epoch_voice(say),
-        on_features=lambda split, total, progress: show(progress.num_images, total, f"features of {split} images"),
+        on_features=lambda split, progress, total: show(progress.num_images, total, f"features of {split} images"),
     )
     if options["as_json"]:
         click.echo(json.dumps(asdict(result)))

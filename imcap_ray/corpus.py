@@ -56,7 +56,9 @@ class SentenceCollector:
         return len(self._lengths)
 
     def to_corpus(self, num_references: Sequence[int] | NDArray[Any]) -> Corpus:
-        """The corpus whose first sentences are the references: of the first image so many, and so on."""
+        """The corpus whose first sentences are the references: of the first image so many, at least one, and so on."""
+        if not len(num_references) or min(num_references) < 1:
+            raise ValueError("every image needs a reference, and there must be an image")
         return Corpus(
             np.frombuffer(self._tokens, dtype=np.int32) if self._tokens else np.zeros(0, dtype=np.int32),
             np.frombuffer(self._lengths, dtype=np.int32),
@@ -209,6 +211,8 @@ class Corpus:
             hypotheses: (I,) sentences.
             without: as for the frequencies. Images that are left out have no meaning in their row.
         """
+        if len(hypotheses) != self.num_images:
+            raise ValueError(f"expected a hypothesis for each of {self.num_images} images, got {len(hypotheses)}")
         rows = np.zeros((self.num_images, NUM_COLUMNS))
         for part in self._slices(without):
             self._fill(rows[part.images], part, hypotheses[part.images], inverse_frequencies)
@@ -431,6 +435,8 @@ def _number(
     # Not `np.unique`: its hash table takes ten times as long (numpy 2.4).
     different = rising[_is_new(rising)]
     del rising
+    if len(different) > np.iinfo(np.int32).max:
+        raise OverflowError(f"{len(different):,} different n-grams are more than 32 bits can number")
     ranks = np.empty(len(prefixes), dtype=np.int32)
     for start in range(0, len(prefixes), _PLACES_AT_A_TIME):
         some = keys(slice(start, start + _PLACES_AT_A_TIME))

@@ -68,6 +68,8 @@ class _Convolution(nn.Conv2d):
     def __init__(self, before: int, after: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
         padding = kernel // 2 if stride == 1 else 0
         super().__init__(before, after, kernel, stride=stride, padding=padding, groups=groups, bias=False)
+        # As TensorFlow does: PyTorch's own initial weights let the features of an untrained CNN vanish.
+        nn.init.normal_(self.weight, std=math.sqrt(2 * groups / (kernel**2 * after)))
 
     def forward(self, input: Tensor) -> Tensor:
         if self.stride[0] > 1:

@@ -320,37 +320,6 @@ def score(captions: Mapping[str, str], references: Mapping[str, Sequence[str]], 
     return _summary(corpus.rows(hypotheses, corpus.inverse_frequencies()), corpus, hypotheses)
 
 
-def constant_caption_floor(
-    references: Mapping[str, Sequence[str]],
-    *,
-    candidates: Sequence[str] | None = None,
-    tokenizer: str = "ptb",
-) -> tuple[str, Scores]:
-    """The candidate with the highest CIDEr-D when it is given to every image, and its scores.
-
-    The candidates are the references themselves unless given. A model that does not beat this has not looked
-    at the images.
-    """
-    _require_references(references)
-    corpus, [given] = _collect_texts(references.values(), [candidates or ()], tokenizer)
-    inverse_frequencies = corpus.inverse_frequencies()
-    if candidates is not None:
-        best, scores = _floor(corpus, given, inverse_frequencies)
-        return candidates[best - int(given[0])], scores
-    best, scores = _floor(corpus, np.arange(corpus.first_reference[-1]), inverse_frequencies)
-    return _reference_text(references.values(), corpus, best), scores
-
-
-def human_agreement(references: Mapping[str, Sequence[str]], tokenizer: str = "ptb") -> Scores:
-    """Each annotator's references scored against the others' of the same image; the mean over annotators.
-
-    The n-th references are taken for those of the n-th annotator. Images with one reference are left out;
-    `DatasetError` is raised when no image has two.
-    """
-    _require_references(references)
-    return _human(_collect_texts(references.values(), [], tokenizer)[0])
-
-
 def corpus_bleu(
     hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
 ) -> tuple[float, float, float, float]:
@@ -552,15 +521,21 @@ def _floor(corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: F
 
 
 def _human(corpus: Corpus) -> Scores:
-    if corpus.num_references.max() < 2:
-        raise DatasetError("human agreement needs images with two references or more, there are none")
-    annotators = []
+    """Each annotator's references scored against the others' of the same image; the mean over annotators.
+
+    The n-th references are taken for those of the n-th annotator, who counts by the images that have one: in COCO a few
+    have a sixth and a seventh. Images with one reference are left out.
+    """
+    annotators, num_images = [], []
     for annotator in range(int(corpus.num_references.max())):
         is_annotated = corpus.has_other_than(annotator)
         hypotheses = corpus.first_reference[:-1] + annotator * is_annotated
         rows = corpus.rows(hypotheses, corpus.inverse_frequencies(without=annotator), without=annotator)
         annotators.append(_summary(rows[is_annotated], corpus, hypotheses[is_annotated]).to_dict())
-    means = {name: float(np.mean([scores[name] for scores in annotators])) for name in annotators[0]}
+        num_images.append(int(is_annotated.sum()))
+    means = {
+        name: float(np.average([scores[name] for scores in annotators], weights=num_images)) for name in annotators[0]
+    }
     return Scores(
         **{name: means[name] for name in (*_SCORE_NAMES, "length_ratio")},
         num_images=int((corpus.num_references > 1).sum()),

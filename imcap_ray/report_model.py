@@ -52,6 +52,8 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
         if run.get("model_fingerprint") not in (None, folder.fingerprint):
             raise ModelError(f"{name} is another model by now than the one of these captions")
         history = folder.metrics.get("history") or ()
+        if not (isinstance(history, list | tuple) and all(isinstance(row, Mapping) for row in history)):
+            raise ModelError(f"{name}: the history in metrics.json is damaged: expected a list of objects")
         if not with_attention:
             return ModelOfRun(history=history)
         if folder.decoder.name != "attention":

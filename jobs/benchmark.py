@@ -51,7 +51,7 @@ from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster import connect, cores
 from imcap_ray.distributed.speed import (
     IMAGES_PER_ROUND,
     Comparison,
@@ -65,7 +65,7 @@ from imcap_ray.distributed.speed import (
     write_photographs,
     write_table,
 )
-from imcap_ray.encoders import build_encoder
+from imcap_ray.encoders import build_encoder, fold_batch_normalisation
 from imcap_ray.errors import ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
@@ -432,7 +432,7 @@ def captioning(images: int, large_images: int, models: tuple[str, ...], as_json:
             files, table = f"{folder}/photographs", f"{folder}/photographs.parquet"
             write_photographs(files, count, size)
             write_table(files, table)
-            limit = measure_limit(list(some_files(files, IMAGES_PER_ROUND)), models)
+            limit = measure_limit(some_files(files, IMAGES_PER_ROUND), models)
             for kind, input in (("folder", files), ("Parquet", table)):
                 run = measure_run(input, f"{folder}/captions-{kind}", models=models)
                 comparison = Comparison(limit=limit, run=run)
@@ -478,14 +478,12 @@ def others(images: int, tutorial_images: int, rounds: int, as_json: bool) -> Non
 
 
 def _caption_by_imcap(source: str, output: str) -> float:
-    return measure_run(source, output).steady
+    return _told(measure_run(source, output).steady)
 
 
 def _caption_by_data_loader(source: str, output: str) -> float:
     captioner = Captioner.load()
-    loader = torch.utils.data.DataLoader(
-        _Photographs(source, captioner.image_size), batch_size=32, num_workers=os.cpu_count() or 1
-    )
+    loader = torch.utils.data.DataLoader(_Photographs(source, captioner.image_size), batch_size=32, num_workers=cores())
     return _rate_of(len(captioner.caption_pixels(pixels)) for pixels in loader)
 
 
@@ -514,13 +512,12 @@ class RecipeCaptioner:
 
 
 def _caption_by_ray_recipe(source: str, output: str) -> float:
-    cores = os.cpu_count() or 1
     connect("local")
     ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
     dataset = (
         ray.data.read_images(source, mode="RGB")
         .map(_preprocess)
-        .map_batches(RecipeCaptioner, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=cores))
+        .map_batches(RecipeCaptioner, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=cores()))
     )
     return _rate_of(len(batch["caption"]) for batch in dataset.iter_batches(batch_size=32))
 
@@ -570,7 +567,13 @@ def _rate_of(counts: Iterable[int]) -> float:
     for count in counts:
         done += count
         timeline.append((time.perf_counter() - start, done))
-    return steady_rate(timeline)
+    return _told(steady_rate(timeline))
+
+
+def _told(rate: float | None) -> float:
+    if rate is None:
+        raise click.ClickException("the run was too short for its rate to be told: take more --images")
+    return rate
 
 
 # ---- scale: does memory, or the time an image takes, grow with their number?
@@ -607,8 +610,9 @@ def scale(counts: tuple[int, ...], as_json: bool) -> None:
             run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         found["runs"].append(run)
         megabytes = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in sorted(run["peak_bytes"].items()))
+        steady = "too short for a steady rate" if run["steady"] is None else f"{run['steady']:,.0f} images/s steady"
         click.echo(
-            f"{count:9,} images: {run['steady']:7,.0f} images/s steady, {run['seconds']:5.0f} s in all, "
+            f"{count:9,} images: {steady}, {run['seconds']:.0f} s in all, "
             f"the first after {run['first_seconds']:.0f} s; {megabytes}",
             err=True,
         )
@@ -693,7 +697,7 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
 
 @main.command()
 @click.option("--images", default=1024, show_default=True, help="Training images, each with five captions.")
-@click.option("--epochs", default=4, show_default=True, help="Of each way; the first one does not count.")
+@click.option("--epochs", type=click.IntRange(2), default=4, show_default=True, help="The first does not count.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def training(images: int, epochs: int, as_json: bool) -> None:
     """Captions per second of `imcap train` with one and two workers, against a bare loop and torchrun.
@@ -706,7 +710,6 @@ def training(images: int, epochs: int, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
         data = Path(folder, "data")
         _write_captioned_photographs(data, images)
-        cores = os.cpu_count() or 1
         for workers in (1, 2):
             model = Path(folder, f"model{workers}")
             command = [sys.executable, "-m", "imcap_ray", "train", str(data), str(model), "--num-workers", str(workers)]
@@ -722,7 +725,7 @@ def training(images: int, epochs: int, as_json: bool) -> None:
         ):
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] * (workers > 1)
             command = [sys.executable, *launcher, __file__, "bare-loop", str(data), vocabulary, str(epochs), *options]
-            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // workers))}
+            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
             rates[name] = _captions_per_second(images, json.loads(done.stdout))
     found: dict[str, Any] = {"machine": describe_machine(), "images": images}
@@ -766,7 +769,7 @@ def bare_loop(data: str, vocabulary: str, epochs: int, encode: bool) -> None:
     words = Vocabulary.from_json(Path(vocabulary).read_bytes())
     captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()[rank::world_size]
     ids = [[words.to_ids(text, max_length=recipe.training.max_caption_length) for text in texts] for texts in captions]
-    encoder = build_encoder(recipe.encoder, recipe.preprocessing) if encode else None
+    encoder = fold_batch_normalisation(build_encoder(recipe.encoder, recipe.preprocessing)) if encode else None
     size = recipe.preprocessing.image_size
     shape, dtype = ((3, size, size), torch.uint8) if encoder else ((49, 1280), torch.float16)
     inputs = (torch.rand(len(ids), *shape) * 255).to(dtype)  # what they show costs no time

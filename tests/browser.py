@@ -26,8 +26,11 @@ SECONDS_TO_START = 60
 
 def find_chromium() -> str | None:
     """Where it is; None where there is none."""
-    names = [os.environ["CHROMIUM"]] if "CHROMIUM" in os.environ else NAMES
-    return next((path for name in names if (path := shutil.which(name))), None)
+    if "CHROMIUM" in os.environ:
+        path = shutil.which(os.environ["CHROMIUM"])
+        assert path is not None, f"CHROMIUM names no program: {os.environ['CHROMIUM']}"
+        return path
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
 class Page:
@@ -78,6 +81,9 @@ class Page:
             **{"mobile": False, **metrics},
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call("Page.navigate", url="about:blank")  # else the page before, if it is the same file, is taken for it
+        while self.evaluate("location.protocol") != "about:":
+            time.sleep(0.1)
         self.call("Page.navigate", url=path.absolute().as_uri())
         while self.evaluate("document.readyState + location.protocol") != "completefile:":
             time.sleep(0.1)
@@ -118,7 +124,11 @@ def browser() -> Iterator[Page]:
                 page.close()
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _address_of_tab(port_file: Path) -> str:

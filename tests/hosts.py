@@ -1,7 +1,7 @@
 """Hosts for tests, made of Linux namespaces: each has processes, a network and a /tmp/ray of its own, and a real Ray.
 
-They share the installed programs, which they cannot write to, and a network with a store, S3 over HTTP; nothing else.
-All of it lies inside namespaces that end with the process that made them, however that one ends.
+They share the installed programs, whose file system they cannot write to, and a network with a store, S3 over HTTP;
+nothing else. All of it lies inside namespaces that end with the process that made them, however that one ends.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ _START_TRIES: Final = 3
 """Ray gives its own processes 30 s, which a machine that is busy with other things may need for their imports."""
 _REPOSITORY: Final = Path(__file__).parents[1]
 _PRIVATE: Final = "/tmp/ray"
-"""Where Ray puts its sessions, and all that a host can write to."""
+"""Where Ray puts its sessions; a host's own, as /dev/shm is."""
+
+_ISOLATED: Final = ("--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc")
 
 # The first process of a host. Its end ends all others, and it ends when its standard input does: with the test's
 # process, even if that is killed.
@@ -117,7 +119,7 @@ class Host:
     def processes(self) -> list[str]:
         """The command lines of all that runs here."""
         found = []
-        for path in Path(f"/proc/{self.holder.pid}/root/proc").glob("[0-9]*/cmdline"):
+        for path in Path("/proc", str(self.holder.pid), "root", "proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
                 found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         return found
@@ -240,12 +242,14 @@ def running_hosts(folder: Path) -> Iterator[Hosts]:
     """
     if shutil.which("ip") is None:
         pytest.skip("NOT TESTED: several hosts, for there is no program `ip`: apt-get install iproute2")
+    probe = ["unshare", *_ISOLATED, "ip", "link", "add", "bridge", "type", "bridge"]
+    probed = subprocess.run(probe, capture_output=True, text=True, check=False)
+    if probed.returncode:
+        why = probed.stderr.strip()
+        pytest.skip(f"NOT TESTED: several hosts, for this machine gives no namespaces (are you root?): {why}")
     with contextlib.ExitStack() as everyone:
         store = _boot(everyone, "store", f"{_NETWORK}.1", folder)
-        try:
-            store.run("ip", "link", "add", "bridge", "type", "bridge")
-        except AssertionError as error:
-            pytest.skip(f"NOT TESTED: several hosts, for this machine gives no bridge: {error}")
+        store.run("ip", "link", "add", "bridge", "type", "bridge")
         _set_address(store, "bridge")
         store.start(sys.executable, "-m", "moto.server", "-H", store.address, "-p", "5000")
         wait_until(lambda: "Running on" in store.said(), store.said)
@@ -267,10 +271,11 @@ def _stays(ray: subprocess.Popen[bytes], host: Host) -> bool:
 
 
 def _boot(everyone: contextlib.ExitStack, name: str, address: str, folder: Path) -> Host:
-    Path(_PRIVATE).mkdir(exist_ok=True)
-    isolated = ["--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"]
+    with contextlib.suppress(FileExistsError):
+        Path(_PRIVATE).mkdir()
+        Path(_PRIVATE).chmod(0o1777)  # as Ray would have it, for whoever starts one later
     holder = subprocess.Popen(
-        ["unshare", *isolated, "sh", "-c", _INIT, name],
+        ["unshare", *_ISOLATED, "sh", "-c", _INIT, name],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -278,10 +283,8 @@ def _boot(everyone: contextlib.ExitStack, name: str, address: str, folder: Path)
     host = Host(name, address, holder, folder / f"{name}.log")
     assert holder.stdout
     said = holder.stdout.readline().decode()
-    if said != "ready\n":
-        host.lose()
-        pytest.skip(f"NOT TESTED: several hosts, for this machine gives no namespaces (are you root?): {said.strip()}")
     everyone.callback(host.lose)
+    assert said == "ready\n", f"{name} does not come up: {said}"
     return host
 
 

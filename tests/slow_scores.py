@@ -75,14 +75,15 @@ def floor(references: Sequence[Sequence[Tokens]], num_candidates: int = 50) -> t
 
 
 def human(references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """Each annotator's references scored against the others'; the mean over annotators."""
+    """Each annotator's references scored against the others'; the mean over annotators, by their images."""
     images = [image for image in references if len(image) > 1]
-    found = []
+    found, weights = [], []
     for annotator in range(max(map(len, images))):
         annotated = [image for image in images if len(image) > annotator]
         others = [[*image[:annotator], *image[annotator + 1 :]] for image in annotated]
         found.append(scores([image[annotator] for image in annotated], others))
-    return {name: float(np.mean([one[name] for one in found])) for name in NAMES}
+        weights.append(len(annotated))
+    return {name: sum(w * one[name] for w, one in zip(weights, found, strict=True)) / sum(weights) for name in NAMES}
 
 
 def rouge_l(hypothesis: Tokens, references: Sequence[Tokens]) -> float:

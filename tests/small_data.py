@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from imcap_ray.config import SearchConfig
 
@@ -21,6 +21,17 @@ WORDS = (
 IMAGE_SIZE = 64
 ODD_KEY = "odd.jpg.1"
 """A key of the token file that, as in the real one, is in no split and has no file."""
+
+TINY_TRAINING: Final[dict[str, object]] = {
+    "encoder.name": "efficientnet_lite0",
+    "preprocessing.image_size": 64,
+    "vocabulary.min_count": 1,
+    "decoder.embedding_size": 32,
+    "decoder.hidden_size": 32,
+    "decoder.num_heads": 4,
+    "training.batch_size": 4,
+}
+"""Settings of a recipe for data as small as these."""
 
 
 def jpeg(number: int = 0, *, width: int = 80, height: int = 60) -> bytes:
@@ -59,6 +70,24 @@ def write_flickr8k(folder: Path, *, num_train: int = 8, num_validation: int = 2,
         chosen = names[starts[split] : starts[split] + count]
         (folder / f"Flickr_8k.{split}Images.txt").write_text("\n".join(chosen) + "\n", encoding="utf-8")
     return folder
+
+
+def randomise_batch_normalisation(cnn: nn.Module) -> None:
+    """Statistics, scales and shifts unlike those of a new one, with which it does nothing."""
+    import torch
+    from torch import nn
+
+    generator = torch.Generator().manual_seed(0)
+    for module in cnn.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            for tensor, scale, shift in (
+                (module.running_mean, 0.1, 0.0),
+                (module.bias.data, 0.1, 0.0),
+                (module.running_var, 0.5, 0.75),
+                (module.weight.data, 0.5, 0.75),
+            ):
+                tensor.copy_(torch.rand(module.num_features, generator=generator) * scale + shift)
 
 
 def write_model_folder(

@@ -171,7 +171,7 @@ def _start(*, num_actors: int, verbose: bool) -> None:
                 address="local",
                 num_cpus=max(
                     MINIMUM_LOCAL_CPUS,
-                    SPARE_LOCAL_CPUS + max(_cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * _cores())),
+                    SPARE_LOCAL_CPUS + max(cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * cores())),
                 ),
                 include_dashboard=False,
                 log_to_driver=verbose,
@@ -302,13 +302,13 @@ def _resources() -> ClusterResources:
         cpus=cpus,
         gpus=available.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),  # type: ignore[no-untyped-call]
-        physical_cores=_cores() if is_local else int(cpus),
+        physical_cores=cores() if is_local else int(cpus),
         max_cpus=float(maximum.get("CPU", 0)),
         max_gpus=float(maximum.get("GPU", 0)),
     )
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use: a container's quota and a CPU affinity both count."""
     quota = int(get_num_cpus(override_docker_cpu_warning=True))
     return min(quota, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else quota

@@ -122,6 +122,10 @@ def cache_key(
     return digest.hexdigest()[:16]
 
 
+def _told_total(on_progress: Callable[[Progress, int], None], total: int, progress: Progress) -> None:
+    on_progress(progress, total)
+
+
 def cache_features(
     images: pa.Table,
     folder: str,
@@ -130,13 +134,16 @@ def cache_features(
     flip: bool,
     num_actors: int,
     gpus_per_actor: float,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[Progress, int], None],
     can_grow: bool = False,
 ) -> FeatureCache:
     """Features of each image of a table of `DATASET_SCHEMA`, in Parquet files in `folder`.
 
     Images that an earlier call has written are not encoded again, unless their file is damaged: what is in the files
     counts, not what a work folder says of them.
+
+    Args:
+        on_progress: called about once a second with the progress and the number of images to do.
 
     Raises:
         DatasetError: not one image could be read.
@@ -160,7 +167,7 @@ def cache_features(
                 flip=flip,
                 num_actors=num_actors,
                 gpus_per_actor=gpus_per_actor,
-                on_progress=on_progress,
+                on_progress=partial(_told_total, on_progress, left.num_rows),
                 can_grow=can_grow,
             )
             done = _keep_whole_parts(folder, {})

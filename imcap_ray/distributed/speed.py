@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import signal
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +20,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -26,10 +29,10 @@ from PIL import Image
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import load_captioner, search_captions
 from imcap_ray.distributed.captioning import BATCH_SIZE, ImageCaptioner, caption_images
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster import connect, cores
 from imcap_ray.distributed.images import Progress, read_rows, repeating
 from imcap_ray.distributed.memory import keep_freed_memory
-from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import build_manifest
 
@@ -105,10 +108,10 @@ class RunSpeed:
     """From the start of the process to the last row."""
     first_seconds: float
     """From the start of the process until there were captions."""
-    steady: float
-    """Images per second while all actors were busy."""
+    steady: float | None
+    """Images per second while all actors were busy; None where that was too short to be told."""
     cpu_seconds: dict[str, float]
-    """By kind of process, of those that lived at the end; empty where there is no /proc."""
+    """By kind of process; empty where there is no /proc."""
     peak_bytes: dict[str, int]
     """Resident memory of the largest process of each kind; empty where there is no /proc."""
     bound: str
@@ -128,23 +131,26 @@ class Comparison:
     run: RunSpeed
 
     @property
-    def share_of_limit(self) -> float:
-        """The run's steady speed by the limit."""
-        return self.run.steady / self.limit.images_per_second
+    def share_of_limit(self) -> float | None:
+        """The run's steady speed by the limit; None where that was too short to be told."""
+        return None if self.run.steady is None else self.run.steady / self.limit.images_per_second
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         run = {name: round(value, 2) if isinstance(value, float) else value for name, value in asdict(self.run).items()}
         run["images_per_second"] = round(self.run.images_per_second, 2)
-        return {"limit": self.limit.to_dict(), "run": run, "share_of_limit": round(self.share_of_limit, 3)}
+        share = None if self.share_of_limit is None else round(self.share_of_limit, 3)
+        return {"limit": self.limit.to_dict(), "run": run, "share_of_limit": share}
 
     def lines(self) -> list[str]:
         """A table, and the bottleneck in one sentence."""
         limit, run = self.limit, self.run
         where = "GPU" if limit.on_gpu else "all cores"
 
-        def line(name: str, rate: float, remark: str) -> str:
-            return f"{name:24}{rate:10,.1f}  {remark}"
+        def line(name: str, rate: float | None, remark: str) -> str:
+            return f"{name:24}{'-' if rate is None else format(rate, ',.1f'):>10}  {remark}"
+
+        share = "too short to be told" if self.share_of_limit is None else f"{self.share_of_limit:.2f} of the limit"
 
         return [
             f"{'':24}{'images/s':>10}",
@@ -155,7 +161,7 @@ class Comparison:
                 f"{limit.model.spread}, {where}, {limit.model_batch_size} images at a time",
             ),
             line("limit", limit.images_per_second, "the slower of both" if limit.on_gpu else "both on the same cores"),
-            line("imcap caption, steady", run.steady, f"{self.share_of_limit:.2f} of the limit"),
+            line("imcap caption, steady", run.steady, share),
             line(
                 "imcap caption, in all",
                 run.images_per_second,
@@ -174,20 +180,34 @@ def compare_with_limit(
         InputError: there is no image in `input`.
         ImcapError: what the run ended with.
     """
-    limit = measure_limit(list(some_files(input, IMAGES_PER_ROUND)), models)
+    limit = measure_limit(some_files(input, IMAGES_PER_ROUND), models)
     run = measure_run(input, output, models=models, num_actors=num_actors, batch_size=batch_size or BATCH_SIZE)
     return Comparison(limit=limit, run=run)
 
 
-def some_files(input: str, count: int) -> Iterator[bytes]:
-    """The bytes of the first images of a folder or a table that can be read."""
+def some_files(input: str, count: int) -> list[bytes]:
+    """The bytes of so many images of a folder or a table, or of fewer: taken evenly, without those that are broken.
+
+    Raises:
+        InputError: none of them is whole.
+    """
     with TemporaryDirectory() as manifest:
-        build_manifest(input, manifest, limit=count)
-        rows = [row for path in sorted(Path(manifest).glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-    files = [data for _, data in read_rows(rows, input) if isinstance(data, bytes)]
+        build_manifest(input, manifest)
+        images = pads.dataset(manifest, format="parquet")
+        total = images.count_rows()
+        rows = images.take([number * total // min(count, total) for number in range(min(count, total))]).to_pylist()
+    files = [data for _, data in read_rows(rows, input) if isinstance(data, bytes) and _is_whole(data)]
     if not files:
-        raise InputError(f"{input}: none of the first {len(rows)} images can be read")
-    yield from files
+        raise InputError(f"{input}: none of {len(rows)} of its {total} images can be read")
+    return files
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        decode_image(data, image_size=32)
+    except ImageError:
+        return False
+    return True
 
 
 def describe_machine() -> dict[str, Any]:
@@ -196,7 +216,7 @@ def describe_machine() -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "ray", "pyarrow", "pillow")}
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
-        "cores": os.cpu_count() or 1,
+        "cores": cores(),
         "gpu": ", ".join(gpus) or "none",
         "python": platform.python_version(),
         **versions,
@@ -209,16 +229,21 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     Args:
         images: some of the files, used again and again.
         models: folders of models that caption together; none: the one that comes with the package.
+
+    Raises:
+        ModelError: they cannot.
     """
+    load_captioner(models)  # what is wrong with it is found here, and not in Ray's processes
     resources = connect("local")
-    cores, gpus = resources.physical_cores, int(resources.gpus)
+    gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
-    decoders = [_Alone.remote(files, models) for _ in range(cores)]  # type: ignore[attr-defined]
-    decode = _measure(decoders, rounds, lambda worker: worker.decode.remote())
-    captioners = decoders
+    workers = [_Alone.remote(files, models) for _ in range(resources.physical_cores)]  # type: ignore[attr-defined]
+    decode = _measure(workers, rounds, lambda worker: worker.decode.remote())
     if gpus:
-        captioners = [_Alone.options(num_gpus=1).remote(files, models) for _ in range(gpus)]  # type: ignore[attr-defined]
-    rates = {size: _measure(captioners, rounds, partial(_start_captioning, size)) for size in BATCH_SIZES}
+        for worker in workers:  # they hold the CPUs that the next ones need
+            ray.kill(worker)
+        workers = [_Alone.options(num_gpus=1).remote(files, models) for _ in range(gpus)]  # type: ignore[attr-defined]
+    rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in BATCH_SIZES}
     best = max(rates, key=lambda size: rates[size].median)
     ray.shutdown()
     return Limit(decode=decode, model=rates[best], model_batch_size=best, on_gpu=gpus > 0)
@@ -289,6 +314,9 @@ def measure_run(
         answer = receiver.recv()
     except EOFError:
         raise ImcapError("the captioning run that was to be measured died") from None
+    except BaseException:  # Ctrl-C reaches this process alone: the run has a session of its own
+        process.terminate()
+        raise
     finally:
         process.join()
     if isinstance(answer, ImcapError):
@@ -298,6 +326,7 @@ def measure_run(
 
 
 def _send_run(sender: Connection, *arguments: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # through every `finally`
     try:
         sender.send(watch_run(*arguments))
     except ImcapError as error:
@@ -343,7 +372,7 @@ def watch_run(
         num_images=summary.num_new,
         seconds=seconds,
         first_seconds=timeline[0][0] if timeline else seconds,
-        steady=steady_rate(timeline) or summary.num_new / seconds,
+        steady=steady_rate(timeline),
         cpu_seconds=watch.cpu_seconds,
         peak_bytes=watch.peak_bytes,
         bound=summary.bound,
@@ -355,16 +384,16 @@ def _note(timeline: list[tuple[float, int]], seconds: float, progress: Progress)
         timeline.append((seconds, progress.num_images))
 
 
-def steady_rate(timeline: Sequence[tuple[float, int]]) -> float:
+def steady_rate(timeline: Sequence[tuple[float, int]]) -> float | None:
     """Images per second in the middle of a run, from (seconds, images done so far): the slope of a straight line.
 
-    0.0 where there are fewer than three different ones in `STEADY_SHARES` of the images.
+    None where there are fewer than three different ones in `STEADY_SHARES` of the images.
     """
     total = timeline[-1][1] if timeline else 0
     low, high = (share * total for share in STEADY_SHARES)
     points = [(seconds, done) for seconds, done in timeline if low <= done <= high]
     if len({done for _, done in points}) < 3:
-        return 0.0
+        return None
     seconds, done = np.array(points).T
     slope, _ = np.polyfit(seconds, done, 1)
     return float(slope)
@@ -374,20 +403,27 @@ class _ProcessWatch:
     """What the processes of this session use, by kind."""
 
     def __init__(self) -> None:
-        self.cpu_seconds: dict[str, float] = {}
+        self._used: dict[int, tuple[str, float]] = {}  # by process, of those that have ended too
         self.peak_bytes: dict[str, int] = {}
+
+    @property
+    def cpu_seconds(self) -> dict[str, float]:
+        """Summed over the processes of a kind; a worker counts for what it did last."""
+        used: defaultdict[str, float] = defaultdict(float)
+        for kind, seconds in self._used.values():
+            used[kind] += seconds
+        return {kind: round(seconds, 2) for kind, seconds in sorted(used.items())}
 
     def look(self) -> None:
         """Note what they have used so far."""
-        used: defaultdict[str, float] = defaultdict(float)
-        for kind, cpu_seconds, resident_bytes in _processes():
-            used[kind] += cpu_seconds
+        for pid, kind, cpu_seconds, resident_bytes in _processes():
+            known, _ = self._used.get(pid, (kind, 0.0))
+            self._used[pid] = ("actors" if known == "actors" else kind, cpu_seconds)
             self.peak_bytes[kind] = max(self.peak_bytes.get(kind, 0), resident_bytes)
-        self.cpu_seconds = {kind: round(seconds, 2) for kind, seconds in sorted(used.items())}
 
 
-def _processes() -> Iterator[tuple[str, float, int]]:
-    """Kind, seconds of CPU and resident bytes of each process of this session."""
+def _processes() -> Iterator[tuple[int, str, float, int]]:
+    """Number, kind, seconds of CPU and resident bytes of each process of this session."""
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -399,7 +435,7 @@ def _processes() -> Iterator[tuple[str, float, int]]:
         except OSError:
             continue  # it has just ended
         cpu_ticks = int(values[11]) + int(values[12])  # utime and stime: fields 14 and 15 of proc(5)
-        yield _kind(int(folder.name), command), cpu_ticks / ticks, resident_pages * page
+        yield int(folder.name), _kind(int(folder.name), command), cpu_ticks / ticks, resident_pages * page
 
 
 def _kind(pid: int, command: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,7 +120,7 @@ def train(
     features: str | None = None,
     echo: Callable[[str], None] = print,
     echo_epoch: Callable[[str], None] | None = None,
-    on_features: Callable[[str, int, Progress], None] = lambda split, total, progress: None,
+    on_features: Callable[[str, Progress, int], None] = lambda split, progress, total: None,
 ) -> TrainingResult:
     """Train a decoder on the data set's training split and write the model folder.
 
@@ -133,7 +135,8 @@ def train(
             as many as the cluster has room for, fewer when a node dies and more when one joins.
         features: folder for cached features; None: `_features` beside the model folder, shared by its neighbours.
         echo_epoch: called with the line of an epoch, one after the other; None: `echo`.
-        on_features: called about once a second with the split whose images are encoded, their number, and the progress.
+        on_features: called about once a second with the split whose images are encoded, the progress, and the number
+            of images to do.
 
     Raises:
         InputError: something does not fit, found before work began.
@@ -148,7 +151,9 @@ def train(
     if recipe.training.batch_size < most:
         raise InputError(f"--num-workers {most} exceeds the recipe's batch of {recipe.training.batch_size} images")
     what = f"--num-workers {describe_workers(num_workers)}"
-    require(resources, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
+    # Ray asks no autoscaler for CPUs of an elastic training: the least have to be there.
+    present = resources if isinstance(num_workers, int) or gpus else replace(resources, max_cpus=0.0)
+    require(present, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
     train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
     first_path = train_images["image_path"][0].as_py()
     if not storage.exists(first_path):
@@ -230,6 +235,7 @@ def train(
             if resumed is None or next_phase(resumed.history, recipe) == phase:
                 raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
             history = resumed.history
+            trackers.log(history)
     best, newest = choose_best(run, echo=echo)
     weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
     kept = _with_cnn(encoder, weights)
@@ -273,7 +279,7 @@ def _cache(
     folder: str,
     resources: ClusterResources,
     echo: Callable[[str], None],
-    on_features: Callable[[str, int, Progress], None],
+    on_features: Callable[[str, Progress, int], None],
 ) -> dict[str, FeatureCache]:
     """The features of each split under this encoder, made or found."""
     caches = {}
@@ -297,7 +303,7 @@ def _cache(
             num_actors=default_num_actors(resources, gpus),
             gpus_per_actor=gpus,
             can_grow=not resources.is_local,
-            on_progress=partial(on_features, split, images.num_rows),
+            on_progress=partial(on_features, split),
         )
         for note in caches[split].notes:
             echo(f"features of {split} images: {note}")
@@ -497,6 +503,7 @@ def _fit(
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
         with repeating(watch, seconds=2.0):
+            handler = signal.getsignal(signal.SIGINT)
             try:
                 trainer.fit()
             except SystemExit as error:  # what Ray Train makes of Ctrl-C, without a word
@@ -505,6 +512,9 @@ def _fit(
                 raise ImcapError(
                     f"training stopped by an error: {explain(error)}; the same command goes on after its last epoch"
                 ) from error
+            finally:  # Ray Train leaves its own in place, which ends the process with 0 once the training is over
+                if threading.current_thread() is threading.main_thread():
+                    signal.signal(signal.SIGINT, handler)
 
 
 def _read_features(cache: FeatureCache) -> ray.data.Dataset:
@@ -542,7 +552,10 @@ def _watch_epochs(work: str, echo: Callable[[str], None], trackers: Trackers) ->
 
     def look() -> None:
         nonlocal known, num_logged
-        rows = read_metrics(work)
+        try:
+            rows = read_metrics(work)
+        except OSError:  # the next look may find the store again, and the training does not depend on this one
+            return
         for row in rows[known:]:
             echo(
                 f"epoch {row['epoch']}: {_describe_learning(row)}, validation CIDEr-D "

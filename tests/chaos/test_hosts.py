@@ -17,14 +17,7 @@ pytestmark = pytest.mark.timeout(1800)
 
 NUM_IMAGES: Final = 300
 EPOCHS: Final = 8
-RECIPE: Final = {
-    "encoder.name": "efficientnet_lite0",
-    "preprocessing.image_size": 64,
-    "vocabulary.min_count": 1,
-    "decoder.embedding_size": 32,
-    "decoder.hidden_size": 32,
-    "decoder.num_heads": 4,
-    "training.batch_size": 4,
+RECIPE: Final = small_data.TINY_TRAINING | {
     "training.epochs": EPOCHS,
     "training.patience": 0,
 }

@@ -20,19 +20,12 @@ from ray.cluster_utils import Cluster
 
 from tests import small_data
 
-pytestmark = pytest.mark.timeout(600, func_only=True)  # a test's own time, without the undisturbed training's
+pytestmark = pytest.mark.timeout(300, func_only=True)  # a test's own time, without the undisturbed training's
 
 EPOCHS: Final = 24
 EPOCHS_ON_TWO_NODES: Final = 8
-SETTINGS: Final = {
-    "encoder.name": "efficientnet_lite0",
-    "preprocessing.image_size": 64,
-    "vocabulary.min_count": 1,
-    "decoder.embedding_size": 32,
-    "decoder.hidden_size": 32,
-    "decoder.num_heads": 4,
+SETTINGS: Final = small_data.TINY_TRAINING | {
     "decoder.dropout": 0.3,
-    "training.batch_size": 4,
     "training.learning_rate": 2e-2,
     "training.warmup_steps": 10,
     "training.ema_decay": 0.8,

@@ -54,7 +54,7 @@ def test_damaged_files_are_made_anew_and_only_those(
     folder = tmp_path / "features"
     encoded: list[int] = []
     options: dict[str, Any] = {"encoder": encoder, "flip": False, "num_actors": 1, "gpus_per_actor": 0.0}
-    options["on_progress"] = lambda progress: encoded.append(progress.num_images)
+    options["on_progress"] = lambda progress, total: encoded.append(progress.num_images)
     first = features_by_image(cache_features(images, str(folder), **options))
     changed, deleted, *_ = sorted(folder.glob("*.parquet"))
     in_others = NUM_IMAGES - sum(pq.read_metadata(file).num_rows for file in (changed, deleted))

@@ -20,7 +20,7 @@ from tests.odd_images import encode, photo
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
-import json, sys, threading, time, urllib.request
+import json, os, sys, threading, time, urllib.request
 from pathlib import Path
 import ray
 from imcap_ray.distributed.captioning import caption_images
@@ -34,8 +34,10 @@ ended, scrapes, names = threading.Event(), [], set()
 
 def watch():
     while not ended.wait(0.5):
-        names.update(path.read_text(errors="replace").strip("\\0") for path in Path("/proc").glob("[0-9]*/cmdline"))
         try:
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                if os.getsid(int(path.parent.name)) == os.getsid(0):  # of this run
+                    names.add(path.read_text(errors="replace").strip("\\0"))
             scrapes.append(urllib.request.urlopen(url, timeout=5).read().decode())
         except OSError:
             pass
@@ -44,7 +46,15 @@ threading.Thread(target=watch, daemon=True).start()
 photographs, output = sys.argv[1:]
 summary = caption_images(photographs, output, load_captioner=TakesSteps, resources=resources, num_actors=2,
                          batch_size=8, max_failure_rate=1.0)
-time.sleep(5)
+
+def total(scrape):
+    lines = [line for line in scrape.splitlines() if line.startswith("ray_imcap_images_total{")]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline and total(scrapes[-1]) < summary.num_images:
+    time.sleep(0.5)
+time.sleep(3)  # for what would be counted twice
 ended.set()
 Path(output, "seen.json").write_text(json.dumps({"scrapes": scrapes, "names": sorted(names), "counts": summary.counts}))
 """
@@ -76,6 +86,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_metrics_report_interval_ms": "1000"},
         capture_output=True,
         text=True,
+        start_new_session=True,
         timeout=600,
         check=False,
     )

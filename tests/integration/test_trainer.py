@@ -25,15 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 
-SMALL = {
-    "encoder.name": "efficientnet_lite0",
-    "preprocessing.image_size": 64,
-    "vocabulary.min_count": 1,
-    "decoder.embedding_size": 32,
-    "decoder.hidden_size": 32,
-    "decoder.num_heads": 4,
+SMALL = small_data.TINY_TRAINING | {
     "decoder.dropout": 0.0,
-    "training.batch_size": 4,
     "training.learning_rate": 1e-2,
     "training.warmup_steps": 0,
     "training.ema_decay": 0.0,

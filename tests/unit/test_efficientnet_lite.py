@@ -8,24 +8,19 @@ import sys
 import pytest
 import timm
 import torch
-from torch import nn
 
 from imcap_ray.efficientnet_lite import EfficientNetLite
+from tests.small_data import randomise_batch_normalisation
 
 
 @pytest.mark.parametrize("image_size", [224, 65])
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_features_are_those_of_timm(number: int, image_size: int) -> None:
     judge = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=0).eval()
-    generator = torch.Generator().manual_seed(number)
-    for module in judge.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) / 10)
-            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    randomise_batch_normalisation(judge)
     ours = EfficientNetLite(number).eval()
     ours.load_state_dict(judge.state_dict())
-    pixels = torch.randn(1, 3, image_size, image_size, generator=generator)
+    pixels = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(number))
 
     with torch.inference_mode():
         assert torch.equal(ours(pixels), judge.forward_features(pixels))

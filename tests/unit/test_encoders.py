@@ -29,6 +29,7 @@ from imcap_ray.encoders import (
     resolve_normalisation,
 )
 from imcap_ray.errors import ConfigError, ModelError
+from tests.small_data import randomise_batch_normalisation
 
 SMALL = PreprocessingConfig(image_size=64)
 TINY = EncoderConfig(name="timm:test_efficientnet")
@@ -62,7 +63,7 @@ def wheel_file(number: int) -> Path:
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50"])
 def test_folding_leaves_no_batch_normalisation_and_the_same_features(name: str) -> None:
     encoder = build_encoder(EncoderConfig(name=name), SMALL, load_weights=False)
-    _randomise_statistics(encoder.cnn)
+    randomise_batch_normalisation(encoder.cnn)
     folded = fold_batch_normalisation(encoder)
     assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.inference_mode():
@@ -91,20 +92,10 @@ class _NormalisesFirst(nn.Module):
 
 def test_a_cnn_of_another_order_is_not_folded() -> None:
     cnn = _NormalisesFirst()
-    _randomise_statistics(cnn)
+    randomise_batch_normalisation(cnn)
     weights = EncoderWeights(source="random", sha256="")
     encoder = Encoder(cnn, mean=LITE_MEAN, std=LITE_STD, image_size=64, weights=weights)
     assert fold_batch_normalisation(encoder) is encoder
-
-
-def _randomise_statistics(cnn: nn.Module) -> None:
-    """Those of a new normalisation are 0 and 1, and folding would be no work."""
-    generator = torch.Generator().manual_seed(0)
-    for module in cnn.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            assert module.running_mean is not None and module.running_var is not None
-            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
-            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
 
 
 # ---- features

@@ -23,10 +23,8 @@ from imcap_ray.metrics import (
     EvaluationReport,
     Scores,
     cider_d,
-    constant_caption_floor,
     corpus_bleu,
     evaluate,
-    human_agreement,
     rouge_l,
     score,
     scored_tokens,
@@ -219,17 +217,20 @@ def values_of(scores: Scores) -> dict[str, float]:
     return {name: getattr(scores, name) for name in slow_scores.NAMES}
 
 
-@pytest.mark.parametrize("references_at_a_time", [3, 40_000])
+@pytest.mark.parametrize(("references_at_a_time", "places_at_a_time"), [(3, 7), (40_000, 4_000_000)])
 def test_every_number_of_a_report_is_that_of_the_slow_judge(
-    references_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    references_at_a_time: int, places_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus_module, "_REFERENCES_AT_A_TIME", references_at_a_time)
+    monkeypatch.setattr(corpus_module, "_PLACES_AT_A_TIME", places_at_a_time)
     references = make_references(60)
     for number, image_id in enumerate(references):  # one to five references, some without a word, some long
         references[image_id] = references[image_id][: 1 + number % 5]
     references["image-7.jpg"] = [" .", "a dog " * 40]
     captions = {image_id: f"{references[f'image-{(i // 2) * 2}.jpg'][0]} dog" for i, image_id in enumerate(references)}
     captions |= {"image-3.jpg": "", "image-4.jpg": "zebra", "image-7.jpg": "a dog and " * 30}
+    # As many tokens as there are bits in a word, and one more.
+    captions |= {"image-8.jpg": "a dog in snow " * 16, "image-9.jpg": "a dog in snow " * 16 + "runs"}
     others = {image_id: texts[-1] for image_id, texts in references.items()}
 
     report = evaluate(captions, references, against=("others", others))
@@ -333,19 +334,12 @@ def test_the_floor_is_the_best_of_all_constant_captions():
     tokens = to_tokens(references)
     constants = [reference for image in tokens for reference in image]
 
-    caption, scores = constant_caption_floor(references)
+    report = evaluate({image_id: texts[0] for image_id, texts in references.items()}, references)
+    caption, scores = report.floor_caption, report.floor
 
     assert scores.cider_d == pytest.approx(max(cider_d([one] * 40, tokens)[0] for one in constants))
     assert scores == score(dict.fromkeys(references, caption), references)
     assert scores.num_distinct_captions == 1
-
-
-def test_the_floor_is_chosen_among_the_candidates_given():
-    candidates = ["A zebra .", "A dog runs through the grass .", "Nothing ."]
-
-    caption, _ = constant_caption_floor(make_references(40), candidates=candidates)
-
-    assert caption == "A dog runs through the grass ."
 
 
 def test_human_agreement_is_the_mean_over_annotators():
@@ -358,7 +352,7 @@ def test_human_agreement_is_the_mean_over_annotators():
         for annotator in range(3)
     ]
 
-    human = human_agreement(references)
+    human = human_line(references)
 
     for name in ("bleu_1", "bleu_4", "rouge_l", "cider_d", "length_ratio"):
         assert getattr(human, name) == pytest.approx(sum(getattr(scores, name) for scores in one_out) / 3)
@@ -367,9 +361,23 @@ def test_human_agreement_is_the_mean_over_annotators():
 def test_human_agreement_is_of_the_images_with_two_references():
     references = make_references(20)
 
-    assert human_agreement({**references, "lonely.jpg": ["A dog ."]}) == human_agreement(references)
-    with pytest.raises(DatasetError, match="two references or more"):
-        human_agreement({"lonely.jpg": ["A dog ."]})
+    assert human_line({**references, "lonely.jpg": ["A dog ."]}) == human_line(references)
+    assert evaluate({"lonely.jpg": "A dog"}, {"lonely.jpg": ["A dog ."]}).human is None
+
+
+def test_an_annotator_of_one_image_does_not_count_as_much_as_the_others():
+    references = make_references(60)
+    before = human_line(references)
+
+    after = human_line(references | {"image-0.jpg": [*references["image-0.jpg"], "A dog runs ."]})
+
+    assert after.cider_d == pytest.approx(before.cider_d, rel=0.02)
+
+
+def human_line(references: Mapping[str, Sequence[str]]) -> Scores:
+    human = evaluate({image_id: texts[0] for image_id, texts in references.items()}, references).human
+    assert human is not None
+    return human
 
 
 def test_a_report_holds_what_its_parts_compute():
@@ -379,8 +387,7 @@ def test_a_report_holds_what_its_parts_compute():
     report = evaluate(captions, references, split="validation", notes="beam 4")
 
     assert report.scores == score(captions, references)
-    assert (report.floor_caption, report.floor) == constant_caption_floor(references)
-    assert report.human == human_agreement(references)
+    assert report.floor == score(dict.fromkeys(references, report.floor_caption), references)
     assert report.protocol.references_per_image == (5, 5)
     assert (report.protocol.split, report.protocol.num_images) == ("validation", 30)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.captioner import read_model_folder
+from imcap_ray.captioner import Captioner, read_model_folder
 from imcap_ray.report_model import read_model_of_run
 from tests.small_data import jpeg, write_model_folder
 
@@ -30,7 +30,9 @@ def test_the_model_of_a_run_tells_its_training_and_where_it_looks(model: str) ->
     assert [word for word, _ in found.attend(jpeg(1), "a dog")] == ["a", "dog"]
 
 
-def test_without_attention_no_model_is_loaded(model: str) -> None:
+def test_without_attention_no_model_is_loaded(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Captioner, "load")
+
     found = read_model_of_run({"model": model}, with_attention=False)
 
     assert (len(found.history), found.attend, found.note) == (1, None, "")
@@ -44,6 +46,17 @@ def test_a_model_that_is_not_there_or_another_by_now_is_said(model: str, tmp_pat
     assert other.note == f"{model} is another model by now than the one of these captions"
     assert gone.attend is other.attend is None
     assert gone.history == other.history == ()
+
+
+@pytest.mark.parametrize("metrics", ["[]", '{"history": 3}', '{"history": [3]}', '{"history": {"epoch": 1}}'])
+def test_damaged_metrics_are_said_and_break_no_report(metrics: str, tmp_path: Path) -> None:
+    folder = Path(write_model_folder(tmp_path))
+    (folder / "metrics.json").write_text(metrics)
+
+    found = read_model_of_run({"model": str(folder)}, with_attention=True)
+
+    assert "damaged" in found.note
+    assert (found.history, found.attend) == ((), None)
 
 
 def test_a_decoder_without_attention_is_said(tmp_path: Path) -> None:

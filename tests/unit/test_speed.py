@@ -48,7 +48,7 @@ def test_the_steady_rate_knows_nothing_of_the_start_and_the_end() -> None:
     "timeline", [[], [(3.0, 100)], [(3.0, 50), (4.0, 100)], [(s, 32) for s in range(9)] + [(9, 64)]]
 )
 def test_too_short_a_run_has_no_steady_rate(timeline: list[tuple[float, int]]) -> None:
-    assert steady_rate(timeline) == 0.0
+    assert steady_rate(timeline) is None
 
 
 def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
@@ -66,6 +66,15 @@ def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
     text = "\n".join(comparison.lines())
     assert "0.80 of the limit" in text and "1,000 images in 20 s" in text and text.endswith("model-bound")
     assert comparison.to_dict()["run"]["images_per_second"] == 50
+
+
+def test_a_run_too_short_for_a_steady_rate_is_said_to_be() -> None:
+    run = RunSpeed(
+        num_images=64, seconds=9.0, first_seconds=8.0, steady=None, cpu_seconds={}, peak_bytes={}, bound="model-bound"
+    )
+    comparison = Comparison(limit=make_limit(on_gpu=True), run=run)
+    assert comparison.to_dict()["share_of_limit"] is None
+    assert "too short to be told" in "\n".join(comparison.lines())
 
 
 def test_made_photographs_are_jpegs_of_their_size_and_no_two_are_alike(tmp_path: Path) -> None:
@@ -86,15 +95,21 @@ def test_a_table_of_them_holds_the_same_bytes(tmp_path: Path) -> None:
     assert [row["image"] for row in rows] == [file.read_bytes() for file in sorted((tmp_path / "files").rglob("*.jpg"))]
 
 
-def test_some_files_are_the_first_that_can_be_read(tmp_path: Path) -> None:
-    write_photographs(str(tmp_path / "files"), 5, (20, 20))
+def test_some_files_are_taken_evenly_and_without_the_broken_ones(tmp_path: Path) -> None:
+    small, large = tmp_path / "files" / "a", tmp_path / "files" / "b"
+    write_photographs(str(small), 4, (20, 20))
+    write_photographs(str(large), 4, (90, 90))
+    next(large.rglob("*.jpg")).write_bytes(b"no image")
     write_table(str(tmp_path / "files"), str(tmp_path / "table.parquet"))
     for source in ("files", "table.parquet"):
-        found = list(some_files(str(tmp_path / source), 3))
-        assert len(found) == 3
-        assert Image.open(io.BytesIO(found[0])).size == (20, 20)
+        sizes = [Image.open(io.BytesIO(data)).size for data in some_files(str(tmp_path / source), 8)]
+        assert sorted(sizes) == [(20, 20)] * 4 + [(90, 90)] * 3
+        assert {Image.open(io.BytesIO(data)).size for data in some_files(str(tmp_path / source), 4)} == set(sizes)
 
 
-def test_a_folder_without_images_cannot_be_measured(tmp_path: Path) -> None:
+def test_a_folder_without_a_whole_image_cannot_be_measured(tmp_path: Path) -> None:
     with pytest.raises(InputError):
-        list(some_files(str(tmp_path), 3))
+        some_files(str(tmp_path), 3)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of 1 of its 1 images can be read"):
+        some_files(str(tmp_path), 3)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from imcap_ray.trackers import EVENTS_FOLDER, MLFLOW_FILE, MlflowRun, TensorBoardFolder, tracking
 
@@ -20,16 +21,12 @@ def epochs(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def without_mlflow_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("URI", "EXPERIMENT_NAME", "EXPERIMENT_ID"):
-        monkeypatch.delenv(f"MLFLOW_TRACKING_{name}" if name == "URI" else f"MLFLOW_{name}", raising=False)
-    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID", "MLFLOW_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard shows of a folder."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     shown = EventAccumulator(str(folder))
     shown.Reload()
     return {
@@ -53,9 +50,6 @@ def test_tensorboard_shows_every_epoch_once_after_an_interruption(tmp_path: Path
 
 
 def test_tensorboard_that_is_looking_sees_the_next_epoch(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     writer, shown = TensorBoardFolder(str(tmp_path)), EventAccumulator(str(tmp_path))
     seen = []
     for count in (1, 2, 3):
@@ -107,7 +101,6 @@ class Server:
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow would rather have a database since 3.7
     return Server(tmp_path / "mlruns")
 
