@@ -113,7 +113,7 @@ def test_the_metrics_endpoint_tells_waits_beam_steps_and_speed(seen: dict[str, A
     assert num_batches == int(num_batches) >= 200 / 8
     # Each of the two actors waits between two batches; before its first it loads.
     assert num_batches - 2 <= last["ray_imcap_queue_wait_seconds_count"][actor] <= num_batches - 1
-    assert 1 < max(rates) < 120, "two actors of 50 images/s each"
+    assert 1 < max(rates) < 40, "two actors of 17 images/s each, for six seconds"
 
 
 def test_the_dashboard_and_the_process_list_name_our_operators(seen: dict[str, Any]) -> None:
