@@ -135,6 +135,7 @@ class Captioner:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.encoder = encoder.to(self.device).eval()
         self.decoder = decoder.to(self.device).eval()
+        self.decoder.freeze()
         self.vocabulary = vocabulary
         self.search = search
         self.fingerprint = fingerprint

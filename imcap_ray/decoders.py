@@ -56,6 +56,7 @@ class AttentionDecoder(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
+        self._word_gates: Tensor | None = None
 
     def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
         """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
@@ -97,11 +98,17 @@ class AttentionDecoder(nn.Module):
         """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
         num_images = features.shape[0]
         keys, values, mean = self._memory(features)
+        # The first LSTM's input is a word and the mean region, so its gates are a sum of what is known before: a
+        # quarter of a step's products.
+        input_weight, hidden_weight, input_bias, hidden_bias = self.attention_lstm.all_weights[0]
+        image_weight = input_weight[:, self.embedding.embedding_dim :]
+        image_gates = functional.linear(mean, image_weight, input_bias + hidden_bias).unsqueeze(1)  # (B, 1, 4 H)
+        word_gates = self._compute_word_gates() if self._word_gates is None else self._word_gates
 
         def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-            words = self.embedding(tokens)  # (B, K, E)
-            inputs = torch.cat([words, mean.unsqueeze(1).expand(-1, tokens.shape[1], -1)], dim=-1)
-            hidden, first = _advance(self.attention_lstm, inputs, state[:2])
+            of_history = functional.linear(state[0], hidden_weight)
+            first = _next_state(functional.embedding(tokens, word_gates) + image_gates + of_history, state[1])
+            hidden = first[0]
             attended = self._attend(hidden, keys, values)
             spoken, second = _advance(self.language_lstm, torch.cat([hidden, attended], dim=-1), state[2:])
             logits = self._logits(self._output(spoken, attended))
@@ -109,6 +116,16 @@ class AttentionDecoder(nn.Module):
 
         blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
         return step, (blank, blank, blank, blank)
+
+    def freeze(self) -> None:
+        """Compute once what searches need of the weights, which must not change from now on."""
+        self._word_gates = self._compute_word_gates()
+
+    @torch.no_grad()
+    def _compute_word_gates(self) -> Tensor:
+        """What each word adds to the gates of the first LSTM: (V, 4 H)."""
+        word_weight = self.attention_lstm.weight_ih_l0[:, : self.embedding.embedding_dim]
+        return functional.linear(self.embedding.weight, word_weight)
 
     def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:
         """Where it looks before it says the token that follows each token of a caption: (T, R), the mean over heads.
@@ -192,6 +209,9 @@ class MergeDecoder(nn.Module):
         blank = features.new_zeros(features.shape[0], beam_size, self.lstm.hidden_size)
         return step, (blank, blank)
 
+    def freeze(self) -> None:
+        """There is nothing that searches need of the weights alone."""
+
     def _image(self, features: Tensor) -> Tensor:
         return functional.relu(self.project_features(self.dropout(features.mean(dim=1))))
 
@@ -214,6 +234,11 @@ class DecoderEnsemble(nn.Module):
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
         self._members = list(zip(decoders, channels, strict=True))
+
+    def freeze(self) -> None:
+        """Compute once what searches need of the weights, which must not change from now on."""
+        for decoder, _ in self._members:
+            decoder.freeze()
 
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
         """As a decoder's. The state is those of all decoders, one after the other."""
@@ -254,6 +279,14 @@ def _pack(padded: Tensor, lengths: Tensor) -> PackedSequence:
 def _like(packed: PackedSequence, data: Tensor) -> PackedSequence:
     """A packed sequence of the same captions with other vectors (P, ...)."""
     return PackedSequence(data, packed.batch_sizes)
+
+
+def _next_state(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Gates (..., 4 H) in torch's order and cell (..., H) -> the next hidden state and cell (Hochreiter &
+    Schmidhuber 1997; torch.nn.LSTM's equations)."""
+    let_in, keep, candidate, let_out = gates.chunk(4, dim=-1)
+    cell = keep.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
+    return let_out.sigmoid() * cell.tanh(), cell
 
 
 def _advance(lstm: nn.LSTM, inputs: Tensor, state: State) -> tuple[Tensor, State]:

@@ -55,15 +55,16 @@ def beam_search(
     device = state[0].device
     minus_infinity = float("-inf")
 
-    tokens = torch.full((num_images, beam_size), start_id, dtype=torch.long, device=device)
-    live_scores = torch.full((num_images, beam_size), minus_infinity, device=device)
-    live_scores[:, 0] = 0.0  # all beams are equal at the start: only one of them may be continued
-    sequences = torch.full((num_images, beam_size, max_length + 1), end_id, dtype=torch.long, device=device)
+    # All beams are equal at the start, so there is one; it parts into as many as there are to be, or are possible.
+    state = tuple(tensor[:, :1] for tensor in state)
+    tokens = torch.full((num_images, 1), start_id, dtype=torch.long, device=device)
+    live_scores = torch.zeros((num_images, 1), device=device)
+    sequences = torch.full((num_images, 1, max_length + 1), end_id, dtype=torch.long, device=device)
 
     pool_scores = torch.full((num_images, beam_size), minus_infinity, device=device)  # normalised
     pool_logprobs = torch.full((num_images, beam_size), minus_infinity, device=device)
     pool_lengths = torch.zeros((num_images, beam_size), dtype=torch.long, device=device)
-    pool_sequences = sequences.clone()
+    pool_sequences = sequences.repeat(1, beam_size, 1)
 
     for position in range(max_length + 1):
         log_probs, state = step(tokens, state)
@@ -77,7 +78,7 @@ def beam_search(
             log_probs[..., end_id] = ending
 
         totals = (live_scores.unsqueeze(-1) + log_probs).flatten(1)  # (B, K * V)
-        live_scores, choice = totals.topk(beam_size, dim=1)
+        live_scores, choice = totals.topk(min(beam_size, totals.shape[1]), dim=1)
         parent, tokens = choice // vocabulary_size, choice % vocabulary_size
         state = tuple(_gather_beams(tensor, parent) for tensor in state)
         sequences = _gather_beams(sequences, parent)
@@ -89,7 +90,7 @@ def beam_search(
         ended_scores = ended_logprobs / length**length_penalty
         pool_scores, order = torch.cat([pool_scores, ended_scores], dim=1).topk(beam_size, dim=1)
         pool_logprobs = torch.cat([pool_logprobs, ended_logprobs], dim=1).gather(1, order)
-        lengths = torch.full_like(pool_lengths, length)
+        lengths = torch.full_like(tokens, length)
         pool_lengths = torch.cat([pool_lengths, lengths], dim=1).gather(1, order)
         pool_sequences = _gather_beams(torch.cat([pool_sequences, sequences], dim=1), order)
 
