@@ -42,6 +42,8 @@ THUMBNAIL_BYTES: Final = 12_000
 
 # Of the cards, failed images may always take a quarter; more where the others leave room.
 _FAILED_SHARE: Final = 0.25
+_WORST_SHARE: Final = 0.5
+"""Of the photographs in a sample, those that are chosen for their low scores and confidences."""
 _FREQUENT_CAPTIONS: Final = 10
 _MESSAGE_LENGTH: Final = 400
 _LOADER_THREADS: Final = 8
@@ -89,7 +91,7 @@ def write_report(
 ) -> None:
     """Write the report of `captions`, which has the columns of `CAPTIONS_SCHEMA`, to `path`.
 
-    A pyarrow dataset is read batch by batch: what is kept of it is its distinct captions and one byte per
+    A pyarrow dataset is read batch by batch: what is kept of it is its distinct captions and nine bytes per
     image. An earlier report at `path` stands until the new one is whole.
 
     Args:
@@ -104,8 +106,8 @@ def write_report(
         attention_note: why there is no `attend`, where that needs saying.
         run: what `run.json` holds. `model` (a name, or a mapping with `name` and `fingerprint`) and
             `images_per_second` stand in the header, all of it under "Provenance".
-        max_images: beyond it the gallery is an even sample with every failure that fits; the counts,
-            tables and the histogram are always of all images.
+        max_images: beyond it the gallery is a sample: the lowest scores, the least confident, every failure that fits,
+            and of the rest an even share. Counts, tables and histograms are always of all images.
 
     Raises:
         InputError: `captions` lacks columns.
@@ -117,8 +119,8 @@ def write_report(
     if missing:
         raise InputError(f"this is not a captions table: it lacks the columns {', '.join(missing)}")
 
-    summary = _summarise(captions)
-    shown = _positions_shown(summary.failed, max_images=max_images)
+    summary = _summarise(captions, image_scores or {})
+    shown = _positions_shown(summary, max_images=max_images)
     rows = sorted(captions.take(pa.array(shown, pa.int64())).to_pylist(), key=lambda row: str(row["image_id"]))
     attended, note = _attended(rows, num_attended, load_image=load_image, attend=attend)
     page = _template().stream(
@@ -155,6 +157,9 @@ class _Summary:
     error_codes: Counter[str] = field(default_factory=Counter)
     error_messages: dict[str, str] = field(default_factory=dict)  # the first one by code
     failed: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    confidences: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    scores: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    """Like the confidences NaN where there is none."""
 
     @property
     def num_images(self) -> int:
@@ -175,39 +180,54 @@ class _Summary:
         return (caption, count / num_ok) if count / num_ok > COLLAPSE_SHARE else None
 
 
-def _summarise(captions: pa.Table | ds.Dataset) -> _Summary:
-    columns = ["status", "caption", "error_code", "error_message"]
+def _summarise(captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float]) -> _Summary:
+    columns = ["image_id", "status", "caption", "confidence", "error_code", "error_message"]
     batches = (
         captions.select(columns).to_batches()
         if isinstance(captions, pa.Table)
         else captions.to_batches(columns=columns)
     )
     summary = _Summary()
-    failed = [summary.failed]
+    failed, confidences, scores = [summary.failed], [summary.confidences], [summary.scores]
     for batch in batches:
         status = batch["status"]
         summary.statuses.update(_value_counts(status))
         summary.captions.update(_value_counts(batch["caption"].filter(pc.equal(status, OK))))
         is_failed = pc.equal(status, FAILED)
         failed.append(is_failed.to_numpy(zero_copy_only=False))
+        confidences.append(_numbers(batch["confidence"].to_pylist()))
+        of_images = (_of_image(image_id, image_scores) for image_id in batch["image_id"].to_pylist())
+        scores.append(_numbers(of_images if image_scores else [None] * len(batch)))
         failures = batch.filter(is_failed)
         for code, message in zip(failures["error_code"], failures["error_message"], strict=True):
             summary.error_codes[code.as_py()] += 1
             summary.error_messages.setdefault(code.as_py(), _clip(message.as_py()))
     summary.failed = np.concatenate(failed)
+    summary.confidences, summary.scores = np.concatenate(confidences), np.concatenate(scores)
     return summary
+
+
+def _numbers(values: Iterable[float | None]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float32)
 
 
 def _value_counts(values: pa.Array) -> dict[str, int]:
     return {pair["values"]: pair["counts"] for pair in pc.value_counts(values).to_pylist()}
 
 
-def _positions_shown(failed: np.ndarray[Any, np.dtype[np.bool_]], *, max_images: int) -> list[int]:
-    """Rows that get a card: all, or an even sample of `max_images` with every failure its share allows."""
-    failures, others = np.flatnonzero(failed), np.flatnonzero(~failed)
+def _positions_shown(summary: _Summary, *, max_images: int) -> list[int]:
+    """Rows that get a card: all, or `max_images`, as `write_report` chooses them."""
+    failures, others = np.flatnonzero(summary.failed), np.flatnonzero(~summary.failed)
     num_failed = min(len(failures), max(int(max_images * _FAILED_SHARE), max_images - len(others)))
     num_others = min(len(others), max_images - num_failed)
-    return [*_evenly(failures, num_failed), *_evenly(others, num_others)]
+    worst: set[int] = set()
+    if num_others < len(others):
+        known = [values for values in (summary.scores, summary.confidences) if not np.isnan(values[others]).all()]
+        for values in known:
+            lowest = others[np.argsort(values[others], kind="stable")]  # NaN comes last
+            worst.update(lowest[: int(num_others * _WORST_SHARE / len(known))].tolist())
+    rest = np.array([position for position in others if position not in worst], dtype=np.intp)
+    return [*_evenly(failures, num_failed), *sorted(worst), *_evenly(rest, num_others - len(worst))]
 
 
 def _evenly(positions: np.ndarray[Any, np.dtype[np.intp]], count: int) -> list[int]:

@@ -9,6 +9,7 @@ python jobs/benchmark.py training                                against a bare 
 python jobs/benchmark.py train-step                              a step against the loop that tutorials have
 python jobs/benchmark.py large-photographs flickr8k --images 1000
 python jobs/benchmark.py evaluate --images 1000000               memory and time of scoring a million captions
+python jobs/benchmark.py estimate --cpus 64 --gpus 8 ...         hours and cost of what is too large to be measured
 python jobs/benchmark.py chaos --seeds 20
 """
 
@@ -640,6 +641,94 @@ def _write_tiny_images(path: str, count: int) -> None:
             comments = [b"\xff\xfe" + (14).to_bytes(2, "big") + f"{number:012}".encode() for number in numbers]
             images = [data[:2] + comment + data[2:] for comment in comments]
             writer.write_table(pa.table([[f"{number:09}" for number in numbers], images], schema=schema))
+
+
+# ---- estimate: what a cluster that is not at hand would do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A run of `images` over a cluster, from rates that were measured on one core and one GPU.
+
+    CPUs decode and GPUs caption at the same time, so the slower of both counts:
+
+        images/s = share x min(cpus x decode, gpus x model)
+
+    Without GPUs an image takes both of the same cores, one after the other:
+
+        images/s = share x cpus / (1 / decode + 1 / model)
+
+    `share` is what of that limit a run reaches (`imcap bench` tells it). Decoding and captioning need nothing of other
+    images, so rates add up over nodes, while these hold:
+
+    - The input is listed before work begins, by one process. A store answers with 1,000 names at a time; a table has
+      its names within, and takes a thousandth of that.
+    - Pixels travel from the node that decodes to the one that captions, where these are not the same: 3 x S x S bytes
+      an image, S the model's image size. Past the network's bandwidth give GPU nodes the CPUs to decode for themselves.
+    - One actor knows which bytes were seen, in 29 bits an image; one process holds the ids of all images that are
+      done when a run is resumed, in 8 bytes each. At 10^10 images neither fits.
+    - Every 64 images are a task, which Ray's driver starts: `scale` shows at what rate it can (some thousand images
+      a second for tiny ones). Past that, split the input and run it in parts.
+    """
+
+    images: int
+    cpus: int
+    gpus: int
+    decode: float
+    """Images per second of one core."""
+    model: float
+    """Images per second of one GPU, or of one core where there are none."""
+    share: float
+    cpu_price: float
+    """Of an hour of one core."""
+    gpu_price: float
+    """Of an hour of one GPU."""
+    listing: float
+    """Files per second."""
+    image_size: int
+
+    @property
+    def images_per_second(self) -> float:
+        """In the middle of the run."""
+        if self.gpus:
+            return self.share * min(self.cpus * self.decode, self.gpus * self.model)
+        return self.share * self.cpus / (1 / self.decode + 1 / self.model)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        hours = self.images / self.images_per_second / 3600
+        listing_hours = self.images / self.listing / 3600
+        price = self.cpus * self.cpu_price + self.gpus * self.gpu_price
+        return {
+            "images_per_second": round(self.images_per_second, 1),
+            "bound": "decoding" if self.gpus and self.cpus * self.decode < self.gpus * self.model else "the model",
+            "hours": round(hours, 2),
+            "listing_hours": round(listing_hours, 2),
+            "cost": round((hours + listing_hours) * price, 2),
+            "cost_per_100_million": round((hours + listing_hours) * price * 1e8 / self.images, 2),
+            "pixels_megabytes_per_second": round(self.images_per_second * 3 * self.image_size**2 / 1e6, 1),
+            "index_megabytes": round(self.images * 29 / 8 / 1e6, 1),
+            "resumed_ids_megabytes": round(self.images * 8 / 1e6, 1),
+        }
+
+
+@main.command(help=Estimate.__doc__, short_help="Hours and cost of a run that is too large to be measured.")
+@click.option("--images", default=100_000_000, show_default=True)
+@click.option("--cpus", default=64, show_default=True, help="Cores of the cluster.")
+@click.option("--gpus", default=0, show_default=True, help="GPUs of the cluster.")
+@click.option("--decode", required=True, type=float, help="Images per second that one core decodes.")
+@click.option("--model", required=True, type=float, help="Images per second of one GPU, or of one core without.")
+@click.option("--share", default=0.9, show_default=True, help="Of the limit.")
+@click.option("--cpu-price", default=0.0, help="Of a core's hour, in any currency.")
+@click.option("--gpu-price", default=0.0, help="Of a GPU's hour.")
+@click.option("--listing", default=10_000.0, show_default=True, help="Files listed in a second.")
+@click.option("--image-size", default=224, show_default=True, help="Pixels a side that the model sees.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def estimate(as_json: bool, **values: Any) -> None:
+    """Show what `Estimate` computes."""
+    if min(values["cpus"], values["decode"], values["model"], values["share"], values["listing"]) <= 0:
+        raise click.UsageError("--cpus, --decode, --model, --share and --listing must be above 0")
+    _show(Estimate(**values).to_dict(), as_json)
 
 
 # ---- beam search: all images of a batch at once against one after the other

@@ -286,7 +286,7 @@ def _cache(
     gpus = 1.0 if resources.gpus else 0.0
     for split in (TRAIN, VALIDATION):
         images = data.split(split)
-        flip = recipe.training.flip and split == TRAIN
+        flip = recipe.training.flip and recipe.training.epochs > 0 and split == TRAIN  # other phases read photographs
         key = cache_key(
             images["image_id"],
             location=data.location,

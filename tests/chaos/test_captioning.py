@@ -18,13 +18,13 @@ from imcap_ray.distributed.captioning import BATCH_SIZE
 from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
-NUM_IMAGES_OF_TWO = 24 * 64
+NUM_IMAGES_OF_NODES = 24 * 64
 """24 blocks: more than the actors of one node can have at hand, four CPUs times four blocks."""
 ROOT = Path(__file__).parents[2]
 Read = Callable[[Path], list[dict[str, Any]]]
 BENCHMARK = ROOT / "jobs" / "benchmark.py"
 
-CAPTION_ON_TWO_NODES = """
+CAPTION_ON_NODES = """
 import sys
 from functools import partial
 from imcap_ray.distributed.captioning import caption_images
@@ -67,22 +67,22 @@ def test_every_image_is_one_row_whatever_dies() -> None:
 
 
 @dataclass(frozen=True)
-class TwoNodes:
-    """A cluster of two nodes at most, and a run whose captioners wait for files: one of each node, and the test's."""
+class Nodes:
+    """A cluster of nodes with CPUs, and a run whose captioners wait until each of so many nodes has left a file."""
 
     cluster: Cluster
     root: Path
 
     def start(self, *, num_files: int) -> subprocess.Popen[str]:
         (self.root / "photographs").mkdir()
-        for number in range(NUM_IMAGES_OF_TWO):
+        for number in range(NUM_IMAGES_OF_NODES):
             data = encode(photo(20 + number % 32, 20 + number // 32), "JPEG")
             (self.root / "photographs" / f"{number:04}.jpg").write_bytes(data)
         (self.root / "nodes").mkdir()
         places = [self.root / name for name in ("photographs", "captions", "nodes")]
         words = [self.cluster.address, *places, num_files]
         return subprocess.Popen(
-            [sys.executable, "-c", CAPTION_ON_TWO_NODES, *map(str, words)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", CAPTION_ON_NODES, *map(str, words)], stdout=subprocess.PIPE, text=True
         )
 
     def asked(self) -> set[str]:
@@ -91,32 +91,45 @@ class TwoNodes:
 
 
 @pytest.fixture
-def two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
+def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
-        yield TwoNodes(cluster, tmp_path)
+        yield Nodes(cluster, tmp_path)
     finally:
         cluster.shutdown()
 
 
 def assert_complete(rows: list[dict[str, Any]]) -> None:
-    names = [f"{number:04}.jpg" for number in range(NUM_IMAGES_OF_TWO)]
+    names = [f"{number:04}.jpg" for number in range(NUM_IMAGES_OF_NODES)]
     assert [(row["image_id"], row["status"]) for row in rows] == [(name, "ok") for name in names]
 
 
 @pytest.mark.timeout(600)
-def test_a_node_that_joins_captions_too(two_nodes: TwoNodes, read: Read) -> None:
-    first = two_nodes.cluster.add_node(num_cpus=4)
-    process = two_nodes.start(num_files=2)
+def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
+    first = nodes.cluster.add_node(num_cpus=4)
+    process = nodes.start(num_files=2)
     assert process.stdout
     begun = process.stdout.readline()
 
-    joined = two_nodes.cluster.add_node(num_cpus=4)
+    joined = nodes.cluster.add_node(num_cpus=4)
     process.communicate(timeout=500)
 
-    assert begun == f"captioning {NUM_IMAGES_OF_TWO:,} of {NUM_IMAGES_OF_TWO:,} images with 2 actors\n"
+    assert begun == f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 2 actors\n"
     assert process.returncode == 0
-    assert two_nodes.asked() == {first.node_id, joined.node_id}
-    assert_complete(read(two_nodes.root / "captions"))
+    assert nodes.asked() == {first.node_id, joined.node_id}
+    assert_complete(read(nodes.root / "captions"))
+
+
+@pytest.mark.timeout(600)
+def test_captioning_spreads_over_four_nodes(nodes: Nodes, read: Read) -> None:
+    four = [nodes.cluster.add_node(num_cpus=2) for _ in range(4)]
+
+    process = nodes.start(num_files=len(four))  # no image is captioned before every node is asked for one
+    output, _ = process.communicate(timeout=500)
+
+    assert process.returncode == 0
+    assert output.startswith(f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 6 actors\n")
+    assert nodes.asked() == {node.node_id for node in four}
+    assert_complete(read(nodes.root / "captions"))

@@ -568,19 +568,38 @@ def test_without_attention_a_line_says_why(report: Report) -> None:
         assert f"Without pictures of where the model looks: {reason}" in report(ok("1.jpg"), **options).text
 
 
-def test_beyond_max_images_the_gallery_is_an_even_sample_with_every_failure_and_says_so(
-    report: Report,
-) -> None:
-    rows = [failed(f"{i:03}.jpg") if i % 50 == 0 else ok(f"{i:03}.jpg") for i in range(200)]
+def shown(page: Any) -> set[int]:
+    """Numbers of the photographs on the page, whose files are named by them."""
+    return {int(name) for name in re.findall(r"Photograph (\d+)\.jpg", page.source)}
 
-    page = report(*rows, max_images=20)
+
+def test_beyond_max_images_the_worst_every_failure_and_an_even_share_of_the_rest_are_shown(report: Report) -> None:
+    rows = [failed(f"{i:03}.jpg") if i % 50 == 0 else ok(f"{i:03}.jpg") for i in range(200)]
+    for position, confidence in ((61, 0.01), (62, 0.02), (63, 0.03)):
+        rows[position]["confidence"] = confidence
+    scores = {row["image_id"]: 2.0 for row in rows} | {"151.jpg": 0.0, "152.jpg": 0.1, "153.jpg": 0.2}
+
+    page = report(*rows, max_images=20, image_scores=scores)
 
     statuses = Counter(card["data-status"] for card in page.with_class("card"))
     assert statuses == {"failed": 4, "ok": 16}
-    assert "A sample of 20 of 200 images, taken evenly, with every failed image among them." in page.text
-    shown = [int(name) for name in re.findall(r"Photograph (\d+)\.jpg", page.source)]
-    assert max(b - a for a, b in zip(shown, shown[1:], strict=False)) <= 14
+    assert {61, 62, 63, 151, 152, 153} <= shown(page)
+    assert sum(i > 100 for i in shown(page) - {151, 152, 153}) >= 4
+    assert (
+        "A sample of 20 of 200 images: those with the lowest scores, the least confident, and others taken evenly, "
+        "with every failed image among them." in page.text
+    )
     assert "98.0 %" in page.text
+
+
+def test_without_scores_a_sample_is_of_the_least_confident_and_others(report: Report) -> None:
+    rows = [ok(f"{i:03}.jpg") for i in range(200)]
+    rows[77]["confidence"] = 0.001
+
+    page = report(*rows, max_images=10)
+
+    assert 77 in shown(page) and len(shown(page)) == 10
+    assert "A sample of 10 of 200 images: the least confident, and others taken evenly." in page.text
 
 
 def test_many_failures_leave_room_for_photographs(report: Report) -> None:

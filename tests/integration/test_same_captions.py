@@ -1,0 +1,83 @@
+"""What makes captioning fast, against the plain float32 path: the same captions, on real photographs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from imcap_ray.captioner import Captioner, below, read_model_folder
+from imcap_ray.config import SearchConfig
+from imcap_ray.datasets import VALIDATION, load_dataset
+from imcap_ray.decoders import Decoder
+from imcap_ray.encoders import build_encoder
+from imcap_ray.metrics import score
+from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID
+
+NUM_IMAGES = 50
+FLICKR8K = os.environ.get("IMCAP_FLICKR8K", "")
+
+pytestmark = pytest.mark.skipif(
+    not Path(FLICKR8K, "Flickr8k.token.txt").is_file() and not list(Path(FLICKR8K or ".").glob("*/Flickr8k.token.txt")),
+    reason="IMCAP_FLICKR8K names no Flickr8k: the captions of real photographs are not compared with the plain path",
+)
+
+
+@torch.inference_mode()
+def plain_caption(decoder: Decoder, features: Tensor, search: SearchConfig) -> tuple[int, ...]:
+    """A beam of lists, each of which goes through the decoder from its start at every position."""
+    live: list[tuple[float, list[int]]] = [(0.0, [START_ID])]
+    ended: list[tuple[float, list[int]]] = []
+    for position in range(search.max_length + 1):
+        grown = []
+        lengths = torch.full((len(live),), position + 1)
+        image_of_caption = torch.zeros(len(live), dtype=torch.long)
+        logits = decoder(features, torch.tensor([words for _, words in live]), lengths, image_of_caption)
+        for (logprob, words), log_probs in zip(live, logits[-len(live) :].log_softmax(dim=-1), strict=True):
+            log_probs[list(NEVER_SAID)] = float("-inf")
+            values, next_words = log_probs.topk(search.beam_size)
+            if position == search.max_length:
+                values, next_words = log_probs[[END_ID]], torch.tensor([END_ID])
+            grown += [
+                (logprob + value, [*words, word])
+                for value, word in zip(values.tolist(), next_words.tolist(), strict=True)
+            ]
+        best = sorted(grown, key=lambda beam: -beam[0])[: search.beam_size]
+        ended += [beam for beam in best if beam[1][-1] == END_ID]
+        live = [beam for beam in best if beam[1][-1] != END_ID]
+        if not live:
+            break
+    winner = max(ended, key=lambda beam: beam[0] / (len(beam[1]) - 1) ** search.length_penalty)
+    return tuple(winner[1][1:-1])
+
+
+@pytest.mark.timeout(300)
+def test_captions_are_those_of_the_plain_path_on_development_images() -> None:
+    rows: list[dict[str, Any]] = load_dataset(FLICKR8K).split(VALIDATION).slice(0, NUM_IMAGES).to_pylist()
+    captioner = Captioner.load()
+    pixels = np.stack([captioner.read_pixels(row["image_path"]) for row in rows])
+    folder = read_model_folder()
+    encoder = build_encoder(folder.encoder, folder.preprocessing, expected=folder.encoder_weights).eval()
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()), "this one is not folded"
+    decoder = captioner.decoder
+    assert isinstance(decoder, Decoder)
+    decoder.load_state_dict(below("decoder.", folder.tensors))
+
+    fast = [best[0].text for best in captioner.caption_pixels(pixels)]
+    plain = []
+    for image in torch.from_numpy(pixels):
+        with torch.inference_mode():
+            features = encoder(image.unsqueeze(0))
+        plain.append(captioner.vocabulary.to_text(plain_caption(decoder, features, captioner.search)))
+
+    same = sum(one == other for one, other in zip(fast, plain, strict=True))
+    assert same >= 0.98 * NUM_IMAGES
+    references = {row["image_id"]: row["captions"] for row in rows}
+    names = list(references)
+    cider_d = [score(dict(zip(names, texts, strict=True)), references).cider_d for texts in (fast, plain)]
+    assert abs(cider_d[0] - cider_d[1]) <= 0.005
