@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -282,9 +283,9 @@ def run_captioning(
     on_progress: Callable[[Progress, int], None],
 ) -> CaptioningSummary:
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
+    arguments, models = _prepare_captioning(input, output, options)
     from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
 
-    arguments, models = _prepare_captioning(input, output, options)
     return caption_images(
         **arguments,
         model_name=", ".join(models) or DEFAULT_MODEL,
@@ -298,16 +299,16 @@ def run_captioning(
 
 def plan(input: str, output: str, options: dict[str, Any]) -> CaptioningPlan:
     """Connect, load, and say what would be done."""
+    arguments, _ = _prepare_captioning(input, output, options)
     from imcap_ray.distributed.captioning import plan_captioning
 
-    return plan_captioning(**_prepare_captioning(input, output, options)[0])
+    return plan_captioning(**arguments)
 
 
 def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The arguments that a captioning and its plan share, with a cluster that sees all of them; and the models."""
     from functools import partial
 
-    from imcap_ray.captioner import load_captioner, read_model_folder
     from imcap_ray.distributed.cluster import connect, is_ray_job, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import ADVICE, require_visible
 
@@ -318,10 +319,12 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
         raise InputError(f"no such input{where}")
     models = [storage.absolute(model) for model in options["models"]]
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
-    search = _search(options)
-    for model in models or (None,):
-        read_model_folder(model)  # a broken one is found before Ray starts
-    resources = connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"])
+    with ThreadPoolExecutor(1) as thread:  # torch takes seconds to import, and so does Ray to start
+        reading = thread.submit(_read_models, models, options)
+        resources = connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"])
+        search = reading.result()
+    from imcap_ray.captioner import load_captioner
+
     reads = [("INPUT", input), *(("--model", model) for model in models)]
     if weights:
         reads.append(("--encoder-weights", weights))
@@ -339,6 +342,15 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
         "allow_outside_paths": options["allow_outside_paths"],
     }
     return arguments, models
+
+
+def _read_models(models: list[str], options: dict[str, Any]) -> Any:
+    """The search settings of the command line, or None; a ModelError where one of the models is none."""
+    from imcap_ray.captioner import read_model_folder
+
+    for model in models:
+        read_model_folder(model)
+    return _search(options)
 
 
 def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:
