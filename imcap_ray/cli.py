@@ -213,6 +213,7 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     another model, input or search        refused, with the difference named, or --overwrite
     some images failed                    --retry-failed takes them once more
     a node joins a cluster                it is taken up, unless --num-actors says how many
+    a node is gone for good               the others go on; at worst after half an hour, see below
     two runs write to one OUTPUT          the later one takes over, the earlier one stops
 
     OUTPUT/*.parquet can be read at any moment: parts appear when they are complete. While a run goes on a duplicate may
@@ -225,10 +226,10 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     a Parquet input, held once on the driver, and the images that --retry-failed takes again.
 
     Falls short: where a node goes for good and the actors that it leaves behind ask for every CPU there is, nothing is
-    decoded any more, and after half an hour the run ends with one line; the same command goes on with fewer actors. A
-    decoder that never returns is waited for; GPU memory that runs out was tried with torch's errors
-    raised on a CPU; S3 was tried against a server on one machine, not AWS, and several hosts as network namespaces of
-    one machine.
+    decoded until Ray Data's patience is at an end (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, half an hour); then the
+    run goes on with fewer actors. A decoder that never returns is waited for; GPU memory that runs out was tried with
+    torch's errors raised on a CPU; S3 was tried against a server on one machine, not AWS, and several hosts as network
+    namespaces of one machine.
     """
     if output is None:
         _print_caption(input, options)

@@ -156,7 +156,11 @@ class TrainingConfig:
     ema_decay: float = 0.0
     """Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves."""
     flip: bool = False
-    """Cache features of the mirrored image as well, and draw one of the two at each step."""
+    """Cache features of the mirrored image as well, and draw one of the views at each step."""
+    crops: int = 0
+    """Cache features of so many random crops of each image as well, mirrored half of the time."""
+    min_crop_area: float = 0.8
+    """Smallest share of the image's area that these crops show."""
     max_caption_length: int = 22
     """Longer training captions are cut to this many tokens."""
     patience: int = 6
@@ -172,8 +176,9 @@ class TrainingConfig:
         )
         for name in ("batch_size", "max_caption_length"):
             _require(getattr(self, name) >= 1, f"training.{name}", "at least 1", getattr(self, name))
-        for name in ("epochs", "warmup_steps", "weight_decay", "gradient_clip", "patience"):
+        for name in ("epochs", "warmup_steps", "weight_decay", "gradient_clip", "crops", "patience"):
             _require(getattr(self, name) >= 0, f"training.{name}", "at least 0", getattr(self, name))
+        _require(0 < self.min_crop_area <= 1, "training.min_crop_area", "in (0, 1]", self.min_crop_area)
         for name in ("label_smoothing", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"training.{name}", "in [0, 1)", getattr(self, name))
         _require(self.learning_rate > 0, "training.learning_rate", "above 0", self.learning_rate)

@@ -124,7 +124,7 @@ class AttentionDecoder(nn.Module):
     @torch.no_grad()
     def _compute_word_gates(self) -> Tensor:
         """What each word adds to the gates of the first LSTM: (V, 4 H)."""
-        word_weight = self.attention_lstm.weight_ih_l0[:, : self.embedding.embedding_dim]
+        word_weight = self.attention_lstm.all_weights[0][0][:, : self.embedding.embedding_dim]
         return functional.linear(self.embedding.weight, word_weight)
 
     def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:

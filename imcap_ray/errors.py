@@ -54,6 +54,10 @@ class FailureBudgetError(ImcapError):
     exit_code = 3
 
 
+class StalledError(ImcapError):
+    """Nothing has moved for as long as Ray Data waits."""
+
+
 IMAGE_ERROR_CODES: Final = (
     "missing",
     "permission_denied",

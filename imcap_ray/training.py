@@ -10,7 +10,7 @@ R regions, F channels, S pixels a side.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -134,6 +134,19 @@ def make_batch(
         targets=pack_padded_sequence(padded[:, 1:], lengths, batch_first=True).data.to(device),
         weights=pack_padded_sequence(weights_of_tokens, lengths, batch_first=True).data.to(device),
     )
+
+
+def augmentation(image_size: int, *, min_crop_area: float) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 pixels (I, 3, S, S) to another view of each image."""
+    from torchvision.transforms import v2
+
+    transform: Callable[[Tensor], Tensor] = v2.Compose(
+        [
+            v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0), antialias=True),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    return lambda pixels: torch.stack([transform(image) for image in pixels])
 
 
 class EndToEnd(nn.Module):

@@ -24,7 +24,7 @@ from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import Caption, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
-from imcap_ray.distributed.cluster import ClusterResources, require
+from imcap_ray.distributed.cluster import ClusterResources, connect, require
 from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
@@ -39,7 +39,7 @@ from imcap_ray.distributed.images import (
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.memory import keep_freed_memory
-from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError
+from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError, StalledError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
     DUPLICATE,
@@ -378,32 +378,45 @@ def caption_images(
             )
         index = start_image_index(folder.location, total) if num_new else None
         is_settled = before is not None and before.get("state") == "complete" and not num_again
+        caption_rest = partial(
+            map_images,
+            folder.manifest,
+            folder.location,
+            work=folder.work,
+            root=input,
+            schema=CAPTIONS_SCHEMA.with_metadata(
+                {
+                    "imcap_ray.schema_version": SCHEMA_VERSION,
+                    "imcap_ray.model_fingerprint": captioner.fingerprint,
+                    "imcap_ray.search": json.dumps(to_mapping(captioner.search)),
+                }
+            ),
+            actor_class=CaptionImages,
+            actor_arguments={"load_captioner": load_captioner},
+            image_size=captioner.image_size,
+            gpus_per_actor=gpus,
+            batch_size=batch_size,
+            on_progress=show,
+            can_grow=num_actors is None and not resources.is_local,
+            check=check,
+        )
         while done < total or not is_settled:
             if done < total:
-                progress = map_images(
-                    folder.manifest,
-                    folder.location,
-                    work=folder.work,
-                    root=input,
-                    schema=CAPTIONS_SCHEMA.with_metadata(
-                        {
-                            "imcap_ray.schema_version": SCHEMA_VERSION,
-                            "imcap_ray.model_fingerprint": captioner.fingerprint,
-                            "imcap_ray.search": json.dumps(to_mapping(captioner.search)),
-                        }
-                    ),
-                    actor_class=CaptionImages,
-                    actor_arguments={"load_captioner": load_captioner},
-                    image_size=captioner.image_size,
-                    num_images=total - done,
-                    num_actors=actors,
-                    gpus_per_actor=gpus,
-                    batch_size=batch_size,
-                    on_progress=show,
-                    can_grow=num_actors is None and not resources.is_local,
-                    index=index,
-                    check=check,
-                )
+                try:
+                    progress = caption_rest(num_images=total - done, num_actors=actors, index=index)
+                except StalledError:
+                    # Actors of nodes that are gone wait for the CPUs of the others, and leave none to decode with.
+                    left = default_num_actors(connect(), gpus)
+                    if left >= actors:
+                        raise
+                    echo(f"nodes are gone: going on with {left} actor{'s' * (left != 1)}")
+                    actors = left
+                    check()
+                    folder.recover()
+                    end_image_index(index)
+                    index = start_image_index(folder.location, total)
+                    done = len(folder.done_ids())
+                    continue
             check()
             folder.recover()  # of processes that this run has lost sight of
             # What was taken for a duplicate and has no twin is not done after all. It is not asked for again: the

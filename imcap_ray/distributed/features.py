@@ -28,6 +28,7 @@ from imcap_ray.distributed.seals import find_damage, seal
 from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError
 from imcap_ray.manifest import FAILED, MANIFEST_SCHEMA, OK, write_table
+from imcap_ray.training import augmentation
 
 FEATURES_SCHEMA: Final = pa.schema(
     [
@@ -42,13 +43,40 @@ _WORK_FOLDER: Final = "_imcap"
 _SEAL: Final = "_imcap/seal.json"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Views:
+    """What is encoded of each image: itself, and what else."""
+
+    flip: bool = False
+    """Its mirror image."""
+    crops: int = 0
+    """So many random crops, mirrored half of the time."""
+    min_crop_area: float = 1.0
+    """Smallest share of its area that these show."""
+
+    @property
+    def count(self) -> int:
+        """With the image itself."""
+        return 1 + self.flip + self.crops
+
+    def draw(self, pixels: Tensor) -> list[Tensor]:
+        """The views of uint8 pixels (B, 3, S, S), each like these; the same ones whenever the same batch comes."""
+        views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
+        if self.crops:
+            augment = augmentation(pixels.shape[-1], min_crop_area=self.min_crop_area)
+            with torch.random.fork_rng(devices=()):
+                torch.manual_seed(int(pixels.sum(dtype=torch.int64)))
+                views += [augment(pixels) for _ in range(self.crops)]
+        return views
+
+
 @dataclass(frozen=True, slots=True)
 class FeatureCache:
     """Features of the images of one split."""
 
     folder: str
     shape: tuple[int, int, int]
-    """Views of an image (1, or 2 with the mirrored one), regions, channels."""
+    """Views of an image, regions, channels."""
     num_images: int
     failures: list[dict[str, str]]
     """Images without features: image_id, error_code, error_message."""
@@ -64,13 +92,13 @@ class FeatureCache:
 class EncodeImages:
     """Loaded images -> their features. One lives in each actor of the pool."""
 
-    def __init__(self, *, load_encoder: Callable[[], Encoder], flip: bool, reporter: BatchReporter) -> None:
+    def __init__(self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter) -> None:
         keep_freed_memory()
         self._encoder = fold_batch_normalisation(load_encoder())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder.to(device).eval()
         self._batches = FixedBatches(self._encoder.image_size, device)
-        self._flip = flip
+        self._views = views
         self._reporter = reporter
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -95,8 +123,8 @@ class EncodeImages:
 
     @torch.inference_mode()
     def _encode_views(self, pixels: Tensor) -> Tensor:
-        views = [pixels, pixels.flip(-1)] if self._flip else [pixels]
-        return torch.stack([self._encoder(view) for view in views], dim=1).half().cpu()
+        features = [self._encoder(view) for view in self._views.draw(pixels)]
+        return torch.stack(features, dim=1).half().cpu()
 
 
 def cache_key(
@@ -106,7 +134,7 @@ def cache_key(
     encoder: EncoderConfig,
     weights: EncoderWeights,
     preprocessing: PreprocessingConfig,
-    flip: bool,
+    views: Views,
 ) -> str:
     """Name of the cache of these images under this encoder: another encoder or other images, another name."""
     settings = [
@@ -114,7 +142,7 @@ def cache_key(
         to_mapping(encoder),
         asdict(weights),
         to_mapping(resolve_normalisation(encoder, preprocessing)),
-        flip,
+        asdict(views),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for image_id in image_ids.to_pylist():
@@ -131,7 +159,7 @@ def cache_features(
     folder: str,
     *,
     encoder: Encoder,
-    flip: bool,
+    views: Views,
     num_actors: int,
     gpus_per_actor: float,
     on_progress: Callable[[Progress, int], None],
@@ -149,7 +177,7 @@ def cache_features(
         DatasetError: not one image could be read.
         ImcapError: encoding failed; the same call goes on from there.
     """
-    shape = (2 if flip else 1, encoder.num_regions, encoder.num_channels)
+    shape = (views.count, encoder.num_regions, encoder.num_channels)
     cache = FeatureCache(folder, shape, images.num_rows, [])
     damage = find_damage(folder, seal_name=_SEAL)
     if damage:
@@ -164,7 +192,7 @@ def cache_features(
                 left,
                 folder,
                 encoder=encoder,
-                flip=flip,
+                views=views,
                 num_actors=num_actors,
                 gpus_per_actor=gpus_per_actor,
                 on_progress=partial(_told_total, on_progress, left.num_rows),
@@ -235,7 +263,7 @@ def _encode(
     folder: str,
     *,
     encoder: Encoder,
-    flip: bool,
+    views: Views,
     num_actors: int,
     gpus_per_actor: float,
     on_progress: Callable[[Progress], None],
@@ -253,7 +281,7 @@ def _encode(
         schema=FEATURES_SCHEMA,
         actor_class=EncodeImages,
         # Through the object store, so that weights from a file of this machine reach every node.
-        actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "flip": flip},
+        actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "views": views},
         image_size=encoder.image_size,
         num_images=images.num_rows,
         num_actors=num_actors,

@@ -29,7 +29,7 @@ from imcap_ray import storage
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
-from imcap_ray.errors import ImageError, ImcapError
+from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.images import MAX_FILE_BYTES, DecodedImage, decode_image, image_error_from_os_error
 from imcap_ray.manifest import read_table_images
 from imcap_ray.progress import Pace
@@ -350,6 +350,7 @@ def map_images(
         check: called in the writing process before a part appears; raises if this run may not write any more.
 
     Raises:
+        StalledError: nothing moved for `RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S` (half an hour).
         ImcapError: the run failed; what is written stays, and the same call goes on from there.
     """
     context = DataContext.get_current().copy()
@@ -416,7 +417,7 @@ def map_images(
                 dataset.write_datasink(sink)
             except ExecutionTimeoutError as error:  # its text is a page about operators
                 seconds = context.execution_no_progress_timeout_s
-                raise ImcapError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
+                raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
             except (RayError, OSError) as error:
                 raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
         metrics.set_rate(0.0)

@@ -51,6 +51,7 @@ from imcap_ray.training import (
     EndToEnd,
     Optimization,
     advantages_of,
+    augmentation,
     draw_captions,
     make_batch,
     next_phase,
@@ -242,19 +243,6 @@ def _encode(encoder: Encoder, pixels: Tensor) -> Tensor:
 def vocabulary_ids(vocabulary: Vocabulary, captions: list[str], max_length: int) -> list[list[int]]:
     """The captions of an image as token ids from start to end."""
     return [vocabulary.to_ids(caption, max_length=max_length) for caption in captions]
-
-
-def augmentation(image_size: int, *, min_crop_area: float) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 pixels (I, 3, S, S) to another view of each image."""
-    from torchvision.transforms import v2
-
-    transform: Callable[[Tensor], Tensor] = v2.Compose(
-        [
-            v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-        ]
-    )
-    return lambda pixels: torch.stack([transform(image) for image in pixels])
 
 
 def _draw_view(views: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ from imcap_ray.config import DEFAULT_MODEL, Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, require
-from imcap_ray.distributed.features import FeatureCache, cache_features, cache_key, manifest_of
+from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key, manifest_of
 from imcap_ray.distributed.images import (
     IMAGES_PER_BLOCK,
     LoadImages,
@@ -286,20 +286,23 @@ def _cache(
     gpus = 1.0 if resources.gpus else 0.0
     for split in (TRAIN, VALIDATION):
         images = data.split(split)
-        flip = recipe.training.flip and recipe.training.epochs > 0 and split == TRAIN  # other phases read photographs
+        views = Views()
+        if split == TRAIN and recipe.training.epochs > 0:  # the other phases read photographs
+            settings = recipe.training
+            views = Views(flip=settings.flip, crops=settings.crops, min_crop_area=settings.min_crop_area)
         key = cache_key(
             images["image_id"],
             location=data.location,
             encoder=recipe.encoder,
             weights=encoder.weights,
             preprocessing=recipe.preprocessing,
-            flip=flip,
+            views=views,
         )
         caches[split] = cache_features(
             images,
             storage.join(folder, key),
             encoder=encoder,
-            flip=flip,
+            views=views,
             num_actors=default_num_actors(resources, gpus),
             gpus_per_actor=gpus,
             can_grow=not resources.is_local,

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
     assert begun == f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 2 actors\n"
     assert process.returncode == 0
     assert nodes.asked() == {first.node_id, joined.node_id}
+    assert_complete(read(nodes.root / "captions"))
+
+
+@pytest.mark.timeout(600)
+def test_a_node_that_is_gone_for_good_leaves_work_and_cpus_to_the_others(
+    nodes: Nodes, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "20")
+    two = [nodes.cluster.add_node(num_cpus=4) for _ in range(2)]
+    process = nodes.start(num_files=3)
+    deadline = time.monotonic() + 200
+    while len(nodes.asked()) < len(two):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+
+    nodes.cluster.remove_node(two[1], allow_graceful=False)
+    (nodes.root / "nodes" / "go on").touch()
+    output, _ = process.communicate(timeout=380)
+
+    assert process.returncode == 0, output
+    assert output.startswith(f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 6 actors\n")
     assert_complete(read(nodes.root / "captions"))
 
 

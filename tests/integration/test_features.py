@@ -15,7 +15,7 @@ import torch
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.datasets import DATASET_SCHEMA
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.features import FeatureCache, cache_features
+from imcap_ray.distributed.features import FeatureCache, Views, cache_features
 from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
 from tests import small_data
 
@@ -53,7 +53,7 @@ def test_damaged_files_are_made_anew_and_only_those(
 ) -> None:
     folder = tmp_path / "features"
     encoded: list[int] = []
-    options: dict[str, Any] = {"encoder": encoder, "flip": False, "num_actors": 1, "gpus_per_actor": 0.0}
+    options: dict[str, Any] = {"encoder": encoder, "views": Views(), "num_actors": 1, "gpus_per_actor": 0.0}
     options["on_progress"] = lambda progress, total: encoded.append(progress.num_images)
     first = features_by_image(cache_features(images, str(folder), **options))
     changed, deleted, *_ = sorted(folder.glob("*.parquet"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
-from imcap_ray.distributed.features import EncodeImages
+from imcap_ray.distributed.features import EncodeImages, Views
 from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
 
 SIZE = 32
@@ -68,7 +68,7 @@ def encode(encoder: Encoder, rows: pa.Table, **options: Any) -> tuple[list[dict[
 
 
 def test_each_image_has_its_features_or_the_reason_why_not(encoder: Encoder, rows: pa.Table) -> None:
-    done, reporter = encode(encoder, rows, flip=True)
+    done, reporter = encode(encoder, rows, views=Views(flip=True))
 
     assert [row["image_id"] for row in done] == rows["image_id"].to_pylist()
     assert [row["error_code"] for row in done] == ["", "truncated", "", "", ""]
@@ -82,15 +82,29 @@ def test_each_image_has_its_features_or_the_reason_why_not(encoder: Encoder, row
                 np.testing.assert_allclose(view, encoder(expected)[0].numpy(), rtol=2e-3, atol=2e-3)
 
 
+def test_random_crops_are_views_too_and_the_same_ones_when_they_are_made_anew(encoder: Encoder, rows: pa.Table) -> None:
+    views = Views(flip=True, crops=3, min_crop_area=0.5)
+
+    first, _ = encode(encoder, rows, views=views)
+    second, _ = encode(encoder, rows, views=views)
+    plain, _ = encode(encoder, rows, views=Views(flip=True))
+
+    assert first == second
+    for row, without in zip(first, plain, strict=True):
+        features = np.frombuffer(row["features"], np.float16).reshape(-1, views.count, encoder.num_regions, encoder.num_channels)
+        assert features[:, :2].tobytes() == without["features"]
+        assert len({view.tobytes() for image in features for view in image}) == views.count * len(features)
+
+
 def test_where_memory_runs_out_fewer_images_are_encoded_together(encoder: Encoder, rows: pa.Table) -> None:
-    expected, _ = encode(encoder, rows, flip=False)
+    expected, _ = encode(encoder, rows, views=Views())
 
     def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
         if len(arguments[0]) > 2:
             raise torch.OutOfMemoryError("planted")
 
     encoder.register_forward_pre_hook(check)
-    done, reporter = encode(encoder, rows, flip=False)
+    done, reporter = encode(encoder, rows, views=Views())
 
     assert reporter.batch_size == 2
     for row, as_before in zip(done, expected, strict=True):
@@ -107,7 +121,7 @@ def test_an_image_that_memory_runs_out_for_alone_is_left_out_and_named(encoder: 
             raise torch.OutOfMemoryError("planted")
 
     encoder.register_forward_pre_hook(check)
-    done, reporter = encode(encoder, rows, flip=False)
+    done, reporter = encode(encoder, rows, views=Views())
 
     assert [row["error_code"] for row in done] == ["", "truncated", "", "out_of_memory", ""]
     assert [bool(row["features"]) for row in done] == [True, False, True, False, True]

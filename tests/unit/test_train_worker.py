@@ -15,10 +15,10 @@ from imcap_ray.config import (
     TrainingConfig,
 )
 from imcap_ray.decoders import build_decoder
-from imcap_ray.distributed.train_worker import augmentation, batch_maker, unfreeze
+from imcap_ray.distributed.train_worker import batch_maker, unfreeze
 from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
-from imcap_ray.training import SELF_CRITICAL, EndToEnd, Optimization, make_batch, phases
+from imcap_ray.training import SELF_CRITICAL, EndToEnd, Optimization, augmentation, make_batch, phases
 from imcap_ray.vocabulary import END_ID, START_ID, Vocabulary
 
 SIZE = 64
