@@ -38,7 +38,6 @@ from imcap_ray.distributed.images import (
     stack_pixels,
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
-from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError, StalledError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
@@ -117,7 +116,6 @@ class CaptionImages:
 
 class _CaptionRows:
     def __init__(self, load_captioner: Callable[[], ImageCaptioner]) -> None:
-        keep_freed_memory()
         self.captioner = load_captioner()
 
     def __call__(self, rows: pa.Table) -> pa.Table:

@@ -23,7 +23,6 @@ from imcap_ray.batches import COMPUTE_BATCH_SIZE, FixedBatches
 from imcap_ray.captioner import no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
-from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.distributed.seals import find_damage, seal
 from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError
@@ -93,7 +92,6 @@ class EncodeImages:
     """Loaded images -> their features. One lives in each actor of the pool."""
 
     def __init__(self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter) -> None:
-        keep_freed_memory()
         self._encoder = fold_batch_normalisation(load_encoder())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._encoder.to(device).eval()

@@ -31,7 +31,7 @@ from imcap_ray.captioner import load_captioner, search_captions
 from imcap_ray.distributed.captioning import BATCH_SIZE, ImageCaptioner, caption_images
 from imcap_ray.distributed.cluster import connect, cores
 from imcap_ray.distributed.images import Progress, read_rows, repeating
-from imcap_ray.distributed.memory import keep_freed_memory
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import build_manifest
@@ -261,12 +261,11 @@ def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Ra
     return Rate(tuple(rates[1:]))  # the first one warms up
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, runtime_env=KEEP_FREED_MEMORY)
 class _Alone:
     """One core, or one GPU, that does one thing only. Its methods say how many seconds it took."""
 
     def __init__(self, images: list[bytes], models: Sequence[str]) -> None:
-        keep_freed_memory()
         self._images = images
         self._captioner = load_captioner(models)
         self._pixels = torch.from_numpy(np.stack([self._decode(image) for image in images]))

@@ -36,7 +36,6 @@ from imcap_ray.distributed.checkpoints import (
     checkpoint_name,
     newest_checkpoint,
 )
-from imcap_ray.distributed.memory import keep_freed_memory
 from imcap_ray.distributed.seals import seal
 from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.encoders import FINETUNED, Encoder
@@ -87,7 +86,6 @@ BatchMaker = Callable[[Tensor, list[str]], tuple[CaptionBatch, dict[str, float]]
 
 def train_worker(config: dict[str, Any]) -> None:
     """One data-parallel worker: the epochs of a phase, each with a validation, a checkpoint and a report."""
-    keep_freed_memory()
     recipe = from_mapping(Recipe, config["recipe"])
     work, seed, phase = config["work"], config["seed"], config["phase"]
     settings = phases(recipe)[phase]

@@ -50,6 +50,7 @@ from imcap_ray.distributed.images import (
     explain,
     repeating,
 )
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
     RUN_FOLDER,
@@ -497,6 +498,7 @@ def _fit(
                 name=RUN_FOLDER,
                 storage_path=work_path,
                 storage_filesystem=filesystem,  # the one that asks a store again which fails now and then
+                worker_runtime_env=KEEP_FREED_MEMORY,  # type: ignore[call-arg]  # mypy sees an older class
                 failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=NUM_BEST_TO_KEEP, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"

@@ -91,7 +91,9 @@ def test_random_crops_are_views_too_and_the_same_ones_when_they_are_made_anew(en
 
     assert first == second
     for row, without in zip(first, plain, strict=True):
-        features = np.frombuffer(row["features"], np.float16).reshape(-1, views.count, encoder.num_regions, encoder.num_channels)
+        features = np.frombuffer(row["features"], np.float16).reshape(
+            -1, views.count, encoder.num_regions, encoder.num_channels
+        )
         assert features[:, :2].tobytes() == without["features"]
         assert len({view.tobytes() for image in features for view in image}) == views.count * len(features)
 
