@@ -9,7 +9,7 @@ python jobs/benchmark.py training                                against a bare 
 python jobs/benchmark.py train-step                              a step against the loop that tutorials have
 python jobs/benchmark.py large-photographs flickr8k --images 1000
 python jobs/benchmark.py evaluate --images 1000000               memory and time of scoring a million captions
-python jobs/benchmark.py estimate --cpus 64 --gpus 8 ...         hours and cost of what is too large to be measured
+python jobs/benchmark.py estimate --decode 320 --model 28        hours and cost of what is too large to be measured
 python jobs/benchmark.py chaos --seeds 20
 """
 

@@ -19,7 +19,7 @@ from imcap_ray.encoders import build_encoder
 from imcap_ray.metrics import score
 from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID
 
-NUM_IMAGES = 50
+NUM_IMAGES = 100
 FLICKR8K = os.environ.get("IMCAP_FLICKR8K", "")
 
 pytestmark = pytest.mark.skipif(
