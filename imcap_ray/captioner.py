@@ -39,12 +39,15 @@ from imcap_ray.search import State, beam_search
 from imcap_ray.tokenization import tokenize
 from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
+"""What is written. Version 1, which is read too, has all its weights in float16."""
 CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 VOCABULARY_FILE: Final = "vocabulary.json"
 METRICS_FILE: Final = "metrics.json"
 CARD_FILE: Final = "README.md"
+SCALE_SUFFIX: Final = ".scale"
+"""Behind the name of an int8 matrix (M, N): that of the bfloat16 factors (M) of its rows."""
 
 _log = logging.getLogger(__name__)
 
@@ -363,11 +366,6 @@ class ModelFolder:
     fingerprint: str
     """sha256 over the configuration, the weights and the vocabulary: the same answers, the same fingerprint."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the weights in the folder."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
 
 def default_model_folder() -> str:
     """The folder of the model that comes with the package."""
@@ -393,9 +391,9 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
             raise ModelError(f"the model folder {location} lacks a readable {name}: {error}") from error
     try:
         config = json.loads(files[CONFIG_FILE])
-        if config["format_version"] != FORMAT_VERSION:
+        if config["format_version"] not in range(1, FORMAT_VERSION + 1):
             raise ModelError(
-                f"{location} has model format {config['format_version']}, this imcap_ray reads {FORMAT_VERSION}"
+                f"{location} has model format {config['format_version']}, this imcap_ray reads 1 to {FORMAT_VERSION}"
             )
         sections: dict[str, Any] = {
             "encoder": from_mapping(EncoderConfig, config["encoder"], section="encoder"),
@@ -416,11 +414,8 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
     try:
         from safetensors.torch import load
 
-        tensors = {
-            name: tensor.float() if tensor.is_floating_point() else tensor
-            for name, tensor in load(files[WEIGHTS_FILE]).items()
-        }
-    except safetensors.SafetensorError as error:
+        tensors = _widen(load(files[WEIGHTS_FILE]))
+    except (safetensors.SafetensorError, RuntimeError) as error:  # the latter from a scale of another matrix
         raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {error}") from error
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -460,7 +455,7 @@ def save_model_folder(
     card: str,
     encoder_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model folder (path or URI), its weights in float16.
+    """Write a model folder (path or URI): the decoder's matrices in int8, a scale for each row, the rest in float16.
 
     Args:
         encoder_tensors: the CNN's weights, when no library can bring them to another machine.
@@ -478,19 +473,41 @@ def save_model_folder(
         "search": to_mapping(search),
         "vocabulary_size": len(vocabulary),
     }
-    tensors = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items()}
-    tensors |= {f"encoder.{name}": tensor for name, tensor in (encoder_tensors or {}).items()}
-    halves = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().cpu()
-        for name, tensor in tensors.items()
-    }
+    matrices = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items() if tensor.dim() == 2}
+    others = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items() if tensor.dim() != 2}
+    others |= {f"encoder.{name}": tensor for name, tensor in (encoder_tensors or {}).items()}
+    narrow = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in others.items()}
+    for name, matrix in matrices.items():
+        narrow[name], narrow[name + SCALE_SUFFIX] = _quantise(matrix)
+    narrow = {name: tensor.contiguous().cpu() for name, tensor in narrow.items()}
     folder = storage.absolute(str(location))
-    storage.write_bytes(storage.join(folder, WEIGHTS_FILE), save(halves))
+    storage.write_bytes(storage.join(folder, WEIGHTS_FILE), save(narrow))
     storage.write_bytes(storage.join(folder, VOCABULARY_FILE), vocabulary.to_json().encode())
     storage.write_bytes(storage.join(folder, METRICS_FILE), json.dumps(metrics, indent=2).encode())
     storage.write_bytes(storage.join(folder, CARD_FILE), card.encode())
     # The last file written is the one that makes it a model folder.
     storage.write_bytes(storage.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
+
+
+def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 (M, N) and bfloat16 (M) of a matrix (M, N), the largest of each row as 127.
+
+    The scale has so few digits that 127 times it is exact: what was read from a model folder is written unchanged.
+    """
+    scale = (matrix.detach().float().abs().amax(dim=1) / 127).bfloat16()
+    steps = matrix.detach() / scale.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
+
+
+def _widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a file in float32."""
+    widened = {}
+    for name, tensor in tensors.items():
+        if (scale := tensors.get(name + SCALE_SUFFIX)) is not None:
+            widened[name] = tensor.float() * scale.float()[:, None]
+        elif not name.endswith(SCALE_SUFFIX):
+            widened[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return widened
 
 
 def no_memory() -> ImageError:
