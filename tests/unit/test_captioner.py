@@ -500,8 +500,11 @@ def test_weights_of_another_decoder_are_refused_in_one_line(tmp_path: Path) -> N
     assert "\n" not in str(caught.value)
 
 
-def test_the_default_model_is_inside_the_package() -> None:
-    assert Path(default_model_folder()).parent.parent.name == "imcap_ray"
+def test_the_default_model_is_inside_the_package_and_small() -> None:
+    folder = Path(default_model_folder())
+
+    assert folder.parent.parent.name == "imcap_ray"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
 
 
 def test_beam_steps_are_counted_a_batch_at_a_time(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> None:
