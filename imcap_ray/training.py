@@ -335,7 +335,7 @@ def prefers_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
     AMD's processors do with AVX512-BF16, Intel's with AMX: with AVX512-BF16 alone an optimizer step takes 1.35 times as
-    long there as in float32 (a Xeon whose hypervisor hides AMX; the decoder of `lite2-finetuned`, 32 images).
+    long there as in float32 (a Xeon whose hypervisor hides AMX; a decoder of 384 and 448 units, 32 images).
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
