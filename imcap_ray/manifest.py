@@ -96,6 +96,9 @@ IMAGE_EXTENSIONS: Final = frozenset(
 
 ROWS_PER_PART: Final = 100_000
 
+_READ_BYTES: Final = 2**20
+"""Of a column that are asked for at once; else it would be read up to the end of the row group."""
+
 _PICKLES: Final = "arrow_pickled_object"
 """In the name of Ray's type for columns of pickled objects."""
 
@@ -273,19 +276,36 @@ def write_table(location: str, table: pa.Table) -> None:
 def read_table_images(table_path: str, *, row_group: int, rows: set[int]) -> Iterator[tuple[int, bytes | None]]:
     """The bytes of some rows of a row group, with their numbers; None where the table holds none.
 
-    A few images are in memory at a time, however large the row group is. No other file is opened: where a struct of
-    bytes and path has only a path, `build_manifest` has made a row of that file.
+    Read are the pages up to the last of these rows, for a table cannot be entered in the middle of a row group; a page
+    is in memory at a time. No other file is opened: where a struct of bytes and path has only a path, `build_manifest`
+    has made a row of that file.
     """
     filesystem, path = storage.resolve(table_path)
-    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
+    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
         refuse_pickles(table.schema_arrow, table_path)
         column = find_image_column(table.schema_arrow, table_path)
-        number = 0
+        start = 0
         for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
-            for value in _leaf(batch.column(0), "bytes"):
+            for number, value in enumerate(_leaf(batch.column(0), "bytes"), start):
                 if number in rows:
                     yield number, value.as_py()
-                number += 1
+            start += len(batch)
+            if start > max(rows):
+                return
+
+
+def largest_row_group(manifest: str) -> int:
+    """Rows of the largest row group that the rows of a manifest lie in, or fewer where it is not listed to its end; 0
+    for images that are files."""
+    largest = 0
+    for part in storage.list_parquet(manifest):
+        filesystem, path = storage.resolve(part)
+        with filesystem.open_input_file(path) as stream:
+            metadata = pq.read_metadata(stream)
+        column = metadata.schema.names.index("row")
+        for number in range(metadata.num_row_groups):
+            largest = max(largest, metadata.row_group(number).column(column).statistics.max + 1)
+    return largest
 
 
 def _leaf(values: pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:

@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,11 +32,14 @@ from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.images import MAX_FILE_BYTES, DecodedImage, decode_image, image_error_from_os_error
-from imcap_ray.manifest import read_table_images
+from imcap_ray.manifest import largest_row_group, read_table_images
 from imcap_ray.progress import Pace
 
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
+
+MIN_BLOCK_BYTES = 2**20
+"""Below this Ray would cut up blocks of other columns than pixels."""
 
 GOES_ON = "what is written is kept, the same command goes on"
 
@@ -165,21 +168,24 @@ class LoadImages:
         Raises:
             ImcapError: nothing can be read any more.
         """
-        load = partial(_load_rows, image_size=self.image_size, root=self.root)
-        isolated = Isolated(lambda: load, memory_limit=DECODE_MEMORY) if is_repeated_work() else None
-        for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
-            block = rows.slice(start, IMAGES_PER_BLOCK)
-            if isolated is None:
-                loaded = load(block)
-            else:
-                parts = [_blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
-                loaded = pa.concat_tables(parts)
+        # In the order in which they are read, for a repeated task has to return the same blocks as the first.
+        rows = rows.sort_by([(name, "ascending") for name in ("table_path", "row_group", "row", "manifest_id")])
+        for loaded in self._load_isolated(rows) if is_repeated_work() else self._load(rows):
             yield _without_repeated(loaded, self.index) if self.index else loaded
 
+    def _load(self, rows: pa.Table) -> Iterator[pa.Table]:
+        loaded = (
+            _load_row(row, data, image_size=self.image_size) for row, data in read_rows(rows.to_pylist(), self.root)
+        )
+        while block := list(islice(loaded, IMAGES_PER_BLOCK)):
+            yield pa.Table.from_pylist(block, schema=LOADED_SCHEMA)
 
-def _load_rows(rows: pa.Table, *, image_size: int, root: str) -> pa.Table:
-    loaded = [_load_row(row, data, image_size=image_size) for row, data in read_rows(rows.to_pylist(), root)]
-    return pa.Table.from_pylist(loaded, schema=LOADED_SCHEMA)
+    def _load_isolated(self, rows: pa.Table) -> Iterator[pa.Table]:
+        isolated = Isolated(lambda: lambda rows: pa.concat_tables(self._load(rows)), memory_limit=DECODE_MEMORY)
+        for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
+            block = rows.slice(start, IMAGES_PER_BLOCK)
+            parts = [_blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
+            yield pa.concat_tables(parts)
 
 
 def read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
@@ -213,6 +219,9 @@ def read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str,
             _require_reachable(root, error)
             for row in by_row.values():
                 yield row, ImageError("read_error", f"cannot read the table: {storage.hide_secrets(str(error))}")
+        else:
+            for row in by_row.values():
+                yield row, ImageError("missing", "the table has no such row any more")
 
 
 def _require_reachable(root: str, error: Exception) -> None:
@@ -262,6 +271,31 @@ def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
     for name, column in values.items():
         loaded = loaded.set_column(LOADED_SCHEMA.get_field_index(name), LOADED_SCHEMA.field(name), column)
     return loaded
+
+
+def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
+    """The images of a manifest, rows of `LOADED_SCHEMA`, at most `IMAGES_PER_BLOCK` in a block.
+
+    Args:
+        num_images: rows of the manifest that are to be read.
+    """
+    # Whoever reads a row of a table reads the row group up to there, so a task takes as many rows of a row group as
+    # leave each CPU a task. Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
+    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    rows_per_task = max(IMAGES_PER_BLOCK, min(largest_row_group(manifest), -(-num_images // cpus)))
+    is_long = rows_per_task > IMAGES_PER_BLOCK
+    dataset: Dataset = (
+        ray.data.read_parquet(storage.resolve(manifest)[1], filesystem=storage.resolve(manifest)[0])
+        .repartition(target_num_rows_per_block=rows_per_task, strict=is_long)
+        # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing both
+        # into one: a file that kills its decoder must not take a model with it.
+        .map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+    )
+    if is_long:
+        # Else Ray joins what one task yields to blocks of 128 MiB, and cuts them by their bytes, which are others when
+        # the task is repeated and an image fails that did not fail before.
+        dataset = dataset.repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
+    return dataset
 
 
 def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
@@ -363,6 +397,8 @@ def map_images(
         delete_checkpoint_on_success=False,
         override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
     )
+    # A task that yields several blocks passes each on when it is ready.
+    context.target_max_block_size = max(MIN_BLOCK_BYTES, IMAGES_PER_BLOCK * 3 * image_size**2)
     num_actors = max(1, min(num_actors, num_blocks(num_images)))
     progress = Progress()
     counter = ProgressCounter.remote()  # type: ignore[attr-defined]
@@ -373,35 +409,24 @@ def map_images(
         check=check,
     )
     with DataContext.current(context):
-        dataset: Dataset = (
-            ray.data.read_parquet(manifest, filesystem=storage.resolve(manifest)[0])
-            # Ray reads a manifest of 100,000 rows as one block whatever `override_num_blocks` says.
-            .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
-            .map_batches(
-                LoadImages(image_size=image_size, root=root, index=index),
-                batch_size=None,
-                batch_format="pyarrow",
-                # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing
-                # both into one: a file that kills its decoder must not take a model with it.
-                num_cpus=0.5,
-            )
-            .map_batches(
-                actor_class,
-                fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter, actor_class.__name__)},
-                batch_size=batch_size,
-                batch_format="pyarrow",
-                num_cpus=1,
-                num_gpus=gpus_per_actor or None,
-                runtime_env=KEEP_FREED_MEMORY,
-                # What fits now is the least, or Ray would begin by taking actors away, for it shares the CPUs out
-                # equally among the operators. Of more it has more only while every one has nearly two blocks waiting
-                # and the others keep CPUs enough for a task; so it takes what has joined, and nothing that they need.
-                compute=ActorPoolStrategy(
-                    min_size=num_actors,
-                    max_size=max(num_actors, num_blocks(num_images)) if can_grow else num_actors,
-                    max_tasks_in_flight_per_actor=4,
-                ),
-            )
+        dataset: Dataset = read_images(
+            manifest, LoadImages(image_size=image_size, root=root, index=index), num_images=num_images
+        ).map_batches(
+            actor_class,
+            fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter, actor_class.__name__)},
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            num_cpus=1,
+            num_gpus=gpus_per_actor or None,
+            runtime_env=KEEP_FREED_MEMORY,
+            # What fits now is the least, or Ray would begin by taking actors away, for it shares the CPUs out
+            # equally among the operators. Of more it has more only while every one has nearly two blocks waiting
+            # and the others keep CPUs enough for a task; so it takes what has joined, and nothing that they need.
+            compute=ActorPoolStrategy(
+                min_size=num_actors,
+                max_size=max(num_actors, num_blocks(num_images)) if can_grow else num_actors,
+                max_tasks_in_flight_per_actor=4,
+            ),
         )
 
         pace, metrics = Pace(), RunMetrics(actor_class.__name__)

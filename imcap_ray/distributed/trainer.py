@@ -43,11 +43,11 @@ from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, rec
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key, manifest_of
 from imcap_ray.distributed.images import (
-    IMAGES_PER_BLOCK,
     LoadImages,
     Progress,
     default_num_actors,
     explain,
+    read_images,
     repeating,
 )
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
@@ -537,9 +537,7 @@ def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
     """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it."""
     load = LoadImages(image_size=encoder.image_size, root=manifest.root)
     return (
-        ray.data.read_parquet(storage.resolve(manifest.folder)[1], filesystem=storage.resolve(manifest.folder)[0])
-        .repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
-        .map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        read_images(manifest.folder, load, num_images=manifest.num_images)
         .filter(expr=ray.data.expressions.col("error_code") == "")
         .select_columns(["image_id", "pixels"])
     )

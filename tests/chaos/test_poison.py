@@ -10,20 +10,35 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.odd_images import encode, photo
+
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
 
 
+@pytest.mark.parametrize("kind", ["folder", "table"])
 def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
-    photographs: Path, model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
+    kind: str, model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
+    images = {f"{number:03}.jpg": encode(photo(40 + number % 20, 50 + number // 20), "JPEG") for number in range(400)}
     poison = {
         "010-crash.heic": (HEIC + b"SEGFAULT" * 9, "internal"),
         "011-crash.heic": (HEIC + b"SEGFAULT" * 8, "internal"),
-        "090-greedy.heic": (HEIC + b"GREEDY" * 9, "out_of_memory"),
+        "290-greedy.heic": (HEIC + b"GREEDY" * 9, "out_of_memory"),
     }
-    for name, (data, _) in poison.items():
-        (photographs / name).write_bytes(data)
-    command = [sys.executable, "-m", "imcap_ray", "caption", str(photographs), str(tmp_path / "out"), "--json"]
+    images |= {name: data for name, (data, _) in poison.items()}
+    input = tmp_path / ("in" if kind == "folder" else "in.parquet")
+    if kind == "folder":
+        input.mkdir()
+        for name, data in images.items():
+            (input / name).write_bytes(data)
+    else:  # one row group, so that a task has more than a block of it
+        names = sorted(images)
+        pq.write_table(pa.table({"id": names, "image": [images[name] for name in names]}), input)
+    command = [sys.executable, "-m", "imcap_ray", "caption", str(input), str(tmp_path / "out"), "--json"]
     plugins = str(Path(__file__).parent / "plugins")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])}
 
@@ -32,7 +47,7 @@ def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
     )
 
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["counts"] == {"ok": 120, "failed": 3}
+    assert json.loads(done.stdout)["counts"] == {"ok": 400, "failed": 3}
     rows = {row["image_id"]: row for row in read(tmp_path / "out")}
-    assert len(rows) == 123
+    assert len(rows) == 403
     assert {name: rows[name]["error_code"] for name in poison} == {name: code for name, (_, code) in poison.items()}

@@ -18,9 +18,10 @@ from imcap_ray.config import SearchConfig
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.images import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImcapError, InputError, OutputError
 from imcap_ray.images import decode_image
-from imcap_ray.manifest import CAPTIONS_SCHEMA
+from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, TooLargeFor, echo
 from tests.odd_images import OK, encode, odd_images, photo
 
@@ -170,6 +171,21 @@ def test_parquet_gives_the_same_captions_as_the_folder(run: Run, photographs: Pa
 
     found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
     assert found == {path.name: expected(path.read_bytes()) for path in paths}
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_large_row_group_is_read_by_one_task_whose_blocks_do_not_depend_on_failures(tmp_path: Path) -> None:
+    whole, broken = encode(photo(), "JPEG"), b"broken" * 100_000
+    images = [whole if number % 7 else broken for number in range(300)]
+    pq.write_table(pa.table({"image": pa.array(images, pa.binary())}), tmp_path / "in.parquet")
+    build_manifest(str(tmp_path / "in.parquet"), str(tmp_path / "manifest"))
+
+    blocks = read_images(
+        str(tmp_path / "manifest"), LoadImages(image_size=32, root=str(tmp_path)), num_images=1_000_000
+    ).iter_batches(batch_size=None, batch_format="pyarrow")
+
+    ids = [block["manifest_id"].to_pylist() for block in blocks]
+    assert ids == [list(range(start, min(start + 64, 300))) for start in range(0, 300, 64)]
 
 
 def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:

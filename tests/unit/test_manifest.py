@@ -22,6 +22,7 @@ from imcap_ray.manifest import (
     build_manifest,
     count_rows,
     find_image_column,
+    largest_row_group,
     open_captions,
     read_table_images,
 )
@@ -402,6 +403,19 @@ def test_images_beside_a_table_are_the_input(source: Path, target: str) -> None:
     touch(source, "a.jpg")
 
     assert build_manifest(str(source), target) == InputSummary(num_images=1, num_ignored=1, description="folder")
+
+
+def test_the_largest_row_group_of_the_tables_of_an_input(source: Path, target: str) -> None:
+    for name, row_group_size in (("a", 2), ("b", 5)):
+        write_table(source / f"{name}.parquet", {"image": IMAGES}, row_group_size=row_group_size)
+    build_manifest(str(source), target)
+    assert largest_row_group(target) == 5
+
+
+def test_files_are_in_no_row_group(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "b.jpg")
+    build_manifest(str(source), target)
+    assert largest_row_group(target) == 0
 
 
 def test_only_the_rows_asked_for_are_read(source: Path) -> None:
