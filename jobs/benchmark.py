@@ -598,7 +598,7 @@ class InstantEcho:
 @click.option("--images", "counts", multiple=True, type=int, default=(1_000, 10_000, 100_000), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def scale(counts: tuple[int, ...], as_json: bool) -> None:
-    """Images per second, and memory of the driver, the actors and the tasks, by the number of images.
+    """Images per second, memory of the driver, the actors and the tasks, and what Ray spilled, by the number of images.
 
     Tiny JPEGs in a Parquet table and a captioner that takes no time: what is measured is the pipeline.
     """
@@ -614,7 +614,8 @@ def scale(counts: tuple[int, ...], as_json: bool) -> None:
         steady = "too short for a steady rate" if run["steady"] is None else f"{run['steady']:,.0f} images/s steady"
         click.echo(
             f"{count:9,} images: {steady}, {run['seconds']:.0f} s in all, "
-            f"the first after {run['first_seconds']:.0f} s; {megabytes}",
+            f"the first after {run['first_seconds']:.0f} s; {megabytes}, "
+            f"spilled {run['spilled_bytes'] / 2**20:,.0f} MiB",
             err=True,
         )
     _show(found, as_json)

@@ -59,6 +59,7 @@ def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
         steady=60.0,
         cpu_seconds={},
         peak_bytes={},
+        spilled_bytes=0,
         bound="model-bound",
     )
     comparison = Comparison(limit=make_limit(on_gpu=False), run=run)
@@ -70,7 +71,14 @@ def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
 
 def test_a_run_too_short_for_a_steady_rate_is_said_to_be() -> None:
     run = RunSpeed(
-        num_images=64, seconds=9.0, first_seconds=8.0, steady=None, cpu_seconds={}, peak_bytes={}, bound="model-bound"
+        num_images=64,
+        seconds=9.0,
+        first_seconds=8.0,
+        steady=None,
+        cpu_seconds={},
+        peak_bytes={},
+        spilled_bytes=0,
+        bound="model-bound",
     )
     comparison = Comparison(limit=make_limit(on_gpu=True), run=run)
     assert comparison.to_dict()["share_of_limit"] is None
