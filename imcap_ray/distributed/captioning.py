@@ -28,7 +28,6 @@ from imcap_ray.distributed.cluster import ClusterResources, connect, require
 from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
-    LOADED_SCHEMA,
     BatchReporter,
     Progress,
     default_num_actors,
@@ -43,6 +42,7 @@ from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
     DUPLICATE,
     FAILED,
+    MANIFEST_SCHEMA,
     OK,
     SCHEMA_VERSION,
     InputSummary,
@@ -98,7 +98,7 @@ class CaptionImages:
         self._caption = None if self._isolated else _CaptionRows(load_captioner)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """A table of `LOADED_SCHEMA` -> `CAPTIONS_SCHEMA` with manifest_id."""
+        """A table of `loaded_schema` -> `CAPTIONS_SCHEMA` with manifest_id."""
         with self._reporter.batch() as counts:
             if self._caption:
                 done = self._caption(rows)
@@ -133,7 +133,7 @@ class _CaptionRows:
         return pa.Table.from_pylist(done, schema=_NUMBERED_SCHEMA)
 
 
-_NUMBERED_SCHEMA = CAPTIONS_SCHEMA.insert(0, LOADED_SCHEMA.field("manifest_id"))
+_NUMBERED_SCHEMA = CAPTIONS_SCHEMA.insert(0, MANIFEST_SCHEMA.field("manifest_id"))
 
 
 def _captioned_row(row: dict[str, Any], captions: list[Caption]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class EncodeImages:
         self._reporter = reporter
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """A table of `LOADED_SCHEMA` -> `FEATURES_SCHEMA` with manifest_id."""
+        """A table of `loaded_schema` -> `FEATURES_SCHEMA` with manifest_id."""
         with self._reporter.batch() as counts:
             encoded = iter(self._encode(stack_pixels(rows, self._encoder.image_size)))
             done = rows.select(["manifest_id", "image_id", "error_code", "error_message"]).to_pylist()

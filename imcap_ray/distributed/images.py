@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import time
 from collections import Counter, defaultdict
@@ -38,29 +39,29 @@ from imcap_ray.progress import Pace
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
 
-MIN_BLOCK_BYTES = 2**20
-"""Below this Ray would cut up blocks of other columns than pixels."""
-
 GOES_ON = "what is written is kept, the same command goes on"
 
 DECODE_MEMORY = 4 * 2**30
 """Bytes for images that may have killed a process before; the largest that are decoded take about 2 GiB."""
 
-LOADED_SCHEMA = pa.schema(
-    [
-        ("manifest_id", pa.int64()),
-        ("image_id", pa.string()),
-        ("image_path", pa.string()),
-        ("pixels", pa.binary()),  # uint8 (3, S, S); b"" where there is an error
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("format", pa.string()),
-        ("sha256", pa.string()),
-        ("error_code", pa.string()),  # "" where there are pixels, or is_repeated
-        ("error_message", pa.string()),
-        ("is_repeated", pa.bool_()),  # the same bytes have come before; then there are no pixels
-    ]
-)
+
+def loaded_schema(image_size: int) -> pa.Schema:
+    """Columns of loaded images. Pixels have a fixed size, so that a block takes as many bytes whatever it lacks."""
+    return pa.schema(
+        [
+            ("manifest_id", pa.int64()),
+            ("image_id", pa.string()),
+            ("image_path", pa.string()),
+            ("pixels", pa.binary(3 * image_size**2)),  # uint8 (3, S, S); null where there is an error
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("format", pa.string()),
+            ("sha256", pa.string()),
+            ("error_code", pa.string()),  # "" where there are pixels, or is_repeated
+            ("error_message", pa.string()),
+            ("is_repeated", pa.bool_()),  # the same bytes have come before; then there are no pixels
+        ]
+    )
 
 
 @dataclass
@@ -154,7 +155,7 @@ class BatchReporter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadImages:
-    """Manifest rows -> rows of `LOADED_SCHEMA`: read and decoded, or with the reason why not."""
+    """Manifest rows -> rows of `loaded_schema`: read and decoded, or with the reason why not."""
 
     image_size: int
     root: str
@@ -178,14 +179,18 @@ class LoadImages:
             _load_row(row, data, image_size=self.image_size) for row, data in read_rows(rows.to_pylist(), self.root)
         )
         while block := list(islice(loaded, IMAGES_PER_BLOCK)):
-            yield pa.Table.from_pylist(block, schema=LOADED_SCHEMA)
+            yield pa.Table.from_pylist(block, schema=loaded_schema(self.image_size))
 
     def _load_isolated(self, rows: pa.Table) -> Iterator[pa.Table]:
         isolated = Isolated(lambda: lambda rows: pa.concat_tables(self._load(rows)), memory_limit=DECODE_MEMORY)
         for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
             block = rows.slice(start, IMAGES_PER_BLOCK)
-            parts = [_blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
+            parts = [self._blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
             yield pa.concat_tables(parts)
+
+    def _blame(self, rows: pa.Table, error: ImageError) -> pa.Table:
+        loaded = [_loaded_row(row, error_code=error.code, error_message=error.message) for row in rows.to_pylist()]
+        return pa.Table.from_pylist(loaded, schema=loaded_schema(self.image_size))
 
 
 def read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
@@ -249,13 +254,8 @@ def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int)
 
 def _loaded_row(row: dict[str, Any], **values: Any) -> dict[str, Any]:
     loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
-    nothing = {"pixels": b"", "width": 0, "height": 0, "format": "", "sha256": ""}
+    nothing = {"pixels": None, "width": 0, "height": 0, "format": "", "sha256": ""}
     return {**loaded, **nothing, "error_code": "", "error_message": "", "is_repeated": False, **values}
-
-
-def _blame(rows: pa.Table, error: ImageError) -> pa.Table:
-    loaded = [_loaded_row(row, error_code=error.code, error_message=error.message) for row in rows.to_pylist()]
-    return pa.Table.from_pylist(loaded, schema=LOADED_SCHEMA)
 
 
 def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
@@ -267,14 +267,14 @@ def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
     answers = ray.get(index.have_come_before.remote(*known.to_pydict().values()))
     repeated = pa.array([id_ for id_, answer in zip(known["manifest_id"].to_pylist(), answers, strict=True) if answer])
     is_repeated = pa.compute.is_in(loaded["manifest_id"], value_set=repeated.cast(pa.int64()))
-    values = {"pixels": pa.compute.if_else(is_repeated, b"", loaded["pixels"]), "is_repeated": is_repeated}
-    for name, column in values.items():
-        loaded = loaded.set_column(LOADED_SCHEMA.get_field_index(name), LOADED_SCHEMA.field(name), column)
+    pixels = pa.compute.if_else(is_repeated, pa.scalar(None, loaded.schema.field("pixels").type), loaded["pixels"])
+    for name, column in {"pixels": pixels, "is_repeated": is_repeated}.items():
+        loaded = loaded.set_column(loaded.schema.get_field_index(name), loaded.schema.field(name), column)
     return loaded
 
 
 def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
-    """The images of a manifest, rows of `LOADED_SCHEMA`, at most `IMAGES_PER_BLOCK` in a block.
+    """The images of a manifest, rows of `loaded_schema`, at most `IMAGES_PER_BLOCK` in a block.
 
     Args:
         num_images: rows of the manifest that are to be read.
@@ -283,30 +283,27 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     # leave each CPU a task. Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     rows_per_task = max(IMAGES_PER_BLOCK, min(largest_row_group(manifest), -(-num_images // cpus)))
-    is_long = rows_per_task > IMAGES_PER_BLOCK
-    dataset: Dataset = (
-        ray.data.read_parquet(storage.resolve(manifest)[1], filesystem=storage.resolve(manifest)[0])
-        .repartition(target_num_rows_per_block=rows_per_task, strict=is_long)
-        # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing both
-        # into one: a file that kills its decoder must not take a model with it.
-        .map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
-    )
-    if is_long:
-        # Else Ray joins what one task yields to blocks of 128 MiB, and cuts them by their bytes, which are others when
-        # the task is repeated and an image fails that did not fail before.
-        dataset = dataset.repartition(target_num_rows_per_block=IMAGES_PER_BLOCK)
-    return dataset
+    # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
+    # has to be one: a repeated task must return the same blocks, though an image fails that did not fail before.
+    context = DataContext.get_current().copy()
+    context.target_max_block_size = IMAGES_PER_BLOCK * 3 * load.image_size**2
+    with DataContext.current(context):
+        return (
+            ray.data.read_parquet(storage.resolve(manifest)[1], filesystem=storage.resolve(manifest)[0])
+            .repartition(target_num_rows_per_block=rows_per_task, strict=rows_per_task > IMAGES_PER_BLOCK)
+            # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing both
+            # into one: a file that kills its decoder must not take a model with it.
+            .map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+        )
 
 
 def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
     """The pixels (B, 3, S, S) of the rows that have some, in their order."""
-    column = rows["pixels"].filter(pa.compute.greater(pa.compute.binary_length(rows["pixels"]), 0))
-    flat = [np.frombuffer(value.as_buffer(), dtype=np.uint8) for value in column]
-    return (
-        np.stack(flat).reshape(-1, 3, image_size, image_size)
-        if flat
-        else np.empty((0, 3, image_size, image_size), np.uint8)
-    )
+    column = rows["pixels"].drop_null().combine_chunks()
+    flat = np.frombuffer(column.buffers()[1], np.uint8) if len(column) else np.empty(0, np.uint8)
+    shape = (len(column), 3, image_size, image_size)
+    start = column.offset * 3 * image_size**2
+    return flat[start : start + math.prod(shape)].reshape(shape)
 
 
 class ParquetParts(BlockBasedFileDatasink):
@@ -377,7 +374,7 @@ def map_images(
         output: folder for the parts; `work` below it is ours: what is done.
         root: where the images lie.
         schema: of the parts; the actors return it with `manifest_id` besides.
-        actor_class: called with a table of `LOADED_SCHEMA`; built with `actor_arguments` and `reporter`.
+        actor_class: called with a table of `loaded_schema`; built with `actor_arguments` and `reporter`.
         num_actors: of the pool, from the start to the end.
         on_progress: called about once a second.
         can_grow: let the pool grow beyond that into nodes that join the cluster, and shrink again when they go.
@@ -397,8 +394,6 @@ def map_images(
         delete_checkpoint_on_success=False,
         override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
     )
-    # A task that yields several blocks passes each on when it is ready.
-    context.target_max_block_size = max(MIN_BLOCK_BYTES, IMAGES_PER_BLOCK * 3 * image_size**2)
     num_actors = max(1, min(num_actors, num_blocks(num_images)))
     progress = Progress()
     counter = ProgressCounter.remote()  # type: ignore[attr-defined]
