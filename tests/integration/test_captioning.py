@@ -18,8 +18,8 @@ from imcap_ray.config import SearchConfig
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.images import LoadImages, read_images
-from imcap_ray.errors import ClusterError, FailureBudgetError, ImcapError, InputError, OutputError
+from imcap_ray.distributed.images import LoadImages, read_images, read_rows
+from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, TooLargeFor, echo
@@ -195,6 +195,20 @@ def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> 
     run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
 
     assert [row["error_code"] for row in read(tmp_path / "out")] == ["", "missing"]
+
+
+def test_rows_that_a_table_has_lost_since_it_was_listed_are_missing(tmp_path: Path) -> None:
+    data = encode(photo(), "PNG")
+    for num_rows in (5, 3):
+        pq.write_table(pa.table({"image": [data] * num_rows}), tmp_path / "in.parquet")
+        if num_rows == 5:
+            build_manifest(str(tmp_path / "in.parquet"), str(tmp_path / "manifest"))
+    (part,) = (tmp_path / "manifest").glob("*.parquet")
+
+    found = [answer for _, answer in read_rows(pq.read_table(part).to_pylist(), str(tmp_path))]
+
+    assert found[:3] == [data] * 3
+    assert [error.code for error in found[3:] if isinstance(error, ImageError)] == ["missing", "missing"]
 
 
 def test_captions_do_not_depend_on_actors_batches_or_an_interruption(
