@@ -441,6 +441,43 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
     )
 
 
+def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
+    """One model whose weights are the means of these, which were trained on from one and the same model.
+
+    Such trainings with several seeds end in one valley of the loss, and the middle of it is often better than any of
+    them, at the cost of one (Wortsman et al., Model soups, 2022). Settings are those of the first.
+
+    Raises:
+        ModelError: they differ in more than their weights.
+    """
+    first = folders[0]
+    if len(folders) == 1:
+        return first
+    for other in folders[1:]:
+        for what, is_same in (
+            ("CNN", (other.encoder, other.preprocessing) == (first.encoder, first.preprocessing)),
+            ("decoder", replace(other.decoder, dropout=0.0) == replace(first.decoder, dropout=0.0)),
+            ("vocabulary", other.vocabulary.tokens == first.vocabulary.tokens),
+            ("weights' names", other.tensors.keys() == first.tensors.keys()),
+            ("CNN's weights", other.encoder_weights == first.encoder_weights or below("encoder.", first.tensors)),
+        ):
+            if not is_same:
+                raise ModelError(f"{other.location} and {first.location} have no mean: they differ in their {what}")
+    tensors = {
+        name: torch.stack([folder.tensors[name] for folder in folders]).mean(0)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in first.tensors.items()
+    }
+    fingerprints = hashlib.sha256("".join(folder.fingerprint for folder in folders).encode())
+    return replace(
+        first,
+        location="the mean of " + " and ".join(folder.location for folder in folders),
+        tensors=tensors,
+        fingerprint=fingerprints.hexdigest(),
+    )
+
+
 def save_model_folder(
     location: str | Path,
     *,

@@ -24,7 +24,7 @@ An image captioner of imcap_ray: {{ recipe.encoder.name | text }} ({{ recipe.enc
 | trained on | {{ data_format | text }}: {{ num_images | number }} images, {{ num_captions | number }} captions |
 | data | {{ (data_terms or "see where they came from") | text }} |
 | recipe | {{ recipe_name | code }}, seed {{ seed }} |
-{% if start_from %}| started from | {{ start_from | text }} |
+{% if start_from %}| started from | {{ started_from | text }} |
 {% endif %}| kept | epoch {{ metrics.epoch }} of {{ num_epochs }} at most, the best CIDEr-D on the validation split |
 | vocabulary | {{ vocabulary_size | number }} tokens, tokenizer `{{ recipe.vocabulary.tokenizer }}` |
 | CNN weights | {{ encoder_weights | text }} |
@@ -56,7 +56,7 @@ people's sex and age from clothes, and it cannot count far or read text. Do not 
 ## Train it again
 
     imcap train {{ data | word }} {{ name | word }} --recipe {{ recipe_name | word }} --seed {{ seed }}
-{%- if start_from %} --start-from {{ start_from | word }}{% endif %}
+{%- for model in start_from %} --start-from {{ model | word }}{% endfor %}
 {%- for option in recipe_options %} --set {{ option | word }}{% endfor %}
 """
 
@@ -67,7 +67,7 @@ def write_card(
     recipe: Recipe,
     recipe_name: str,
     recipe_options: Sequence[str] = (),
-    start_from: str | None = None,
+    start_from: Sequence[str] = (),
     seed: int,
     data: str,
     data_format: str,
@@ -98,6 +98,7 @@ def write_card(
         recipe_name=recipe_name,
         recipe_options=recipe_options,
         start_from=start_from,
+        started_from="the mean of " * (len(start_from) > 1) + " and ".join(start_from),
         decoder=decoders[recipe.decoder.name],
         seed=seed,
         data=data,

@@ -33,6 +33,7 @@ from imcap_ray import storage
 from imcap_ray.captioner import (
     CONFIG_FILE,
     ModelFolder,
+    average_models,
     below,
     read_model_folder,
     save_model_folder,
@@ -112,7 +113,7 @@ def train(
     recipe: Recipe,
     recipe_name: str,
     recipe_options: Sequence[str] = (),
-    start_from: str | None = None,
+    start_from: Sequence[str] = (),
     resources: ClusterResources,
     num_workers: int | tuple[int, int] | None = None,
     gpus_per_worker: float | None = None,
@@ -131,7 +132,7 @@ def train(
         model: folder to write, path or URI; on a cluster one that every node sees.
         recipe_options: of the command line, what changed the recipe of this name; for the card.
         start_from: a model folder to start from, path or URI, or the name of the one that comes with the package. Its
-            CNN, preprocessing, vocabulary and decoder are taken instead of the recipe's.
+            CNN, preprocessing, vocabulary and decoder are taken instead of the recipe's. Of several, their mean.
         num_workers: data-parallel processes; None: one per GPU, or one where there is none. The least and the most:
             as many as the cluster has room for, fewer when a node dies and more when one joins.
         features: folder for cached features; None: `_features` beside the model folder, shared by its neighbours.
@@ -162,8 +163,10 @@ def train(
             f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
         )
     start_model = None
-    if start_from is not None:
-        start_model = read_model_folder(None if start_from == DEFAULT_MODEL else start_from)
+    if start_from:
+        start_model = average_models(
+            [read_model_folder(None if place == DEFAULT_MODEL else place) for place in start_from]
+        )
         recipe = _with_architecture(recipe, start_model)
     encoder = _build_encoder(recipe, start_model, encoder_weights)
     unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch

@@ -95,7 +95,7 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     assert again.metrics == result.metrics
 
     onward = load_recipe("self-critical", {"self_critical.epochs": 1, "training.batch_size": 4})
-    run("onward", recipe=onward, recipe_name="self-critical", start_from=str(tmp_path / "model"))
+    run("onward", recipe=onward, recipe_name="self-critical", start_from=[str(tmp_path / "model")])
 
     trained_on = read_model_folder(tmp_path / "onward")
     assert trained_on.vocabulary.tokens == folder.vocabulary.tokens
@@ -105,7 +105,7 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     assert changed
     assert all(name.startswith("decoder.") for name in changed)
     with pytest.raises(OutputError, match="another .*start_from"):
-        run("onward", recipe=onward, recipe_name="self-critical", start_from="flickr8k-lite2")
+        run("onward", recipe=onward, recipe_name="self-critical", start_from=["flickr8k-lite2"])
 
 
 def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import (
     Caption,
     Captioner,
+    average_models,
     default_model_folder,
     override_search,
     read_model_folder,
@@ -550,3 +551,25 @@ def test_a_model_without_attention_says_so(lstm_captioner: Captioner, captioner:
         lstm_captioner.attend(jpeg(3))
     with pytest.raises(ImageError):
         captioner.attend(b"no image")
+
+
+# ---- the mean of several models
+
+
+def test_the_mean_of_models_has_the_mean_of_their_weights(tmp_path: Path) -> None:
+    folders = [read_model_folder(write_model_folder(tmp_path / f"{seed}", seed=seed)) for seed in (0, 1, 2)]
+
+    mean = average_models(folders)
+
+    for name, tensor in mean.tensors.items():
+        expected = np.mean([folder.tensors[name].numpy() for folder in folders], axis=0)
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert mean.fingerprint not in {folder.fingerprint for folder in folders}
+    assert average_models(folders[:1]) is folders[0]
+
+
+def test_models_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) -> None:
+    folders = [read_model_folder(write_model_folder(tmp_path / kind, decoder=kind)) for kind in ("attention", "lstm")]
+
+    with pytest.raises(ModelError, match=r"lstm and .*attention have no mean: they differ in their decoder"):
+        average_models(folders)

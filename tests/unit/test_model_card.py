@@ -45,12 +45,13 @@ def card(**changes: Any) -> str:
 
 
 def test_a_card_says_how_to_train_it_again_with_all_that_was_changed() -> None:
-    text = card(recipe_options=["training.epochs=3", "encoder.name='x y'"], start_from="runs/old model")
+    text = card(recipe_options=["training.epochs=3", "encoder.name='x y'"], start_from=["runs/old model", "runs/b"])
 
-    assert "| started from | runs/old model |" in text
+    assert "| started from | the mean of runs/old model and runs/b |" in text
     [line] = [line for line in text.splitlines() if "imcap train" in line and line.startswith("    ")]
     assert shlex.split(line)[4:] == [
         *("--recipe", "lite2-attention", "--seed", "3", "--start-from", "runs/old model"),
+        *("--start-from", "runs/b"),
         *("--set", "training.epochs=3", "--set", "encoder.name='x y'"),
     ]
 
