@@ -204,7 +204,16 @@ class Captioner:
         )
 
     def caption(self, images: Sequence[str | Path | bytes]) -> list[Caption | ImageError]:
-        """The best caption of each image (a path, a URI, or the file's bytes); an ImageError where there is none."""
+        """The best caption of each image (a path, a URI, or the file's bytes); an ImageError where there is none.
+
+        Raises:
+            TypeError: `images` is one image and not several, or has something else among them.
+        """
+        if isinstance(images, str | bytes | Path):
+            raise TypeError(f"expected a list of images, got one {type(images).__name__}: [image] is a list of one")
+        for image in images:
+            if not isinstance(image, str | bytes | Path):
+                raise TypeError(f"expected a path, a URI or a file's bytes, got {type(image).__name__}")
         pixels, errors = [], {}
         for number, image in enumerate(images):
             try:

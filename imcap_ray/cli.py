@@ -11,8 +11,9 @@ import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,11 +21,12 @@ import click
 
 from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
-from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.errors import DatasetError, ImcapError, InputError
 from imcap_ray.escaping import printable
 from imcap_ray.progress import LineSchedule, Pace
 
 if TYPE_CHECKING:
+    from imcap_ray.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.images import Progress
     from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
@@ -585,19 +587,23 @@ def check(data: str, **options: Any) -> None:
         sys.exit(SPOILT)
 
 
-@main.command()
-@click.argument("captions")
-@click.argument("references")
-@click.option(
+_split_option = click.option(
     "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the one the captions are of."
 )
-@click.option(
+_tokenizer_option = click.option(
     "--tokenizer",
     type=click.Choice(["ptb", "unicode", "seed"]),
     default="ptb",
     show_default=True,
     help="What counts as a word: ptb for English, unicode for other languages, seed as the Keras tutorials clean it.",
 )
+
+
+@main.command()
+@click.argument("captions")
+@click.argument("references")
+@_split_option
+@_tokenizer_option
 @click.option("--against", metavar="CAPTIONS", help="Other captions of the same images: is the difference real?")
 @click.option(
     "--save",
@@ -623,6 +629,8 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     report = evaluate_captions(
         captions, dataset, split=options["split"], tokenizer=options["tokenizer"], against=options["against"]
     )
+    if not options["quiet"]:
+        _introduce(dataset)
     folder = options["save"] or (storage.join(captions, "_imcap") if storage.is_folder(captions) else None)
     if folder:
         storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
@@ -638,7 +646,9 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 @main.command()
 @click.argument("captions")
 @click.option("--references", help="A data set whose captions stand beside ours.")
-@click.option("--output", type=click.Path(), help="The HTML file. Default: report.html in CAPTIONS.")
+@_split_option
+@_tokenizer_option
+@click.option("--output", help="The HTML file, path or URI. Default: report.html in CAPTIONS, or beside that file.")
 @click.option("--max-images", type=click.IntRange(0), default=1000, show_default=True, help="Photographs shown.")
 @click.option(
     "--attention",
@@ -664,13 +674,16 @@ def write_captions_report(
     output: str | None,
     *,
     references: str | None = None,
+    split: str | None = None,
+    tokenizer: str = "ptb",
     max_images: int = 1000,
     num_attended: int = 4,
     allow_outside_paths: bool = False,
 ) -> str:
-    """Write the report of a captions folder; where it is.
+    """Write the report of a captions folder or file; where it is.
 
-    Photographs are taken from where `image_locator` lets them be, and from the references' folder.
+    Photographs are taken from where `image_locator` lets them be, and from the references' folder. Captions that cannot
+    be scored stand beside the references without scores, unless a split is named.
     """
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
@@ -679,17 +692,38 @@ def write_captions_report(
     from imcap_ray.report_model import read_model_of_run
 
     table = open_captions(captions)
+    folder = storage.parent(storage.absolute(captions)) if storage.is_file(captions) else captions
+    output = output or storage.join(folder, "report.html")
+    if storage.is_folder(output):
+        raise InputError(
+            f"--output {output} is a folder: give the name of the page, as {output.rstrip('/')}/report.html"
+        )
     dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
-    output = output or storage.join(captions, "report.html")
     locate_image = image_locator(
         captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
     )
+    not_shown: dict[str, str] = {}
 
     def load_image(row: dict[str, Any]) -> bytes | None:
         location = locate_image(row)
-        return storage.read_bytes(location) if location else None
+        try:
+            if not location:
+                raise FileNotFoundError("its bytes were in a table")
+            return storage.read_bytes(location)
+        except OSError as error:
+            not_shown[row["image_id"]] = storage.hide_secrets(str(error))
+            return None
 
-    scores = evaluate_captions(captions, dataset) if dataset else None
+    scores, score_note = None, ""
+    if dataset:
+        try:
+            scores = evaluate_captions(captions, dataset, split=split, tokenizer=tokenizer)
+        except DatasetError as error:
+            if split:
+                raise
+            score_note = str(error)
+            _say(f"without scores: {score_note}", err=True)
+        _introduce(dataset)
     columns = scores.image_scores if scores else {}
     run = read_run(captions) or {}
     model = read_model_of_run(run, with_attention=num_attended > 0)
@@ -705,9 +739,20 @@ def write_captions_report(
         attend=model.attend,
         num_attended=num_attended,
         attention_note=model.note,
+        score_note=score_note,
         max_images=max_images,
     )
+    if not_shown:
+        first = min(not_shown)
+        _say(f"{len(not_shown):,} photographs cannot be shown, the first is {first}: {not_shown[first]}", err=True)
     return output
+
+
+def _introduce(dataset: CaptionedImages) -> None:
+    """Say as what a data set was recognised, and what its reader noticed."""
+    _say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}", err=True)
+    for note in dataset.notes:
+        _say(f"{dataset.location}: {note}", err=True)
 
 
 @main.command()
@@ -972,14 +1017,14 @@ def _describe_training(status: TrainingStatus) -> list[str]:
     age = _duration(status.last_sign_seconds or 0)
     state = _STATES.get(status.state, status.state).format(age)
     if status.state == "starting":
-        state = f"no epoch has ended yet; begun {age} ago"
+        state = "no epoch has ended yet"
     lines = [f"{status.model}: {state}"]
     if status.num_epochs_done:
         left = f", {_duration(status.seconds_left)} left at most" if status.seconds_left is not None else ""
         lines.append(f"{status.num_epochs_done} of {status.num_epochs} epochs, {status.phase} phase{left}")
         lines.append(f"best: epoch {status.best_epoch}, validation CIDEr-D {status.best_cider_d:.3f}")
-    if status.state == "running":
-        lines.append(f"last epoch ended {age} ago")
+    if status.state in ("starting", "running"):
+        lines.append(f"last sign of life {age} ago")
     return lines
 
 
@@ -1015,10 +1060,11 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
         raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
     if options["dry_run"] and command[:1] != ("caption",):
         raise InputError(f"imcap submit --dry-run plans caption, got {' '.join(command[:1]) or '--follow'}")
-    arguments = [_absolute_if_local(word) for word in command[1:]] + ["--dry-run"] * options["dry_run"]
+    arguments = [*_with_absolute_paths(command[1:])] + ["--dry-run"] * options["dry_run"]
     if command:
         # Wrong usage is found here, and not in the job.
-        main.commands[command[0]].make_context(f"imcap {command[0]}", list(arguments)).close()
+        parent = click.get_current_context().parent
+        main.commands[command[0]].make_context(command[0], list(arguments), parent=parent).close()
     from imcap_ray.distributed import submission
 
     common = {
@@ -1033,8 +1079,12 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     sys.exit(submission.submit([command[0], *arguments], **common))
 
 
-def _absolute_if_local(word: str) -> str:
-    """A path that exists here, or that is written as one, made absolute: the job runs in another folder."""
-    if word.startswith("-") or storage.is_uri(word):
-        return word
-    return os.path.abspath(word) if os.path.exists(word) or "/" in word else word
+def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:
+    """The words of a command, with paths that exist here, or are written as such, made absolute: the job runs in
+    another folder. An option may be joined to its value by "="; a recipe's setting is no path."""
+    for before, word in pairwise(["", *words]):
+        option, joint, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        if "--set" in (before, option) or storage.is_uri(value) or not (os.path.exists(value) or "/" in value):
+            yield word
+        else:
+            yield f"{option}{joint}{os.path.abspath(value)}"

@@ -29,6 +29,7 @@ from imcap_ray.caption_faults import FAULTS
 from imcap_ray.config import Recipe
 from imcap_ray.datasets import SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.errors import ImageError, InputError
+from imcap_ray.escaping import printable
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.lookalikes import describe_look, find_lookalikes
 from imcap_ray.manifest import IMAGE_EXTENSIONS
@@ -196,8 +197,8 @@ def _check_splits(dataset: CaptionedImages) -> Iterator[Finding]:
 def _check_files(
     dataset: CaptionedImages, rows: list[dict[str, Any]], files: Mapping[str, set[str]]
 ) -> Iterator[Finding]:
-    captioned = [row for row in [*rows, *dataset.left_out.to_pylist()] if row["image_path"]]
-    missing = [row for row in captioned if not _is_there(dataset, row["image_path"], files)]
+    captioned = [*rows, *dataset.left_out.to_pylist()]  # a row that names no file has none: nothing can be learnt of it
+    missing = [row for row in captioned if not row["image_path"] or not _is_there(dataset, row["image_path"], files)]
     if missing:
         num_in_splits = sum(row["split"] != "" for row in missing)
         num_captions = sum(len(row["captions"]) for row in missing)
@@ -490,7 +491,7 @@ def _with_examples(finding: Finding) -> str:
     if not finding.examples:
         return finding.text
     more = ", ..." if finding.count > len(finding.examples) else ""
-    return f"{finding.text}: {', '.join(finding.examples)}{more}"
+    return f"{finding.text}: {', '.join(map(printable, finding.examples))}{more}"
 
 
 def _from_note(note: str) -> Finding:

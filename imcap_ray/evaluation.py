@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from imcap_ray.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
-from imcap_ray.manifest import open_captions
+from imcap_ray.manifest import open_captions, read_run
 from imcap_ray.metrics import EvaluationReport, evaluate_texts
 
 ROWS_AT_A_TIME: Final = 10_000
@@ -26,21 +26,25 @@ def read_captions(location: str) -> pa.Table:
     A caption is "" for an image that has none, a confidence null where it is not known.
 
     Raises:
-        DatasetError: an id stands there more than once.
+        DatasetError: an id stands there more than once, or a column is of another kind.
     """
     dataset = open_captions(location)
     columns = ["image_id", "caption", "confidence"]
-    table = dataset.to_table(columns=[name for name in columns if name in dataset.schema.names])
-    num_rows = table.num_rows
-    captions = pa.table(
-        {
-            "image_id": _text(table["image_id"]),
-            "caption": pc.fill_null(_text(table["caption"]), ""),
-            "confidence": table["confidence"].cast(pa.float64())
-            if "confidence" in table.column_names
-            else pa.nulls(num_rows, pa.float64()),
-        }
-    )
+    try:
+        table = dataset.to_table(columns=[name for name in columns if name in dataset.schema.names])
+        num_rows = table.num_rows
+        captions = pa.table(
+            {
+                "image_id": _text(table["image_id"]),
+                "caption": pc.fill_null(_text(table["caption"]), ""),
+                "confidence": table["confidence"].cast(pa.float64())
+                if "confidence" in table.column_names
+                else pa.nulls(num_rows, pa.float64()),
+            }
+        )
+        captions.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
+    except pa.ArrowException as error:
+        raise DatasetError(f"{location} cannot be read as a captions table: {error}") from error
     num_ids = pc.count_distinct(captions["image_id"], mode="all").as_py()
     if num_ids != num_rows:
         raise DatasetError(f"{location}: {num_rows - num_ids:,} image ids stand there more than once")
@@ -86,10 +90,21 @@ def evaluate_captions(
         image_ids=wanted["image_id"].to_pylist(),
         split=split or "",
         tokenizer=tokenizer,
-        notes="images of the training split: no measure of quality" if split == TRAIN else "",
+        notes="; ".join(_notes(location, split)),
         confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
         against=other,
     )
+
+
+def _notes(location: str, split: str | None) -> Iterator[str]:
+    """What a reader of the scores has to know: how the captions were sought, and of what images they are."""
+    run = read_run(location) or {}
+    if isinstance(search := run.get("search"), dict):
+        yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
+    if fingerprint := run.get("model_fingerprint"):
+        yield f"model {str(fingerprint)[:12]}"
+    if split == TRAIN:
+        yield "images of the training split: no measure of quality"
 
 
 @dataclass(frozen=True)
@@ -136,7 +151,7 @@ def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedIm
     if len(strangers):
         raise DatasetError(
             f"{location} does not match {references.location}: {len(strangers):,} of {captions.num_rows:,} captioned "
-            f"images have no references there, the first is {strangers[0]}"
+            f"images have no references there, the first is {strangers[0]}; --split leaves others than a split's aside"
         )
 
 

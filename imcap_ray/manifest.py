@@ -583,12 +583,13 @@ def open_captions(location: str) -> pads.Dataset:
 
 
 def read_run(captions: str) -> dict[str, Any] | None:
-    """What `_imcap/run.json` of a captions folder says; None where there is none.
+    """What `_imcap/run.json` of a captions folder, or of the folder of a captions file, says; None where there is none.
 
     Raises:
         InputError: it is damaged.
     """
-    location = storage.join(captions, "_imcap", "run.json")
+    folder = storage.parent(storage.absolute(captions)) if storage.is_file(captions) else captions
+    location = storage.join(folder, "_imcap", "run.json")
     if not storage.exists(location):
         return None
     try:

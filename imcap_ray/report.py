@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from imcap_ray import storage
 from imcap_ray.charts import curve_of_confidence, curve_of_epochs, histogram_of_lengths, histogram_of_scores
 from imcap_ray.errors import ConfigError, ImageError, ImcapError, InputError
 from imcap_ray.images import decode_image
@@ -86,13 +86,14 @@ def write_report(
     attend: Attend | None = None,
     num_attended: int = 0,
     attention_note: str = "",
+    score_note: str = "",
     title: str = "Image captions",
     max_images: int = 1000,
 ) -> None:
     """Write the report of `captions`, which has the columns of `CAPTIONS_SCHEMA`, to `path`.
 
     A pyarrow dataset is read batch by batch: what is kept of it is its distinct captions and nine bytes per
-    image. An earlier report at `path` stands until the new one is whole.
+    image. An earlier report at `path`, which may be a URI, stands until the new one is whole.
 
     Args:
         load_image: the file's bytes for a row of `captions`. None, an `ImageError` or an `OSError` where
@@ -104,6 +105,7 @@ def write_report(
         history: a line for each epoch of the model's training: `phase`, `train_loss`, `cider_d`.
         attend: where the model looked; asked for `num_attended` images from the least to the most confident.
         attention_note: why there is no `attend`, where that needs saying.
+        score_note: the same of the evaluation.
         run: what `run.json` holds. `model` (a name, or a mapping with `name` and `fingerprint`) and
             `images_per_second` stand in the header, all of it under "Provenance".
         max_images: beyond it the gallery is a sample: the lowest scores, the least confident, every failure that fits,
@@ -121,7 +123,7 @@ def write_report(
 
     summary = _summarise(captions, image_scores or {})
     shown = _positions_shown(summary, max_images=max_images)
-    rows = sorted(captions.take(pa.array(shown, pa.int64())).to_pylist(), key=lambda row: str(row["image_id"]))
+    rows = sorted(_filled(captions.take(pa.array(shown, pa.int64()))).to_pylist(), key=lambda row: row["image_id"])
     attended, note = _attended(rows, num_attended, load_image=load_image, attend=attend)
     page = _template().stream(
         title=title,
@@ -137,6 +139,7 @@ def write_report(
         validation=curve_of_epochs(history, "cider_d"),
         attended=attended,
         attention_note=attention_note or note,
+        score_note=score_note,
         num_cards=len(rows),
         num_failed_cards=sum(row["status"] == FAILED for row in rows),
         statuses_shown=[s for s in (OK, DUPLICATE, FAILED) if any(row["status"] == s for row in rows)],
@@ -145,7 +148,7 @@ def write_report(
         cards=_cards(rows, load_image=load_image, references=references or {}, image_scores=image_scores or {}),
     )
     page.enable_buffering()
-    _replace(Path(path), page)
+    _replace(storage.absolute(str(path)), page)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -190,6 +193,7 @@ def _summarise(captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float
     summary = _Summary()
     failed, confidences, scores = [summary.failed], [summary.confidences], [summary.scores]
     for batch in batches:
+        batch = _filled(batch)
         status = batch["status"]
         summary.statuses.update(_value_counts(status))
         summary.captions.update(_value_counts(batch["caption"].filter(pc.equal(status, OK))))
@@ -205,6 +209,14 @@ def _summarise(captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float
     summary.failed = np.concatenate(failed)
     summary.confidences, summary.scores = np.concatenate(confidences), np.concatenate(scores)
     return summary
+
+
+def _filled(rows: Any) -> Any:
+    """The rows with "" where a text is null, as in tables that somebody has joined."""
+    for number, column in enumerate(rows.schema):
+        if pa.types.is_string(column.type):
+            rows = rows.set_column(number, column.name, pc.fill_null(rows.column(number), ""))
+    return rows
 
 
 def _numbers(values: Iterable[float | None]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -428,14 +440,9 @@ def _csp_hash(source: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"
 
 
-def _replace(path: Path, chunks: Iterable[str]) -> None:
-    """Write `path` whole or not at all; an earlier report stands until then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # newline: the policy's hashes hold only for the line ends they were computed with.
-        with partial.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.writelines(chunks)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _replace(location: str, chunks: Iterable[str]) -> None:
+    """Write a file (path or URI) whole or not at all; an earlier report stands until then."""
+    with storage.replacing(location) as file:
+        for chunk in chunks:
+            # No line end of the system's own: the policy's hashes hold only for those they were computed with.
+            file.write(chunk.encode("utf-8", errors="replace"))

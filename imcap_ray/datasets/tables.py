@@ -67,6 +67,7 @@ def _rows(path: str, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         with filesystem.open_input_file(inner) as stream, pq.ParquetFile(stream) as file:
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
                 table = pa.Table.from_batches([batch])
+                table.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
                 yield from table.cast(pa.schema([(f.name, _text_type(f.type)) for f in table.schema])).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error

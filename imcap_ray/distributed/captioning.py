@@ -246,13 +246,16 @@ def plan_captioning(
             allow_outside_paths=allow_outside_paths,
             output=output,
         )
-    num_done = 0 if overwrite or not run else sum(folder.count_rows()[0].values())
-    num_new = max(0, found.num_images - num_done)
+    num_images, num_done = found.num_images, 0
+    if run and not overwrite:  # then its manifest has been counted to its end
+        num_images = max(num_images, folder.count_manifest())
+        num_done = sum(folder.count_rows()[0].values())
+    num_new = max(0, num_images - num_done)
     rate = run.get("images_per_second") or folder.read_heartbeat().get("images_per_second")
     return CaptioningPlan(
         input=input,
         output=output,
-        num_images=found.num_images,
+        num_images=num_images,
         is_counted=found.num_images < MAX_COUNTED,
         num_done=num_done,
         num_blocks=num_blocks(num_new),
@@ -267,7 +270,7 @@ def _choose_actors(
     resources: ClusterResources, num_actors: int | None, gpus_per_actor: float | None
 ) -> tuple[int, float]:
     """How many actors, and how many GPUs each; ClusterError if there is no room for them."""
-    gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if resources.gpus else 0.0)
+    gpus = gpus_per_actor if gpus_per_actor is not None else float(resources.expects_gpus)
     actors = num_actors or default_num_actors(resources, gpus)
     # Beside the actors Ray Data needs a CPU to decode with, and on a resumed run one to leave out what is done.
     require(resources, cpus=actors + 2, gpus=actors * gpus, what=f"--num-actors {actors}")
@@ -435,7 +438,8 @@ def caption_images(
             counts=counts,
             error_counts=error_counts,
             seconds=seconds,
-            images_per_second=num_new / seconds,
+            # That of the last run that had something to do, for the next one's plan.
+            images_per_second=num_new / seconds if num_new else (before or {}).get("images_per_second", 0.0),
             bound=progress.describe_bound() + _describe_memory(progress),
         )
         folder.write_run(run | asdict(summary) | {"state": "complete", "ended": _now()})

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import inf
+from pathlib import Path
 from typing import Any, Final
 
 # Three things of Ray's private side are used here, which is safe as long as the requirement keeps to one minor
@@ -21,8 +23,9 @@ from typing import Any, Final
 import grpc  # type: ignore[import-untyped]
 import ray
 import ray.data
+import yaml
 from ray._private import services, worker
-from ray._private.state import state
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
@@ -40,6 +43,9 @@ MAXIMUM_ACTORS_PER_CORE: Final = 4
 
 # As in "[DATE TIME I 5360 5360] logging.cc:303: Set ray log level from environment variable ..."
 BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
+
+BOOTSTRAP_FILE: Final = "ray_bootstrap_config.yaml"
+"""In the home of the head's user: the cluster file that `ray up` was given, with what it filled in."""
 
 AUTHENTICATION_ADVICE: Final = (
     "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds it, "
@@ -67,10 +73,15 @@ class ClusterResources:
     """How many processes can be busy at once: this machine's cores when local, else the cluster's CPUs."""
 
     max_cpus: float = 0.0
-    """Logical CPUs when autoscaling has added what it may; 0 where nothing is known of that."""
+    """Logical CPUs when autoscaling has added what it may; 0 where there is none, inf where it does not say."""
 
     max_gpus: float = 0.0
     """Logical GPUs then."""
+
+    @property
+    def expects_gpus(self) -> bool:
+        """Whether there are GPUs, or will be."""
+        return self.gpus > 0 or 0 < self.max_gpus < inf
 
 
 def connect(address: str | None = None, *, num_actors: int | None = None, verbose: bool = False) -> ClusterResources:
@@ -296,16 +307,42 @@ def _resources() -> ClusterResources:
     is_local = bool(node and node.is_head())
     available = ray.cluster_resources()  # type: ignore[no-untyped-call]
     cpus = available.get("CPU", 0.0)
-    maximum = {} if is_local else state.get_max_resources_from_cluster_config() or {}
+    maximum = {} if is_local else _autoscaled_maximum()
     return ClusterResources(
         is_local=is_local,
         cpus=cpus,
         gpus=available.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),  # type: ignore[no-untyped-call]
         physical_cores=cores() if is_local else int(cpus),
-        max_cpus=float(maximum.get("CPU", 0)),
-        max_gpus=float(maximum.get("GPU", 0)),
+        max_cpus=maximum.get("CPU", 0.0),
+        max_gpus=maximum.get("GPU", 0.0),
     )
+
+
+def _autoscaled_maximum() -> dict[str, float]:
+    """What the cluster may grow to, by resource; empty where no autoscaler runs.
+
+    `ray up` leaves its cluster file on the head, where jobs run. On Kubernetes only the operator knows. (Ray's own
+    question for this has no answer in 2.60: nothing reports the cluster's configuration.)
+    """
+    try:
+        return maximum_of(yaml.safe_load((Path.home() / BOOTSTRAP_FILE).read_text()))
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
+        has_autoscaler = worker.global_worker.gcs_client.internal_kv_get(  # type: ignore[attr-defined]
+            DEBUG_AUTOSCALING_STATUS.encode(), None
+        )
+        return {"CPU": inf, "GPU": inf} if has_autoscaler else {}
+
+
+def maximum_of(cluster: Mapping[str, Any]) -> dict[str, float]:
+    """What a cluster with this cluster file may grow to, by resource."""
+    most, kinds = int(cluster["max_workers"]), cluster["available_node_types"]
+    maximum = {}
+    for name in ("CPU", "GPU"):
+        size = {kind: float(node.get("resources", {}).get(name, 0)) for kind, node in kinds.items()}
+        workers = [size[kind] for kind, node in kinds.items() for _ in range(min(most, int(node["max_workers"])))]
+        maximum[name] = size[cluster["head_node_type"]] + sum(sorted(workers, reverse=True)[:most])
+    return maximum
 
 
 def cores() -> int:

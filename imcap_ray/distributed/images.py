@@ -434,16 +434,18 @@ def map_images(
                 metrics.set_rate(pace.rate(time.monotonic()) or 0.0)
                 on_progress(progress)
 
-        with repeating(look, seconds=1.0):
-            try:
+        try:
+            with repeating(look, seconds=1.0):
                 dataset.write_datasink(sink)
-            except ExecutionTimeoutError as error:  # its text is a page about operators
-                seconds = context.execution_no_progress_timeout_s
-                raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
-            except (RayError, OSError) as error:
-                raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
-        metrics.set_rate(0.0)
-    ray.kill(counter)  # else it lives as long as this process
+        except ExecutionTimeoutError as error:  # its text is a page about operators
+            seconds = context.execution_no_progress_timeout_s
+            raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
+        except (RayError, OSError) as error:
+            raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
+        finally:
+            metrics.set_rate(0.0)
+            with contextlib.suppress(RayError):  # the cluster itself may be gone
+                ray.kill(counter)  # else it lives as long as this process
     return progress
 
 
@@ -455,7 +457,7 @@ def num_blocks(num_images: int) -> int:
 def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
     """One actor per GPU, or per core where there is none, with two CPUs left for what Ray Data does beside them."""
     if gpus_per_actor:
-        return max(1, int(resources.gpus / gpus_per_actor))
+        return max(1, min(int(resources.gpus / gpus_per_actor), int(resources.cpus) - 2))
     return max(1, min(resources.physical_cores, int(resources.cpus) - 2))
 
 

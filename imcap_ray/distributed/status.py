@@ -11,17 +11,22 @@ from typing import Any, Final
 
 from imcap_ray import storage
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder
-from imcap_ray.distributed.training_folder import METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
+from imcap_ray.distributed.training_folder import (
+    HEARTBEAT_FILE,
+    METRICS_FILE,
+    SETTINGS_FILE,
+    WORK_FOLDER,
+    read_metrics,
+)
 from imcap_ray.errors import ImcapError, InputError
 
 RUNNING: Final = "running"
 SILENT: Final = "silent"
 """Said to be running, without a sign of life: it was killed, or its machine is gone."""
 COMPLETE: Final = "complete"
+STARTING: Final = "starting"
 
 SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
-EPOCHS_UNTIL_SILENT: Final = 3
-"""A training's only sign of life is the end of an epoch."""
 
 _READ_ATTEMPTS: Final = 3  # a run that goes on takes files away between the listing and the reading
 
@@ -70,7 +75,7 @@ class TrainingStatus:
     seconds_left: float | None
     """At most, if the epochs go on like the last one."""
     last_sign_seconds: float | None
-    """Time since an epoch ended, or since the start."""
+    """Time since the last sign of life of a training that is not complete."""
 
 
 def read_status(location: str) -> CaptioningStatus | TrainingStatus:
@@ -132,20 +137,18 @@ def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int]]
 
 
 def _training_status(model: str, work: str) -> TrainingStatus:
-    metrics = storage.join(work, METRICS_FILE)
     rows = read_metrics(work)
     num_epochs = _num_epochs(storage.join(work, SETTINGS_FILE))
     best = max(rows, key=lambda row: row["cider_d"], default=None)
-    modified_ns = storage.describe_file(metrics).modified_ns if storage.exists(metrics) else 0
-    last_sign = max(0.0, time.time() - modified_ns / 1e9) if modified_ns else None
+    signs = [storage.join(work, name) for name in (HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE)]
+    newest_ns = max((storage.describe_file(sign).modified_ns for sign in signs if storage.exists(sign)), default=0)
+    last_sign = max(0.0, time.time() - newest_ns / 1e9) if newest_ns else None
     if storage.exists(storage.join(model, "config.json")):
         state = COMPLETE
-    elif not rows:
-        state = "starting"
+    elif last_sign is None or last_sign >= SILENT_SECONDS:
+        state = SILENT
     else:
-        longest = max(row["seconds"] for row in rows)
-        is_alive = last_sign is not None and last_sign < max(EPOCHS_UNTIL_SILENT * longest, SILENT_SECONDS)
-        state = RUNNING if is_alive else SILENT
+        state = RUNNING if rows else STARTING
     return TrainingStatus(
         model=model,
         state=state,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -40,8 +42,9 @@ from imcap_ray.captioner import (
 )
 from imcap_ray.config import DEFAULT_MODEL, Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
-from imcap_ray.distributed.cluster import ClusterResources, require
+from imcap_ray.distributed.cluster import ClusterResources, environment, require
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key, manifest_of
 from imcap_ray.distributed.images import (
     LoadImages,
@@ -60,7 +63,13 @@ from imcap_ray.distributed.train_worker import (
     train_worker,
     unfreeze,
 )
-from imcap_ray.distributed.training_folder import SETTINGS_FILE, WORK_FOLDER, read_metrics, write_metrics
+from imcap_ray.distributed.training_folder import (
+    SETTINGS_FILE,
+    WORK_FOLDER,
+    read_metrics,
+    write_heartbeat,
+    write_metrics,
+)
 from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.manifest import write_table
@@ -68,6 +77,11 @@ from imcap_ray.model_card import write_card
 from imcap_ray.trackers import Trackers, tracking
 from imcap_ray.training import SCORE, next_phase, num_epochs, phases, reads_pixels
 from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
+
+START_TIMEOUT: Final = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+WORKERS_START_SECONDS: Final = 600
+"""How long Ray Train waits for room for a fixed number of workers before it counts a failure, of which the fourth is
+its last; a machine that takes the place of a lost one needs minutes to come. An elastic training goes on with fewer."""
 
 CPUS_FOR_READING: Final = 1
 """Beyond the workers': Ray Data reads their images with them."""
@@ -146,7 +160,7 @@ def train(
     """
     start = time.time()
     model = storage.absolute(model)
-    gpus = gpus_per_worker if gpus_per_worker is not None else (1.0 if resources.gpus else 0.0)
+    gpus = gpus_per_worker if gpus_per_worker is not None else float(resources.expects_gpus)
     if num_workers is None:
         num_workers = max(1, int(resources.gpus / gpus) if gpus else 1)
     least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
@@ -194,9 +208,10 @@ def train(
     write_metrics(work, history)
 
     features = features or storage.join(storage.parent(model), "_features")
-    caches = _cache(
-        encoder, data=data, recipe=recipe, folder=features, resources=resources, echo=echo, on_features=on_features
-    )
+    with _alive(work):
+        caches = _cache(
+            encoder, data=data, recipe=recipe, folder=features, resources=resources, echo=echo, on_features=on_features
+        )
     for split, of_split in caches.items():
         if failures := of_split.failures:
             first = failures[0]
@@ -222,21 +237,32 @@ def train(
         while (phase := next_phase(history, recipe)) is not None:
             start_file = _start_of_phase(phase, history, work, echo)
             current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
-            _fit(
-                phase,
-                _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches,
-                work=work,
-                recipe=recipe,
-                seed=seed,
-                encoder=current,
-                start_file=start_file,
-                workers=num_workers,
-                gpus=gpus,
-                threads=max(1, resources.physical_cores // most) if resources.is_local else 1,
-                watch=_watch_epochs(work, echo_epoch or echo, trackers),
-            )
+            failure = None
+            try:
+                with _alive(work):
+                    _fit(
+                        phase,
+                        _write_manifests(data, caches, storage.join(work, "manifests"))
+                        if reads_pixels(phase)
+                        else caches,
+                        work=work,
+                        recipe=recipe,
+                        seed=seed,
+                        encoder=current,
+                        start_file=start_file,
+                        workers=num_workers,
+                        gpus=gpus,
+                        threads=max(1, resources.physical_cores // most) if resources.is_local else 1,
+                        watch=_watch_epochs(work, echo_epoch or echo, trackers),
+                    )
+            except ImcapError as error:
+                failure = error
             resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
-            if resumed is None or next_phase(resumed.history, recipe) == phase:
+            if failure:  # Ray Train counts failures from the start, which a long training on spot machines must not
+                if resumed is None or len(resumed.history) <= len(history):
+                    raise failure
+                echo(f"{failure}, and now")
+            elif resumed is None or next_phase(resumed.history, recipe) == phase:
                 raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
             history = resumed.history
             trackers.log(history)
@@ -267,7 +293,8 @@ def train(
             num_images=train_images.num_rows,
             num_captions=pa.compute.sum(pa.compute.list_value_length(train_images["captions"])).as_py(),
             vocabulary_size=len(vocabulary),
-            encoder_weights=encoder.weights.source + (", fine-tuned" if kept is not encoder else ""),
+            encoder_weights=encoder.weights.source
+            + ", fine-tuned" * (kept is not encoder and encoder.weights.source != FINETUNED),
             metrics=metrics,
         ),
         encoder_tensors=None if kept.weights.portable else kept.cnn.state_dict(),
@@ -510,7 +537,8 @@ def _fit(
             datasets={**datasets},
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
-        with repeating(watch, seconds=2.0):
+        patience = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(WORKERS_START_SECONDS))}
+        with repeating(watch, seconds=2.0), environment(patience if isinstance(workers, int) else {}):
             handler = signal.getsignal(signal.SIGINT)
             try:
                 trainer.fit()
@@ -549,6 +577,14 @@ def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
 def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...]:
     """Of what a worker reads of an image."""
     return inputs.shape if isinstance(inputs, FeatureCache) else (3, encoder.image_size, encoder.image_size)
+
+
+@contextmanager
+def _alive(work: str) -> Iterator[None]:
+    """Give signs of life while the block runs."""
+    write_heartbeat(work)
+    with repeating(partial(write_heartbeat, work), seconds=HEARTBEAT_SECONDS):
+        yield
 
 
 def _watch_epochs(work: str, echo: Callable[[str], None], trackers: Trackers) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
     MODEL/_training/settings.json   what must not change between a training and its resumption
                     metrics.jsonl   a line for each epoch that is done
+                    heartbeat       written anew every half minute while the training lives
                     tensorboard/    the same as event files
                     mlflow.json     which run of MLflow has them too, if any
                     ray/            what Ray Train keeps: the checkpoints, which are what counts
@@ -11,16 +12,25 @@ Knows neither Ray nor torch.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from imcap_ray import storage
+from imcap_ray.errors import ImcapError
 
 WORK_FOLDER: Final = "_training"
 SETTINGS_FILE: Final = "settings.json"
 METRICS_FILE: Final = "metrics.jsonl"
+HEARTBEAT_FILE: Final = "heartbeat"
+
+
+def write_heartbeat(work: str) -> None:
+    """Give a sign of life: the time of the file. What goes wrong with that is no reason to stop."""
+    with contextlib.suppress(OSError, ImcapError):
+        storage.write_bytes(storage.join(work, HEARTBEAT_FILE), b"alive\n")
 
 
 def write_metrics(work: str, history: Sequence[Mapping[str, Any]]) -> None:

@@ -573,3 +573,19 @@ def test_models_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) ->
 
     with pytest.raises(ModelError, match=r"lstm and .*attention have no mean: they differ in their decoder"):
         average_models(folders)
+
+
+# ---- the library
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ("one.jpg", "expected a list of images, got one str"),
+        (b"bytes", "expected a list of images, got one bytes"),
+        ([np.zeros((3, 8, 8), np.uint8)], "expected a path, a URI or a file's bytes, got ndarray"),
+    ],
+)
+def test_what_is_no_list_of_images_is_a_type_error(captioner: Captioner, images: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        captioner.caption(images)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -402,11 +403,80 @@ def captions(tmp_path: Path, flickr8k: Path) -> Path:
 def test_captions_are_scored_and_the_scores_kept_beside_them(captions: Path, flickr8k: Path) -> None:
     result = imcap("evaluate", captions, flickr8k)
 
-    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == [
+        f"{flickr8k}: Flickr8k as distributed, 8 train, 2 validation, 2 test",
+        f"{flickr8k}: 1 captioned image is in no split: odd.jpg.1",
+    ]
     assert "BLEU-4" in result.stdout
     assert json.loads((captions / "_imcap" / "scores.json").read_text())
     assert "BLEU-4" in (captions / "_imcap" / "scores.md").read_text()
     assert "cider_d" in pq.read_schema(captions / "_imcap" / "scores.parquet").names
+
+
+def test_scores_name_the_search_and_the_model(captions: Path, flickr8k: Path) -> None:
+    run = {"search": {"beam_size": 4, "length_penalty": 0.7}, "model_fingerprint": "0123456789abcdef"}
+    (captions / "_imcap").mkdir()
+    (captions / "_imcap" / "run.json").write_text(json.dumps(run))
+
+    result = imcap("evaluate", captions, flickr8k)
+
+    assert "beam 4, length penalty 0.7; model 0123456789ab" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"caption": [["a dog", "a cat"]]},
+        {"caption": ["a dog"], "confidence": ["high"]},
+        {"caption": pa.array([b"caf\xe9"]).view(pa.string())},
+    ],
+)
+def test_a_captions_table_of_odd_columns_is_refused_in_one_line(
+    tmp_path: Path, flickr8k: Path, columns: dict[str, Any]
+) -> None:
+    pq.write_table(pa.table({"image_id": ["a.jpg"], **columns}), tmp_path / "odd.parquet")
+
+    assert "odd.parquet cannot be read as a captions table: " in mistake("evaluate", tmp_path / "odd.parquet", flickr8k)
+
+
+def captions_of_ours(folder: Path, image_ids: list[str]) -> Path:
+    """A captions table as `imcap caption` writes it, of one part."""
+    rows = [{"image_id": image_id, "caption": "a dog runs", "status": "ok"} for image_id in image_ids]
+    table = pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
+    folder.mkdir(parents=True)
+    pq.write_table(table, folder / "part-0.parquet")
+    return folder
+
+
+def test_a_report_is_written_to_a_uri(tmp_path: Path) -> None:
+    captions = captions_of_ours(tmp_path / "captions", ["a.jpg"])
+
+    result = imcap("report", captions.as_uri())
+
+    assert result.exit_code == 0
+    assert "a dog runs" in (captions / "report.html").read_text()
+    assert result.stderr == "1 photographs cannot be shown, the first is a.jpg: its bytes were in a table\n"
+
+
+def test_a_report_of_one_file_lies_beside_it_and_not_in_a_folders_place(tmp_path: Path) -> None:
+    captions = captions_of_ours(tmp_path / "captions", ["a.jpg"])
+
+    assert imcap("report", captions / "part-0.parquet").exit_code == 0
+    assert (captions / "report.html").is_file()
+    assert "is a folder: give the name of the page" in mistake("report", captions, "--output", tmp_path)
+
+
+def test_a_report_of_captions_that_cannot_be_scored_says_why(tmp_path: Path, flickr8k: Path) -> None:
+    known = load_dataset(str(flickr8k)).split("test")["image_id"][0].as_py()
+    captions = captions_of_ours(tmp_path / "captions", [known, "strange.jpg"])
+
+    result = imcap("report", captions, "--references", flickr8k)
+
+    assert result.exit_code == 0
+    assert "without scores: " in result.stderr
+    assert "Without scores: " in (captions / "report.html").read_text()
+    assert "is missing" in mistake("report", captions, "--references", flickr8k, "--split", "train")
 
 
 def test_scores_as_json_are_all_there_is_on_stdout(captions: Path, flickr8k: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from imcap_ray import __version__
 from imcap_ray.cli import main
+from imcap_ray.distributed.cluster import maximum_of
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -38,6 +39,13 @@ def start_commands(cluster: dict[str, Any]) -> list[str]:
 
 def test_ray_accepts_the_file(cluster):
     validate_config(prepare_config(copy.deepcopy(cluster)))
+
+
+def test_what_the_cluster_may_grow_to_is_read_from_its_file(cluster):
+    prepared = prepare_config(copy.deepcopy(cluster))
+    assert maximum_of(prepared) == {"CPU": 16, "GPU": 4}
+    prepared["max_workers"] = 3
+    assert maximum_of(prepared) == {"CPU": 12, "GPU": 3}
 
 
 def uncommented(text: str) -> dict[str, Any]:

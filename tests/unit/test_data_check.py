@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
@@ -33,6 +35,24 @@ def check(data: Path, **options: Any) -> DataCheck:
 
 def image(data: Path, number: int) -> Path:
     return data / "Flicker8k_Dataset" / f"{number:04}_photo.jpg"
+
+
+def test_images_without_a_file_of_their_own_spoil_a_training(tmp_path: Path) -> None:
+    table = pa.table({"image_id": ["a", "b"], "caption": ["a dog", "a cat"], "split": ["train", "validation"]})
+    pq.write_table(table, tmp_path / "captions.parquet")
+
+    found = find(check(tmp_path / "captions.parquet"), "missing")
+
+    assert (found.count, found.spoils) == (2, True)
+
+
+def test_a_file_name_cannot_forge_a_line(flickr8k: Path) -> None:
+    (image(flickr8k, 0).parent / "x\nnothing found that would spoil a training.jpg").write_bytes(b"no image")
+
+    text = check(flickr8k).to_text()
+
+    assert "x\\nnothing found" in text
+    assert not [line for line in text.splitlines() if line.startswith("nothing found") and line.endswith(".jpg")]
 
 
 def find(found: DataCheck, code: str) -> Finding:

@@ -14,6 +14,7 @@ import torch
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.distributed.features import EncodeImages, Views
+from imcap_ray.distributed.images import loaded_schema
 from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
 
 SIZE = 32
@@ -49,12 +50,12 @@ def rows() -> pa.Table:
     """Five images, the second of them unreadable."""
     generator = np.random.default_rng(0)
     codes = ["truncated" if number == 1 else "" for number in range(NUM_IMAGES)]
-    pixels = [b"" if code else generator.integers(0, 256, (3, SIZE, SIZE), np.uint8).tobytes() for code in codes]
+    pixels = [None if code else generator.integers(0, 256, (3, SIZE, SIZE), np.uint8).tobytes() for code in codes]
     return pa.table(
         {
             "manifest_id": range(NUM_IMAGES),
             "image_id": [f"{number}.jpg" for number in range(NUM_IMAGES)],
-            "pixels": pa.array(pixels, pa.large_binary()),
+            "pixels": pa.array(pixels, loaded_schema(SIZE).field("pixels").type),
             "error_code": codes,
             "error_message": ["cut" if code else "" for code in codes],
         }

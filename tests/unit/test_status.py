@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from imcap_ray.cli import main
 from imcap_ray.distributed.captioning import _Heartbeat
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus, read_status
-from imcap_ray.distributed.training_folder import METRICS_FILE, WORK_FOLDER
+from imcap_ray.distributed.training_folder import METRICS_FILE, WORK_FOLDER, write_heartbeat
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, write_table
 
@@ -180,6 +182,19 @@ def test_a_training_before_its_first_epoch_and_after_its_last(tmp_path: Path) ->
     assert training(tmp_path).state == "starting"
     (tmp_path / "config.json").touch()
     assert training(tmp_path).state == "complete"
+
+
+def test_a_training_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+    write_training(tmp_path, 0.3)
+    work = tmp_path / WORK_FOLDER
+    long_ago = time.time() - 3 * 3600
+    for path in work.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert training(tmp_path).state == "silent"
+
+    write_heartbeat(str(work))
+
+    assert training(tmp_path).state == "running"
 
 
 # ---- the command

@@ -6,6 +6,7 @@ import asyncio
 import shlex
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imcap_ray.cli import main
+from imcap_ray.cli import _with_absolute_paths, main
 from imcap_ray.distributed import submission
 from imcap_ray.distributed.submission import job_request
 from imcap_ray.errors import ClusterError, ImcapError
@@ -226,6 +227,21 @@ def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
     with pytest.raises(ImcapError, match=r"job known may go on: `imcap submit --address .* --follow known`") as raised:
         lines_of(serve(dashboard))
     assert raised.value.exit_code == 1
+
+
+def test_paths_of_this_machine_are_absolute_for_a_job_and_nothing_else_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").mkdir()
+    words = ["photographs", "s3://bucket/out", "--model=runs/mine", "--model", "runs/other", "--json", "--limit=5"]
+    words += ["--set", "encoder.name=timm:a/b", "--set=training.epochs=3", "--recipe", "lite2-attention"]
+
+    assert list(_with_absolute_paths(words)) == [
+        *(f"{tmp_path}/photographs", "s3://bucket/out", f"--model={tmp_path}/runs/mine"),
+        *("--model", f"{tmp_path}/runs/other", "--json", "--limit=5"),
+        *("--set", "encoder.name=timm:a/b", "--set=training.epochs=3", "--recipe", "lite2-attention"),
+    ]
 
 
 @pytest.mark.parametrize("words", [[], ["--follow", "job", "demo"]])
