@@ -13,6 +13,7 @@ from imcap_ray.cli import main
 ROOT = Path(__file__).parent.parent
 FILES = (
     ROOT / "README.md",
+    ROOT / "jobs" / "RESULTS.md",
     *sorted((ROOT / "jobs").glob("*.py")),
     *sorted((ROOT / "jobs").glob("*.yaml")),
     ROOT / "cluster.yaml",

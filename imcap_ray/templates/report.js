@@ -33,12 +33,14 @@ function by(name, direction) {
   };
 }
 
+const statuses = ["failed", "duplicate", "ok"];
 const orders = {
   image_id: (a, b) => a.position - b.position,
   lowest: by("confidence", 1),
   highest: by("confidence", -1),
   worst: by("score", 1),
   best: by("score", -1),
+  status: (a, b) => statuses.indexOf(a.status) - statuses.indexOf(b.status) || a.position - b.position,
 };
 
 function sort() {
@@ -49,7 +51,7 @@ function isWithin(range, card) {
   const from = number(range.from.value);
   const to = number(range.to.value);
   if (from === null && to === null) return true;
-  const value = card[range.name];
+  const value = card[range.name] === null ? null : Math.round(100 * card[range.name]) / 100; // as the card shows it
   return value !== null && (from === null || value >= from) && (to === null || value <= to);
 }
 

@@ -166,6 +166,9 @@ def test_the_worst_come_first_and_the_order_can_be_chosen(page: Page, report: Pa
     assert all(number.endswith("9") for number in shown(page)[27:])  # the failed ones, which have no confidence
     choose(page, "order", "image_id", "change")
     assert shown(page) == [f"{number:02}" for number in range(NUM_IMAGES)]
+    choose(page, "order", "status", "change")
+    assert shown(page) == sorted(shown(page), key=lambda number: (not number.endswith("9"), number))
+    assert shown(page)[0] == "09"
 
 
 def test_cards_are_filtered_by_status_score_confidence_and_words(page: Page, report: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from imcap_ray.cli import main
 from tests.documented import ROOT, Shown, shown_commands
+from tests.small_data import jpeg
 
 SHOWN = shown_commands()
 
@@ -71,3 +73,15 @@ def test_every_command_and_option_has_help(name: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"imcap {name} {parameter.opts[0]} is not explained"
+
+
+def test_the_librarys_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "one.jpg").write_bytes(jpeg(1))
+    monkeypatch.chdir(tmp_path)
+
+    exec(compile(code, "README.md", "exec"), {})
+
+    caption, error = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"[a-z' ]+ \(0\.\d\d\)", caption)
+    assert error == "no such file: two.jpg"
