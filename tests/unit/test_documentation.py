@@ -75,7 +75,9 @@ def test_every_command_and_option_has_help(name: str) -> None:
             assert parameter.help, f"imcap {name} {parameter.opts[0]} is not explained"
 
 
-def test_the_librarys_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_librarys_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "one.jpg").write_bytes(jpeg(1))
     monkeypatch.chdir(tmp_path)
