@@ -687,13 +687,12 @@ def write_captions_report(
     """
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
-    from imcap_ray.manifest import image_locator, open_captions, read_run
+    from imcap_ray.manifest import folder_of, image_locator, open_captions, read_run
     from imcap_ray.report import write_report
     from imcap_ray.report_model import read_model_of_run
 
     table = open_captions(captions)
-    folder = storage.parent(storage.absolute(captions)) if storage.is_file(captions) else captions
-    output = output or storage.join(folder, "report.html")
+    output = output or storage.join(folder_of(captions), "report.html")
     if storage.is_folder(output):
         raise InputError(
             f"--output {output} is a folder: give the name of the page, as {output.rstrip('/')}/report.html"
@@ -744,7 +743,8 @@ def write_captions_report(
     )
     if not_shown:
         first = min(not_shown)
-        _say(f"{len(not_shown):,} photographs cannot be shown, the first is {first}: {not_shown[first]}", err=True)
+        photographs = f"photograph{'s' * (len(not_shown) != 1)}"
+        _say(f"{len(not_shown):,} {photographs} cannot be shown, the first is {first}: {not_shown[first]}", err=True)
     return output
 
 

@@ -582,14 +582,19 @@ def open_captions(location: str) -> pads.Dataset:
     return captions
 
 
+def folder_of(captions: str) -> str:
+    """The folder of a captions table that is a folder or a Parquet file."""
+    location = storage.absolute(captions)
+    return storage.parent(location) if storage.is_file(location) else location
+
+
 def read_run(captions: str) -> dict[str, Any] | None:
     """What `_imcap/run.json` of a captions folder, or of the folder of a captions file, says; None where there is none.
 
     Raises:
         InputError: it is damaged.
     """
-    folder = storage.parent(storage.absolute(captions)) if storage.is_file(captions) else captions
-    location = storage.join(folder, "_imcap", "run.json")
+    location = storage.join(folder_of(captions), "_imcap", "run.json")
     if not storage.exists(location):
         return None
     try:
@@ -608,8 +613,7 @@ def image_locator(
     file is an InputError, unless `allow_outside_paths`. This guards against a table that is not ours among those of a
     run, not against a run that was made up.
     """
-    base = storage.absolute(captions)
-    base = storage.parent(base) if storage.is_file(base) else base
+    base = folder_of(captions)
     places = [str((read_run(captions) or {}).get("input", "")), base, *folders]
     inside = [storage.parent(place) if place.endswith(".parquet") else place for place in places if place]
 

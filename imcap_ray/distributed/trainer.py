@@ -237,14 +237,13 @@ def train(
         while (phase := next_phase(history, recipe)) is not None:
             start_file = _start_of_phase(phase, history, work, echo)
             current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
+            inputs = _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches
             failure = None
             try:
                 with _alive(work):
                     _fit(
                         phase,
-                        _write_manifests(data, caches, storage.join(work, "manifests"))
-                        if reads_pixels(phase)
-                        else caches,
+                        inputs,
                         work=work,
                         recipe=recipe,
                         seed=seed,
@@ -261,7 +260,7 @@ def train(
             if failure:  # Ray Train counts failures from the start, which a long training on spot machines must not
                 if resumed is None or len(resumed.history) <= len(history):
                     raise failure
-                echo(f"{failure}, and now")
+                echo(f"{failure}; going on after epoch {len(resumed.history)}")
             elif resumed is None or next_phase(resumed.history, recipe) == phase:
                 raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
             history = resumed.history

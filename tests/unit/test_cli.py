@@ -456,7 +456,7 @@ def test_a_report_is_written_to_a_uri(tmp_path: Path) -> None:
 
     assert result.exit_code == 0
     assert "a dog runs" in (captions / "report.html").read_text()
-    assert result.stderr == "1 photographs cannot be shown, the first is a.jpg: its bytes were in a table\n"
+    assert result.stderr == "1 photograph cannot be shown, the first is a.jpg: its bytes were in a table\n"
 
 
 def test_a_report_of_one_file_lies_beside_it_and_not_in_a_folders_place(tmp_path: Path) -> None:
