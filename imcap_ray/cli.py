@@ -187,7 +187,7 @@ _output_options = _options(
 @_cluster_options
 @_output_options
 def caption(input: str, output: str | None, **options: Any) -> None:
-    """Caption the images of INPUT (a folder, Parquet, or one image) into Parquet files in OUTPUT.
+    """Caption the images of INPUT (a folder, Parquet, WebDataset tars, or one image) into Parquet files in OUTPUT.
 
     Every image becomes exactly one row: its caption, or the reason why there is none. Run again, the same command
     goes on where it stopped. For one image without OUTPUT the caption is printed.
@@ -481,8 +481,8 @@ def train(data: str, model: str, **options: Any) -> None:
     """Train on the captioned images of DATA and write the model folder MODEL.
 
     DATA is recognised by looking: Flickr8k or Flickr30k as distributed or in Kaggle's form, Karpathy's or COCO's JSON,
-    Hugging Face's metadata.jsonl, images with .txt files beside them, or Parquet with captions. Run again, the same
-    command goes on after the last finished epoch.
+    Hugging Face's metadata.jsonl, images with .txt files beside them, WebDataset tars, or Parquet with captions and the
+    images or their paths. Run again, the same command goes on after the last finished epoch.
 
     MODEL/_training has the metrics of every epoch, in metrics.jsonl and for `tensorboard --logdir MODEL`. Where mlflow
     is installed and MLFLOW_TRACKING_URI is set, they go there too, in one run however often this is run again.
@@ -497,7 +497,7 @@ def train(data: str, model: str, **options: Any) -> None:
     from dataclasses import asdict
 
     from imcap_ray.config import load_recipe, parse_override
-    from imcap_ray.datasets import load_dataset
+    from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import require_visible
     from imcap_ray.distributed.trainer import train as run_training
@@ -507,7 +507,8 @@ def train(data: str, model: str, **options: Any) -> None:
     )
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"])
-    dataset.require_files()
+    for split in (TRAIN, VALIDATION):
+        dataset.split(split)
     say, show = _counting_voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     resources = connect(options["address"], verbose=options["verbose"])

@@ -20,17 +20,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from itertools import islice
 from statistics import median
 from typing import Any, Final
+
+import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.caption_faults import FAULTS
 from imcap_ray.config import Recipe
-from imcap_ray.datasets import SPLITS, TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.errors import ImageError, InputError
 from imcap_ray.escaping import printable
-from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
+from imcap_ray.image_sources import read_rows, root_of
+from imcap_ray.images import decode_image
 from imcap_ray.lookalikes import describe_look, find_lookalikes
 from imcap_ray.manifest import IMAGE_EXTENSIONS
 from imcap_ray.tokenization import tokenize
@@ -53,7 +56,7 @@ _WORST_FIRST: Final = (
     *("num_captions", "unknown_words", "repeated", "repeated_captions", "short", "small", "long"),
 )
 _NUM_EXAMPLES: Final = 3
-_IMAGES_AT_A_TIME: Final = 1024
+_IMAGES_AT_A_TIME: Final = 256
 LOOK_SIZE: Final = 32
 """Pixels on a side that images are decoded to. A large JPEG is then read at an eighth of its size, and whole."""
 
@@ -256,24 +259,35 @@ class _Seen:
 def _look_at_all(
     dataset: CaptionedImages, rows: list[dict[str, Any]], on_progress: Callable[[int, int], None]
 ) -> Iterator[_Seen]:
-    # Threads, for Pillow decodes and hashlib hashes without the interpreter's lock.
+    places = dataset.manifest(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    root = root_of(places) if rows else ""
+    files = [place for place in places.to_pylist() if not place["table_path"]]
+    packed = [place for place in places.to_pylist() if place["table_path"]]
+
+    def look_at_file(place: dict[str, Any]) -> _Seen:
+        return look_at(next(read_rows([place], root)))
+
+    def look_at(found: tuple[dict[str, Any], bytes | ImageError]) -> _Seen:
+        return _look_at(rows[found[0]["manifest_id"]], found[1])
+
+    # Threads, for Pillow decodes and hashlib hashes without the interpreter's lock; stores take time to answer, too.
     with ThreadPoolExecutor(_num_cores()) as pool:
-        for start in range(0, len(rows), _IMAGES_AT_A_TIME):
-            yield from pool.map(partial(_look_at, dataset), rows[start : start + _IMAGES_AT_A_TIME])
-            on_progress(min(start + _IMAGES_AT_A_TIME, len(rows)), len(rows))
+        num_done = 0
+        for look, images in ((look_at_file, iter(files)), (look_at, read_rows(packed, root))):
+            while chunk := list(islice(images, _IMAGES_AT_A_TIME)):
+                yield from pool.map(look, chunk)
+                num_done += len(chunk)
+                on_progress(num_done, len(rows))
 
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _look_at(dataset: CaptionedImages, row: Mapping[str, Any]) -> _Seen:
-    path = row["image_path"]
+def _look_at(row: Mapping[str, Any], data: bytes | ImageError) -> _Seen:
     try:
-        try:
-            data = dataset.read_image(path, max_bytes=MAX_FILE_BYTES)
-        except OSError as error:
-            raise image_error_from_os_error(error, path) from error
+        if isinstance(data, ImageError):
+            raise data
         image = decode_image(data, image_size=LOOK_SIZE)
     except ImageError as error:
         return _Seen(row["image_id"], row["split"], error.code)

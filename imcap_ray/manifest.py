@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from imcap_ray import storage
+from imcap_ray import archives, storage
 from imcap_ray.errors import InputError
 from imcap_ray.storage import ListedFile
 
@@ -28,11 +28,11 @@ MANIFEST_SCHEMA: Final = pa.schema(
         # for eight bytes an image are affordable at 100 million images and strings are not.
         ("manifest_id", pa.int64()),
         ("image_id", pa.string()),
-        ("image_path", pa.string()),  # "" when the bytes are in a table
-        ("table_path", pa.string()),  # "" when the image is a file of its own
-        ("row_group", pa.int32()),  # of `table_path`; -1 for a file
-        ("row", pa.int32()),  # within `row_group`; -1 for a file
-        # Of the file, or of the table: by these a changed image under an old name is known.
+        ("image_path", pa.string()),  # "" when the bytes are in a table or a tar
+        ("table_path", pa.string()),  # of the table or tar; "" when the image is a file of its own
+        ("row_group", pa.int32()),  # of the table; the block of a tar, see `archives`; -1 for a file
+        ("row", pa.int32()),  # within `row_group`; 0 in a tar; -1 for a file
+        # Of the file, the table or the tar: by these a changed image under an old name is known.
         ("size", pa.int64()),
         ("modified_ns", pa.int64()),
     ]
@@ -174,6 +174,11 @@ def find_image_column(schema: pa.Schema, location: str) -> ImageColumn:
     )
 
 
+def find_id_column(schema: pa.Schema) -> str | None:
+    """The column of a Parquet table that holds the ids of its images, if it has one."""
+    return next((name for name in _ID_COLUMNS if name in schema.names), None)
+
+
 def _is_binary(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
@@ -195,7 +200,7 @@ def build_manifest(
     allow_outside_paths: bool = False,
     output: str | None = None,
 ) -> InputSummary:
-    """Write the manifest of the images at `location` (a folder, an image or Parquet) to Parquet files in `folder`.
+    """Write the manifest of the images at `location` (folder, image, Parquet or tars) to Parquet files in `folder`.
 
     Images that a manifest already in `folder` lists keep their `manifest_id`; new ones are added behind them.
     Changed ones are reported and left as they stand, until `update_manifest` is called.
@@ -214,10 +219,14 @@ def build_manifest(
     if tables:
         if output and storage.is_folder(location) and storage.is_inside(location, output):
             raise InputError(f"OUTPUT {output} lies among the tables of INPUT {location}: choose a place beside it")
-        places = _Places(location if storage.is_folder(location) else storage.parent(location), allow_outside_paths)
-        places.check([table.location for table in tables], limit)
-        entries: Iterable[dict[str, Any]] = _table_entries(location, tables, places)
-        description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
+        if is_tar(tables[0].location):
+            entries: Iterable[dict[str, Any]] = _tar_entries(tables)
+            description = f"WebDataset, {len(tables)} tar{'s' * (len(tables) != 1)}"
+        else:
+            places = _Places(location if storage.is_folder(location) else storage.parent(location), allow_outside_paths)
+            places.check([table.location for table in tables], limit)
+            entries = _table_entries(location, tables, places, may_repeat=False)
+            description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
     else:
         counter = _IgnoredFiles()
         entries = _file_entries(location, recursive, counter)
@@ -247,6 +256,19 @@ def build_manifest(
         description=description,
         changed=pa.concat_tables(changed) if changed else MANIFEST_SCHEMA.empty_table(),
     )
+
+
+def list_table_images(location: str, tables: list[ListedFile], *, base: str) -> Iterator[dict[str, Any]]:
+    """What a manifest says of each row of Parquet tables, the ids being those that `build_manifest` gives them; but
+    rows may share an id or a path, as where each caption has a row. Null is the id of a row without one.
+
+    Args:
+        base: the folder of the data; whether a path leads out of it is for the caller to ask.
+
+    Raises:
+        InputError: a table is not readable or has no column of images, or a path holds a secret.
+    """
+    return _table_entries(location, tables, _Places(base, allow_outside_paths=True), may_repeat=True)
 
 
 def update_manifest(folder: str, changed: pa.Table) -> None:
@@ -292,6 +314,11 @@ def read_table_images(table_path: str, *, row_group: int, rows: set[int]) -> Ite
             start += len(batch)
             if start > max(rows):
                 return
+
+
+def is_tar(table_path: str) -> bool:
+    """Whether what a manifest calls a table is a tar."""
+    return _extension(table_path) == "tar"
 
 
 def largest_row_group(manifest: str) -> int:
@@ -341,19 +368,20 @@ def _is_image(name: str) -> bool:
 
 
 def _list_tables(location: str, recursive: bool) -> tuple[list[ListedFile], int]:
-    """The Parquet files of an input, and the number of files beside them; none when it is a folder of images."""
+    """The tars or else the Parquet files of an input, and the number of files beside them; none when it is a folder of
+    images. The tables beside tars tell about their images, as img2dataset writes them."""
     if storage.is_file(location):
-        return ([storage.describe_file(location)] if _extension(location) == "parquet" else []), 0
-    tables: list[ListedFile] = []
-    others = 0
+        return ([storage.describe_file(location)] if _extension(location) in ("parquet", "tar") else []), 0
+    found: dict[str, list[ListedFile]] = {"tar": [], "parquet": []}
+    num_files = 0
     for file in storage.list_files(location, recursive=recursive):
         if _is_image(file.name):
             return [], 0  # images are what an input is for: a table among them is not one
-        if _extension(file.name) == "parquet" and not file.name.rpartition("/")[2].startswith(("_", ".")):
-            tables.append(file)
-        else:
-            others += 1
-    return tables, others
+        num_files += 1
+        if _extension(file.name) in found and not file.name.rpartition("/")[2].startswith(("_", ".")):
+            found[_extension(file.name)].append(file)
+    tables = found["tar"] or found["parquet"]
+    return tables, num_files - len(tables)
 
 
 def _file_entries(location: str, recursive: bool, ignored: _IgnoredFiles) -> Iterator[dict[str, Any]]:
@@ -383,25 +411,49 @@ def _entry(
     }
 
 
-def _table_entries(location: str, tables: list[ListedFile], places: _Places) -> Iterator[dict[str, Any]]:
-    ids, is_explicit = _natural_ids([table.location for table in tables])
+def _table_entries(
+    location: str, tables: list[ListedFile], places: _Places, *, may_repeat: bool
+) -> Iterator[dict[str, Any]]:
+    ids, kinds = _natural_ids([table.location for table in tables])
     distinct = pc.count_distinct(ids, mode="all").as_py() if ids is not None else -1
-    if ids is not None and distinct != len(ids) and is_explicit:
+    if ids is not None and distinct != len(ids) and "id" in kinds and not may_repeat:
         counts = pc.value_counts(ids)
         repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
         raise InputError(f"{location}: image ids must be unique, but {repeated!r} stands there more than once")
-    natural = iter(ids.to_pylist()) if ids is not None and distinct == len(ids) and not ids.null_count else None
+    # A name beside bytes may be the same for all images, while two rows with one path or id are of one image.
+    is_natural = ids is not None and (
+        (distinct == len(ids) and not ids.null_count) or (may_repeat and "name" not in kinds)
+    )
+    natural = iter(ids.to_pylist()) if ids is not None and is_natural else None
     for table in tables:
         first_row = 0
         for row_group, num_rows, image_paths in places.row_groups(table.location):
             for row in range(num_rows):
-                image_id = next(natural) if natural else f"{table.name}#{first_row + row}"
+                image_id = next(natural) if natural is not None else f"{table.name}#{first_row + row}"
                 image_path = image_paths[row] if image_paths is not None else None
                 if image_path is None:
                     yield _entry(image_id, "", table, table_path=table.location, row_group=row_group, row=row)
                 else:
                     yield _entry(image_id, image_path, table)
             first_row += num_rows
+
+
+def _tar_entries(tars: list[ListedFile]) -> Iterator[dict[str, Any]]:
+    ids = archives.ImageIds()
+    for tar in sorted(tars, key=lambda one: one.name):
+        try:
+            with archives.open_tar(tar.location) as opened:
+                for member in archives.list_files(opened):
+                    if _is_image(member.name):
+                        block = archives.block_of(member)
+                        yield _entry(
+                            ids.choose(tar.name, member), "", tar, table_path=tar.location, row_group=block, row=0
+                        )
+        except archives.DAMAGED as error:
+            raise InputError(
+                f"{tar.location} is damaged, ends early or is no uncompressed tar: {error}; take it away, or bring it "
+                "again"
+            ) from error
 
 
 @contextmanager
@@ -490,29 +542,31 @@ def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int |
     return None
 
 
-def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, bool]:
-    """The ids the tables have of their own, and whether from an id column (or from paths); None when they have none."""
+def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, set[str]]:
+    """The ids the tables have of their own, None when they have none; and what they are: "id", of a column of ids;
+    "path" of an image's file; "name" beside its bytes."""
     chunks: list[pa.Array] = []
-    is_explicit = False
+    kinds = set()
     for table_path in tables:
         with _open_table(table_path) as table:
             schema = table.schema_arrow
             column = find_image_column(schema, table_path)
-            id_column = next((name for name in _ID_COLUMNS if name in schema.names), None)
-            is_explicit = is_explicit or id_column is not None
-            if id_column is None and column.kind == "struct":
-                id_column = f"{column.name}.path"
-                if schema.field(column.name).type.get_field_index("path") < 0:
-                    return None, False
-            elif id_column is None and column.kind == "path":
+            id_column = find_id_column(schema)
+            if id_column is not None:
+                kinds.add("id")
+            elif column.kind == "path":
                 id_column = column.name
-            elif id_column is None:
-                return None, False
+                kinds.add("path")
+            elif column.kind == "struct" and schema.field(column.name).type.get_field_index("path") >= 0:
+                id_column = f"{column.name}.path"
+                kinds.add("name")
+            else:
+                return None, set()
             values = table.read(columns=[id_column]).column(0)
         if pa.types.is_struct(values.type):
             values = pc.struct_field(values, "path")
         chunks.extend(values.cast(pa.string()).chunks)
-    return pa.chunked_array(chunks, pa.string()), is_explicit
+    return pa.chunked_array(chunks, pa.string()), kinds
 
 
 class _KnownImages:

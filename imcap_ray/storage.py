@@ -393,20 +393,6 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
         raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
 
 
-def read_range(location: str, offset: int, size: int, *, max_bytes: int | None = None) -> bytes:
-    """Part of a file's content; the arguments and errors are those of `read_bytes`."""
-    if max_bytes is not None and size > max_bytes:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
-    filesystem, path = resolve(location)
-    try:
-        with filesystem.open_input_file(path) as file:
-            return bytes(file.read_at(size, offset))
-    except OSError as error:
-        if hide_secrets(str(error)) == str(error):
-            raise
-        raise OSError(hide_secrets(str(error))) from None
-
-
 def _read_remote(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:
     for attempt in range(1, _s3_attempts()):
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -134,3 +135,14 @@ def write_model_folder(
     }
     save_model_folder(folder, **arguments | changes)
     return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """A tar of these members, in their order; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path

@@ -21,17 +21,17 @@ from imcap_ray.errors import DatasetError
 _READERS: Final[tuple[Callable[[Source], CaptionedImages | None], ...]] = (
     read_text_files,
     read_hugging_face,
+    read_webdataset,  # before the tables that img2dataset puts beside tars
     read_parquet,
     read_json,
-    read_webdataset,
     read_sidecars,
 )
 
 _EXPECTED: Final = (
     "Flickr8k as distributed (Flickr8k.token.txt beside the image folder), Kaggle's form (captions.txt beside "
     "Images/), Flickr30k (results.csv or results_20130124.token), Karpathy's or COCO's JSON, Hugging Face's "
-    "metadata.jsonl or metadata.csv, WebDataset tars, images with .txt files beside them, or Parquet with the columns "
-    "image_id or image_path, and captions"
+    "metadata.jsonl or metadata.csv, WebDataset tars, images with .txt files beside them, or Parquet with images, "
+    "their paths or ids, and captions"
 )
 
 

@@ -39,7 +39,12 @@ def add_record(
 
 def has_caption_field(names: Any) -> bool:
     """Whether one of these names is that of a field of captions."""
-    return any(str(name).strip().lower() in CAPTION_FIELDS or _is_numbered_caption(str(name)) for name in names)
+    return any(is_caption_field(str(name)) for name in names)
+
+
+def is_caption_field(name: str) -> bool:
+    """Whether this is the name of a field of captions."""
+    return name.strip().lower() in CAPTION_FIELDS or _is_numbered_caption(name)
 
 
 def captions_in(fields: Mapping[str, Any]) -> list[str]:

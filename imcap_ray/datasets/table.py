@@ -15,6 +15,7 @@ import pyarrow as pa
 from imcap_ray import storage
 from imcap_ray.datasets.encodings import decode_text
 from imcap_ray.errors import DatasetError
+from imcap_ray.manifest import MANIFEST_SCHEMA
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -46,11 +47,14 @@ _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 
 class PackedImage(NamedTuple):
-    """Where in a tar the bytes of an image are."""
+    """Where in a Parquet table or a tar the bytes of an image are, as `MANIFEST_SCHEMA` says it."""
 
-    tar_path: str
-    offset: int
-    size: int
+    table_path: str
+    row_group: int
+    row: int
+
+
+_NOT_PACKED: Final = PackedImage("", -1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ class CaptionedImages:
     left_out: pa.Table = field(default_factory=DATASET_SCHEMA.empty_table)
     """Rows of images that have captions and are in no split, where the others have official ones; `split` is ""."""
     packed: Mapping[str, PackedImage] = field(default_factory=dict)
-    """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name."""
+    """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name, or
+    the table's and the row's number."""
 
     def split(self, name: str) -> pa.Table:
         """The rows of one split, or DatasetError naming those there are."""
@@ -92,23 +97,23 @@ class CaptionedImages:
         rows = self.split(split) if split else self.table
         return dict(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
 
-    def read_image(self, image_path: str, *, max_bytes: int | None = None) -> bytes:
-        """The bytes of an image, from its file or from the tar that holds it; raises as `storage.read_bytes` does."""
-        packed = self.packed.get(image_path)
-        if packed is None:
-            return storage.read_bytes(image_path, max_bytes=max_bytes)
-        return storage.read_range(packed.tar_path, packed.offset, packed.size, max_bytes=max_bytes)
-
-    def require_files(self) -> None:
-        """Raise DatasetError if its images lie in tars, which a training does not read."""
-        if self.packed:
-            first = next(iter(self.packed.values())).tar_path
-            raise DatasetError(
-                f"{self.location}: {self.format}, and a training reads images from files, not from tars. Unpack them, "
-                f"those of each split into a folder of its name (mkdir -p data/train; tar -xf {first} -C data/train; "
-                "the others are validation and test; without such folders the splits are a hash of the names), and "
-                "train on data/: images with their captions beside them are recognised"
-            )
+    def manifest(self, rows: pa.Table) -> pa.Table:
+        """Rows of its table that have images -> `MANIFEST_SCHEMA`, the ids being their numbers."""
+        paths = rows["image_path"].to_pylist()
+        places = [self.packed.get(path, _NOT_PACKED) for path in paths]
+        return pa.table(
+            [
+                range(len(paths)),
+                rows["image_id"],
+                [path if place is _NOT_PACKED else "" for path, place in zip(paths, places, strict=True)],
+                [place.table_path for place in places],
+                [place.row_group for place in places],
+                [place.row for place in places],
+                [-1] * len(paths),
+                [0] * len(paths),
+            ],
+            schema=MANIFEST_SCHEMA,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +130,17 @@ class Source:
     def is_file(self) -> bool:
         """Whether one file was named."""
         return self.base != self.location
+
+    def files_ending(self, extension: str) -> list[str]:
+        """Names below `base` of the files with this ending, sorted, without hidden ones: directly in the folder, in
+        those that are named after splits, and in Hugging Face's `data`."""
+        names = list(self.files)
+        if not self.is_file:
+            for folder in (*SPLIT_NAMES, "data"):
+                place = storage.join(self.base, folder)
+                if storage.is_folder(place):
+                    names += [f"{folder}/{file.name}" for file in storage.list_files(place, recursive=False)]
+        return sorted(name for name in names if re.fullmatch(rf"(.*/)?[^._/][^/]*\.{extension}", name))
 
 
 class Collector:

@@ -26,7 +26,8 @@ from imcap_ray.distributed.images import BatchReporter, Progress, map_images, st
 from imcap_ray.distributed.seals import find_damage, seal
 from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError
-from imcap_ray.manifest import FAILED, MANIFEST_SCHEMA, OK, write_table
+from imcap_ray.image_sources import root_of
+from imcap_ray.manifest import FAILED, OK, write_table
 from imcap_ray.training import augmentation
 
 FEATURES_SCHEMA: Final = pa.schema(
@@ -153,7 +154,7 @@ def _told_total(on_progress: Callable[[Progress, int], None], total: int, progre
 
 
 def cache_features(
-    images: pa.Table,
+    manifest: pa.Table,
     folder: str,
     *,
     encoder: Encoder,
@@ -163,7 +164,7 @@ def cache_features(
     on_progress: Callable[[Progress, int], None],
     can_grow: bool = False,
 ) -> FeatureCache:
-    """Features of each image of a table of `DATASET_SCHEMA`, in Parquet files in `folder`.
+    """Features of each image of a table of `MANIFEST_SCHEMA`, in Parquet files in `folder`.
 
     Images that an earlier call has written are not encoded again, unless their file is damaged: what is in the files
     counts, not what a work folder says of them.
@@ -176,14 +177,14 @@ def cache_features(
         ImcapError: encoding failed; the same call goes on from there.
     """
     shape = (views.count, encoder.num_regions, encoder.num_channels)
-    cache = FeatureCache(folder, shape, images.num_rows, [])
+    cache = FeatureCache(folder, shape, manifest.num_rows, [])
     damage = find_damage(folder, seal_name=_SEAL)
     if damage:
         if _SEAL not in damage:
             cache.notes.extend(f"{folder}/{name} {what}, its images are encoded anew" for name, what in damage.items())
         done = _keep_whole_parts(folder, damage)
-        left = images.filter(
-            pa.compute.invert(pa.compute.is_in(images["image_id"], pa.array(sorted(done), pa.string())))
+        left = manifest.filter(
+            pa.compute.invert(pa.compute.is_in(manifest["image_id"], pa.array(sorted(done), pa.string())))
         )
         if left.num_rows:
             _encode(
@@ -197,9 +198,9 @@ def cache_features(
                 can_grow=can_grow,
             )
             done = _keep_whole_parts(folder, {})
-        if len(done) != images.num_rows:
+        if len(done) != manifest.num_rows:
             raise ImcapError(
-                f"{folder} holds features of {len(done):,} images, expected {images.num_rows:,}: "
+                f"{folder} holds features of {len(done):,} images, expected {manifest.num_rows:,}: "
                 "does another training write there? The same command makes what is missing"
             )
         seal(folder, [path.rpartition("/")[2] for path in cache.files()], seal_name=_SEAL)
@@ -222,24 +223,6 @@ def cache_features(
     return cache
 
 
-def manifest_of(images: pa.Table) -> pa.Table:
-    """A table of `DATASET_SCHEMA` -> `MANIFEST_SCHEMA`; the ids are the rows' numbers."""
-    count = images.num_rows
-    return pa.table(
-        [
-            pa.array(range(count), pa.int64()),
-            images["image_id"],
-            images["image_path"],
-            pa.array([""] * count),
-            pa.array([-1] * count, pa.int32()),
-            pa.array([-1] * count, pa.int32()),
-            pa.array([-1] * count, pa.int64()),
-            pa.array([0] * count, pa.int64()),
-        ],
-        schema=MANIFEST_SCHEMA,
-    )
-
-
 def _keep_whole_parts(folder: str, damage: Mapping[str, str]) -> set[str]:
     """Remove the files that are damaged, unreadable, or hold an image a second time; the ids of those in the others."""
     done: set[str] = set()
@@ -257,7 +240,7 @@ def _keep_whole_parts(folder: str, damage: Mapping[str, str]) -> set[str]:
 
 
 def _encode(
-    images: pa.Table,
+    manifest: pa.Table,
     folder: str,
     *,
     encoder: Encoder,
@@ -267,21 +250,21 @@ def _encode(
     on_progress: Callable[[Progress], None],
     can_grow: bool,
 ) -> None:
-    """Add files with the features of these images to the folder."""
+    """Add files with the features of these rows' images to the folder."""
     work = storage.join(folder, _WORK_FOLDER)
     storage.remove(work)
-    write_table(storage.join(work, "manifest", "part-0.parquet"), manifest_of(images))
+    write_table(storage.join(work, "manifest", "part-0.parquet"), manifest)
     map_images(
         storage.join(work, "manifest"),
         folder,
         work=work,
-        root=storage.parent(images["image_path"][0].as_py()),
+        root=root_of(manifest),
         schema=FEATURES_SCHEMA,
         actor_class=EncodeImages,
         # Through the object store, so that weights from a file of this machine reach every node.
         actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "views": views},
         image_size=encoder.image_size,
-        num_images=images.num_rows,
+        num_images=manifest.num_rows,
         num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,
         batch_size=2 * COMPUTE_BATCH_SIZE,

@@ -8,7 +8,7 @@ import functools
 import math
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,8 +32,9 @@ from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.errors import ImageError, ImcapError, StalledError
-from imcap_ray.images import MAX_FILE_BYTES, DecodedImage, decode_image, image_error_from_os_error
-from imcap_ray.manifest import largest_row_group, read_table_images
+from imcap_ray.image_sources import read_rows
+from imcap_ray.images import DecodedImage, decode_image
+from imcap_ray.manifest import largest_row_group
 from imcap_ray.progress import Pace
 
 IMAGES_PER_BLOCK = 64
@@ -191,48 +192,6 @@ class LoadImages:
     def _blame(self, rows: pa.Table, error: ImageError) -> pa.Table:
         loaded = [_loaded_row(row, error_code=error.code, error_message=error.message) for row in rows.to_pylist()]
         return pa.Table.from_pylist(loaded, schema=loaded_schema(self.image_size))
-
-
-def read_rows(rows: list[dict[str, Any]], root: str) -> Iterator[tuple[dict[str, Any], bytes | ImageError]]:
-    """The bytes of each row of a manifest, or why there are none; rows of tables last.
-
-    Raises:
-        ImcapError: `root`, where the images lie, is gone.
-    """
-    in_tables: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["table_path"]:
-            in_tables[row["table_path"], row["row_group"]].append(row)
-            continue
-        try:
-            yield row, storage.read_bytes(row["image_path"], max_bytes=MAX_FILE_BYTES)
-        except OSError as error:
-            _require_reachable(root, error)
-            yield row, image_error_from_os_error(error, row["image_path"])
-        except MemoryError:
-            yield row, ImageError("out_of_memory", "not enough memory to read the file")
-    for (table_path, row_group), group in in_tables.items():
-        by_row = {row["row"]: row for row in group}
-        try:
-            for number, data in read_table_images(table_path, row_group=row_group, rows=set(by_row)):
-                row = by_row.pop(number)
-                yield (
-                    row,
-                    data if data is not None else ImageError("missing", "the table holds no image in this row"),
-                )
-        except (OSError, pa.ArrowException) as error:
-            _require_reachable(root, error)
-            for row in by_row.values():
-                yield row, ImageError("read_error", f"cannot read the table: {storage.hide_secrets(str(error))}")
-        else:
-            for row in by_row.values():
-                yield row, ImageError("missing", "the table has no such row any more")
-
-
-def _require_reachable(root: str, error: Exception) -> None:
-    """An error of one image is its own. When all are gone, the run must stop and not write a million failures."""
-    if not storage.is_reachable(root):
-        raise ImcapError(f"{root} cannot be read any more: {error}")
 
 
 def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int) -> dict[str, Any]:

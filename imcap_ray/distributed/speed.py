@@ -31,9 +31,10 @@ from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import load_captioner, search_captions
 from imcap_ray.distributed.captioning import BATCH_SIZE, ImageCaptioner, caption_images
 from imcap_ray.distributed.cluster import connect, cores
-from imcap_ray.distributed.images import Progress, read_rows, repeating
+from imcap_ray.distributed.images import Progress, repeating
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.errors import ImageError, ImcapError, InputError
+from imcap_ray.image_sources import read_rows
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import build_manifest
 

@@ -45,7 +45,7 @@ from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImage
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, environment, require
-from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key, manifest_of
+from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.images import (
     LoadImages,
     Progress,
@@ -72,6 +72,7 @@ from imcap_ray.distributed.training_folder import (
 )
 from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_normalisation
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
+from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
 from imcap_ray.trackers import Trackers, tracking
@@ -171,7 +172,8 @@ def train(
     present = resources if isinstance(num_workers, int) or gpus else replace(resources, max_cpus=0.0)
     require(present, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
     train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
-    first_path = train_images["image_path"][0].as_py()
+    [first] = data.manifest(train_images.slice(0, 1)).to_pylist()
+    first_path = first["image_path"] or first["table_path"]
     if not storage.exists(first_path):
         raise DatasetError(
             f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
@@ -329,7 +331,7 @@ def _cache(
             views=views,
         )
         caches[split] = cache_features(
-            images,
+            data.manifest(images),
             storage.join(folder, key),
             encoder=encoder,
             views=views,
@@ -424,12 +426,11 @@ def _write_manifests(data: CaptionedImages, caches: Mapping[str, FeatureCache], 
     manifests = {}
     for split, cache in caches.items():
         unreadable = pa.array([failure["image_id"] for failure in cache.failures], pa.string())
-        images = data.split(split)
-        images = images.filter(pa.compute.invert(pa.compute.is_in(images["image_id"], unreadable)))
+        rows = data.manifest(data.split(split))
+        rows = rows.filter(pa.compute.invert(pa.compute.is_in(rows["image_id"], unreadable)))
         place = storage.join(folder, split)
-        write_table(storage.join(place, "part-0.parquet"), manifest_of(images))
-        root = storage.parent(images["image_path"][0].as_py())
-        manifests[split] = _Manifest(place, root, images.num_rows)
+        write_table(storage.join(place, "part-0.parquet"), rows)
+        manifests[split] = _Manifest(place, root_of(rows), rows.num_rows)
     return manifests
 
 

@@ -18,12 +18,14 @@ from imcap_ray.config import SearchConfig
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.images import LoadImages, read_images, read_rows
+from imcap_ray.distributed.images import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
+from imcap_ray.image_sources import read_rows
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, TooLargeFor, echo
 from tests.odd_images import OK, encode, odd_images, photo
+from tests.small_data import write_tar
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:ray.*"),
@@ -171,6 +173,22 @@ def test_parquet_gives_the_same_captions_as_the_folder(run: Run, photographs: Pa
 
     found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
     assert found == {path.name: expected(path.read_bytes()) for path in paths}
+
+
+def test_tars_give_the_same_captions_as_the_folder(run: Run, photographs: Path, tmp_path: Path) -> None:
+    for folder in ("even", "odd"):
+        images = {f"{path.name}": path.read_bytes() for path in sorted((photographs / folder).iterdir())}
+        write_tar(tmp_path / "in" / f"{folder}.tar", {**images, "000.txt": b"a caption"})
+    (tmp_path / "in" / "even.parquet").write_bytes(b"tells about the tar")
+
+    summary = run(str(tmp_path / "in"), str(tmp_path / "out"))
+
+    rows = read(tmp_path / "out")
+    assert summary.counts == {"ok": 100}
+    assert {row["image_id"]: row["caption"] for row in rows} == {
+        path.stem: expected(path.read_bytes()) for path in photographs.rglob("*.jpg")
+    }
+    assert {row["image_path"] for row in rows} == {""}
 
 
 @pytest.mark.usefixtures("local_ray")

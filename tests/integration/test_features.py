@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
-from imcap_ray.datasets import DATASET_SCHEMA
+from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features
 from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
@@ -25,14 +25,15 @@ NUM_IMAGES = 160
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
     folder = tmp_path_factory.mktemp("images")
     rows = []
     for number in range(NUM_IMAGES):
         place = folder / f"{number:03}.jpg"
         place.write_bytes(small_data.jpeg(number))
         rows.append({"image_id": place.name, "image_path": str(place), "captions": ["a dog"], "split": "train"})
-    return pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)
+    table = pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)
+    return CaptionedImages(str(folder), "", table).manifest(table)
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +50,13 @@ def features_by_image(cache: FeatureCache) -> dict[str, bytes]:
 
 
 def test_damaged_files_are_made_anew_and_only_those(
-    local_ray: ClusterResources, images: pa.Table, encoder: Encoder, tmp_path: Path
+    local_ray: ClusterResources, manifest: pa.Table, encoder: Encoder, tmp_path: Path
 ) -> None:
     folder = tmp_path / "features"
     encoded: list[int] = []
     options: dict[str, Any] = {"encoder": encoder, "views": Views(), "num_actors": 1, "gpus_per_actor": 0.0}
     options["on_progress"] = lambda progress, total: encoded.append(progress.num_images)
-    first = features_by_image(cache_features(images, str(folder), **options))
+    first = features_by_image(cache_features(manifest, str(folder), **options))
     changed, deleted, *_ = sorted(folder.glob("*.parquet"))
     in_others = NUM_IMAGES - sum(pq.read_metadata(file).num_rows for file in (changed, deleted))
 
@@ -64,7 +65,7 @@ def test_damaged_files_are_made_anew_and_only_those(
     changed.write_bytes(content)
     deleted.unlink()
     encoded.clear()
-    repaired = cache_features(images, str(folder), **options)
+    repaired = cache_features(manifest, str(folder), **options)
 
     assert features_by_image(repaired) == first
     assert max(encoded) == NUM_IMAGES - in_others
@@ -76,12 +77,12 @@ def test_damaged_files_are_made_anew_and_only_those(
     # Without the seal nothing is known of the files but what they say themselves.
     shutil.rmtree(folder / "_imcap")
     encoded.clear()
-    assert features_by_image(cache_features(images, str(folder), **options)) == first
+    assert features_by_image(cache_features(manifest, str(folder), **options)) == first
     assert not encoded
 
     shutil.rmtree(folder / "_imcap")
     cut = min(folder.glob("*.parquet"))
     in_cut = pq.read_metadata(cut).num_rows
     os.truncate(cut, cut.stat().st_size // 2)
-    assert features_by_image(cache_features(images, str(folder), **options)) == first
+    assert features_by_image(cache_features(manifest, str(folder), **options)) == first
     assert max(encoded) == in_cut

@@ -112,10 +112,10 @@ def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, t
     sentence = "赤い犬が草の上を走る"
     rows = []
     for number in range(12):
-        (tmp_path / f"犬{number}.jpg").write_bytes(small_data.jpeg(number))
+        image = {"bytes": small_data.jpeg(number), "path": f"犬{number}.jpg"}
         split = "validation" if number < 3 else "train"
-        rows.append({"image_path": f"犬{number}.jpg", "captions": [f"{sentence}。"], "split": split})
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "犬.parquet")
+        rows.append({"image": image, "captions": [f"{sentence}。"], "split": split})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "犬.parquet", row_group_size=5)
 
     train(
         load_dataset(str(tmp_path / "犬.parquet")),
@@ -128,6 +128,8 @@ def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, t
                 "training.batch_size": 1,
                 "training.epochs": 16,
                 "training.patience": 0,  # every image has the same caption, and CIDEr-D is 0
+                "finetune.epochs": 1,  # reads the photographs themselves
+                "finetune.first_layer": "cnn.blocks.5",
             },
         ),
         recipe_name="small",

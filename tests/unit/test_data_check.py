@@ -21,7 +21,7 @@ from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.data_check import DataCheck, Finding, check_dataset
 from imcap_ray.datasets import load_dataset
 from tests.odd_images import photo
-from tests.small_data import ODD_KEY, captions_of, jpeg
+from tests.small_data import ODD_KEY, captions_of, jpeg, write_tar
 
 
 @pytest.fixture
@@ -332,17 +332,35 @@ def test_names_are_told_in_letters(tmp_path: Path) -> None:
     assert not {"\x1b", "\u202e"} & set(result.stdout + imcap("check", tmp_path, "--json").stdout)
 
 
-def test_training_on_tars_is_refused_in_one_line(tmp_path: Path) -> None:
-    import tarfile
+def test_a_data_set_without_validation_images_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    columns = {"image_path": ["a.jpg"], "caption": ["a dog"], "split": ["train"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
 
-    (tmp_path / "a.txt").write_text("a dog")
-    (tmp_path / "a.jpg").write_bytes(jpeg(1))
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name in ("a.txt", "a.jpg"):
-            tar.add(tmp_path / name, name)
-
-    result = imcap("train", tmp_path / "a.tar", tmp_path / "model")
+    result = imcap("train", tmp_path / "a.parquet", tmp_path / "model")
 
     assert result.exit_code == 2
-    assert "a training reads images from files, not from tars" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr == f"imcap: {tmp_path}/a.parquet has no validation images: it has 1 train\n"
+
+
+def test_images_in_tables_and_tars_are_looked_at_as_files_are(tmp_path: Path) -> None:
+    names = [f"{number:03}.jpg" for number in range(20)]
+    images = [jpeg(number // 2) if number else b"broken" for number in range(20)]  # pairs of the same bytes
+    for name, image in zip(names, images, strict=True):
+        (tmp_path / "files").mkdir(exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(image)
+        (tmp_path / "files" / name).with_suffix(".txt").write_text(f"a caption of {name}")
+    write_tar(
+        tmp_path / "tars" / "a.tar",
+        {path.name: path.read_bytes() for path in sorted((tmp_path / "files").iterdir())},
+    )
+    (tmp_path / "tables").mkdir()
+    structs = [{"bytes": image, "path": name} for name, image in zip(names, images, strict=True)]
+    captions = [f"a caption of {name}" for name in names]
+    pq.write_table(pa.table({"image": structs, "text": captions}), tmp_path / "tables" / "a.parquet", row_group_size=6)
+
+    checks = [check(tmp_path / form) for form in ("files", "tables", "tars")]
+
+    assert checks[0].images == checks[1].images == checks[2].images
+    assert checks[0].images["unreadable"] == 1
+    counts = [{one.code: one.count for one in found.findings if one.code in ("unreadable", "leak")} for found in checks]
+    assert counts[0] == counts[1]  # a tar's ids lack the ending, which is another hash and another split

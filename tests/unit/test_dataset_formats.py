@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset
-from imcap_ray.errors import DatasetError, InputError
-from tests.small_data import jpeg
+from imcap_ray.errors import DatasetError, ImageError, InputError
+from imcap_ray.image_sources import read_rows, root_of
+from imcap_ray.manifest import build_manifest
+from tests.small_data import jpeg, write_tar
 
 # name -> split and captions; what has no official split in a format gets its own by its name.
 IMAGES: Final[dict[str, tuple[str, list[str]]]] = {
@@ -139,16 +141,6 @@ def write_sidecars_by_split(folder: Path) -> None:
         path.with_suffix(".json").write_text(json.dumps({"caption": captions}), encoding="utf-8")
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def write_webdataset(folder: Path) -> None:
     for split in SPLITS:
         members = {}
@@ -157,6 +149,33 @@ def write_webdataset(folder: Path) -> None:
                 members[name] = jpeg(number)
                 members[f"{name.partition('.')[0]}.txt"] = "\n".join(captions).encode()
         write_tar(folder / f"some-{SHORT[split]}-000.tar", members)
+
+
+def write_hugging_face_parquet(folder: Path) -> None:
+    """As `Dataset.push_to_hub` leaves it: structs of bytes and path, a file or more for each split."""
+    for split in SPLITS:
+        chosen = {name: (n, captions) for n, (name, (of, captions)) in enumerate(IMAGES.items()) if of == split}
+        images = [{"bytes": jpeg(number), "path": name} for name, (number, _) in chosen.items()]
+        columns = {"image": images, "caption": [captions for _, captions in chosen.values()]}
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), folder / "data" / f"{split}-00000-of-00001.parquet", row_group_size=1)
+    (folder / "README.md").write_text("a card")
+
+
+def write_parquet_of_bytes(folder: Path) -> None:
+    """A row for each caption."""
+    rows = [
+        {"image_id": name, "split": SHORT[split], "jpg": jpeg(number), "TEXT": caption}
+        for number, (name, (split, captions)) in enumerate(IMAGES.items())
+        for caption in captions
+    ]
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "all.parquet", row_group_size=2)
+
+
+def write_metadata_parquet(folder: Path) -> None:
+    put_images(folder)
+    pq.write_table(pa.table({"file_name": [*REFERENCES], "text": [*REFERENCES.values()]}), folder / "metadata.parquet")
 
 
 # What the format is called, and whether it says the splits. Ids may have a folder before the name, or lack the ending.
@@ -174,8 +193,18 @@ FORMATS: Final[dict[Callable[[Path], None], tuple[str, bool]]] = {
     write_sidecars: ("a folder of images with their captions beside them", False),
     write_sidecars_by_split: ("a folder of images with their captions beside them", True),
     write_webdataset: ("WebDataset, 3 tars", True),
+    write_hugging_face_parquet: ("Parquet with images", True),
+    write_parquet_of_bytes: ("Parquet with images", True),
+    write_metadata_parquet: ("Parquet", False),
 }
 every_format = pytest.mark.parametrize("write", FORMATS, ids=lambda write: write.__name__)
+
+
+def images_of(dataset: CaptionedImages) -> list[bytes | ImageError]:
+    """What is read of the images, in the order of their ids."""
+    rows = dataset.manifest(dataset.table)
+    found = {row["image_id"]: data for row, data in read_rows(rows.to_pylist(), root_of(rows))}
+    return [found[image_id] for image_id in sorted(found)]
 
 
 def stem(image_id: str) -> str:
@@ -195,9 +224,9 @@ def test_each_format_is_the_same_table(tmp_path: Path, write: Callable[[Path], N
         stem(key): found for key, found in REFERENCES.items()
     }
     for row in dataset.table.to_pylist():
-        assert dataset.read_image(row["image_path"]).startswith(b"\xff\xd8")
         if has_splits:
             assert row["split"] == next(s for key, (s, _) in IMAGES.items() if stem(key) == stem(row["image_id"]))
+    assert all(isinstance(data, bytes) and data.startswith(b"\xff\xd8") for data in images_of(dataset))
     no_splits = "no official splits: each image's split is a hash of its name"
     assert dataset.notes == [] if has_splits else dataset.notes == [no_splits]
 
@@ -420,8 +449,8 @@ def test_keys_that_two_tars_share_are_two_images(tmp_path: Path) -> None:
 
     dataset = load_dataset(str(tmp_path))
 
-    assert dataset.references() == {"0/0": ["number 0"], "1/0": ["number 1"]}
-    assert [dataset.read_image(path) for path in dataset.table["image_path"].to_pylist()] == [jpeg(0), jpeg(1)]
+    assert dataset.references() == {"0": ["number 0"], "1/0": ["number 1"]}
+    assert images_of(dataset) == [jpeg(0), jpeg(1)]
 
 
 def test_a_tar_that_ends_early_has_what_comes_before(tmp_path: Path) -> None:
@@ -435,18 +464,41 @@ def test_a_tar_that_ends_early_has_what_comes_before(tmp_path: Path) -> None:
     assert any(note.startswith("1 tar is damaged or ends early: a.tar") for note in dataset.notes)
 
 
-def test_a_training_refuses_tars_and_says_how_to_go_on(tmp_path: Path) -> None:
-    write_webdataset(tmp_path / "data")
+# ---- Parquet with images
 
-    with pytest.raises(DatasetError, match="not from tars. Unpack them"):
-        load_dataset(str(tmp_path / "data")).require_files()
 
-    for split in SPLITS:  # as it says
-        with tarfile.open(tmp_path / "data" / f"some-{SHORT[split]}-000.tar") as tar:
-            tar.extractall(tmp_path / "unpacked" / split, filter="data")
-    dataset = load_dataset(str(tmp_path / "unpacked"))
-    dataset.require_files()
-    assert dataset.count_splits() == {"train": 2, "validation": 1, "test": 1}
+def test_images_in_tables_have_the_ids_that_a_captioning_run_gives_them(tmp_path: Path) -> None:
+    for write in (write_hugging_face_parquet, write_webdataset, write_parquet_of_bytes):
+        data = tmp_path / write.__name__
+        write(data)
+        if write is write_parquet_of_bytes:  # whose rows are captions; a run wants a row for each image
+            pq.write_table(pq.read_table(data / "all.parquet").take([0, 2, 3, 5]), data / "all.parquet")
+        build_manifest(str(data), str(tmp_path / "manifest" / write.__name__))
+
+        captioned = pq.read_table(tmp_path / "manifest" / write.__name__)["image_id"].to_pylist()
+
+        assert sorted(load_dataset(str(data)).references()) == sorted(captioned)
+
+
+def test_names_beside_bytes_that_are_all_the_same_are_no_ids(tmp_path: Path) -> None:
+    images = [{"bytes": jpeg(number), "path": "image.jpg"} for number in range(2)]
+    pq.write_table(pa.table({"image": images, "text": ["x", "y"]}), tmp_path / "a.parquet")
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == {"a.parquet#0": ["x"], "a.parquet#1": ["y"]}
+    assert images_of(dataset) == [jpeg(0), jpeg(1)]
+
+
+def test_the_tables_that_tell_of_tars_are_not_taken_for_the_data(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", {"a.jpg": jpeg(0), "a.txt": b"x"})
+    pq.write_table(
+        pa.table({"url": ["https://host/a.jpg"], "caption": ["x"], "key": ["a"]}), tmp_path / "00000.parquet"
+    )
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert (dataset.format, dataset.references()) == ("WebDataset, 1 tar", {"a": ["x"]})
 
 
 # ---- whatever a file holds

@@ -413,15 +413,3 @@ def test_a_file_that_is_too_long_is_not_read(folder: str) -> None:
     with pytest.raises(OSError, match="too large") as caught:
         storage.read_bytes(path, max_bytes=4)
     assert caught.value.errno == errno.EFBIG
-
-
-def test_a_range_of_a_file_is_its_bytes_there(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"0123456789")
-
-    assert storage.read_range(str(path), 3, 4) == b"3456"
-    assert storage.read_range(str(path), 8, 4) == b"89"
-    with pytest.raises(OSError, match="large"):
-        storage.read_range(str(path), 3, 4, max_bytes=3)
-    with pytest.raises(FileNotFoundError):
-        storage.read_range(str(tmp_path / "nowhere"), 0, 1)

@@ -1,0 +1,114 @@
+"""Tars of WebDataset -> the files in them. Knows neither captions nor how images are listed.
+
+A member is found again by the number of the 512-byte block its content begins at, with its header in the block before.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, cast
+
+from imcap_ray import storage
+
+_BUFFER_BYTES: Final = 2**20
+"""Are read at once while the headers are looked through; over a network small members cost no request of their own."""
+
+DAMAGED: Final = (tarfile.TarError, OSError, EOFError)
+"""What `list_files` raises for a tar that cannot be read, or not to its end."""
+
+
+@contextmanager
+def open_tar(location: str) -> Iterator[tarfile.TarFile]:
+    """An uncompressed tar, to look through from its start to its end."""
+    filesystem, path = storage.resolve(location)
+    with (
+        filesystem.open_input_file(path) as file,
+        io.BufferedReader(cast(Any, file), _BUFFER_BYTES) as buffered,
+        tarfile.open(fileobj=buffered, mode="r:") as tar,
+    ):
+        yield tar
+
+
+def list_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The regular files of a tar, in its order. One of `DAMAGED` when it ends early."""
+    return (member for member in tar if member.isreg() and not member.issparse())
+
+
+def block_of(member: tarfile.TarInfo) -> int:
+    """Where its content begins, in blocks."""
+    return member.offset_data // tarfile.BLOCKSIZE
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's key and ending as WebDataset has them, cut at the first dot of the file's name; "" for a hidden file's
+    key."""
+    folder, slash, file_name = name.rpartition("/")
+    stem, _, extension = file_name.partition(".")
+    return f"{folder}{slash}{stem}" if stem else "", extension.lower()
+
+
+class ImageIds:
+    """Ids for the images of tars, which are asked for in the order of the tars' names.
+
+    An image's id is its key. Where an earlier tar has the same key, the tar's name stands before it; a second image of
+    one key has its file's name. So the ids of a folder's images stay when tars are added behind the others.
+    """
+
+    def __init__(self) -> None:
+        self._known: set[bytes] = set()
+        self._tar = ""
+        self._keys: set[str] = set()
+
+    def choose(self, tar_name: str, member: tarfile.TarInfo) -> str:
+        """The id of an image of this tar, given by its name below the input."""
+        if tar_name != self._tar:
+            self._tar, self._keys = tar_name, set()
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        key, _ = split_name(name)
+        own = name if key in self._keys else key
+        self._keys.add(key)
+        stem = tar_name.removesuffix(".tar")
+        chosen = next(one for one in (own, f"{stem}/{own}", f"{stem}/{own}#{block_of(member)}") if self._is_new(one))
+        self._known.add(_digest(chosen))
+        return chosen
+
+    def _is_new(self, image_id: str) -> bool:
+        return _digest(image_id) not in self._known
+
+
+def _digest(image_id: str) -> bytes:
+    """Twelve bytes in the place of an id of any length: among 100 million no two are the same by chance."""
+    return hashlib.blake2b(image_id.encode(), digest_size=12).digest()
+
+
+def read_files(
+    location: str, blocks: Iterable[int], *, max_bytes: int
+) -> Iterator[tuple[int, bytes | OSError | tarfile.TarError]]:
+    """The content of some members of a tar, with their blocks; of one that cannot be read, or is longer than
+    `max_bytes`, the error.
+
+    Raises:
+        OSError: the tar itself cannot be read.
+    """
+    filesystem, path = storage.resolve(location)
+    with filesystem.open_input_file(path) as file:
+        for block in blocks:
+            start = block * tarfile.BLOCKSIZE
+            header = file.read_at(tarfile.BLOCKSIZE, start - tarfile.BLOCKSIZE)
+            try:
+                size = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
+            except tarfile.TarError as error:
+                yield block, error
+                continue
+            if size > max_bytes:
+                yield block, OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
+                continue
+            content = file.read_at(size, start)
+            cut = tarfile.ReadError(f"ends after {len(content):,} of {size:,} bytes")
+            yield block, bytes(content) if len(content) == size else cut

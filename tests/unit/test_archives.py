@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from imcap_ray.archives import ImageIds, block_of, list_files, open_tar, read_files, split_name
+from imcap_ray.errors import ImageError, InputError
+from imcap_ray.image_sources import read_rows
+from imcap_ray.manifest import InputSummary, build_manifest, read_table
+from tests.small_data import jpeg, write_tar
+
+LONG = "deep/" * 60 + "name of more than a hundred letters.jpg"  # has headers before its own
+
+
+def read_manifest(folder: Path) -> list[dict[str, object]]:
+    return [row for part in sorted(folder.glob("*.parquet")) for row in read_table(str(part)).to_pylist()]
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_every_file_is_found_again_by_its_block(tmp_path: Path, format: int) -> None:
+    files = {"a.jpg": b"x" * 512, "empty.jpg": b"", "b.png": b"y" * 1000, "c.jpg": b"z"}
+    if format != tarfile.USTAR_FORMAT:
+        files |= {LONG: b"long", "caf\u00e9.jpg": b"accent"}
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        tar.addfile(tarfile.TarInfo("folder.jpg"), io.BytesIO())
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+    with open_tar(str(tmp_path / "a.tar")) as opened:
+        blocks = {member.name: block_of(member) for member in list_files(opened)}
+    found = dict(read_files(str(tmp_path / "a.tar"), sorted(blocks.values()), max_bytes=10**6))
+
+    assert {name: found[block] for name, block in blocks.items()} == {"folder.jpg": b"", **files}
+
+
+def test_a_file_that_cannot_be_read_does_not_touch_the_others(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": b"x" * 5000, "c.jpg": jpeg(2), "d.jpg": jpeg(3)})
+    build_manifest(str(path), str(tmp_path / "manifest"))
+    rows = read_manifest(tmp_path / "manifest")
+    with path.open("r+b") as file:
+        file.seek(512 * (rows[2]["row_group"] - 1))
+        file.write(b"no header any more")
+        file.truncate(512 * rows[3]["row_group"] + 10)
+
+    found = [data for _, data in read_rows(rows, str(tmp_path))]
+    [limited] = [data for block, data in read_files(str(path), [rows[1]["row_group"]], max_bytes=4999)]
+
+    assert found[:2] == [jpeg(0), b"x" * 5000]
+    assert [data.code for data in found[2:] if isinstance(data, ImageError)] == ["read_error", "read_error"]
+    assert "the tar has changed or is damaged: ends after 10 of" in str(found[3])
+    assert isinstance(limited, OSError)
+
+
+def test_ids_are_keys_and_stay_when_tars_are_added(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    write_tar(
+        source / "0.tar", {"a.jpg": jpeg(0), "a.txt": b"x", "deep/b.left.jpg": jpeg(1), "deep/b.right.png": jpeg(2)}
+    )
+    write_tar(source / "deep/1.tar", {"a.jpg": jpeg(3), ".hidden.jpg": jpeg(4), "a.webp": jpeg(5), "c.jpg.bak": b"x"})
+    ids = ["a", "deep/b", "deep/b.right.png", "deep/1/a", "a.webp"]
+
+    first = build_manifest(str(source), str(tmp_path / "manifest"), limit=3)
+    assert [row["image_id"] for row in read_manifest(tmp_path / "manifest")] == ids[:3]
+    build_manifest(str(source), str(tmp_path / "manifest"))
+    assert [row["image_id"] for row in read_manifest(tmp_path / "manifest")] == ids
+    write_tar(source / "deep/2.tar", {"a.jpg": jpeg(6)})
+    later = build_manifest(str(source), str(tmp_path / "manifest"))
+
+    assert first == InputSummary(num_images=3, num_ignored=0, description="WebDataset, 2 tars")
+    assert (later.num_images, later.changed.num_rows) == (6, 0)
+    rows = read_manifest(tmp_path / "manifest")
+    assert [row["image_id"] for row in rows] == [*ids, "deep/2/a"]
+    found = [data for _, data in read_rows(rows, str(source))]
+    assert found == [jpeg(number) for number in (0, 1, 2, 3, 5, 6)]
+
+
+def test_the_same_file_twice_in_a_tar_is_two_images(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number in range(3):
+            info = tarfile.TarInfo("a.jpg")
+            info.size = len(jpeg(number))
+            tar.addfile(info, io.BytesIO(jpeg(number)))
+
+    with open_tar(str(tmp_path / "a.tar")) as opened:
+        ids = ImageIds()
+        found = [ids.choose("a.tar", member) for member in list_files(opened)]
+
+    assert len(set(found)) == 3
+    assert found[:2] == ["a", "a.jpg"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "compressed", "no tar"])
+def test_a_tar_that_cannot_be_read_to_its_end_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = write_tar(tmp_path / "in" / "a.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1)})
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[: len(jpeg(0)) + 1024 + 300])
+    elif kind == "compressed":
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(__file__, "a.jpg")
+    else:
+        path.write_bytes(b"something else" * 100)
+
+    with pytest.raises(InputError, match=f"{path} is damaged, ends early or is no uncompressed tar"):
+        build_manifest(str(tmp_path / "in"), str(tmp_path / "manifest"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("a.jpg", ("a", "jpg")),
+        ("deep.er/a.left.JPG", ("deep.er/a", "left.jpg")),
+        ("a", ("a", "")),
+        (".a.jpg", ("", "a.jpg")),
+        ("deep/.a.jpg", ("", "a.jpg")),
+    ],
+)
+def test_names_are_cut_as_webdataset_cuts_them(name: str, parts: tuple[str, str]) -> None:
+    assert split_name(name) == parts
