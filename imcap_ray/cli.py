@@ -21,7 +21,7 @@ import click
 
 from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
-from imcap_ray.errors import DatasetError, ImcapError, InputError
+from imcap_ray.errors import DatasetError, ImageError, ImcapError, InputError
 from imcap_ray.escaping import printable
 from imcap_ray.progress import LineSchedule, Pace
 
@@ -683,12 +683,13 @@ def write_captions_report(
 ) -> str:
     """Write the report of a captions folder or file; where it is.
 
-    Photographs are taken from where `image_locator` lets them be, and from the references' folder. Captions that cannot
+    Photographs are taken from where `image_placer` lets them be, and from the references' folder. Captions that cannot
     be scored stand beside the references without scores, unless a split is named.
     """
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
-    from imcap_ray.manifest import folder_of, image_locator, open_captions, read_run
+    from imcap_ray.image_sources import CaptionedImageSource
+    from imcap_ray.manifest import folder_of, open_captions, read_run
     from imcap_ray.report import write_report
     from imcap_ray.report_model import read_model_of_run
 
@@ -699,20 +700,16 @@ def write_captions_report(
             f"--output {output} is a folder: give the name of the page, as {output.rstrip('/')}/report.html"
         )
     dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
-    locate_image = image_locator(
+    images = CaptionedImageSource(
         captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
     )
     not_shown: dict[str, str] = {}
 
-    def load_image(row: dict[str, Any]) -> bytes | None:
-        location = locate_image(row)
-        try:
-            if not location:
-                raise FileNotFoundError("its bytes were in a table")
-            return storage.read_bytes(location)
-        except OSError as error:
-            not_shown[row["image_id"]] = storage.hide_secrets(str(error))
-            return None
+    def load_images(rows: Sequence[dict[str, Any]]) -> Iterator[bytes | ImageError]:
+        for row, data in zip(rows, images.load(rows), strict=True):
+            if isinstance(data, ImageError):
+                not_shown[row["image_id"]] = data.message
+            yield data
 
     scores, score_note = None, ""
     if dataset:
@@ -730,7 +727,7 @@ def write_captions_report(
     write_report(
         table,
         output,
-        load_image=load_image,
+        load_images=load_images,
         references=dataset.references() if dataset else None,
         evaluation=json.loads(scores.to_json()) if scores else None,
         image_scores=dict(zip(columns["image_id"], map(float, columns["cider_d"]), strict=True)) if scores else None,
@@ -801,7 +798,8 @@ def export(captions: str, output: str, **options: Any) -> None:
     from dataclasses import asdict
 
     from imcap_ray.exports import SHARD_IMAGES, export_captions
-    from imcap_ray.manifest import image_locator, read_run
+    from imcap_ray.image_sources import CaptionedImageSource
+    from imcap_ray.manifest import read_run
 
     format = options["format"]
     for option, formats in (("existing", ["sidecar"]), ("shard_size", ["hf", "webdataset"])):
@@ -814,7 +812,7 @@ def export(captions: str, output: str, **options: Any) -> None:
         captions,
         output,
         format=format,
-        locate_image=image_locator(captions, allow_outside_paths=options["allow_outside_paths"]),
+        images=CaptionedImageSource(captions, allow_outside_paths=options["allow_outside_paths"]),
         min_confidence=options["min_confidence"],
         existing=options["existing"] or "skip",
         shard_images=options["shard_size"] or SHARD_IMAGES,

@@ -1,7 +1,7 @@
 """A captions table -> what other tools read: COCO, JSON Lines, CSV, text beside images, Hugging Face, WebDataset.
 
-Knows neither where images lie (it is handed `locate_image`) nor how they were captioned. Rows pass through a batch at
-a time, and what has to be known of all of them is kept on disk: memory does not grow with their number.
+Knows neither where images lie (it is handed their source) nor how they were captioned. Rows pass through a batch at a
+time, and what has to be known of all of them is kept on disk: memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from imcap_ray import __version__, storage
-from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.errors import ImageError, ImcapError, InputError, OutputError
+from imcap_ray.image_sources import CaptionedImageSource
 from imcap_ray.manifest import CAPTIONS_SCHEMA, DUPLICATE, IMAGE_EXTENSIONS, OK, open_captions
 
 Format = Literal["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"]
@@ -57,6 +58,9 @@ _SHARD_NAMES: Final = {
     "webdataset": re.compile(r"\.?captions-\d{5,}\.tar(\.[0-9a-f]{8})?"),
 }
 
+# Of images that cannot be read, by their error's code; else its message.
+_REASONS: Final = {"missing": "gone", "permission_denied": "may not be read"}
+
 _BATCH_ROWS: Final = 8192
 _THREADS: Final = 16
 _ROWS_PER_REPORT: Final = 256
@@ -70,13 +74,10 @@ _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:\.jpg)
 # A spreadsheet takes a cell that begins with one of these for a formula (owasp.org, "CSV Injection").
 _FORMULA: Final = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
 
-_GONE: Final = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
 # What Pillow calls a format, and what its files are called, where that is not the same.
 _EXTENSIONS: Final = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
 
 Row = dict[str, Any]
-LocateImage = Callable[[Mapping[str, Any]], str]
 ReportProgress = Callable[[int, int], None]
 
 
@@ -118,7 +119,7 @@ def export_captions(
     output: str,
     *,
     format: Format,
-    locate_image: LocateImage,
+    images: CaptionedImageSource,
     min_confidence: float | None = None,
     existing: Existing = "skip",
     shard_images: int = SHARD_IMAGES,
@@ -131,8 +132,7 @@ def export_captions(
     appear one by one, each whole.
 
     Args:
-        locate_image: where a row's image is, for hf and webdataset; "" when its bytes were in a table. Its InputErrors
-            come before anything is written.
+        images: of the captions, for hf and webdataset. Its InputErrors come before anything is written.
         min_confidence: rows with less, or with none, are left out.
         existing: for sidecar.
         shard_images: in one file of hf and webdataset, at most.
@@ -150,7 +150,7 @@ def export_captions(
     _check_output(output, format=format, captions=captions, overwrite=overwrite)
     with _Names() as names:
         summary = ExportSummary(output, format)
-        total = _survey(table, names, summary, locate_image)
+        total = _survey(table, names, summary, images)
         rows = _reporting(table.rows(), total, on_progress)
         if format in _ONE_FILE:
             summary.num_exported = total
@@ -166,7 +166,7 @@ def export_captions(
         else:
             key = partial(webdataset_key, keep_extension=names.first_shared("name") is not None)
             summary.num_exported = _write_shards(
-                _with_images(rows, locate_image, summary),
+                _with_images(rows, images, summary),
                 output,
                 format=format,
                 shard_images=shard_images,
@@ -314,7 +314,7 @@ class _Names:
 _NAMES_SCHEMA: Final = pa.schema([("image_id", pa.string()), ("name", pa.string())])
 
 
-def _survey(table: _CaptionsTable, names: _Names, summary: ExportSummary, locate_image: LocateImage) -> int:
+def _survey(table: _CaptionsTable, names: _Names, summary: ExportSummary, images: CaptionedImageSource) -> int:
     """Look at all rows before anything is written: how many are to be exported. InputError when they cannot be."""
     total = 0
     by_status = Counter[str]()
@@ -323,7 +323,7 @@ def _survey(table: _CaptionsTable, names: _Names, summary: ExportSummary, locate
         by_status.update(left_out.by_status)
         summary.left_out_by_confidence += left_out.by_confidence
         if summary.format in _SHARDS:
-            _check_images(batch, summary.format, locate_image)
+            _check_images(batch, summary.format, images)
         if name_of := _NAMERS.get(summary.format):
             image_ids = batch["image_id"].to_pylist()
             names.add(image_ids, [name_of(image_id) for image_id in image_ids])
@@ -345,12 +345,13 @@ def _survey(table: _CaptionsTable, names: _Names, summary: ExportSummary, locate
     return total
 
 
-def _check_images(batch: pa.Table, format: str, locate_image: LocateImage) -> None:
-    for row in batch.select(["image_id", "image_path"]).to_pylist():
-        if not locate_image(row):
+def _check_images(batch: pa.Table, format: str, images: CaptionedImageSource) -> None:
+    rows = batch.select(["image_id", "image_path"]).to_pylist()
+    for row, place in zip(rows, images.find(rows), strict=True):
+        if place is None:
             raise InputError(
-                f"{format} needs image files, but the bytes of image {row['image_id']!r} were in a table: export "
-                "jsonl, csv, coco or sidecar"
+                f"{format} needs the images, but the bytes of image {row['image_id']!r} were in a table which the "
+                "captions do not name (their folder's _imcap/manifest does): export jsonl, csv, coco or sidecar"
             )
 
 
@@ -525,29 +526,22 @@ def _write_sidecar(path: str, caption: str, *, existing: Existing) -> bool:
 # --- images with their captions
 
 
-def _with_images(rows: Iterator[Row], locate_image: LocateImage, summary: ExportSummary) -> Iterator[tuple[Row, bytes]]:
+def _with_images(
+    rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary
+) -> Iterator[tuple[Row, bytes]]:
     """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`."""
-
-    def read(row: Row) -> bytes | str:
-        try:
-            data = storage.read_bytes(locate_image(row))
-        except _GONE:
-            return "gone"
-        except PermissionError:
-            return "may not be read"
-        if row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
-            return "changed since it was captioned"
-        return data
-
-    with ThreadPoolExecutor(_THREADS) as threads:
-        while chunk := list(islice(rows, _THREADS)):
-            for row, found in zip(chunk, threads.map(read, chunk), strict=True):
-                if isinstance(found, bytes):
-                    yield row, found
-                    continue
-                summary.left_out_without_image += 1
-                if len(summary.images_without) < NAMED_IMAGES:
-                    summary.images_without.append(f"{row['image_id']} ({found})")
+    while chunk := list(islice(rows, _BATCH_ROWS)):
+        for row, data in zip(chunk, images.load(chunk), strict=True):
+            if isinstance(data, ImageError):
+                reason = _REASONS.get(data.code, data.message)
+            elif row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
+                reason = "changed since it was captioned"
+            else:
+                yield row, data
+                continue
+            summary.left_out_without_image += 1
+            if len(summary.images_without) < NAMED_IMAGES:
+                summary.images_without.append(f"{row['image_id']} ({reason})")
 
 
 AddImage = Callable[[Row, bytes], None]

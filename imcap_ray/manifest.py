@@ -658,10 +658,10 @@ def read_run(captions: str) -> dict[str, Any] | None:
     return run if isinstance(run, dict) else {}
 
 
-def image_locator(
+def image_placer(
     captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False
-) -> Callable[[Mapping[str, Any]], str]:
-    """A function that says where the image of a row of a captions table is; "" when its bytes were in a table.
+) -> Callable[[Mapping[str, Any], str], str]:
+    """A function that says where the file is that the row of a captions table, or of its run's manifest, names.
 
     It must be in the input that `run.json` names, below the captions or in one of `folders`; a row that names another
     file is an InputError, unless `allow_outside_paths`. This guards against a table that is not ours among those of a
@@ -669,17 +669,13 @@ def image_locator(
     """
     base = folder_of(captions)
     places = [str((read_run(captions) or {}).get("input", "")), base, *folders]
-    inside = [storage.parent(place) if place.endswith(".parquet") else place for place in places if place]
+    inside = [storage.parent(place) if place.endswith((".parquet", ".tar")) else place for place in places if place]
 
-    def locate(row: Mapping[str, Any]) -> str:
-        if not row["image_path"]:
-            return ""
+    def place(row: Mapping[str, Any], path: str) -> str:
         source = f"{captions}, image {row['image_id']!r}"
-        return storage.place(
-            row["image_path"], base=base, folders=inside, source=source, allow_outside=allow_outside_paths
-        )
+        return storage.place(path, base=base, folders=inside, source=source, allow_outside=allow_outside_paths)
 
-    return locate
+    return place
 
 
 def count_rows(location: str) -> tuple[dict[str, int], dict[str, int]]:

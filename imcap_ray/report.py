@@ -1,6 +1,6 @@
 """Scores, captions and thumbnails -> one HTML file that opens from disk and loads nothing else.
 
-Knows neither where photographs lie (it is handed `load_image`) nor how scores are computed.
+Knows neither where photographs lie (it is handed `load_images`) nor how scores are computed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
@@ -46,7 +47,7 @@ _WORST_SHARE: Final = 0.5
 """Of the photographs in a sample, those that are chosen for their low scores and confidences."""
 _FREQUENT_CAPTIONS: Final = 10
 _MESSAGE_LENGTH: Final = 400
-_LOADER_THREADS: Final = 8
+_THUMBNAILS_AT_A_TIME: Final = 64
 _MOST_WORDS_ATTENDED: Final = 40
 _HEAT_PIXELS_A_REGION: Final = 8
 _HEAT_COLOUR: Final = (8, 10, 24)
@@ -69,6 +70,7 @@ _EVALUATED: Final = (
 )
 
 Row = dict[str, Any]
+LoadImages = Callable[[Sequence[Row]], Iterator[bytes | ImageError]]
 Attend = Callable[[bytes, str], Sequence[tuple[str, np.ndarray[Any, Any]]]]
 """An image and its caption -> for each word the weights (rows, columns) over the image."""
 
@@ -77,7 +79,7 @@ def write_report(
     captions: pa.Table | ds.Dataset,
     path: str | Path,
     *,
-    load_image: Callable[[Row], bytes | None],
+    load_images: LoadImages,
     references: Mapping[str, Sequence[str]] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     image_scores: Mapping[str, float] | None = None,
@@ -96,8 +98,8 @@ def write_report(
     image. An earlier report at `path`, which may be a URI, stands until the new one is whole.
 
     Args:
-        load_image: the file's bytes for a row of `captions`. None, an `ImageError` or an `OSError` where
-            there are none: the card then says so. Called from several threads, never for a failed row.
+        load_images: the files' bytes for rows of `captions`, in their order; an `ImageError` where there are none: the
+            card then says so. Never called for failed rows.
         references: human captions by image_id, or by the file's name, shown beside the caption.
         evaluation: an `EvaluationReport` as a dict. Further lines of its table may stand under "rows", as
             `{"name": ..., "bleu_1": ..., "cider_d": ...}`, with what scores there are.
@@ -124,7 +126,7 @@ def write_report(
     summary = _summarise(captions, image_scores or {})
     shown = _positions_shown(summary, max_images=max_images)
     rows = sorted(_filled(captions.take(pa.array(shown, pa.int64()))).to_pylist(), key=lambda row: row["image_id"])
-    attended, note = _attended(rows, num_attended, load_image=load_image, attend=attend)
+    attended, note = _attended(rows, num_attended, load_images=load_images, attend=attend)
     page = _template().stream(
         title=title,
         summary=summary,
@@ -145,7 +147,7 @@ def write_report(
         statuses_shown=[s for s in (OK, DUPLICATE, FAILED) if any(row["status"] == s for row in rows)],
         has_references=bool(references),
         has_scores=bool(image_scores),
-        cards=_cards(rows, load_image=load_image, references=references or {}, image_scores=image_scores or {}),
+        cards=_cards(rows, load_images=load_images, references=references or {}, image_scores=image_scores or {}),
     )
     page.enable_buffering()
     _replace(storage.absolute(str(path)), page)
@@ -249,33 +251,41 @@ def _evenly(positions: np.ndarray[Any, np.dtype[np.intp]], count: int) -> list[i
 def _cards(
     rows: Sequence[Row],
     *,
-    load_image: Callable[[Row], bytes | None],
+    load_images: LoadImages,
     references: Mapping[str, Sequence[str]],
     image_scores: Mapping[str, float],
 ) -> Iterator[Row]:
     """The rows, each with what only its card needs: thumbnail, references, the other captions."""
 
-    def thumbnail_of(row: Row) -> str | None:
-        if row["status"] == FAILED:
-            return None
-        try:
-            data = load_image(row)
-            return None if data is None else _thumbnail(data).uri
-        except (ImageError, OSError):
-            return None
+    images = load_images([row for row in rows if row["status"] != FAILED])
+    for row, thumbnail in _with_thumbnails(rows, images):
+        yield {
+            **row,
+            "thumbnail": thumbnail,
+            "confidence": _confidence(row),
+            "error_message": _clip(row["error_message"]),
+            "other_captions": [c for c in row["captions"] or () if c != row["caption"]],
+            "references": _of_image(row["image_id"], references) or (),
+            "score": _of_image(row["image_id"], image_scores),
+        }
 
-    # Reading is mostly waiting, for a disk or a network.
-    with ThreadPoolExecutor(_LOADER_THREADS) as threads:
-        for row, thumbnail in zip(rows, threads.map(thumbnail_of, rows), strict=True):
-            yield {
-                **row,
-                "thumbnail": thumbnail,
-                "confidence": _confidence(row),
-                "error_message": _clip(row["error_message"]),
-                "other_captions": [c for c in row["captions"] or () if c != row["caption"]],
-                "references": _of_image(row["image_id"], references) or (),
-                "score": _of_image(row["image_id"], image_scores),
-            }
+
+def _with_thumbnails(rows: Sequence[Row], images: Iterator[bytes | ImageError]) -> Iterator[tuple[Row, str | None]]:
+    """The rows with the data URIs of their thumbnails, where there is an image for each that has not failed."""
+    left = iter(rows)
+    with ThreadPoolExecutor() as threads:  # Pillow works without the interpreter's lock
+        while chunk := list(islice(left, _THUMBNAILS_AT_A_TIME)):
+            data = [None if row["status"] == FAILED else next(images) for row in chunk]
+            yield from zip(chunk, threads.map(_thumbnail_of, data), strict=True)
+
+
+def _thumbnail_of(data: bytes | ImageError | None) -> str | None:
+    if data is None or isinstance(data, ImageError):
+        return None
+    try:
+        return _thumbnail(data).uri
+    except ImageError:
+        return None
 
 
 Value = TypeVar("Value")
@@ -287,7 +297,7 @@ def _of_image(image_id: str, values: Mapping[str, Value]) -> Value | None:
 
 
 def _attended(
-    rows: Sequence[Row], count: int, *, load_image: Callable[[Row], bytes | None], attend: Attend | None
+    rows: Sequence[Row], count: int, *, load_images: LoadImages, attend: Attend | None
 ) -> tuple[list[Row], str]:
     """A few images with where the model looked at each word, and why there are none where there could be some."""
     candidates = [row for row in rows if row["status"] == OK and row["caption"]]
@@ -296,14 +306,14 @@ def _attended(
         return [], ""
     places = np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))
     found, reason = [], "none of their photographs can be read"
-    for row in (candidates[place] for place in places):
+    chosen = [candidates[place] for place in places]
+    for row, data in zip(chosen, load_images(chosen), strict=True):
+        if isinstance(data, ImageError):
+            continue
         try:
-            data = load_image(row)
-            if data is None:
-                continue
             words = attend(data, row["caption"])[:_MOST_WORDS_ATTENDED]
             thumbnail = _thumbnail(data)
-        except (ImageError, OSError):
+        except ImageError:
             continue
         except ImcapError as error:
             reason = str(error)

@@ -45,7 +45,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_report(
         pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA),
         path,
-        load_image=lambda row: jpeg(int(row["image_id"][:2])),
+        load_images=lambda rows: (jpeg(int(row["image_id"][:2])) for row in rows),
         references={row["image_id"]: [f"reference of {row['image_id']} {HOSTILE}"] * 5 for row in rows},
         evaluation=evaluation,
         image_scores={row["image_id"]: (7 * number % NUM_IMAGES) / 20 for number, row in enumerate(rows)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gc
+import hashlib
 import io
 import json
 import os
@@ -35,7 +36,8 @@ from imcap_ray.exports import (
     sidecar_name,
     webdataset_key,
 )
-from imcap_ray.manifest import CAPTIONS_SCHEMA, image_locator
+from imcap_ray.image_sources import CaptionedImageSource
+from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests import small_data
 
 Row = dict[str, Any]
@@ -114,8 +116,8 @@ def write_images(folder: Path, names: Iterable[str]) -> list[Row]:
 
 
 def export(captions: Path, output: Path | str, format: str, **options: Any) -> ExportSummary:
-    locate = image_locator(str(captions), allow_outside_paths=True)
-    return export_captions(str(captions), str(output), format=format, locate_image=locate, **options)  # type: ignore[arg-type]
+    images = CaptionedImageSource(str(captions), allow_outside_paths=True)
+    return export_captions(str(captions), str(output), format=format, images=images, **options)  # type: ignore[arg-type]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -627,7 +629,7 @@ def test_an_image_that_is_not_what_was_captioned_is_named_and_left_out(format: s
     assert summary.images_without == [
         "gone.jpg (gone)",
         "changed.jpg (changed since it was captioned)",
-        "folder.jpg (gone)",
+        f"folder.jpg (cannot read {tmp_path}/images/folder.jpg: Is a directory)",
     ]
     assert (summary.num_exported, summary.left_out_without_image) == (1, 3)
     assert list(READERS[format](tmp_path / "out", tmp_path / "cache")) == ["good.jpg"]
@@ -649,11 +651,34 @@ def test_a_disk_that_is_gone_is_an_error_and_the_earlier_export_stands(
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_images_of_a_table_cannot_be_exported(format: str, tmp_path: Path) -> None:
+def test_images_of_a_table_that_nothing_names_cannot_be_exported(format: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path="")])
 
     with pytest.raises(InputError, match=r"the bytes of image 'a\.jpg' were in a table"):
         export(folder, tmp_path / "out", format)
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+@pytest.mark.parametrize("kind", ["table", "tar"])
+def test_images_come_from_the_tables_that_the_run_has_listed(format: str, kind: str, tmp_path: Path) -> None:
+    data = {f"{number}.jpg": small_data.jpeg(number) for number in range(5)}
+    if kind == "table":
+        structs = [{"bytes": image, "path": name} for name, image in data.items()]
+        pq.write_table(pa.table({"image": structs}), tmp_path / "in.parquet", row_group_size=2)
+    else:
+        small_data.write_tar(tmp_path / "in.tar", data)
+    source = next(tmp_path.glob("in.*"))
+    build_manifest(str(source), str(tmp_path / "captions" / "_imcap" / "manifest"))
+    (tmp_path / "captions" / "_imcap" / "run.json").write_text(json.dumps({"input": str(source)}))
+    ids = [name if kind == "table" else name.removesuffix(".jpg") for name in data]
+    hashes = [hashlib.sha256(image).hexdigest() for image in data.values()]  # by which each gets its own image, or none
+    rows = [row(image_id, image_path="", sha256=sha256) for image_id, sha256 in zip(ids, hashes, strict=True)]
+    folder = write_captions(tmp_path / "captions", reversed(rows))
+
+    summary = export(folder, tmp_path / "out", format)
+
+    assert summary.num_exported == 5
+    assert READERS[format](tmp_path / "out", tmp_path / "cache").keys() == set(ids)
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
@@ -662,7 +687,7 @@ def test_no_file_from_elsewhere_gets_into_an_export(format: str, tmp_path: Path)
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path=str(tmp_path / "secret"))])
 
     with pytest.raises(InputError, match="leads out of"):
-        export_captions(str(folder), str(tmp_path / "out"), format=format, locate_image=image_locator(str(folder)))  # type: ignore[arg-type]
+        export_captions(str(folder), str(tmp_path / "out"), format=format, images=CaptionedImageSource(str(folder)))  # type: ignore[arg-type]
 
     assert not (tmp_path / "out").exists()
 

@@ -23,7 +23,7 @@ from PIL import Image
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from imcap_ray.metrics import SHARES, ConfidencePoint, EvaluationReport, Protocol, Scores
-from imcap_ray.report import write_report
+from imcap_ray.report import LoadImages, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
@@ -112,13 +112,19 @@ class Page(HTMLParser):
 
 
 Report = Callable[..., Page]
+LoadImage = Callable[[Row], bytes | ImageError]
+
+
+def each(load_image: LoadImage) -> LoadImages:
+    """What `write_report` wants, of a function of one row."""
+    return lambda rows: map(load_image, rows)
 
 
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
-    def make(*rows: Row, load_image: Callable[[Row], bytes | None] = lambda row: RED, **options: Any) -> Page:
+    def make(*rows: Row, load_image: LoadImage = lambda row: RED, **options: Any) -> Page:
         path = tmp_path / "report.html"
-        write_report(table(*rows), path, load_image=load_image, **options)
+        write_report(table(*rows), path, load_images=each(load_image), **options)
         return Page(path)
 
     return make
@@ -291,17 +297,13 @@ def _raises(error: Exception) -> Callable[[Row], bytes]:
 @pytest.mark.parametrize(
     "load_image",
     [
-        lambda row: None,
         lambda row: b"",
         lambda row: b"Dear Sir or Madam",
         lambda row: RED[:200],
-        _raises(FileNotFoundError("gone since")),
-        _raises(ImageError("missing", "gone since")),
+        lambda row: ImageError("missing", "gone since"),
     ],
 )
-def test_a_photograph_that_cannot_be_shown_leaves_its_caption(
-    report: Report, load_image: Callable[[Row], bytes | None]
-) -> None:
+def test_a_photograph_that_cannot_be_shown_leaves_its_caption(report: Report, load_image: LoadImage) -> None:
     page = report(ok("1.jpg", "a dog runs"), load_image=load_image)
 
     assert page.all("img") == []
@@ -562,7 +564,10 @@ def test_without_attention_a_line_says_why(report: Report) -> None:
     assert "Where the model looks" not in report(ok("1.jpg"), attend=attend).text
     for options, reason in (
         ({"attend": attend, "num_attended": 2}, "the regions are no square grid"),
-        ({"attend": look, "num_attended": 2, "load_image": lambda row: None}, "none of their photographs can be read"),
+        (
+            {"attend": look, "num_attended": 2, "load_image": lambda row: ImageError("missing", "gone")},
+            "none of their photographs can be read",
+        ),
         ({"attention_note": HOSTILE}, HOSTILE),
     ):
         assert f"Without pictures of where the model looks: {reason}" in report(ok("1.jpg"), **options).text
@@ -640,8 +645,8 @@ def test_a_thousand_photographs_stay_under_20_megabytes(tmp_path: Path) -> None:
     references = {row["image_id"]: ["a brown dog runs over the wet grass of a large field"] * 5 for row in rows}
     few, more = tmp_path / "few.html", tmp_path / "more.html"
 
-    write_report(table(*rows[:10]), few, load_image=lambda row: noise, references=references)
-    write_report(table(*rows), more, load_image=lambda row: noise, references=references)
+    write_report(table(*rows[:10]), few, load_images=each(lambda row: noise), references=references)
+    write_report(table(*rows), more, load_images=each(lambda row: noise), references=references)
 
     bytes_per_image = (more.stat().st_size - few.stat().st_size) / 10
     assert few.stat().st_size + 1000 * bytes_per_image <= 20_000_000
@@ -661,20 +666,20 @@ def test_a_dataset_of_parquet_files_gives_the_same_page_as_a_table(tmp_path: Pat
     streamed, whole = tmp_path / "streamed.html", tmp_path / "whole.html"
 
     dataset = ds.dataset(tmp_path / "captions", format="parquet")
-    write_report(dataset, streamed, load_image=lambda row: RED, max_images=10)
-    write_report(table(*rows), whole, load_image=lambda row: RED, max_images=10)
+    write_report(dataset, streamed, load_images=each(lambda row: RED), max_images=10)
+    write_report(table(*rows), whole, load_images=each(lambda row: RED), max_images=10)
 
     assert streamed.read_bytes() == whole.read_bytes()
 
 
 def test_a_table_of_something_else_is_an_input_error_that_names_the_columns(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lacks the columns .*caption"):
-        write_report(pa.table({"image_id": ["1.jpg"]}), tmp_path / "r.html", load_image=lambda row: None)
+        write_report(pa.table({"image_id": ["1.jpg"]}), tmp_path / "r.html", load_images=each(lambda row: RED))
 
 
 def test_a_negative_max_images_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_images must be at least 0, got -1"):
-        write_report(table(ok("1.jpg")), tmp_path / "r.html", load_image=lambda row: None, max_images=-1)
+        write_report(table(ok("1.jpg")), tmp_path / "r.html", load_images=each(lambda row: RED), max_images=-1)
 
 
 def test_a_report_that_fails_leaves_the_earlier_one_and_no_rubbish(tmp_path: Path) -> None:
@@ -682,7 +687,7 @@ def test_a_report_that_fails_leaves_the_earlier_one_and_no_rubbish(tmp_path: Pat
     path.write_text("the earlier report")
 
     with pytest.raises(RuntimeError, match="a bug"):
-        write_report(table(ok("1.jpg")), path, load_image=_raises(RuntimeError("a bug")))
+        write_report(table(ok("1.jpg")), path, load_images=each(_raises(RuntimeError("a bug"))))
 
     assert path.read_text() == "the earlier report"
     assert list(tmp_path.iterdir()) == [path]
@@ -691,6 +696,6 @@ def test_a_report_that_fails_leaves_the_earlier_one_and_no_rubbish(tmp_path: Pat
 def test_the_folder_of_the_report_is_made(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "report.html"
 
-    write_report(table(ok("1.jpg")), path, load_image=lambda row: RED)
+    write_report(table(ok("1.jpg")), path, load_images=each(lambda row: RED))
 
     assert path.is_file()
