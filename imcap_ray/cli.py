@@ -569,7 +569,9 @@ def check(data: str, **options: Any) -> None:
     from imcap_ray.datasets import load_dataset
 
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
-    dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"], look_for_files=False)
+    dataset = load_dataset(
+        data, allow_outside_paths=options["allow_outside_paths"], look_for_files=False, refuse_leaks=False
+    )
     _, show = _counting_voice(options)
     found = check_dataset(
         dataset,
@@ -687,7 +689,7 @@ def write_captions_report(
     be scored stand beside the references without scores, unless a split is named.
     """
     from imcap_ray.datasets import load_dataset
-    from imcap_ray.evaluation import evaluate_captions
+    from imcap_ray.evaluation import captioned_folder, evaluate_captions
     from imcap_ray.image_sources import CaptionedImageSource
     from imcap_ray.manifest import folder_of, open_captions, read_run
     from imcap_ray.report import write_report
@@ -722,15 +724,21 @@ def write_captions_report(
             _say(f"without scores: {score_note}", err=True)
         _introduce(dataset)
     columns = scores.image_scores if scores else {}
+    folder = captioned_folder(captions, dataset) if dataset else ""
     run = read_run(captions) or {}
     model = read_model_of_run(run, with_attention=num_attended > 0)
     write_report(
         table,
         output,
         load_images=load_images,
-        references=dataset.references() if dataset else None,
+        references={name.removeprefix(folder): of for name, of in dataset.references().items()} if dataset else None,
         evaluation=json.loads(scores.to_json()) if scores else None,
-        image_scores=dict(zip(columns["image_id"], map(float, columns["cider_d"]), strict=True)) if scores else None,
+        image_scores={
+            name.removeprefix(folder): float(score)
+            for name, score in zip(columns["image_id"], columns["cider_d"], strict=True)
+        }
+        if scores
+        else None,
         history=model.history,
         run=run,
         attend=model.attend,

@@ -5,7 +5,7 @@ What would spoil a training, and makes `imcap check` end with exit code 3:
     no_split        no training images, or no validation images
     missing         more than 10 % of the captioned images have no file
     unreadable      more than 10 % of the files cannot be read or are no image
-    leak            an image of the same bytes in two splits
+    leak            an image in two splits, by its name, its file or its bytes
     near_leak       more than 1 % of the validation or test images look the same as one of another split
     encoding        more than 1 % of the captions show that a text was read in the wrong encoding
 
@@ -191,6 +191,10 @@ def _is_there(dataset: CaptionedImages, path: str, files: Mapping[str, set[str]]
 
 
 def _check_splits(dataset: CaptionedImages) -> Iterator[Finding]:
+    names = [f"{leak.image} ({leak.split} and {leak.other})" for leak in dataset.leaks]
+    yield from _found(
+        "leak", names, "image is said to be in two splits", "images are said to be in two splits", spoils=True
+    )
     counts = dataset.count_splits()
     for split in (TRAIN, VALIDATION):
         if split not in counts:

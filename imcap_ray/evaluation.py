@@ -61,7 +61,8 @@ def evaluate_captions(
 ) -> EvaluationReport:
     """Score the captions table at `location` against a data set.
 
-    An image is looked up by its id, or by its file name where the captions were made from a folder above the images.
+    An image is looked up by its id; where the captions were made from a folder above the images by its file name, and
+    where from one of the data's own folders with that before its id.
     With a split the captions of other images are left aside; without one there must be none, and the captions must
     be of all images of one split, or of all images.
 
@@ -71,7 +72,7 @@ def evaluate_captions(
     Raises:
         DatasetError: the captions are of other images, or some of the split's images have none.
     """
-    captions = _match(read_captions(location), references)
+    captions = _match(location, read_captions(location), references)
     if split is None:
         _refuse_strangers(location, captions, references)
         split = _split_of(captions, references)
@@ -79,7 +80,7 @@ def evaluate_captions(
     captions = _of_all(captions, wanted, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
-        found = _match(read_captions(against), references)
+        found = _match(against, read_captions(against), references)
         found = _of_all(found, wanted, against, f"images that {location} is scored on")
         other = (against, _Values(found["caption"]))
     confidences = captions["confidence"].to_numpy()  # nan where it is not known
@@ -135,10 +136,23 @@ def _of_all(captions: pa.Table, wanted: pa.Table, location: str, what: str) -> p
     return captions.take(positions)
 
 
-def _match(captions: pa.Table, references: CaptionedImages) -> pa.Table:
-    """The captions under the data set's image ids: their own, or their file names."""
+def captioned_folder(location: str, references: CaptionedImages) -> str:
+    """What stands before the name of an image in the data set, and not in the captions, where one of the data set's
+    folders was captioned: `val/`; else ""."""
+    captioned = str((read_run(location) or {}).get("input", ""))
+    above = f"{references.location}/"
+    return f"{captioned.removeprefix(above)}/" if captioned.startswith(above) else ""
+
+
+def _match(location: str, captions: pa.Table, references: CaptionedImages) -> pa.Table:
+    """The captions under the data set's image ids: their own; with the folder before them that was captioned, where
+    that is one of the data's; or their file names."""
     ids = captions["image_id"]
     if not pc.any(pc.is_in(ids, value_set=references.table["image_id"])).as_py():
+        if folder := captioned_folder(location, references):
+            with_folder = pc.binary_join_element_wise(folder, ids, "")
+            if pc.any(pc.is_in(with_folder, value_set=references.table["image_id"])).as_py():
+                return captions.set_column(0, "image_id", with_folder)
         names = pc.replace_substring_regex(ids, "(?s)^.*/", "")
         if pc.count_distinct(names, mode="all").as_py() == captions.num_rows:
             return captions.set_column(0, "image_id", names)

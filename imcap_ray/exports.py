@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import posixpath
 import re
 import shutil
@@ -508,15 +509,15 @@ def _write_sidecars(rows: Iterator[Row], output: str, *, existing: Existing) -> 
 
 def _write_sidecar(path: str, caption: str, *, existing: Existing) -> bool:
     line = caption.encode() + b"\n"
-    if existing != "overwrite" and storage.exists(path):
-        if existing == "skip":
+    if existing != "overwrite" and (storage.exists(path) or os.path.islink(path)):
+        if existing == "skip" or not storage.exists(path):  # a link to a share that is not there now
             return False
         content = storage.read_bytes(path)
         try:
             lines = content.decode("utf-8-sig").splitlines()
         except UnicodeDecodeError:  # what is in another encoding cannot be added to
             return False
-        if caption in lines:
+        if caption in lines or b"\0" in content:  # UTF-16, whether it says so or not
             return False
         line = content + (b"\n" if content and not content.endswith(b"\n") else b"") + line
     storage.write_bytes(path, line)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
+
+import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.datasets.folders import read_hugging_face, read_sidecars
@@ -35,12 +38,15 @@ _EXPECTED: Final = (
 )
 
 
-def load_dataset(location: str, *, allow_outside_paths: bool = False, look_for_files: bool = True) -> CaptionedImages:
+def load_dataset(
+    location: str, *, allow_outside_paths: bool = False, look_for_files: bool = True, refuse_leaks: bool = True
+) -> CaptionedImages:
     """The captioned images of a folder or file, its format recognised by looking.
 
     Args:
         allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
         look_for_files: whether to note how many of the images have no file, where they are on a local disk.
+        refuse_leaks: whether an image in two splits is an error.
 
     Raises:
         DatasetError: nothing there, or nothing in a format that is known; the message lists those that are. Or an
@@ -54,6 +60,9 @@ def load_dataset(location: str, *, allow_outside_paths: bool = False, look_for_f
         dataset = read(source)
         if dataset is not None:
             _check_places(dataset, source.base, allow_outside_paths)
+            if dataset.leaks and refuse_leaks:
+                raise _leaks(dataset)
+            dataset = _in_the_form_on_disk(dataset)
             return replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)]) if look_for_files else dataset
     raise DatasetError(f"{location} holds no captioned images: expected {_EXPECTED}")
 
@@ -82,6 +91,38 @@ def _check_places(dataset: CaptionedImages, folder: str, allow_outside_paths: bo
                     allow_outside=allow_outside_paths,
                     error=DatasetError,
                 )
+
+
+def _leaks(dataset: CaptionedImages) -> DatasetError:
+    image, split, other = dataset.leaks[0]
+    number = f"the first of {len(dataset.leaks):,}; " if len(dataset.leaks) > 1 else ""
+    return DatasetError(
+        f"{dataset.location}: {image} is in two splits, {split} and {other} ({number}`imcap check` counts them): "
+        "splits must be by image and not by caption, or a model is judged on what it has learnt by heart"
+    )
+
+
+def _in_the_form_on_disk(dataset: CaptionedImages) -> CaptionedImages:
+    """The same images, where a file's name is written in another Unicode form than the data's: macOS takes names apart
+    (NFD), most texts have them composed (NFC). Only on a local disk, as `_describe_missing`."""
+    folders: dict[str, dict[str, str]] = {}
+    changed: dict[str, str] = {}
+    for path in dataset.table["image_path"].to_pylist():
+        if not path or path.isascii() or path in dataset.packed or storage.is_uri(path) or os.path.exists(path):
+            continue
+        folder, name = storage.parent(path), path.rpartition("/")[2]
+        if folder not in folders:
+            folders[folder] = {unicodedata.normalize("NFC", one): one for one in _names_in(folder)}
+        if found := folders[folder].get(unicodedata.normalize("NFC", name)):
+            changed[path] = storage.join(folder, found)
+    if not changed:
+        return dataset
+    paths = [changed.get(path, path) for path in dataset.table["image_path"].to_pylist()]
+    number = dataset.table.schema.get_field_index("image_path")
+    table = dataset.table.set_column(number, dataset.table.schema.field(number), pa.array(paths, pa.string()))
+    count = len(changed)
+    note = f"{count:,} name{'s' * (count != 1)} of files in another Unicode form than in the data"
+    return replace(dataset, table=table, notes=[*dataset.notes, note])
 
 
 def _describe_missing(dataset: CaptionedImages) -> list[str]:

@@ -54,6 +54,15 @@ class PackedImage(NamedTuple):
     row: int
 
 
+class Leak(NamedTuple):
+    """An image that is said to be in two splits."""
+
+    image: str
+    split: str
+    """That it is in, here."""
+    other: str
+
+
 _NOT_PACKED: Final = PackedImage("", -1, -1)
 
 
@@ -74,6 +83,8 @@ class CaptionedImages:
     packed: Mapping[str, PackedImage] = field(default_factory=dict)
     """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name, or
     the table's and the row's number."""
+    leaks: list[Leak] = field(default_factory=list)
+    """Images in two splits; `load_dataset` refuses them unless it is told not to."""
 
     def split(self, name: str) -> pa.Table:
         """The rows of one split, or DatasetError naming those there are."""
@@ -154,6 +165,7 @@ class Collector:
         self.terms = terms
         self._paths: dict[str, str] = {}
         self._odd: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._leaks: dict[str, Leak] = {}
 
     def odd(self, one: str, many: str, where: str) -> None:
         """Count something odd; `one` or `many` stands behind the number: "line is blank", "lines are blank"."""
@@ -191,7 +203,7 @@ class Collector:
             self.put_into(image_id, split)
 
     def put_into(self, image_id: str, split: str) -> None:
-        """Say the official split of an image. DatasetError if it is none, or if the image is in another one too."""
+        """Say the official split of an image. DatasetError if it is none."""
         name = SPLIT_NAMES.get(split.strip().lower())
         if name is None:
             raise DatasetError(
@@ -199,7 +211,7 @@ class Collector:
             )
         known = self.splits.setdefault(image_id, name)
         if known != name:
-            raise _leak(self.source.location, image_id, known, name)
+            self._leaks.setdefault(image_id, Leak(image_id, known, name))
 
     def decode(self, data: bytes, name: str) -> str:
         """The text of a file, its encoding noted where it is not UTF-8."""
@@ -244,7 +256,7 @@ class Collector:
         if not has_splits:
             notes.append("no official splits: each image's split is a hash of its name")
         table = self._rows(chosen, splits, folder)
-        _refuse_one_file_in_two_splits(location, table)
+        leaks = [*self._leaks.values()] or _find_files_in_two_splits(table)
         return CaptionedImages(
             location,
             self.format,
@@ -253,6 +265,7 @@ class Collector:
             self.terms,
             left_out=self._rows(left_out, {}, folder),
             packed=packed or {},
+            leaks=leaks,
         )
 
     def _rows(self, image_ids: list[str], splits: Mapping[str, str], folder: str) -> pa.Table:
@@ -306,16 +319,11 @@ def _describe(kind: tuple[str, str], places: list[str]) -> str:
     return f"{len(places):,} {kind[len(places) != 1]}: {examples(places, len(places))}"
 
 
-def _refuse_one_file_in_two_splits(location: str, table: pa.Table) -> None:
+def _find_files_in_two_splits(table: pa.Table) -> list[Leak]:
     """Whatever the ids are: the same file is the same image."""
     seen: dict[str, str] = {}
+    leaks = []
     for path, split in zip(table["image_path"].to_pylist(), table["split"].to_pylist(), strict=True):
         if path and seen.setdefault(path, split) != split:
-            raise _leak(location, path.rpartition("/")[2], seen[path], split)
-
-
-def _leak(location: str, image: str, first: str, second: str) -> DatasetError:
-    return DatasetError(
-        f"{location}: {image} is in two splits, {first} and {second}: splits must be by image and not by caption, "
-        "or a model is judged on what it has learnt by heart"
-    )
+            leaks.append(Leak(path.rpartition("/")[2], seen[path], split))
+    return leaks

@@ -30,7 +30,7 @@ def flickr8k(tmp_path: Path, make_flickr8k: Callable[..., Path]) -> Path:
 
 
 def check(data: Path, **options: Any) -> DataCheck:
-    return check_dataset(load_dataset(str(data), look_for_files=False), recipe=Recipe(), **options)
+    return check_dataset(load_dataset(str(data), look_for_files=False, refuse_leaks=False), recipe=Recipe(), **options)
 
 
 def image(data: Path, number: int) -> Path:
@@ -145,6 +145,19 @@ def test_the_same_picture_saved_again_is_a_leak_too(flickr8k: Path) -> None:
     found = find(check(flickr8k), "near_leak")
 
     assert (found.count, found.spoils, found.examples) == (1, True, ["0015_photo.jpg = 0000_photo.jpg"])
+
+
+def test_images_that_are_said_to_be_in_two_splits_are_counted(tmp_path: Path) -> None:
+    splits = ["train", "validation", "test", "train", "validation"]
+    columns = {"image_id": ["a", "a", "b", "b", "c"], "caption": ["a dog"] * 5, "split": splits}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+
+    leak = find(check(tmp_path / "a.parquet"), "leak")
+
+    assert (leak.count, leak.spoils) == (2, True)
+    assert leak.examples == ["a (train and validation)", "b (test and train)"]
+    assert imcap("check", tmp_path / "a.parquet").exit_code == 3
+    assert "(the first of 2; `imcap check` counts them)" in imcap("train", tmp_path, tmp_path / "model").stderr
 
 
 def test_pictures_that_are_not_alike_are_no_leak(flickr8k: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset, split_of
 from imcap_ray.errors import DatasetError
-from tests.small_data import ODD_KEY, captions_of
+from tests.small_data import ODD_KEY, captions_of, jpeg
 
 
 @pytest.fixture
@@ -298,6 +299,22 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 
 # ---- images that lie elsewhere
+
+
+@pytest.mark.parametrize(("on_disk", "in_text"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_name_may_be_written_in_another_unicode_form(tmp_path: Path, on_disk: Any, in_text: Any) -> None:
+    names = ["café.jpg", "犬.jpg", "plain.jpg", "gone é.jpg"]
+    for name in names[:3]:
+        (tmp_path / unicodedata.normalize(on_disk, name)).write_bytes(jpeg(0))
+    columns = {"image_path": [unicodedata.normalize(in_text, name) for name in names], "caption": ["x"] * 4}
+    write_parquet(tmp_path / "a.parquet", columns)
+
+    dataset = load(tmp_path)
+
+    paths = dataset.table["image_path"].to_pylist()
+    assert [Path(path).exists() for path in paths] == [True, True, True, False]
+    assert dataset.table["image_id"].to_pylist() == columns["image_path"]
+    assert "1 name of files in another Unicode form than in the data" in dataset.notes
 
 
 def write_naming(folder: Path, form: str, path: str) -> Path:

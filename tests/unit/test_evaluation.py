@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -99,6 +101,23 @@ def test_captions_from_a_folder_above_are_matched_by_file_name(tmp_path: Path, r
     )
 
     assert evaluate_captions(write(tmp_path / "a.parquet", above), beside).scores.bleu_1 == pytest.approx(1.0)
+
+
+def test_captions_from_one_of_the_datas_folders_are_matched_with_it(
+    tmp_path: Path, references: CaptionedImages
+) -> None:
+    captions = tmp_path / "captions"
+    (captions / "_imcap").mkdir(parents=True)
+    (captions / "_imcap" / "run.json").write_text(json.dumps({"input": str(tmp_path / "data" / "test")}))
+    below = {image_id.removeprefix("test/"): caption for image_id, caption in of_split("test").items()}
+    write(captions / "a.parquet", below)
+
+    report = evaluate_captions(str(captions), replace(references, location=str(tmp_path / "data")))
+
+    assert (report.protocol.split, report.protocol.num_images) == ("test", 2)
+    assert report.scores.bleu_1 == pytest.approx(1.0)
+    with pytest.raises(DatasetError, match="does not match"):
+        evaluate_captions(str(captions), replace(references, location=str(tmp_path / "other")))
 
 
 def test_the_order_of_the_rows_does_not_matter(tmp_path: Path, references: CaptionedImages) -> None:

@@ -541,6 +541,7 @@ def test_a_sidecar_is_replaced_when_told_to(one: Path, sidecar: Path, tmp_path: 
         (b"\xef\xbb\xbfa dog\r\nby hand", b"\xef\xbb\xbfa dog\r\nby hand"),
         (b"a dog and a cat\n", b"a dog and a cat\na dog\n"),
         ("für Hand".encode("latin-1"), "für Hand".encode("latin-1")),
+        ("by hand".encode("utf-16-le"), "by hand".encode("utf-16-le")),
     ],
 )
 def test_a_caption_is_added_to_a_sidecar_once(
@@ -554,6 +555,16 @@ def test_a_caption_is_added_to_a_sidecar_once(
 
     assert export(one, tmp_path / "out", "sidecar", existing="append").num_exported == 0
     assert sidecar.read_bytes() == after
+
+
+@pytest.mark.parametrize("existing", ["skip", "append"])
+def test_a_sidecar_on_a_share_that_is_not_there_keeps_its_link(
+    existing: str, one: Path, sidecar: Path, tmp_path: Path
+) -> None:
+    sidecar.symlink_to(tmp_path / "unmounted" / "a.txt")
+
+    assert export(one, tmp_path / "out", "sidecar", existing=existing).num_kept == 1
+    assert sidecar.is_symlink()
 
 
 def test_sidecars_stand_beside_the_images_when_these_are_the_output(tmp_path: Path) -> None:
