@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.images import Progress
     from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
+    from imcap_ray.distributed.trainer import TrainingPlan
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -375,6 +376,23 @@ def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:
         _say(f"{work}; about {_duration(plan.seconds)}{more} at {speed}")
 
 
+def _print_training_plan(plan: TrainingPlan, options: dict[str, Any]) -> None:
+    from dataclasses import asdict
+
+    if options["as_json"]:
+        click.echo(json.dumps(asdict(plan)))
+        return
+    images = ", ".join(f"{count:,} {split}" for split, count in plan.num_images.items())
+    _say(f"would train {plan.model} on {plan.data}: {images} images, {plan.num_captions:,} captions to learn from")
+    epochs = ", then ".join(f"{count} of {phase.replace('_', ' ')}" for phase, count in plan.num_epochs.items())
+    workers = plan.num_workers + (f" with {plan.gpus_per_worker:g} GPU each" if plan.gpus_per_worker else "")
+    _say(f"epochs, at most: {epochs}; {plan.num_epochs_done} are done; {plan.batch_size} images a batch, {workers}")
+    if plan.seconds is None:
+        _say("how long an epoch takes shows only when the first is done")
+    else:
+        _say(f"about {_duration(plan.seconds)} at most, if the epochs that are left take what the last one took")
+
+
 def _voice(options: dict[str, Any]) -> tuple[Callable[[str], None], Callable[[Progress, int], None]]:
     """How to say a line, and how to show progress: a line that changes on a terminal, else lines ever more seldom."""
     say, show = _counting_voice(options)
@@ -474,6 +492,7 @@ def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> st
 )
 @click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
 @click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
+@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; nothing is written.")
 @_outside_option
 @_cluster_options
 @_output_options
@@ -491,6 +510,7 @@ def train(data: str, model: str, **options: Any) -> None:
     imcap train flickr8k/ runs/mine
     imcap train flickr8k/ runs/seed --recipe vgg16-lstm
     imcap train flickr8k/ runs/short --set training.epochs=3 --num-workers 2
+    imcap train flickr8k/ runs/mine --dry-run
     imcap train s3://bucket/flickr8k s3://bucket/runs/mine --num-workers 2-8
     imcap train holidays/ runs/holidays --start-from flickr8k-lite2
     """
@@ -500,6 +520,7 @@ def train(data: str, model: str, **options: Any) -> None:
     from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import require_visible
+    from imcap_ray.distributed.trainer import plan_training
     from imcap_ray.distributed.trainer import train as run_training
 
     refuse_relative_paths_in_job(
@@ -518,18 +539,18 @@ def train(data: str, model: str, **options: Any) -> None:
         reads=[("DATA", dataset.location)],
         writes={name: storage.absolute(place) for name, place in written.items()},
     )
+    arguments: dict[str, Any] = {"recipe": recipe, "resources": resources} | {
+        name: options[name] for name in ("start_from", "num_workers", "gpus_per_worker", "seed", "encoder_weights")
+    }
+    if options["dry_run"]:
+        _print_training_plan(plan_training(dataset, model, **arguments), options)
+        return
     result = run_training(
         dataset,
         model,
-        recipe=recipe,
+        **arguments,
         recipe_name=options["recipe"],
         recipe_options=options["overrides"],
-        start_from=options["start_from"],
-        resources=resources,
-        num_workers=options["num_workers"],
-        gpus_per_worker=options["gpus_per_worker"],
-        seed=options["seed"],
-        encoder_weights=options["encoder_weights"],
         features=options["features"],
         echo=say,
         echo_epoch=_epoch_voice(say),
@@ -1039,7 +1060,7 @@ def _describe_training(status: TrainingStatus) -> list[str]:
 @click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
 @click.option("--submission-id", help="A name for the job.")
 @click.option("--no-wait", is_flag=True, help="Submit the job and return.")
-@click.option("--dry-run", is_flag=True, help="Check everything on the cluster, say what would be done; caption only.")
+@click.option("--dry-run", is_flag=True, help="Check everything on the cluster, say what caption or train would do.")
 @click.option("--follow", metavar="ID", help="Follow a job that was submitted before, in the place of COMMAND.")
 @click.option(
     "--on-interrupt",
@@ -1065,8 +1086,8 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
         raise InputError("imcap submit takes a command (caption, train, ...), or --follow with the ID of a job")
     if command and command[0] not in ("caption", "train", "evaluate", "report", "demo"):
         raise InputError(f"imcap submit runs caption, train, evaluate, report or demo, got {command[0]!r}")
-    if options["dry_run"] and command[:1] != ("caption",):
-        raise InputError(f"imcap submit --dry-run plans caption, got {' '.join(command[:1]) or '--follow'}")
+    if options["dry_run"] and command[:1] not in (("caption",), ("train",)):
+        raise InputError(f"imcap submit --dry-run plans caption and train, got {' '.join(command[:1]) or '--follow'}")
     arguments = [*_with_absolute_paths(command[1:])] + ["--dry-run"] * options["dry_run"]
     if command:
         # Wrong usage is found here, and not in the job.

@@ -160,48 +160,22 @@ def train(
         ImcapError: the training failed; the same call goes on from the last epoch, or the message says what to do.
     """
     start = time.time()
-    model = storage.absolute(model)
-    gpus = gpus_per_worker if gpus_per_worker is not None else float(resources.expects_gpus)
-    if num_workers is None:
-        num_workers = max(1, int(resources.gpus / gpus) if gpus else 1)
-    least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
-    if recipe.training.batch_size < most:
-        raise InputError(f"--num-workers {most} exceeds the recipe's batch of {recipe.training.batch_size} images")
-    what = f"--num-workers {describe_workers(num_workers)}"
-    # Ray asks no autoscaler for CPUs of an elastic training: the least have to be there.
-    present = resources if isinstance(num_workers, int) or gpus else replace(resources, max_cpus=0.0)
-    require(present, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
-    train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
-    [first] = data.manifest(train_images.slice(0, 1)).to_pylist()
-    first_path = first["image_path"] or first["table_path"]
-    if not storage.exists(first_path):
-        raise DatasetError(
-            f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
-        )
-    start_model = None
-    if start_from:
-        start_model = average_models(
-            [read_model_folder(None if place == DEFAULT_MODEL else place) for place in start_from]
-        )
-        recipe = _with_architecture(recipe, start_model)
-    encoder = _build_encoder(recipe, start_model, encoder_weights)
-    unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch
-    encoder.requires_grad_(False)
-    vocabulary = (
-        start_model.vocabulary
-        if start_model
-        else Vocabulary.build(
-            (caption for captions in train_images["captions"].to_pylist() for caption in captions),
-            tokenizer=recipe.vocabulary.tokenizer,
-            min_count=recipe.vocabulary.min_count,
-        )
+    prepared = _prepare(
+        data,
+        model,
+        recipe=recipe,
+        start_from=start_from,
+        resources=resources,
+        num_workers=num_workers,
+        gpus_per_worker=gpus_per_worker,
+        seed=seed,
+        encoder_weights=encoder_weights,
     )
-
-    work = storage.join(model, WORK_FOLDER)
-    settings = _settings(data, recipe, encoder, seed)
-    if start_model:
-        settings["start_from"] = start_model.fingerprint
-    _claim(model, work, settings)
+    model, work, recipe = prepared.model, prepared.work, prepared.recipe
+    encoder, vocabulary, start_model = prepared.encoder, prepared.vocabulary, prepared.start_model
+    num_workers, gpus = prepared.num_workers, prepared.gpus_per_worker
+    train_images = data.split(TRAIN)
+    storage.write_bytes(storage.join(work, SETTINGS_FILE), json.dumps(prepared.settings, indent=2).encode())
     for note in data.notes:
         echo(f"{data.location}: {note}")
     run = storage.join(work, RUN_FOLDER)
@@ -225,7 +199,7 @@ def train(
     storage.write_bytes(storage.join(work, VOCABULARY_FILE), vocabulary.to_json().encode())
     echo(
         f"training {recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} images, "
-        f"{describe_workers(num_workers)} worker{'s' * (most != 1)}, {num_epochs(recipe)} epochs at most"
+        f"{describe_workers(num_workers)}, {num_epochs(recipe)} epochs at most"
     )
     if history:
         echo(f"going on after epoch {len(history)}")
@@ -253,7 +227,7 @@ def train(
                         start_file=start_file,
                         workers=num_workers,
                         gpus=gpus,
-                        threads=max(1, resources.physical_cores // most) if resources.is_local else 1,
+                        threads=max(1, resources.physical_cores // _most(num_workers)) if resources.is_local else 1,
                         watch=_watch_epochs(work, echo_epoch or echo, trackers),
                     )
             except ImcapError as error:
@@ -292,7 +266,7 @@ def train(
             data_format=data.format,
             data_terms=data.terms,
             num_images=train_images.num_rows,
-            num_captions=pa.compute.sum(pa.compute.list_value_length(train_images["captions"])).as_py(),
+            num_captions=_count_captions(train_images),
             vocabulary_size=len(vocabulary),
             encoder_weights=encoder.weights.source
             + ", fine-tuned" * (kept is not encoder and encoder.weights.source != FINETUNED),
@@ -301,6 +275,163 @@ def train(
         encoder_tensors=None if kept.weights.portable else kept.cnn.state_dict(),
     )
     return TrainingResult(model=model, metrics=metrics, num_epochs=newest.epoch, seconds=time.time() - start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """What a training would do."""
+
+    data: str
+    model: str
+    num_images: dict[str, int]
+    """By split."""
+    num_captions: int
+    """Of the training split."""
+    num_epochs: dict[str, int]
+    """At most, by phase."""
+    num_epochs_done: int
+    """By an earlier call, and kept by this one."""
+    num_workers: str
+    gpus_per_worker: float
+    batch_size: int
+    """Images, over all workers."""
+    seconds: float | None
+    """At most, if the epochs that are left take what the last one took; None where there is none."""
+
+
+def plan_training(
+    data: CaptionedImages,
+    model: str,
+    *,
+    recipe: Recipe,
+    start_from: Sequence[str] = (),
+    resources: ClusterResources,
+    num_workers: int | tuple[int, int] | None = None,
+    gpus_per_worker: float | None = None,
+    seed: int = 0,
+    encoder_weights: str | None = None,
+) -> TrainingPlan:
+    """What `train` would do with these arguments. Nothing is written.
+
+    Raises:
+        InputError: what that would raise before work begins.
+    """
+    prepared = _prepare(
+        data,
+        model,
+        recipe=recipe,
+        start_from=start_from,
+        resources=resources,
+        num_workers=num_workers,
+        gpus_per_worker=gpus_per_worker,
+        seed=seed,
+        encoder_weights=encoder_weights,
+    )
+    rows = read_metrics(prepared.work)
+    left = num_epochs(prepared.recipe) - len(rows) if next_phase(rows, prepared.recipe) else 0
+    return TrainingPlan(
+        data=data.location,
+        model=prepared.model,
+        num_images=data.count_splits(),
+        num_captions=_count_captions(data.split(TRAIN)),
+        num_epochs={phase: settings.epochs for phase, settings in phases(prepared.recipe).items()},
+        num_epochs_done=len(rows),
+        num_workers=describe_workers(prepared.num_workers),
+        gpus_per_worker=prepared.gpus_per_worker,
+        batch_size=prepared.recipe.training.batch_size,
+        seconds=left * rows[-1]["seconds"] if rows else None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """A training that may begin."""
+
+    model: str
+    work: str
+    recipe: Recipe
+    num_workers: int | tuple[int, int]
+    gpus_per_worker: float
+    start_model: ModelFolder | None
+    encoder: Encoder
+    vocabulary: Vocabulary
+    settings: dict[str, Any]
+
+
+def _prepare(
+    data: CaptionedImages,
+    model: str,
+    *,
+    recipe: Recipe,
+    start_from: Sequence[str],
+    resources: ClusterResources,
+    num_workers: int | tuple[int, int] | None,
+    gpus_per_worker: float | None,
+    seed: int,
+    encoder_weights: str | None,
+) -> _Prepared:
+    """Ask for all that a training needs, before anything is written; InputError where something does not fit."""
+    model = storage.absolute(model)
+    gpus = gpus_per_worker if gpus_per_worker is not None else float(resources.expects_gpus)
+    if num_workers is None:
+        num_workers = max(1, int(resources.gpus / gpus) if gpus else 1)
+    least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
+    if recipe.training.batch_size < most:
+        raise InputError(f"--num-workers {most} exceeds the recipe's batch of {recipe.training.batch_size} images")
+    # Ray asks no autoscaler for CPUs of an elastic training: the least have to be there.
+    present = resources if isinstance(num_workers, int) or gpus else replace(resources, max_cpus=0.0)
+    what = f"--num-workers {f'{least}-{most}' if least != most else most}"
+    require(present, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
+    train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
+    [first] = data.manifest(train_images.slice(0, 1)).to_pylist()
+    first_path = first["image_path"] or first["table_path"]
+    if not storage.exists(first_path):
+        raise DatasetError(
+            f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
+        )
+    start_model = None
+    if start_from:
+        start_model = average_models(
+            [read_model_folder(None if place == DEFAULT_MODEL else place) for place in start_from]
+        )
+        recipe = _with_architecture(recipe, start_model)
+    encoder = _build_encoder(recipe, start_model, encoder_weights)
+    unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch
+    encoder.requires_grad_(False)
+    vocabulary = (
+        start_model.vocabulary
+        if start_model
+        else Vocabulary.build(
+            (caption for captions in train_images["captions"].to_pylist() for caption in captions),
+            tokenizer=recipe.vocabulary.tokenizer,
+            min_count=recipe.vocabulary.min_count,
+        )
+    )
+
+    work = storage.join(model, WORK_FOLDER)
+    settings = _settings(data, recipe, encoder, seed)
+    if start_model:
+        settings["start_from"] = start_model.fingerprint
+    _refuse_another(model, work, settings)
+    return _Prepared(
+        model=model,
+        work=work,
+        recipe=recipe,
+        num_workers=num_workers,
+        gpus_per_worker=gpus,
+        start_model=start_model,
+        encoder=encoder,
+        vocabulary=vocabulary,
+        settings=settings,
+    )
+
+
+def _count_captions(images: pa.Table) -> int:
+    return int(pa.compute.sum(pa.compute.list_value_length(images["captions"])).as_py())
+
+
+def _most(num_workers: int | tuple[int, int]) -> int:
+    return num_workers[1] if isinstance(num_workers, tuple) else num_workers
 
 
 def _cache(
@@ -365,8 +496,10 @@ def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str 
 
 
 def describe_workers(num_workers: int | tuple[int, int]) -> str:
-    """As `--num-workers` takes it."""
-    return "-".join(map(str, num_workers)) if isinstance(num_workers, tuple) else str(num_workers)
+    """How many, for people: "1 worker", "2 to 4 workers"."""
+    if isinstance(num_workers, tuple):
+        return f"{num_workers[0]} to {num_workers[1]} workers"
+    return f"{num_workers} worker{'s' * (num_workers != 1)}"
 
 
 def _describe_unknown_words(images: pa.Table, vocabulary: Vocabulary, recipe: Recipe) -> str:
@@ -444,8 +577,8 @@ def _settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int
     return {"recipe": to_mapping(recipe), "seed": seed, "data_sha256": digest.hexdigest(), "encoder_weights": weights}
 
 
-def _claim(model: str, work: str, settings: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else; remember what is trained here."""
+def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
+    """Raise OutputError where the model's folder holds something else than this training."""
     place = storage.join(work, SETTINGS_FILE)
     if storage.exists(place):
         try:
@@ -464,7 +597,6 @@ def _claim(model: str, work: str, settings: dict[str, Any]) -> None:
         raise OutputError(f"{model} is a finished model: choose another folder or remove it")
     elif storage.is_file(model) or (storage.is_folder(model) and any(True for _ in storage.list_files(model))):
         raise OutputError(f"{model} exists and is no training of imcap: choose another folder")
-    storage.write_bytes(place, json.dumps(settings, indent=2).encode())
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -120,4 +120,4 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
         rows = [row for path in Path("captions").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
         assert len(rows) == 12 and {row["status"] for row in rows} == {"ok"}
     if command == "train":
-        assert Path(arguments[1], "model.safetensors").exists()
+        assert "--dry-run" in arguments or Path(arguments[1], "model.safetensors").exists()

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import imcap_ray
 from imcap_ray import cli
-from imcap_ray.distributed import submission
+from imcap_ray.config import load_recipe
+from imcap_ray.datasets import load_dataset
+from imcap_ray.distributed import submission, trainer
 from imcap_ray.distributed.captioning import _identity, plan_captioning
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
+from imcap_ray.distributed.trainer import TrainingPlan, plan_training
+from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.errors import ClusterError, InputError, OutputError
 from tests import small_data
 from tests.fakes import EchoCaptioner
 
 RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=0, nodes=1, physical_cores=6)
+DEFAULTS: dict[str, Any] = {"start_from": (), "num_workers": None, "gpus_per_worker": None, "seed": 0}
+DEFAULTS |= {"resources": RESOURCES, "encoder_weights": None}
 
 
 # ---- what a node sees
@@ -108,8 +117,8 @@ def test_the_package_itself_is_small_enough() -> None:
         (["caption", "in", "out", "--beam-size", "0"], "--beam-size"),
         (["caption"], "Missing argument 'INPUT'"),
         (["train", "in"], "Missing argument 'MODEL'"),
-        (["--dry-run", "train", "in", "out"], "imcap submit --dry-run plans caption, got train"),
-        (["--dry-run", "--follow", "job"], "imcap submit --dry-run plans caption, got --follow"),
+        (["--dry-run", "evaluate", "in", "out"], "imcap submit --dry-run plans caption and train, got evaluate"),
+        (["--dry-run", "--follow", "job"], "imcap submit --dry-run plans caption and train, got --follow"),
     ],
 )
 def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
@@ -184,3 +193,36 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: P
     shutil.rmtree(photographs)
     with pytest.raises(InputError, match="no such input"):
         plan(tmp_path / "out")
+
+
+def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path) -> None:
+    data = load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3)))
+    settings = small_data.TINY_TRAINING | {"training.epochs": 3, "finetune.epochs": 2}
+    recipe = load_recipe("lite2-attention", settings)
+
+    def plan(**options: Any) -> TrainingPlan:
+        return plan_training(data, str(tmp_path / "model"), **({"recipe": recipe, "resources": RESOURCES} | options))
+
+    found = plan(num_workers=(2, 4))
+
+    assert (found.num_images, found.num_captions) == ({"train": 6, "validation": 3, "test": 2}, 30)
+    assert found.num_epochs == {"cross_entropy": 3, "finetune": 2}
+    assert (found.num_epochs_done, found.num_workers, found.batch_size) == (0, "2 to 4 workers", 4)
+    assert found.seconds is None
+    assert not (tmp_path / "model").exists()
+
+    rows = [{"phase": "cross_entropy", "epoch": number + 1, "cider_d": 0.1, "seconds": 7.0} for number in range(2)]
+    (tmp_path / "model" / "_training").mkdir(parents=True)
+    write_metrics(str(tmp_path / "model" / "_training"), rows)
+    with pytest.raises(OutputError, match="exists and is no training of imcap"):
+        plan()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_refuse_another", lambda *arguments: None)
+        settings = trainer._prepare(data, "", **(DEFAULTS | {"recipe": recipe})).settings
+    (tmp_path / "model" / "_training" / "settings.json").write_text(json.dumps(settings))
+    assert (plan().num_epochs_done, plan().seconds) == (2, 21.0)
+
+    with pytest.raises(OutputError, match="another seed"):
+        plan(seed=5)
+    with pytest.raises(ClusterError, match="--num-workers 3-4 needs 4 CPUs, the cluster has 2"):
+        plan(num_workers=(3, 4), resources=replace(RESOURCES, cpus=2))
