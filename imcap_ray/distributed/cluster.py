@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,15 +19,14 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-# Three things of Ray's private side are used here, which is safe as long as the requirement keeps to one minor
-# version: its reading of addresses and tokens, because Ray re-reads neither from a changed environment by itself,
-# and the steps ray.init takes to reach a cluster, because ray.init takes minutes to give up on them.
+# Of Ray's private side are used here, which is safe as long as the requirement keeps to one minor version: its reading
+# of addresses and tokens, because Ray re-reads neither from a changed environment by itself; the steps ray.init takes
+# to reach a cluster, because ray.init takes minutes to give up on them; and its switch for signals.
 import grpc  # type: ignore[import-untyped]
 import ray
 import ray.data
 import yaml
-from ray._private import services, worker
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private import ray_constants, services, worker
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
@@ -244,10 +245,24 @@ def _init_environment(variables: Mapping[str, str], *, verbose: bool) -> Iterato
         # Else an error line for every pool of actors (ray-project/ray#53727), about nothing one could change.
         defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
     variables = {name: os.environ.get(name, value) for name, value in defaults.items()} | dict(variables)
-    with environment(variables), nullcontext() if verbose else _without_backend_notices():
+    # Else Ray's C++ side answers a SIGTERM first, by a stack trace, and on a busy machine by an abort: it allows itself
+    # three seconds. Only this process is meant: what kills a worker stays in its log.
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    with environment(variables), _own_termination(), nullcontext() if verbose else _without_backend_notices():
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
         yield
+
+
+@contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keep what this process does on SIGTERM: ray.init makes it exit with 15, and without a word."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -329,7 +344,7 @@ def _autoscaled_maximum() -> dict[str, float]:
         return maximum_of(yaml.safe_load((Path.home() / BOOTSTRAP_FILE).read_text()))
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
         has_autoscaler = worker.global_worker.gcs_client.internal_kv_get(  # type: ignore[attr-defined]
-            DEBUG_AUTOSCALING_STATUS.encode(), None
+            ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
         )
         return {"CPU": inf, "GPU": inf} if has_autoscaler else {}
 
