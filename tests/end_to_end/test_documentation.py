@@ -1,7 +1,7 @@
 """Every command that the documentation shows for one machine, run as it stands there, where its names exist.
 
-Those for a cluster are in test_jobs.py; what needs a cloud, and what measures for minutes, is only parsed
-(tests/unit/test_documentation.py).
+Those for a cluster are in test_jobs.py; what measures for minutes runs with fewer images, or is only parsed, as is what
+needs a cloud (tests/unit/test_documentation.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from imcap_ray.cli import main
 from tests import small_data
-from tests.documented import Shown, shown_commands
+from tests.documented import ROOT, Shown, shown_commands
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -35,6 +37,11 @@ SHOWN = [
     and "s3://" not in shown.line
     and "--help" not in shown.words
 ]
+
+
+def _name(shown: Shown) -> str:
+    """Of the command, or of the measurement."""
+    return shown.words[2] if shown.words[0] == "python" else shown.words[1]
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +128,30 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
         assert len(rows) == 12 and {row["status"] for row in rows} == {"ok"}
     if command == "train":
         assert "--dry-run" in arguments or Path(arguments[1], "model.safetensors").exists()
+
+
+# What makes a measurement short. The others take minutes however few the images are, or tell no rate then.
+FEW = {
+    "bench": ["--images", "64"],
+    "beam-search": ["--images", "4", "--rounds", "1"],
+    "evaluate": ["--images", "1000"],
+    "estimate": [],
+}
+MEASURED = [shown for shown in shown_commands() if shown.words[0] == "python" or shown.words[1] == MEASURES]
+MEASURED = [shown for shown in MEASURED if _name(shown) in FEW and "4000x3000" not in shown.line]
+
+
+@pytest.mark.parametrize("shown", MEASURED, ids=lambda shown: shown.line)
+def test_a_measurement_runs_as_it_is_shown_on_fewer_images(shown: Shown, folder: Path) -> None:
+    small_data.write_model_folder(folder / "runs" / "mine")
+    program, *words = shown.words
+    command = [sys.executable, *words] if program == "python" else [sys.executable, "-m", "imcap_ray", *words]
+    words = [os.path.expanduser(word) for word in command]
+    words = [str(ROOT / word) if word.startswith("jobs/") else word for word in words]
+
+    done = subprocess.run(
+        [*words, *FEW[_name(shown)], "--json"], capture_output=True, text=True, timeout=350, check=False
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)

@@ -107,6 +107,46 @@ def test_imcap_submit_dry_run_plans_on_the_cluster(head: Head, flickr8k: Path, m
     assert not output.exists()
 
 
+def shown(start: str) -> list[str]:
+    """The words of the one line of the documentation that begins so."""
+    (line,) = [shown.line for shown in shown_commands() if shown.line.startswith(start)]
+    return shlex.split(line)
+
+
+def test_the_line_of_the_documentation_that_follows_a_job_returns_its_exit_code(
+    head: Head, flickr8k: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    words = shown("imcap submit --follow")
+    output = tmp_path / "captions"
+    submit = ["imcap", "submit", "--address", head.dashboard, "--submission-id", words[-1], "--no-wait"]
+
+    submitted = head.run(*submit, "caption", flickr8k / "Flicker8k_Dataset", output, "--model", model_dir)
+    followed = head.run(*words[:2], "--address", head.dashboard, *words[2:])
+
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert followed.returncode == 0, followed.stdout + followed.stderr
+    assert "9 ok" in followed.stdout
+    assert open_captions(str(output)).count_rows() == 9
+
+
+def test_the_line_of_the_documentation_that_submits_a_training_trains(
+    head: Head, flickr8k: Path, tmp_path: Path
+) -> None:
+    words = shown("imcap submit --address http://127.0.0.1:8265 train")
+    places = {"http://127.0.0.1:8265": head.dashboard, "/mnt/flickr8k": str(flickr8k), "/mnt/runs/mine": "model"}
+    words = [places.get(word, word) for word in words]
+    assert words[-2:] == [str(flickr8k), "model"]
+    words[-1] = str(tmp_path / "model")
+
+    planned = head.run(*words[:2], "--dry-run", *words[2:])
+    done = head.run(*words, "--set", "training.epochs=1")
+
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert f"would train {words[-1]} on {flickr8k}: 6 train, 3 validation images" in planned.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_model_folder(tmp_path / "model").metrics["validation"]["num_images"] == 3
+
+
 def test_imcap_submit_returns_the_commands_exit_code(head: Head, flickr8k: Path, tmp_path: Path) -> None:
     done = head.run("imcap", "submit", "--address", head.dashboard, "caption", tmp_path / "nowhere", tmp_path / "out")
 
