@@ -198,6 +198,12 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     imcap caption photographs.parquet captions/ --model runs/mine --beam-size 5
     imcap caption one.jpg
 
+    A row of OUTPUT/*.parquet: image_id (the path below INPUT, the table's id, the tar's key), image_path ("" for what
+    lies in tables and tars), caption, captions (the --num-captions best), confidence (exp of the mean token
+    log-probability), logprob, num_tokens, status (ok, failed, duplicate), error_code and error_message, width, height,
+    format, sha256, duplicate_of. Exit codes: 0 done; 1 failed, the same command resumes; 2 wrong usage or input, found
+    before work began; 3 done, but more images failed than --max-failure-rate allows; 130 interrupted.
+
     When things break, the same command goes on:
 
     \b
@@ -226,7 +232,7 @@ def caption(input: str, output: str | None, **options: Any) -> None:
 
     Memory by the image: 8 bytes for each that is done, on the driver and in Ray's filter, and 29 bits for the hashes of
     all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
-    a Parquet input, held once on the driver, and the images that --retry-failed takes again.
+    a Parquet input or tars, held once on the driver, and the images that --retry-failed takes again.
 
     Falls short: where a node goes for good and the actors that it leaves behind ask for every CPU there is, nothing is
     decoded until Ray Data's patience is at an end (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, half an hour); then the
