@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import shlex
 import threading
 from collections.abc import Callable, Iterator
@@ -69,13 +70,23 @@ LOG = "first\nsecond is cut in the middle\n\nümlaut\nlast without an end"
 class Dashboard:
     """Answers as Ray's does. Each connection to the log sends some of its pieces, and ends as it is told."""
 
-    def __init__(self, *connections: tuple[int, str], details: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        *connections: tuple[int, str],
+        details: dict[str, Any],
+        ray_version: str = ray.__version__,
+        python_version: str = platform.python_version(),
+    ) -> None:
         self.num_connections = 0
         self._connections = connections
         self._details = details
+        self._versions = ray_version, python_version
 
     async def version(self, request: web.Request) -> web.Response:
-        return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": ""})
+        return web.json_response({"version": "4", "ray_version": self._versions[0], "ray_commit": ""})
+
+    async def metadata(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": {"pythonVersion": self._versions[1]}})
 
     async def job(self, request: web.Request) -> web.Response:
         if request.match_info["job"] != "known":
@@ -115,6 +126,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str
     async def start(dashboard: Dashboard) -> int:
         app = web.Application()
         app.router.add_get("/api/version", dashboard.version)
+        app.router.add_get("/api/v0/cluster_metadata", dashboard.metadata)
         app.router.add_get("/api/jobs/{job}", dashboard.job)
         app.router.add_get("/api/jobs/{job}/logs/tail", dashboard.log)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -216,6 +228,30 @@ def test_the_exit_code_is_the_jobs(serve: Callable[[Dashboard], str], details: d
 def test_a_job_that_is_not_there_is_said_so(serve: Callable[[Dashboard], str]) -> None:
     with pytest.raises(ClusterError, match="has no job unknown"):
         lines_of(serve(Dashboard((0, "close"), details=SUCCEEDED)), "unknown")
+
+
+@pytest.mark.parametrize(
+    ("versions", "said"),
+    [
+        ({"ray_version": "2.59.0"}, f"runs Ray 2.59.0, imcap here {ray.__version__}: install the same on both"),
+        ({"python_version": "3.8.20"}, r"runs Python 3.8.20, imcap needs >=3.10.*: start it with another image"),
+    ],
+)
+def test_a_cluster_of_other_versions_is_refused_before_anything_is_sent(
+    serve: Callable[[Dashboard], str], versions: dict[str, str], said: str
+) -> None:
+    address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED, **versions))
+
+    with pytest.raises(ClusterError, match=said):
+        submission.submit(["demo"], address=address, echo=lambda line: None)
+
+
+def test_another_python_that_imcap_runs_on_is_told(serve: Callable[[Dashboard], str]) -> None:
+    lines: list[str] = []
+    address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED, python_version="3.99.1"))
+
+    assert submission.follow("known", address=address, echo=lines.append) == 0
+    assert lines[0] == f"the job will run with the cluster's Python, 3.99.1; this is {platform.python_version()}"
 
 
 def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
