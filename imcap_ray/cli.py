@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -1095,10 +1097,14 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     if options["dry_run"] and command[:1] not in (("caption",), ("train",)):
         raise InputError(f"imcap submit --dry-run plans caption and train, got {' '.join(command[:1]) or '--follow'}")
     arguments = [*_with_absolute_paths(command[1:])] + ["--dry-run"] * options["dry_run"]
+    need = None
     if command:
-        # Wrong usage is found here, and not in the job.
+        # Wrong usage is found here, and not in the job; and what this machine sees is not there.
         parent = click.get_current_context().parent
-        main.commands[command[0]].make_context(command[0], list(arguments), parent=parent).close()
+        with main.commands[command[0]].make_context(command[0], list(arguments), parent=parent) as context:
+            parameters = dict(context.params)
+        _refuse_what_is_not_there(command[0], parameters)
+        need = _need(command[0], parameters)
     from imcap_ray.distributed import submission
 
     common = {
@@ -1109,8 +1115,61 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     }
     if options["follow"]:
         sys.exit(submission.follow(options["follow"], **common))
-    common |= {"submission_id": options["submission_id"], "wait": not options["no_wait"]}
+    common |= {"submission_id": options["submission_id"], "wait": not options["no_wait"], "need": need}
     sys.exit(submission.submit([command[0], *arguments], **common))
+
+
+_READ = {
+    "caption": {"INPUT": "input", "--model": "models"},
+    "train": {"DATA": "data", "--start-from": "start_from"},
+    "evaluate": {"CAPTIONS": "captions", "REFERENCES": "references", "--against": "against"},
+    "report": {"CAPTIONS": "captions", "--references": "references"},
+}
+"""What a command reads, by the name that the user knows and that of the parameter."""
+
+_LOOK_SECONDS = 5.0
+
+
+def _refuse_what_is_not_there(command: str, parameters: Mapping[str, Any]) -> None:
+    """Raise InputError for a URI of which this machine sees that nothing is there, or that a model does not load from.
+    What it may not see, or gets no answer of in time, is left to the job, as are paths of the cluster's own."""
+    for name, parameter in _READ.get(command, {}).items():
+        found = parameters[parameter] or ()
+        for location in (found,) if isinstance(found, str) else found:
+            if not storage.is_uri(location):
+                continue
+            is_there = _look(location)
+            if is_there is False:
+                raise InputError(f"no such {name}: {location}")
+            if is_there and name in ("--model", "--start-from"):
+                from imcap_ray.captioner import read_model_folder
+
+                read_model_folder(location)
+
+
+def _look(location: str) -> bool | None:
+    """Whether something is there; None where the store does not say, or not in seconds."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, ImcapError):
+            answers.append(storage.exists(location))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_LOOK_SECONDS)
+    return answers[0] if answers else None
+
+
+def _need(command: str, parameters: Mapping[str, Any]) -> tuple[str, float, float] | None:
+    """The setting that says how much a command needs at once, and the CPUs and GPUs; None where that is left open."""
+    gpus = parameters.get("gpus_per_worker") or 0.0
+    if command == "caption" and (actors := parameters["num_actors"]):
+        return f"--num-actors {actors}", actors + 2, actors * gpus
+    if command == "train" and (workers := parameters["num_workers"]):
+        least = workers[0] if isinstance(workers, tuple) else workers
+        return f"--num-workers {least}", least + 1, least * gpus
+    return None
 
 
 def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:

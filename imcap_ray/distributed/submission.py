@@ -63,6 +63,7 @@ def submit(
     *,
     address: str | None,
     submission_id: str | None = None,
+    need: tuple[str, float, float] | None = None,
     wait: bool = True,
     on_interrupt: str = STOP,
     echo: Callable[[str], None],
@@ -71,11 +72,13 @@ def submit(
 
     The installed imcap_ray travels with the job: the cluster's nodes need what it depends on, not the package.
     `address` is the dashboard's, http://HOST:PORT; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is of that form,
-    or this machine's port 8265. Raises ClusterError, within seconds, if the cluster cannot be reached or runs another
-    Ray; for the rest see `follow`.
+    or this machine's port 8265. `need` is a setting with the CPUs and GPUs that it asks for at once. Raises
+    ClusterError, within seconds, if the cluster cannot be reached or runs another Ray; for the rest see `follow`.
     """
     require_small(Path(imcap_ray.__file__).parent)
     dashboard = _connect(address, echo)
+    if need:
+        _tell_what_is_lacking(dashboard, *need, echo)
     job = submission_id or f"imcap-{command[0]}-{secrets.token_hex(4)}"
     try:
         dashboard.client().submit_job(**job_request(command), submission_id=job)
@@ -214,6 +217,18 @@ def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
     if python_version and python_version.split(".")[:2] != platform.python_version().split(".")[:2]:
         echo(f"the job will run with the cluster's Python, {python_version}; this is {platform.python_version()}")
     return _Dashboard(address, headers)
+
+
+def _tell_what_is_lacking(
+    dashboard: _Dashboard, what: str, cpus: float, gpus: float, echo: Callable[[str], None]
+) -> None:
+    """Say so where a cluster is too small now. Whether it may grow is known on its head alone, where the job asks."""
+    nodes = _field(_get(dashboard.address, "/api/v0/nodes?detail=1&limit=10000", dashboard.headers), "data", "result")
+    alive = [node for node in (nodes or {}).get("result", []) if node.get("state") == "ALIVE"]
+    for unit, needed in (("CPU", cpus), ("GPU", gpus)):
+        there = sum((node.get("resources_total") or {}).get(unit, 0) for node in alive)
+        if alive and needed > there:
+            echo(f"{what} needs {needed:g} {unit}s, the cluster has {there:g} now: refused if it cannot grow")
 
 
 def _get(address: str, path: str, headers: dict[str, str]) -> requests.Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import imcap_ray
-from imcap_ray import cli
+from imcap_ray import cli, storage
 from imcap_ray.config import load_recipe
 from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed import submission, trainer
@@ -131,6 +132,39 @@ def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["caption", "memory://preflight/nowhere", "s3://bucket/out"], "no such INPUT: memory://preflight/nowhere"),
+        (["caption", "in", "out", "--model", "memory://preflight/model"], "no such --model: memory://preflight/model"),
+        (["caption", "in", "out", "--model", "memory://preflight"], "is not a model folder"),
+        (["evaluate", "memory://preflight/here", "memory://preflight/gone"], "no such REFERENCES: memory://"),
+    ],
+)
+def test_what_a_store_does_not_have_is_said_before_a_cluster_is_asked(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+) -> None:
+    monkeypatch.setattr(submission, "_connect", lambda *_: pytest.fail("a cluster was asked"))
+    storage.write_bytes("memory://preflight/here", b"")
+
+    result = CliRunner().invoke(cli.main, ["submit", *words])
+
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
+def test_a_store_that_does_not_answer_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    monkeypatch.setattr(cli, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(cli.storage, "exists", lambda location: asked.wait(10))
+    monkeypatch.setattr(submission, "submit", lambda command, **_: 0)
+
+    result = CliRunner().invoke(cli.main, ["submit", "caption", "s3://bucket/in", "s3://bucket/out"])
+    asked.set()
+
+    assert result.exit_code == 0
 
 
 def test_a_python_without_what_we_depend_on_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

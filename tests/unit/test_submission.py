@@ -85,6 +85,10 @@ class Dashboard:
     async def version(self, request: web.Request) -> web.Response:
         return web.json_response({"version": "4", "ray_version": self._versions[0], "ray_commit": ""})
 
+    async def nodes(self, request: web.Request) -> web.Response:
+        nodes = [{"state": state, "resources_total": {"CPU": 4.0}} for state in ("ALIVE", "ALIVE", "DEAD")]
+        return web.json_response({"result": True, "data": {"result": {"total": 3, "result": nodes}}})
+
     async def metadata(self, request: web.Request) -> web.Response:
         return web.json_response({"data": {"pythonVersion": self._versions[1]}})
 
@@ -127,6 +131,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str
         app = web.Application()
         app.router.add_get("/api/version", dashboard.version)
         app.router.add_get("/api/v0/cluster_metadata", dashboard.metadata)
+        app.router.add_get("/api/v0/nodes", dashboard.nodes)
         app.router.add_get("/api/jobs/{job}", dashboard.job)
         app.router.add_get("/api/jobs/{job}/logs/tail", dashboard.log)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -252,6 +257,21 @@ def test_another_python_that_imcap_runs_on_is_told(serve: Callable[[Dashboard], 
 
     assert submission.follow("known", address=address, echo=lines.append) == 0
     assert lines[0] == f"the job will run with the cluster's Python, 3.99.1; this is {platform.python_version()}"
+
+
+def test_a_cluster_that_is_too_small_now_is_told_before_anything_is_sent(serve: Callable[[Dashboard], str]) -> None:
+    lines: list[str] = []
+    address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED))
+
+    for need in (("--num-actors 6", 8, 0), ("--num-actors 9", 11, 9)):
+        with pytest.raises(ClusterError, match="did not take the job"):  # this one takes none
+            submission.submit(["demo"], address=address, need=need, echo=lines.append)
+
+    end = "now: refused if it cannot grow"
+    assert lines == [
+        f"--num-actors 9 needs 11 CPUs, the cluster has 8 {end}",
+        f"--num-actors 9 needs 9 GPUs, the cluster has 0 {end}",
+    ]
 
 
 def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
