@@ -254,7 +254,13 @@ def train(
         decoder_tensors=below("decoder.", weights),
         search=recipe.search,
         vocabulary=vocabulary,
-        metrics={"validation": metrics, "recipe": recipe_name, "seed": seed, "history": newest.history},
+        metrics={
+            "validation": metrics,
+            "recipe": recipe_name,
+            "seed": seed,
+            # With that of the model it started from, of several the first's: the way by which it came there.
+            "history": [*(start_model.metrics.get("history", []) if start_model else []), *newest.history],
+        },
         card=write_card(
             name=name,
             recipe=recipe,

@@ -98,6 +98,7 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     run("onward", recipe=onward, recipe_name="self-critical", start_from=[str(tmp_path / "model")])
 
     trained_on = read_model_folder(tmp_path / "onward")
+    assert [row["epoch"] for row in trained_on.metrics["history"]] == [1, 2, 3, 4, 5, 1]
     assert trained_on.vocabulary.tokens == folder.vocabulary.tokens
     assert trained_on.encoder_weights.sha256 == folder.encoder_weights.sha256, "the CNN stays"
     assert trained_on.decoder == replace(folder.decoder, dropout=onward.decoder.dropout)
