@@ -228,7 +228,10 @@ def train(
                         workers=num_workers,
                         gpus=gpus,
                         threads=max(1, resources.physical_cores // _most(num_workers)) if resources.is_local else 1,
-                        watch=_watch_epochs(work, echo_epoch or echo, trackers),
+                        watchers=[
+                            _watch_epochs(work, echo_epoch or echo, trackers),
+                            watch_room(num_workers, gpus, echo),
+                        ],
                     )
             except ImcapError as error:
                 failure = error
@@ -626,12 +629,12 @@ def _fit(
     workers: int | tuple[int, int],
     gpus: float,
     threads: int,
-    watch: Callable[[], None],
+    watchers: Sequence[Callable[[], None]],
 ) -> None:
     """Run the workers until the phase is finished; the checkpoints are in the run's folder then.
 
     Args:
-        watch: called every two seconds meanwhile, and once afterwards.
+        watchers: called every two seconds meanwhile, and once afterwards.
     """
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # the same seed, the same batches
@@ -676,7 +679,8 @@ def _fit(
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
         patience = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(WORKERS_START_SECONDS))}
-        with repeating(watch, seconds=2.0), environment(patience if isinstance(workers, int) else {}):
+        look = partial(_call_all, watchers)
+        with repeating(look, seconds=2.0), environment(patience if isinstance(workers, int) else {}):
             handler = signal.getsignal(signal.SIGINT)
             try:
                 trainer.fit()
@@ -745,6 +749,35 @@ def _watch_epochs(work: str, echo: Callable[[str], None], trackers: Trackers) ->
         if num_logged != len(rows):
             num_logged = len(rows)
             trackers.log(rows)
+
+    return look
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def watch_room(
+    num_workers: int | tuple[int, int], gpus_per_worker: float, echo: Callable[[str], None]
+) -> Callable[[], None]:
+    """A function that says, once each time, that the cluster is too small for the least number of workers: a node is
+    gone, or one that autoscaling brings is not there yet."""
+    least = num_workers[0] if isinstance(num_workers, tuple) else num_workers
+    needed = {"CPU": least + CPUS_FOR_READING, "GPU": least * gpus_per_worker}
+    is_waiting = False
+
+    def look() -> None:
+        nonlocal is_waiting
+        try:
+            there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        except RayError:
+            return
+        lacking = [name for name, count in needed.items() if count > there.get(name, 0.0)]
+        if lacking and not is_waiting:
+            lacks = ", ".join(f"{needed[name]:g} {name}s needed, {there.get(name, 0.0):g} there" for name in lacking)
+            echo(f"waiting for room for {describe_workers(least)}: {lacks}")
+        is_waiting = bool(lacking)
 
     return look
 
