@@ -269,9 +269,12 @@ class Optimization:
         With advantages for weights this is a step of REINFORCE (Rennie et al. 2017, arXiv 1612.00563, equation 7).
         """
         self.model.train()
+        self.optimizer.zero_grad()  # first of all: gradients that stand while all else is allocated split the heap
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=prefers_bfloat16(batch.inputs.device)):
             logits = self.model(batch.inputs, batch.token_ids, batch.lengths, batch.image_of_caption)
-        logits = logits.float() / self._temperature
+        logits = logits.float()
+        if self._temperature != 1.0:
+            logits = logits / self._temperature
         if self._forbidden_ids:
             logits[:, self._forbidden_ids] = float("-inf")
         log_probs = functional.log_softmax(logits, dim=-1)
@@ -280,7 +283,6 @@ class Optimization:
         loss = (1 - smoothing) * (batch.weights * nats).mean()
         if smoothing:
             loss = loss - smoothing * log_probs.mean()
-        self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.gradient_clip:
             nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip)
