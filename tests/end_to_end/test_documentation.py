@@ -119,7 +119,8 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
     elif command != "train":
         small_data.write_model_folder(folder / "runs" / "mine")
 
-    done = run(command, *arguments)
+    # A hundred epochs of the seed's take four minutes, however few the images are.
+    done = run(command, *arguments, *["--set", "training.epochs=3"] * ("vgg16-lstm" in arguments))
 
     spoilt = "captions_val2017.json" in shown.line  # nothing in it to train on
     assert done.exit_code == (3 if spoilt else 0), f"{shown.where}: {shown.line}\n{done.output}"
