@@ -46,8 +46,9 @@ def block_of(member: tarfile.TarInfo) -> int:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and ending as WebDataset has them, cut at the first dot of the file's name; "" for a hidden file's
-    key."""
+    """A member's key and ending, cut at the first dot of the file's name as WebDataset does; a hidden file's key is "".
+    The "./" that `tar -C folder .` puts before all names is no part of it."""
+    name = name.removeprefix("./")
     folder, slash, file_name = name.rpartition("/")
     stem, _, extension = file_name.partition(".")
     return f"{folder}{slash}{stem}" if stem else "", extension.lower()
@@ -69,7 +70,7 @@ class ImageIds:
         """The id of an image of this tar, given by its name below the input."""
         if tar_name != self._tar:
             self._tar, self._keys = tar_name, set()
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").removeprefix("./")
         key, _ = split_name(name)
         own = name if key in self._keys else key
         self._keys.add(key)

@@ -528,7 +528,7 @@ def train(data: str, model: str, **options: Any) -> None:
     from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import require_visible
-    from imcap_ray.distributed.trainer import plan_training
+    from imcap_ray.distributed.trainer import prepare_training
     from imcap_ray.distributed.trainer import train as run_training
 
     refuse_relative_paths_in_job(
@@ -551,7 +551,7 @@ def train(data: str, model: str, **options: Any) -> None:
         name: options[name] for name in ("start_from", "num_workers", "gpus_per_worker", "seed", "encoder_weights")
     }
     if options["dry_run"]:
-        _print_training_plan(plan_training(dataset, model, **arguments), options)
+        _print_training_plan(prepare_training(dataset, model, **arguments).plan(), options)
         return
     result = run_training(
         dataset,

@@ -160,7 +160,7 @@ def train(
         ImcapError: the training failed; the same call goes on from the last epoch, or the message says what to do.
     """
     start = time.time()
-    prepared = _prepare(
+    prepared = prepare_training(
         data,
         model,
         recipe=recipe,
@@ -308,7 +308,41 @@ class TrainingPlan:
     """At most, if the epochs that are left take what the last one took; None where there is none."""
 
 
-def plan_training(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedTraining:
+    """A training that may begin."""
+
+    data: CaptionedImages
+    model: str
+    work: str
+    recipe: Recipe
+    num_workers: int | tuple[int, int]
+    gpus_per_worker: float
+    start_model: ModelFolder | None
+    encoder: Encoder
+    vocabulary: Vocabulary
+    settings: dict[str, Any]
+    """What must not change between a training and its resumption."""
+
+    def plan(self) -> TrainingPlan:
+        """What it would do, with what earlier calls have done."""
+        rows = read_metrics(self.work)
+        left = num_epochs(self.recipe) - len(rows) if next_phase(rows, self.recipe) else 0
+        return TrainingPlan(
+            data=self.data.location,
+            model=self.model,
+            num_images=self.data.count_splits(),
+            num_captions=_count_captions(self.data.split(TRAIN)),
+            num_epochs={phase: settings.epochs for phase, settings in phases(self.recipe).items()},
+            num_epochs_done=len(rows),
+            num_workers=describe_workers(self.num_workers),
+            gpus_per_worker=self.gpus_per_worker,
+            batch_size=self.recipe.training.batch_size,
+            seconds=left * rows[-1]["seconds"] if rows else None,
+        )
+
+
+def prepare_training(
     data: CaptionedImages,
     model: str,
     *,
@@ -319,67 +353,12 @@ def plan_training(
     gpus_per_worker: float | None = None,
     seed: int = 0,
     encoder_weights: str | None = None,
-) -> TrainingPlan:
-    """What `train` would do with these arguments. Nothing is written.
+) -> PreparedTraining:
+    """Ask for all that `train` needs with these arguments. Nothing is written.
 
     Raises:
-        InputError: what that would raise before work begins.
+        InputError: something does not fit.
     """
-    prepared = _prepare(
-        data,
-        model,
-        recipe=recipe,
-        start_from=start_from,
-        resources=resources,
-        num_workers=num_workers,
-        gpus_per_worker=gpus_per_worker,
-        seed=seed,
-        encoder_weights=encoder_weights,
-    )
-    rows = read_metrics(prepared.work)
-    left = num_epochs(prepared.recipe) - len(rows) if next_phase(rows, prepared.recipe) else 0
-    return TrainingPlan(
-        data=data.location,
-        model=prepared.model,
-        num_images=data.count_splits(),
-        num_captions=_count_captions(data.split(TRAIN)),
-        num_epochs={phase: settings.epochs for phase, settings in phases(prepared.recipe).items()},
-        num_epochs_done=len(rows),
-        num_workers=describe_workers(prepared.num_workers),
-        gpus_per_worker=prepared.gpus_per_worker,
-        batch_size=prepared.recipe.training.batch_size,
-        seconds=left * rows[-1]["seconds"] if rows else None,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    """A training that may begin."""
-
-    model: str
-    work: str
-    recipe: Recipe
-    num_workers: int | tuple[int, int]
-    gpus_per_worker: float
-    start_model: ModelFolder | None
-    encoder: Encoder
-    vocabulary: Vocabulary
-    settings: dict[str, Any]
-
-
-def _prepare(
-    data: CaptionedImages,
-    model: str,
-    *,
-    recipe: Recipe,
-    start_from: Sequence[str],
-    resources: ClusterResources,
-    num_workers: int | tuple[int, int] | None,
-    gpus_per_worker: float | None,
-    seed: int,
-    encoder_weights: str | None,
-) -> _Prepared:
-    """Ask for all that a training needs, before anything is written; InputError where something does not fit."""
     model = storage.absolute(model)
     gpus = gpus_per_worker if gpus_per_worker is not None else float(resources.expects_gpus)
     if num_workers is None:
@@ -422,7 +401,8 @@ def _prepare(
     if start_model:
         settings["start_from"] = start_model.fingerprint
     _refuse_another(model, work, settings)
-    return _Prepared(
+    return PreparedTraining(
+        data=data,
         model=model,
         work=work,
         recipe=recipe,

@@ -22,15 +22,13 @@ from imcap_ray.distributed.captioning import _identity, plan_captioning
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
-from imcap_ray.distributed.trainer import TrainingPlan, plan_training
+from imcap_ray.distributed.trainer import TrainingPlan, prepare_training
 from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.errors import ClusterError, InputError, OutputError
 from tests import small_data
 from tests.fakes import EchoCaptioner
 
 RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=0, nodes=1, physical_cores=6)
-DEFAULTS: dict[str, Any] = {"start_from": (), "num_workers": None, "gpus_per_worker": None, "seed": 0}
-DEFAULTS |= {"resources": RESOURCES, "encoder_weights": None}
 
 
 # ---- what a node sees
@@ -235,7 +233,8 @@ def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path
     recipe = load_recipe("lite2-attention", settings)
 
     def plan(**options: Any) -> TrainingPlan:
-        return plan_training(data, str(tmp_path / "model"), **({"recipe": recipe, "resources": RESOURCES} | options))
+        arguments = {"recipe": recipe, "resources": RESOURCES} | options
+        return prepare_training(data, str(tmp_path / "model"), **arguments).plan()
 
     found = plan(num_workers=(2, 4))
 
@@ -252,7 +251,7 @@ def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path
         plan()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "_refuse_another", lambda *arguments: None)
-        settings = trainer._prepare(data, "", **(DEFAULTS | {"recipe": recipe})).settings
+        settings = prepare_training(data, "", recipe=recipe, resources=RESOURCES).settings
     (tmp_path / "model" / "_training" / "settings.json").write_text(json.dumps(settings))
     assert (plan().num_epochs_done, plan().seconds) == (2, 21.0)
 
