@@ -562,7 +562,7 @@ def train(data: str, model: str, **options: Any) -> None:
         features=options["features"],
         echo=say,
         echo_epoch=_epoch_voice(say),
-        on_features=lambda split, progress, total: show(progress.num_images, total, f"features of {split} images"),
+        on_features=lambda split, progress, total: show(progress.num_images, total, f"{split} split"),
     )
     if options["as_json"]:
         click.echo(json.dumps(asdict(result)))

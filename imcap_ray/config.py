@@ -50,15 +50,17 @@ class EncoderConfig:
 class PreprocessingConfig:
     """From an image to the encoder's input; the same in training and in captioning."""
 
-    image_size: int = 224
-    """Pixels on each side; the whole image is squashed into this square, as the Flickr8k copies were."""
+    image_size: int | None = None
+    """Pixels on each side; the whole image is squashed into this square, as the Flickr8k copies were. None: that of the
+    model that a training starts from, else 224."""
     mean: tuple[float, ...] | None = None
     """Subtracted from each channel (0..255); None: what the encoder was trained with."""
     std: tuple[float, ...] | None = None
     """Divides each channel after the mean is subtracted; None: what the encoder was trained with."""
 
     def __post_init__(self) -> None:
-        _require(32 <= self.image_size <= 2048, "preprocessing.image_size", "32 to 2048", self.image_size)
+        size = self.image_size
+        _require(size is None or 32 <= size <= 2048, "preprocessing.image_size", "32 to 2048", size)
         for name in ("mean", "std"):
             value = getattr(self, name)
             _require(value is None or len(value) == 3, f"preprocessing.{name}", "three numbers", value)

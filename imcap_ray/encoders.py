@@ -24,6 +24,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.efficientnet_lite import EfficientNetLite
 from imcap_ray.errors import ConfigError, ModelError
 
+IMAGE_SIZE: Final = 224
 IMAGENET_MEAN: Final = (123.675, 116.28, 103.53)  # 0..255, torchvision's transforms
 IMAGENET_STD: Final = (58.395, 57.12, 57.375)
 # EfficientNet-lite: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite: MEAN_RGB, STDDEV_RGB). ImageNet's mean and
@@ -321,12 +322,14 @@ class EncoderEnsemble(nn.Module):
         return torch.cat([encoder(pixels) for encoder in self.encoders], dim=-1)
 
 
-def resolve_normalisation(encoder: EncoderConfig, preprocessing: PreprocessingConfig) -> PreprocessingConfig:
-    """The same preprocessing with its mean and deviation filled in: what the CNN was trained with."""
+def resolve_preprocessing(encoder: EncoderConfig, preprocessing: PreprocessingConfig) -> PreprocessingConfig:
+    """The same preprocessing with its size, mean and deviation filled in: what the CNN was trained with."""
     architecture = ENCODERS.get(encoder.name)
     mean, std = (architecture.mean, architecture.std) if architecture else (IMAGENET_MEAN, IMAGENET_STD)
     return PreprocessingConfig(
-        image_size=preprocessing.image_size, mean=preprocessing.mean or mean, std=preprocessing.std or std
+        image_size=preprocessing.image_size or IMAGE_SIZE,
+        mean=preprocessing.mean or mean,
+        std=preprocessing.std or std,
     )
 
 
@@ -345,8 +348,8 @@ def build_encoder(
         expected: where the weights must come from, as a model folder remembers it; another file raises ModelError.
         load_weights: False leaves the weights random: the caller fills them in.
     """
-    preprocessing = resolve_normalisation(config, preprocessing)
-    assert preprocessing.mean is not None and preprocessing.std is not None
+    preprocessing = resolve_preprocessing(config, preprocessing)
+    assert preprocessing.image_size and preprocessing.mean and preprocessing.std
     architecture = ENCODERS.get(config.name)
     if architecture is None and not config.name.startswith("timm:"):
         raise ConfigError(f"no encoder {config.name!r}: expected timm:NAME or one of {', '.join(ENCODERS)}")

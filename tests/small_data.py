@@ -106,12 +106,12 @@ def write_model_folder(
     from imcap_ray.captioner import save_model_folder
     from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
     from imcap_ray.decoders import build_decoder
-    from imcap_ray.encoders import EncoderWeights, build_encoder, resolve_normalisation
+    from imcap_ray.encoders import EncoderWeights, build_encoder, resolve_preprocessing
     from imcap_ray.vocabulary import Vocabulary
 
     encoder_config = EncoderConfig(name="timm:test_efficientnet")
     decoder_config = DecoderConfig(name=decoder, embedding_size=16, hidden_size=16, num_heads=2)
-    preprocessing = resolve_normalisation(encoder_config, PreprocessingConfig(image_size=IMAGE_SIZE))
+    preprocessing = resolve_preprocessing(encoder_config, PreprocessingConfig(image_size=IMAGE_SIZE))
     vocabulary = Vocabulary(words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

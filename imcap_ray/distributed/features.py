@@ -24,7 +24,7 @@ from imcap_ray.captioner import no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
 from imcap_ray.distributed.seals import find_damage, seal
-from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_normalisation
+from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError
 from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import FAILED, OK, write_table
@@ -45,8 +45,10 @@ _SEAL: Final = "_imcap/seal.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """What is encoded of each image: itself, and what else."""
+    """What is encoded of each image: itself, and what else. Or nothing: then it is only seen whether it can be read."""
 
+    original: bool = True
+    """The image as it is."""
     flip: bool = False
     """Its mirror image."""
     crops: int = 0
@@ -56,12 +58,14 @@ class Views:
 
     @property
     def count(self) -> int:
-        """With the image itself."""
-        return 1 + self.flip + self.crops
+        """All of them."""
+        return self.original + self.flip + self.crops
 
     def draw(self, pixels: Tensor) -> list[Tensor]:
         """The views of uint8 pixels (B, 3, S, S), each like these; the same ones whenever the same batch comes."""
-        views = [pixels, pixels.flip(-1)] if self.flip else [pixels]
+        views = [pixels] if self.original else []
+        if self.flip:
+            views.append(pixels.flip(-1))
         if self.crops:
             augment = augmentation(pixels.shape[-1], min_crop_area=self.min_crop_area)
             with torch.random.fork_rng(devices=()):
@@ -117,6 +121,9 @@ class EncodeImages:
 
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float16] | None]:
         """Of each image of pixels (B, 3, S, S) float16 features (views, R, F); None where memory runs out."""
+        if not self._views.count:
+            yield from itertools.repeat(np.empty(0, np.float16), len(pixels))
+            return
         for features, count in self._batches.compute(pixels, self._encode_views):
             yield from itertools.repeat(None, count) if features is None else features[:count].numpy()
 
@@ -140,7 +147,7 @@ def cache_key(
         location,
         to_mapping(encoder),
         asdict(weights),
-        to_mapping(resolve_normalisation(encoder, preprocessing)),
+        to_mapping(resolve_preprocessing(encoder, preprocessing)),
         asdict(views),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())

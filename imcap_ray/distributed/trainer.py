@@ -70,7 +70,7 @@ from imcap_ray.distributed.training_folder import (
     write_heartbeat,
     write_metrics,
 )
-from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_normalisation
+from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import write_table
@@ -252,7 +252,7 @@ def train(
         model,
         encoder=recipe.encoder,
         encoder_weights=kept.weights,
-        preprocessing=resolve_normalisation(recipe.encoder, recipe.preprocessing),
+        preprocessing=recipe.preprocessing,
         decoder=recipe.decoder,
         decoder_tensors=below("decoder.", weights),
         search=recipe.search,
@@ -383,6 +383,7 @@ def prepare_training(
             [read_model_folder(None if place == DEFAULT_MODEL else place) for place in start_from]
         )
         recipe = _with_architecture(recipe, start_model)
+    recipe = replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
     encoder = _build_encoder(recipe, start_model, encoder_weights)
     unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch
     encoder.requires_grad_(False)
@@ -433,13 +434,13 @@ def _cache(
     echo: Callable[[str], None],
     on_features: Callable[[str, Progress, int], None],
 ) -> dict[str, FeatureCache]:
-    """The features of each split under this encoder, made or found."""
+    """The features of each split under this encoder, made or found, and which images cannot be read."""
     caches = {}
     gpus = 1.0 if resources.gpus else 0.0
     for split in (TRAIN, VALIDATION):
         images = data.split(split)
-        views = Views()
-        if split == TRAIN and recipe.training.epochs > 0:  # the other phases read photographs
+        views = Views(original=recipe.training.epochs > 0)  # the other phases read photographs
+        if split == TRAIN and views.original:
             settings = recipe.training
             views = Views(flip=settings.flip, crops=settings.crops, min_crop_area=settings.min_crop_area)
         key = cache_key(
@@ -461,16 +462,17 @@ def _cache(
             on_progress=partial(on_features, split),
         )
         for note in caches[split].notes:
-            echo(f"features of {split} images: {note}")
+            echo(f"{split} images: {note}")
     return caches
 
 
 def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
-    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model."""
+    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model; a size of its own it keeps."""
+    image_size = recipe.preprocessing.image_size or model.preprocessing.image_size
     return replace(
         recipe,
         encoder=model.encoder,
-        preprocessing=model.preprocessing,
+        preprocessing=replace(model.preprocessing, image_size=image_size),
         vocabulary=replace(recipe.vocabulary, tokenizer=model.vocabulary.tokenizer),
         decoder=replace(model.decoder, dropout=recipe.decoder.dropout),
     )

@@ -16,7 +16,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features
-from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
+from imcap_ray.encoders import Encoder, build_encoder, resolve_preprocessing
 from tests import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -40,7 +40,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
 def encoder() -> Encoder:
     config = EncoderConfig(name="timm:test_efficientnet")
     torch.manual_seed(0)
-    return build_encoder(config, resolve_normalisation(config, PreprocessingConfig(image_size=32)), load_weights=False)
+    return build_encoder(config, resolve_preprocessing(config, PreprocessingConfig(image_size=32)), load_weights=False)
 
 
 def features_by_image(cache: FeatureCache) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from imcap_ray.captioner import Captioner, read_model_folder
 from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.trainer import TrainingResult, train
+from imcap_ray.distributed.trainer import TrainingResult, prepare_training, train
 from imcap_ray.errors import ClusterError, OutputError
 from tests import small_data
 
@@ -59,7 +59,7 @@ def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Cal
 
 
 def test_three_phases_with_two_workers_end_in_one_model_that_captions(
-    run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path
+    run: Callable[..., TrainingResult], local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path
 ) -> None:
     recipe = load_recipe(
         "lite2-attention",
@@ -94,7 +94,11 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     again = run(recipe=recipe, num_workers=2)
     assert again.metrics == result.metrics
 
-    onward = load_recipe("self-critical", {"self_critical.epochs": 1, "training.batch_size": 4})
+    assert folder.preprocessing.image_size
+    size = 2 * folder.preprocessing.image_size
+    onward = load_recipe(
+        "self-critical", {"self_critical.epochs": 1, "training.batch_size": 4, "preprocessing.image_size": size}
+    )
     run("onward", recipe=onward, recipe_name="self-critical", start_from=[str(tmp_path / "model")])
 
     trained_on = read_model_folder(tmp_path / "onward")
@@ -102,9 +106,18 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     assert trained_on.vocabulary.tokens == folder.vocabulary.tokens
     assert trained_on.encoder_weights.sha256 == folder.encoder_weights.sha256, "the CNN stays"
     assert trained_on.decoder == replace(folder.decoder, dropout=onward.decoder.dropout)
+    assert trained_on.preprocessing == replace(folder.preprocessing, image_size=size)
     changed = [name for name, tensor in trained_on.tensors.items() if not torch.equal(tensor, folder.tensors[name])]
     assert changed
     assert all(name.startswith("decoder.") for name in changed)
+    prepared = prepare_training(
+        load_dataset(str(tiny_flickr8k)),
+        str(tmp_path / "further"),
+        recipe=load_recipe("lite2-attention"),
+        start_from=[str(tmp_path / "onward")],
+        resources=local_ray,
+    )
+    assert prepared.recipe.preprocessing == trained_on.preprocessing, "a recipe without a size takes the model's"
     with pytest.raises(OutputError, match="another .*start_from"):
         run("onward", recipe=onward, recipe_name="self-critical", start_from=["flickr8k-lite2"])
 

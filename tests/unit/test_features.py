@@ -15,7 +15,7 @@ import torch
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.distributed.features import EncodeImages, Views
 from imcap_ray.distributed.images import loaded_schema
-from imcap_ray.encoders import Encoder, build_encoder, resolve_normalisation
+from imcap_ray.encoders import Encoder, build_encoder, resolve_preprocessing
 
 SIZE = 32
 NUM_IMAGES = 5
@@ -41,7 +41,7 @@ def encoder() -> Encoder:
     config = EncoderConfig(name="timm:test_efficientnet")
     torch.manual_seed(0)
     return build_encoder(
-        config, resolve_normalisation(config, PreprocessingConfig(image_size=SIZE)), load_weights=False
+        config, resolve_preprocessing(config, PreprocessingConfig(image_size=SIZE)), load_weights=False
     )
 
 
@@ -97,6 +97,18 @@ def test_random_crops_are_views_too_and_the_same_ones_when_they_are_made_anew(en
         )
         assert features[:, :2].tobytes() == without["features"]
         assert len({view.tobytes() for image in features for view in image}) == views.count * len(features)
+
+
+def test_without_views_it_is_only_seen_what_can_be_read(encoder: Encoder, rows: pa.Table) -> None:
+    def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+        assert len(arguments[0]) == 1, "no batch is encoded"  # one image is, when batch normalisations are folded
+
+    encoder.register_forward_pre_hook(check)
+    done, reporter = encode(encoder, rows, views=Views(original=False))
+
+    assert [row["error_code"] for row in done] == ["", "truncated", "", "", ""]
+    assert [row["features"] for row in done] == [b""] * 5
+    assert reporter.counts == {"ok": 4, "failed": 1}
 
 
 def test_where_memory_runs_out_fewer_images_are_encoded_together(encoder: Encoder, rows: pa.Table) -> None:
