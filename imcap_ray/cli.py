@@ -488,8 +488,9 @@ def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> st
     "--start-from",
     metavar="MODEL",
     multiple=True,
-    help=f"Train this model on: a folder, or {DEFAULT_MODEL}, the package's. Its CNN, words and decoder stay. "
-    "Of several, trained from one with several seeds, the mean of their weights.",
+    help=f"Train this model on: a folder, or {DEFAULT_MODEL}, the package's. Its CNN, words and decoder stay, and the "
+    "size of its images unless preprocessing.image_size is set. Of several, trained from one with several seeds, the "
+    "mean of their weights.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the dropout.")
 @click.option(

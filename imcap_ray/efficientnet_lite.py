@@ -135,12 +135,14 @@ class _Activation(nn.Module):
 
 
 class MirroredEfficientNetLite(nn.Module):
-    """The same network for inference on a CPU, in three quarters of the time.
+    """The same network for inference on a CPU, in three quarters of the time: normalised pixels (B, 3, S, S) ->
+    (B, 1280, S / 32, S / 32).
 
-    Each ReLU6 is a part of the convolution before it, by the operator of oneDNN that torch's compiler puts there. And
-    images and kernels are turned by 180 degrees: with a stride of two TensorFlow pads the far side of a map whose
-    side is even by one more than the near one, which takes a copy of the map; turned, the far side is the near one, and
-    what a symmetric padding adds at the other is never read.
+    Each ReLU6 is a part of the convolution before it, by the operator of oneDNN that torch's compiler puts there; torch
+    does not document it, and may raise AttributeError or RuntimeError where it is not there. And images and kernels are
+    turned by 180 degrees: with a stride of two TensorFlow pads the far side of a map whose side is even by one more
+    than the near one, which takes a copy of the map; turned, the far side is the near one, and what a symmetric padding
+    adds at the other is never read.
 
     Args:
         network: its batch normalisations are folded into the convolutions. S has to be a multiple of 32.

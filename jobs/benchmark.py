@@ -859,12 +859,10 @@ def bare_loop(data: str, vocabulary: str, epochs: int, encode: bool) -> None:
     words = Vocabulary.from_json(Path(vocabulary).read_bytes())
     captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()[rank::world_size]
     ids = [[words.to_ids(text, max_length=recipe.training.max_caption_length) for text in texts] for texts in captions]
-    encoder = build_encoder(recipe.encoder, recipe.preprocessing) if encode else None
-    if encoder:
-        encoder = optimize_for_inference(encoder, torch.device("cpu"))
-    shape, dtype = ((49, 1280), torch.float16)
-    if encoder:
-        shape, dtype = ((3, encoder.image_size, encoder.image_size), torch.uint8)
+    encoder, shape, dtype = None, (49, 1280), torch.float16
+    if encode:
+        encoder = optimize_for_inference(build_encoder(recipe.encoder, recipe.preprocessing), torch.device("cpu"))
+        shape, dtype = (3, encoder.image_size, encoder.image_size), torch.uint8
     inputs = (torch.rand(len(ids), *shape) * 255).to(dtype)  # what they show costs no time
     decoder = build_decoder(recipe.decoder, num_channels=1280, vocabulary_size=len(words))
     model = torch.nn.parallel.DistributedDataParallel(decoder) if world_size > 1 else decoder
