@@ -214,7 +214,7 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfCriticalConfig:
-    """How the decoder is trained on its own captions in the end, rewarded by CIDEr-D. The rest is as in `training`."""
+    """How the decoder is trained on its own captions in the end, rewarded for each. The rest is as in `training`."""
 
     epochs: int = 0
     """Passes over the training images; 0 leaves this phase out."""
@@ -224,6 +224,8 @@ class SelfCriticalConfig:
     """Divides the logits of what captions are drawn from; below 1 the probable becomes more probable."""
     num_samples: int = 5
     """Captions drawn for each image; each is compared with the mean of the others."""
+    bleu_weight: float = 0.0
+    """The reward is CIDEr-D and this many times the caption's BLEU-4, smoothed (Lin and Och 2004)."""
     patience: int = 0
     """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
 
@@ -233,6 +235,7 @@ class SelfCriticalConfig:
         _require(self.learning_rate > 0, "self_critical.learning_rate", "above 0", self.learning_rate)
         _require(self.temperature > 0, "self_critical.temperature", "above 0", self.temperature)
         _require(self.num_samples >= 2, "self_critical.num_samples", "at least 2", self.num_samples)
+        _require(self.bleu_weight >= 0, "self_critical.bleu_weight", "at least 0", self.bleu_weight)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

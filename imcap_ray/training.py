@@ -1,7 +1,7 @@
 """Features or pixels and captions -> weights, on one process. Knows nothing of Ray.
 
 A training has up to three phases, each starting from the best weights so far: the decoder alone by cross-entropy on
-cached features; the CNN with it, on pixels; the decoder on captions that it draws itself, rewarded by CIDEr-D.
+cached features; the CNN with it, on pixels; the decoder on captions that it draws itself, by their scores.
 
 I images and N captions of a batch, T positions of the longest caption, P positions of all captions together,
 R regions, F channels, S pixels a side.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -175,21 +176,35 @@ class EndToEnd(nn.Module):
 class CaptionReward:
     """CIDEr-D of a caption against those of its image, with document frequencies of all these images.
 
+    To it comes `bleu_weight` times the BLEU-4 of this caption alone, of 0 to 1. An order without a match would make
+    that 0, as most captions have one, so one is added to the matches and the n-grams of every order above the first
+    (Lin and Och 2004, ORANGE).
+
     The end counts as a token, or captions are rewarded that stop in the middle of a phrase (Hu et al. 2023,
     arXiv 2305.12254).
     """
 
-    def __init__(self, captions: Mapping[str, Sequence[str]], vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, captions: Mapping[str, Sequence[str]], vocabulary: Vocabulary, *, bleu_weight: float = 0.0
+    ) -> None:
         end = vocabulary.tokens[END_ID]
         self._tokens = vocabulary.tokens
         self._places = {image_id: number for number, image_id in enumerate(captions)}
-        self._cider_d = CiderD(
-            [[[*tokenize(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()]
-        )
+        self._references = [
+            [[*tokenize(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()
+        ]
+        self._cider_d = CiderD(self._references)
+        self._bleu_weight = bleu_weight
+        self._smoothing = SmoothingFunction().method2
 
     def __call__(self, image_id: str, token_ids: Sequence[int]) -> float:
         """The reward of token ids from the start token to the end token, if there is one."""
-        return self._cider_d.score(self._places[image_id], [self._tokens[token_id] for token_id in token_ids[1:]])
+        place, tokens = self._places[image_id], [self._tokens[token_id] for token_id in token_ids[1:]]
+        reward = self._cider_d.score(place, tokens)
+        if self._bleu_weight:
+            bleu = sentence_bleu(self._references[place], tokens, smoothing_function=self._smoothing)
+            reward += self._bleu_weight * bleu
+        return reward
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def batch_maker(
         ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
         return lambda inputs, image_ids: (make_batch(view(inputs), [ids[id_] for id_ in image_ids], device), {})
 
-    reward = CaptionReward(captions, vocabulary)
+    reward = CaptionReward(captions, vocabulary, bleu_weight=recipe.self_critical.bleu_weight)
 
     def draw(inputs: Tensor, image_ids: list[str]) -> tuple[CaptionBatch, dict[str, float]]:
         with torch.autocast(device.type, torch.bfloat16, enabled=prefers_bfloat16(device)):

@@ -71,6 +71,7 @@ SECTIONS = [
         (FinetuneConfig, {"encoder_learning_rate": 0.0}, "finetune.encoder_learning_rate must be above 0, got 0.0"),
         (FinetuneConfig, {"min_crop_area": 0.0}, r"finetune.min_crop_area must be in \(0, 1\], got 0.0"),
         (SelfCriticalConfig, {"num_samples": 1}, "self_critical.num_samples must be at least 2, got 1"),
+        (SelfCriticalConfig, {"bleu_weight": -1.0}, "self_critical.bleu_weight must be at least 0, got -1.0"),
         (SelfCriticalConfig, {"temperature": 0.0}, "self_critical.temperature must be above 0, got 0.0"),
         (SelfCriticalConfig, {"learning_rate": -1.0}, "self_critical.learning_rate must be above 0, got -1.0"),
         (TrainingConfig, {"warmup_steps": -1}, "training.warmup_steps must be at least 0, got -1"),

@@ -188,6 +188,22 @@ def test_the_reward_is_cider_d_with_the_end_as_a_token() -> None:
     assert reward("a", said) > reward("b", said)
 
 
+def test_bleu_is_a_part_of_the_reward_by_its_weight() -> None:
+    captions = {"a": ["a dog runs", "a dog plays on grass"], "b": ["two men sit", "men on a bench"]}
+    vocabulary = Vocabulary.build(text for texts in captions.values() for text in texts)
+    plain, mixed = (CaptionReward(captions, vocabulary, bleu_weight=weight) for weight in (0.0, 2.0))
+
+    for text, matches in {
+        # With the end: of each order, one more than match and one more than there are, but for single tokens.
+        "a dog runs": (4 / 4, 4 / 4, 3 / 3, 2 / 2),
+        "a dog sits": (3 / 4, 2 / 4, 1 / 3, 1 / 2),
+    }.items():
+        said = vocabulary.to_ids(text, max_length=9)
+        bleu = math.prod(matches) ** (1 / 4)
+        assert mixed("a", said) - plain("a", said) == pytest.approx(2 * bleu), text
+    assert mixed("a", [START_ID, END_ID]) >= 0, "nothing was said"
+
+
 def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     decoder, features = make_decoder().eval(), make_features()[:1]
     torch.manual_seed(5)
