@@ -47,7 +47,7 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from imcap_ray.batches import COMPUTE_BATCH_SIZE
-from imcap_ray.captioner import Caption, Captioner, search_captions
+from imcap_ray.captioner import Caption, Captioner, below, read_model_folder, search_captions
 from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder, build_decoder
@@ -447,19 +447,22 @@ def captioning(images: int, large_images: int, models: tuple[str, ...], as_json:
 @click.option("--images", default=1000, show_default=True, help="Images of 500 x 375.")
 @click.option("--tutorial-images", default=100, show_default=True, help="Of these, for the loop over single images.")
 @click.option("--rounds", default=3, show_default=True)
+@click.option("--our-cnn", is_flag=True, help="Give the others our folded and fused CNN too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def others(images: int, tutorial_images: int, rounds: int, as_json: bool) -> None:
+def others(images: int, tutorial_images: int, rounds: int, our_cnn: bool, as_json: bool) -> None:
     """`imcap caption` against three other ways to caption a folder with the same model.
 
     A PyTorch DataLoader with a worker for each core, whose batches the main process captions; Ray Data's documented
     recipe (read_images, map, map_batches with actors); and one image at a time with a beam search in Python, as
-    tutorials have it. Rates are steady ones: no start-up in them. The ways take turns, round by round.
+    tutorials have it. The first two have our search in batches. The CNN of all three is as torch runs it, in float32.
+    Rates are steady ones: no start-up in them. The ways take turns, round by round.
     """
+    load = Captioner.load if our_cnn else _load_plain
     ways: dict[str, Callable[[str, str], float]] = {
         "imcap caption": _caption_by_imcap,
-        "DataLoader loop": _caption_by_data_loader,
-        "Ray's recipe": _caption_by_ray_recipe,
-        "tutorial loop": partial(_caption_one_by_one, count=tutorial_images),
+        "DataLoader loop": partial(_caption_by_data_loader, load=load),
+        "Ray's recipe": partial(_caption_by_ray_recipe, load=load),
+        "tutorial loop": partial(_caption_one_by_one, load=load, count=tutorial_images),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
@@ -482,8 +485,17 @@ def _caption_by_imcap(source: str, output: str) -> float:
     return _told(measure_run(source, output).steady)
 
 
-def _caption_by_data_loader(source: str, output: str) -> float:
-    captioner = Captioner.load()
+def _load_plain() -> Captioner:
+    """The captioner of the package with its CNN as it was trained, layer by layer."""
+    captioner, folder = Captioner.load(), read_model_folder()
+    encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
+    encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
+    captioner.encoder = encoder.eval()
+    return captioner
+
+
+def _caption_by_data_loader(source: str, output: str, *, load: Callable[[], Captioner]) -> float:
+    captioner = load()
     loader = torch.utils.data.DataLoader(_Photographs(source, captioner.image_size), batch_size=32, num_workers=cores())
     return _rate_of(len(captioner.caption_pixels(pixels)) for pixels in loader)
 
@@ -503,8 +515,8 @@ class _Photographs(torch.utils.data.Dataset[torch.Tensor]):
 class RecipeCaptioner:
     """The actor of Ray Data's batch inference guide, with our model in it."""
 
-    def __init__(self) -> None:
-        self._captioner = Captioner.load()
+    def __init__(self, load: Callable[[], Captioner]) -> None:
+        self._captioner = load()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Captions of a batch of pixels."""
@@ -512,13 +524,19 @@ class RecipeCaptioner:
         return {"caption": [best[0].text for best in captions]}
 
 
-def _caption_by_ray_recipe(source: str, output: str) -> float:
+def _caption_by_ray_recipe(source: str, output: str, *, load: Callable[[], Captioner]) -> float:
     connect("local")
     ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
     dataset = (
         ray.data.read_images(source, mode="RGB")
         .map(partial(_preprocess, image_size=Captioner.load().image_size))
-        .map_batches(RecipeCaptioner, batch_size=32, num_cpus=1, compute=ray.data.ActorPoolStrategy(size=cores()))
+        .map_batches(
+            RecipeCaptioner,
+            fn_constructor_args=(load,),
+            batch_size=32,
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=cores()),
+        )
     )
     return _rate_of(len(batch["caption"]) for batch in dataset.iter_batches(batch_size=32))
 
@@ -528,8 +546,8 @@ def _preprocess(row: dict[str, Any], *, image_size: int) -> dict[str, Any]:
     return {"pixels": np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))}
 
 
-def _caption_one_by_one(source: str, output: str, *, count: int) -> float:
-    captioner = Captioner.load()
+def _caption_one_by_one(source: str, output: str, *, load: Callable[[], Captioner], count: int) -> float:
+    captioner = load()
     files = sorted(Path(source).rglob("*.jpg"))[:count]
     return _rate_of(_one_caption(captioner, file) for file in files)
 
