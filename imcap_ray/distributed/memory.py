@@ -27,6 +27,6 @@ REMEMBER_FEW_SHAPES: Final[dict[str, Any]] = {
 }
 """The same for a decoder alone, whose every step has another number of tokens: oneDNN, and what stands between it and
 torch, keep what they have compiled for each of the last 1,024 shapes. A training by the seed's recipe grew to 9 GB by
-that; after 80 steps it has 0.95 GB with this and 1.8 GB without (torch 2.14). Of the speed it costs 7 % with the default
-recipe, all of it by oneDNN's cache. A CNN needs its own shapes again and again, and more of them than 64.
+that; after 80 steps it has 0.95 GB with this and 1.8 GB without (torch 2.14). It costs 7 % of the speed of the default
+recipe, all of that by oneDNN's cache. A CNN needs its own shapes again and again, and more of them than 64.
 """
