@@ -440,7 +440,7 @@ def caption_images(
             seconds=seconds,
             # That of the last run that had something to do, for the next one's plan.
             images_per_second=num_new / seconds if num_new else (before or {}).get("images_per_second", 0.0),
-            bound=progress.describe_bound() + _describe_memory(progress),
+            bound=describe_bound(progress, resources, num_actors=actors, gpus_per_actor=gpus),
         )
         folder.write_run(run | asdict(summary) | {"state": "complete", "ended": _now()})
     if is_replacing:
@@ -536,13 +536,32 @@ def _prepare(
     return num_changed + num_failed
 
 
-def _describe_memory(progress: Progress) -> str:
-    if not 0 < progress.batch_size < COMPUTE_BATCH_SIZE:
-        return ""
-    return (
-        f"; memory ran out: {progress.batch_size} images were computed at a time instead of {COMPUTE_BATCH_SIZE}, "
-        "fewer actors would help"
-    )
+def describe_bound(progress: Progress, resources: ClusterResources, *, num_actors: int, gpus_per_actor: float) -> str:
+    """One sentence: what limited the speed, from what the actors waited, and what would help."""
+    total = progress.busy_seconds + progress.waiting_seconds
+    if not total or not progress.num_images:
+        return "too short to tell what bounds it"
+    waited = progress.waiting_seconds / total
+    most_actors = min(default_num_actors(resources, gpus_per_actor), num_blocks(progress.num_images))
+    fewer_actors = f"--num-actors {num_actors - 1}" if num_actors > 1 else "more of it"
+    if waited > 0.25:
+        bound = f"decode-bound: the model waited {waited:.0%} of the time; more CPUs would help"
+        if not gpus_per_actor and num_actors > 1:
+            bound += f", or on these {fewer_actors}"
+    else:
+        bound = f"model-bound: the model was busy {1 - waited:.0%} of the time; "
+        if num_actors < most_actors:
+            bound += f"--num-actors {most_actors} would help"
+        elif gpus_per_actor:
+            bound += f"more GPUs would help, or more actors on each: --gpus-per-worker {gpus_per_actor / 2:g}"
+        else:
+            bound += "more CPUs would help, or GPUs: --gpus-per-worker 1"
+    if 0 < progress.batch_size < COMPUTE_BATCH_SIZE:
+        bound += (
+            f"; memory ran out: {progress.batch_size} images were computed at a time instead of {COMPUTE_BATCH_SIZE}, "
+            f"{fewer_actors} would help"
+        )
+    return bound
 
 
 def _now() -> str:

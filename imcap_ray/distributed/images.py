@@ -83,16 +83,6 @@ class Progress:
         """Images done."""
         return sum(self.counts.values())
 
-    def describe_bound(self) -> str:
-        """One sentence: what limits the speed, from what the actors waited."""
-        total = self.busy_seconds + self.waiting_seconds
-        if not total or not self.num_images:
-            return "too short to tell what bounds it"
-        share = self.waiting_seconds / total
-        if share > 0.25:
-            return f"decode-bound: the model waited {share:.0%} of the time; more CPUs would help"
-        return f"model-bound: the model was busy {1 - share:.0%} of the time; more GPUs or CPUs for it would help"
-
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ProgressCounter:

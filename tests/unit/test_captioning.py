@@ -1,0 +1,57 @@
+"""What a captioning run says of its own speed."""
+
+from __future__ import annotations
+
+import pytest
+
+from imcap_ray.distributed.captioning import describe_bound
+from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.images import Progress
+
+
+@pytest.mark.parametrize(
+    ("waiting_seconds", "num_actors", "gpus", "expected"),
+    [
+        (
+            50.0,
+            4,
+            0,
+            "decode-bound: the model waited 50% of the time; more CPUs would help, or on these --num-actors 3",
+        ),
+        (50.0, 1, 0, "decode-bound: the model waited 50% of the time; more CPUs would help"),
+        (50.0, 2, 1, "decode-bound: the model waited 50% of the time; more CPUs would help"),
+        (5.0, 1, 0, "model-bound: the model was busy 95% of the time; --num-actors 4 would help"),
+        (
+            5.0,
+            4,
+            0,
+            "model-bound: the model was busy 95% of the time; more CPUs would help, or GPUs: --gpus-per-worker 1",
+        ),
+        (5.0, 1, 1, "model-bound: the model was busy 95% of the time; --num-actors 2 would help"),
+        (
+            *(5.0, 2, 1),
+            "model-bound: the model was busy 95% of the time; more GPUs would help, or more actors on each: "
+            "--gpus-per-worker 0.5",
+        ),
+    ],
+)
+def test_the_bottleneck_comes_with_the_flag_that_would_help(
+    waiting_seconds: float, num_actors: int, gpus: int, expected: str
+) -> None:
+    resources = ClusterResources(is_local=True, cpus=8, gpus=2 * gpus, nodes=1, physical_cores=4)
+    progress = Progress({"ok": 1000}, busy_seconds=100 - waiting_seconds, waiting_seconds=waiting_seconds)
+
+    assert describe_bound(progress, resources, num_actors=num_actors, gpus_per_actor=gpus) == expected
+
+
+def test_more_actors_than_there_are_tasks_would_not_help() -> None:
+    resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
+    progress = Progress({"ok": 100}, busy_seconds=10)
+
+    assert "--num-actors" not in describe_bound(progress, resources, num_actors=2, gpus_per_actor=0)
+
+
+def test_a_run_too_short_to_tell_says_so() -> None:
+    resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
+
+    assert describe_bound(Progress(), resources, num_actors=1, gpus_per_actor=0) == "too short to tell what bounds it"
