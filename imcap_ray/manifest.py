@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
@@ -32,7 +32,8 @@ MANIFEST_SCHEMA: Final = pa.schema(
         ("table_path", pa.string()),  # of the table or tar; "" when the image is a file of its own
         ("row_group", pa.int32()),  # of the table; the block of a tar, see `archives`; -1 for a file
         ("row", pa.int32()),  # within `row_group`; 0 in a tar; -1 for a file
-        # Of the file, the table or the tar: by these a changed image under an old name is known.
+        # Of the file, the table or the tar: by these a changed image under an old name is known. -1 and 0 for what a
+        # table names in a store, which would have to be asked for each image.
         ("size", pa.int64()),
         ("modified_ns", pa.int64()),
     ]
@@ -95,6 +96,12 @@ IMAGE_EXTENSIONS: Final = frozenset(
 """File names that are taken for images in a folder; what a file really holds is found by decoding it."""
 
 ROWS_PER_PART: Final = 100_000
+
+_ID_SOURCE: Final = b"imcap_ray.id_source"
+"""In the metadata of a manifest of Parquet tables: whether the images' ids are `_TABLE`, those that the tables have for
+them, or `_POSITION`, the table's name and the row's number."""
+_TABLE: Final = "table"
+_POSITION: Final = "position"
 
 _READ_BYTES: Final = 2**20
 """Of a column that are asked for at once; else it would be read up to the end of the row group."""
@@ -199,23 +206,28 @@ def build_manifest(
     limit: int | None = None,
     allow_outside_paths: bool = False,
     output: str | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> InputSummary:
     """Write the manifest of the images at `location` (folder, image, Parquet or tars) to Parquet files in `folder`.
 
-    Images that a manifest already in `folder` lists keep their `manifest_id`; new ones are added behind them.
-    Changed ones are reported and left as they stand, until `update_manifest` is called.
+    Images that a manifest already in `folder` lists keep their `manifest_id`; new ones are added behind them. Those
+    that are in another place now, in a table that was renamed for instance, get that place. Changed ones are reported
+    and left as they stand, until `update_manifest` is called.
 
     Args:
         allow_outside_paths: whether paths in a table may lead out of `location`, or of a single table's folder.
         output: where the captions go, which must not be taken for tables of images.
+        check: called before anything is written; raises if nothing may be any more.
 
     Raises:
-        InputError: nothing there, nothing readable, no image among it, or a path that leads where it may not.
+        InputError: nothing there, nothing readable, no image among it, a path that leads where it may not, or ids that
+            new tables have made ambiguous.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
         raise InputError(f"no such input: {location}")
     tables, ignored = _list_tables(location, recursive)
+    known, metadata = _KnownImages(folder), {}
     if tables:
         if output and storage.is_folder(location) and storage.is_inside(location, output):
             raise InputError(f"OUTPUT {output} lies among the tables of INPUT {location}: choose a place beside it")
@@ -225,25 +237,31 @@ def build_manifest(
         else:
             places = _Places(location if storage.is_folder(location) else storage.parent(location), allow_outside_paths)
             places.check([table.location for table in tables], limit)
-            entries = _table_entries(location, tables, places, may_repeat=False)
+            ids = _choose_ids(location, tables, known.id_source)
+            metadata = {_ID_SOURCE: _POSITION if ids is None else _TABLE}
+            entries = _table_entries(tables, places, ids)
             description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
     else:
         counter = _IgnoredFiles()
         entries = _file_entries(location, recursive, counter)
         description = "folder" if storage.is_folder(location) else "image"
-    known = _KnownImages(folder)
     next_id, num_images, changed = known.num_images, 0, []
     entries = islice(entries, limit)
     while chunk := list(islice(entries, ROWS_PER_PART)):
         num_images += len(chunk)
         rows = pa.Table.from_pylist(chunk, schema=MANIFEST_SCHEMA.remove(0))
-        ids, is_changed = known.find(rows)
+        ids, is_changed, is_moved = known.find(rows)
         if is_changed.any():
             changed.append(_with_ids(rows.filter(is_changed), ids[is_changed]))
+        if is_moved.any():
+            check()
+            update_manifest(folder, _with_ids(rows.filter(is_moved), ids[is_moved]))
         rows = rows.filter(ids < 0)
         if rows.num_rows:
+            check()
             part = storage.join(folder, f"part-{next_id:012d}.parquet")
-            write_table(part, _with_ids(rows, np.arange(next_id, next_id + rows.num_rows)))
+            new = _with_ids(rows, np.arange(next_id, next_id + rows.num_rows))
+            write_table(part, new.replace_schema_metadata(metadata))
             next_id += rows.num_rows
     if not tables:
         ignored = counter.number
@@ -268,17 +286,24 @@ def list_table_images(location: str, tables: list[ListedFile], *, base: str) -> 
     Raises:
         InputError: a table is not readable or has no column of images, or a path holds a secret.
     """
-    return _table_entries(location, tables, _Places(base, allow_outside_paths=True), may_repeat=True)
+    ids, kinds = _natural_ids([table.location for table in tables])
+    if ids is not None and "name" in kinds and not _are_distinct(ids):  # a name beside bytes says nothing
+        ids = None
+    return _table_entries(tables, _Places(base, allow_outside_paths=True), ids)
 
 
 def update_manifest(folder: str, changed: pa.Table) -> None:
     """Put rows of `MANIFEST_SCHEMA` in the place of those with their ids."""
+    changed = changed.sort_by("manifest_id")
+    changed_ids = changed["manifest_id"].to_numpy()
     for part in storage.list_parquet(folder):
-        rows = read_table(part)
-        new = changed.filter(pc.is_in(changed["manifest_id"], value_set=rows["manifest_id"]))
-        if new.num_rows:
+        ids = read_table(part, ["manifest_id"])["manifest_id"].to_numpy()  # a run of numbers
+        first, end = np.searchsorted(changed_ids, [ids[0], ids[-1] + 1])
+        if first < end:
+            new, rows = changed.slice(first, end - first), read_table(part)
             old = rows.filter(pc.invert(pc.is_in(rows["manifest_id"], value_set=new["manifest_id"])))
-            write_table(part, pa.concat_tables([old, new]).sort_by("manifest_id"))
+            joined = pa.concat_tables([old.replace_schema_metadata(), new]).sort_by("manifest_id")
+            write_table(part, joined.replace_schema_metadata(rows.schema.metadata))
 
 
 def read_table(location: str, columns: list[str] | None = None) -> pa.Table:
@@ -411,20 +436,37 @@ def _entry(
     }
 
 
-def _table_entries(
-    location: str, tables: list[ListedFile], places: _Places, *, may_repeat: bool
-) -> Iterator[dict[str, Any]]:
+def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> pa.ChunkedArray | None:
+    """The ids of the tables' rows, None where these are known by table and number.
+
+    Args:
+        source: where the images that are known already have theirs from; None where none is known. It stays, or all of
+            them would be others.
+    """
+    if source == _POSITION:
+        return None
     ids, kinds = _natural_ids([table.location for table in tables])
-    distinct = pc.count_distinct(ids, mode="all").as_py() if ids is not None else -1
-    if ids is not None and distinct != len(ids) and "id" in kinds and not may_repeat:
-        counts = pc.value_counts(ids)
-        repeated = next(entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1)
-        raise InputError(f"{location}: image ids must be unique, but {repeated!r} stands there more than once")
-    # A name beside bytes may be the same for all images, while two rows with one path or id are of one image.
-    is_natural = ids is not None and (
-        (distinct == len(ids) and not ids.null_count) or (may_repeat and "name" not in kinds)
+    if ids is None or _are_distinct(ids):
+        return ids
+    counts = pc.value_counts(ids.drop_null())
+    repeated = next((entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1), None)
+    if source is None and (repeated is None or "id" not in kinds):
+        return None  # a name beside bytes may be the same for all images
+    problem = "some rows have none" if repeated is None else f"{repeated!r} stands there more than once"
+    if "id" in kinds:
+        raise InputError(f"{location}: image ids must be unique, but {problem}")
+    raise InputError(
+        f"{location}: its images were known by their paths so far, which new tables have made ambiguous ({problem}): "
+        "choose another OUTPUT, or give --overwrite to start anew"
     )
-    natural = iter(ids.to_pylist()) if ids is not None and is_natural else None
+
+
+def _are_distinct(ids: pa.ChunkedArray) -> bool:
+    return not ids.null_count and pc.count_distinct(ids).as_py() == len(ids)
+
+
+def _table_entries(tables: list[ListedFile], places: _Places, ids: pa.ChunkedArray | None) -> Iterator[dict[str, Any]]:
+    natural = iter(ids.to_pylist()) if ids is not None else None
     for table in tables:
         first_row = 0
         for row_group, num_rows, image_paths in places.row_groups(table.location):
@@ -434,8 +476,16 @@ def _table_entries(
                 if image_path is None:
                     yield _entry(image_id, "", table, table_path=table.location, row_group=row_group, row=row)
                 else:
-                    yield _entry(image_id, image_path, table)
+                    yield _entry(image_id, image_path, _named_file(image_path))
             first_row += num_rows
+
+
+def _named_file(location: str) -> ListedFile:
+    """A file that a table names, as a listing of its folder shows it."""
+    if not storage.is_uri(location):
+        with suppress(OSError, ValueError):  # its row will say what is wrong with the path
+            return storage.describe_file(location)
+    return ListedFile(location, location, -1, 0)
 
 
 def _tar_entries(tars: list[ListedFile]) -> Iterator[dict[str, Any]]:
@@ -578,35 +628,46 @@ class _KnownImages:
 
     def __init__(self, folder: str) -> None:
         self.num_images = 0
+        self.id_source: str | None = None
+        """`_TABLE` or `_POSITION` where these are rows of Parquet tables."""
         self._parts: list[tuple[str, str, str]] = []
         for part in storage.list_parquet(folder):
             filesystem, path = storage.resolve(part)
             metadata = pq.read_metadata(path, filesystem=filesystem)
             self.num_images += metadata.num_rows
+            self.id_source = ((metadata.metadata or {}).get(_ID_SOURCE) or b"").decode() or self.id_source
             column = MANIFEST_SCHEMA.get_field_index("image_id")
             ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
             self._parts.append((part, min(one.min for one in ranges), max(one.max for one in ranges)))
 
-    def find(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """For rows of a listing their `manifest_id`, -1 where they are new, and whether they have changed since."""
+    def find(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """For rows of a listing their `manifest_id`, -1 where they are new; whether they have changed since; whether
+        they have not, but are in another place."""
         ids = np.full(rows.num_rows, -1, np.int64)
-        is_changed = np.zeros(rows.num_rows, bool)
+        is_changed, is_moved = np.zeros(rows.num_rows, bool), np.zeros(rows.num_rows, bool)
         least, greatest = pc.min_max(rows["image_id"]).as_py().values()
         for part, first, last in self._parts:
             if (ids >= 0).all():
                 break
             if last < least or first > greatest:
                 continue
-            part_rows = read_table(part, ["manifest_id", "image_id", "size", "modified_ns"])
+            part_rows = read_table(part)
             found = pc.index_in(rows["image_id"], value_set=part_rows["image_id"]).to_numpy(zero_copy_only=False)
             here = np.flatnonzero(~np.isnan(found))
             there = found[here].astype(np.int64)
             ids[here] = part_rows["manifest_id"].to_numpy()[there]
-            is_changed[here] = np.any(
-                [part_rows[name].to_numpy()[there] != rows[name].to_numpy()[here] for name in ("size", "modified_ns")],
-                axis=0,
-            )
-        return ids, is_changed
+            before, now = part_rows.take(there), rows.take(here)
+            is_changed[here] = _differ(before, now, "size", "modified_ns")
+            is_moved[here] = ~is_changed[here] & _differ(before, now, "image_path", "table_path", "row_group", "row")
+        return ids, is_changed, is_moved
+
+
+def _differ(one: pa.Table, other: pa.Table, *columns: str) -> npt.NDArray[np.bool_]:
+    """In which rows two tables differ in any of these columns."""
+    differ = np.zeros(one.num_rows, bool)
+    for name in columns:
+        differ |= pc.not_equal(one[name], other[name]).to_numpy()
+    return differ
 
 
 def _with_ids(rows: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
@@ -676,15 +737,3 @@ def image_placer(
         return storage.place(path, base=base, folders=inside, source=source, allow_outside=allow_outside_paths)
 
     return place
-
-
-def count_rows(location: str) -> tuple[dict[str, int], dict[str, int]]:
-    """Rows by status, and failed rows by error code."""
-    counts: dict[str, int] = {}
-    errors: dict[str, int] = {}
-    for batch in open_captions(location).to_batches(columns=["status", "error_code"]):
-        for status, code in zip(batch["status"].to_pylist(), batch["error_code"].to_pylist(), strict=True):
-            counts[status] = counts.get(status, 0) + 1
-            if code:
-                errors[code] = errors.get(code, 0) + 1
-    return counts, errors

@@ -349,6 +349,8 @@ def _list_local(path: str) -> list[tuple[str, bool, int, int]]:
 
 
 def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, int, int]]:
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec remembers listings, and others write to the store as well
+        filesystem.handler.fs.invalidate_cache()
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
     return [
         (entry.base_name, entry.type == fs.FileType.Directory, entry.size or 0, entry.mtime_ns or 0)
@@ -491,12 +493,17 @@ def _replacing_local(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what `write_bytes` writes first."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def remove_temporary(folder: str) -> None:
     """Remove what killed processes have left of files that `write_bytes` was writing to this folder."""
     filesystem, path = resolve(folder)
     if isinstance(filesystem, fs.LocalFileSystem) and os.path.isdir(path):
         for name, *_ in _list_local(path):
-            if _TEMPORARY.fullmatch(name):
+            if is_temporary(name):
                 Path(path, name).unlink(missing_ok=True)
 
 

@@ -47,7 +47,6 @@ from imcap_ray.manifest import (
     SCHEMA_VERSION,
     InputSummary,
     build_manifest,
-    count_rows,
 )
 
 BATCH_SIZE: Final = 2 * COMPUTE_BATCH_SIZE
@@ -364,8 +363,14 @@ def caption_images(
             folder,
             run,
             build=partial(
-                build_manifest, recursive=recursive, limit=limit, allow_outside_paths=allow_outside_paths, output=output
+                build_manifest,
+                recursive=recursive,
+                limit=limit,
+                allow_outside_paths=allow_outside_paths,
+                output=output,
+                check=check,
             ),
+            check=check,
             retry_failed=retry_failed,
             echo=echo,
         )
@@ -377,7 +382,7 @@ def caption_images(
                 f"captioning {num_new:,} of {total:,} images with {actors} actor{'s' * (actors != 1)}"
                 + (f", {done:,} are done" if done else "")
             )
-        index = start_image_index(folder.location, total) if num_new else None
+        index = start_image_index(folder.location, total, num_done=done) if num_new else None
         is_settled = before is not None and before.get("state") == "complete" and not num_again
         caption_rest = partial(
             map_images,
@@ -415,8 +420,8 @@ def caption_images(
                     check()
                     folder.recover()
                     end_image_index(index)
-                    index = start_image_index(folder.location, total)
                     done = len(folder.done_ids())
+                    index = start_image_index(folder.location, total, num_done=done)
                     continue
             check()
             folder.recover()  # of processes that this run has lost sight of
@@ -425,10 +430,15 @@ def caption_images(
             is_settled = folder.settle_duplicates() == 0
             end_image_index(index)
             index = None
-            done = len(folder.done_ids())
+            done, done_before = len(folder.done_ids()), done
+            if is_settled and done_before == done < total:
+                raise ImcapError(
+                    f"{total - done:,} of {total:,} images were not captioned, for their numbers in {folder.manifest} "
+                    "are damaged: give --overwrite to start anew"
+                )
         check()
         folder.check_accounts()
-        counts, error_counts = count_rows(folder.location)
+        counts, error_counts = folder.count_rows()
         seconds = time.time() - start
         summary = CaptioningSummary(
             input=input,
@@ -509,10 +519,15 @@ def _prepare(
     run: dict[str, Any],
     *,
     build: Callable[[str, str], InputSummary],
+    check: Callable[[], None],
     retry_failed: bool,
     echo: Callable[[str], None],
 ) -> int:
-    """Bring the folder and its manifest up to date; how many of the images that were done are to be done again."""
+    """Bring the folder and its manifest up to date; how many of the images that were done are to be done again.
+
+    Args:
+        check: raises if this run may not write any more: listing may take hours.
+    """
     is_fresh = folder.read_run() is None
     if is_fresh:
         folder.write_run(run | {"state": "running"})  # whose it is, before anything else lies there
@@ -521,9 +536,11 @@ def _prepare(
     try:
         found = build(run["input"], folder.manifest)
     except InputError:
+        check()
         if is_fresh:
             folder.discard()
         raise
+    check()
     if found.num_ignored:
         files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
         echo(f"{run['input']}: {found.num_ignored:,} {files}: ignored")

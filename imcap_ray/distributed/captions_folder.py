@@ -20,6 +20,7 @@ import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -62,6 +63,9 @@ IDENTITY: Final = {
     "schema_version": "version of the schema",
 }
 """What must not change between a run and its resumption, and how people call it."""
+
+READ_AHEAD: Final = 16
+"""Parts that are read at once: a store takes a tenth of a second for each, and there are thousands."""
 
 QUERY_MEMORY: Final = "1GB"
 """What questions over all rows may take; DuckDB works through more than that on disk."""
@@ -123,9 +127,9 @@ class CaptionsFolder:
 
     def _is_somebody_elses(self) -> bool:
         """Whether there is more than a run leaves that was killed in its first moment."""
-        names = (file.name for file in storage.list_files(self.location))
         first = {f"{WORK_FOLDER}/owner", f"{WORK_FOLDER}/{HEARTBEAT_FILE}"}
-        return any(name not in first and not name.startswith(f"{WORK_FOLDER}/.") for name in names)
+        names = (file.name for file in storage.list_files(self.location))
+        return any(name not in first and not storage.is_temporary(_name(name)) for name in names)
 
     def is_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether a run of this identity has begun here."""
@@ -139,13 +143,8 @@ class CaptionsFolder:
             storage.remove(self.location)
 
     def take_over(self) -> str:
-        """Become the one run that may write here; the name under which `is_owner` knows it.
-
-        A process of a run that was thought dead writes nothing after that.
-        """
-        token = uuid.uuid4().hex
-        storage.write_bytes(storage.join(self.work, "owner"), token.encode())
-        return token
+        """Become the one run that may write here, see the function of this name."""
+        return take_over(self.work)
 
     # --- what is done ---
 
@@ -157,10 +156,16 @@ class CaptionsFolder:
     def _own_parts(self) -> list[str]:
         return [path for path in storage.list_parquet(self.location) if PART_NAME.fullmatch(_name(path))]
 
+    def read_parts(self, columns: list[str], where: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
+        """These columns of the rows that are noted as done, a piece at a time, in any order."""
+        parts = _dataset(self.parts(), CAPTIONS_SCHEMA)
+        yield from parts.to_batches(columns=columns, filter=where, fragment_readahead=READ_AHEAD)
+
     def done_ids(self) -> npt.NDArray[np.int64]:
-        """Manifest ids of the images whose rows are written, sorted; eight bytes for each in memory."""
-        parts = [read_table(path)["manifest_id"].to_numpy() for path in self._done_files()]
-        return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+        """Manifest ids of the images whose rows are written, sorted; at most 16 bytes for each in memory."""
+        notes = _dataset(self._done_files(), pa.schema([MANIFEST_SCHEMA.field("manifest_id")]))
+        ids = notes.to_table(columns=["manifest_id"], fragment_readahead=READ_AHEAD)["manifest_id"].to_numpy()
+        return np.sort(ids)
 
     def count_manifest(self) -> int:
         """Images of the input."""
@@ -229,7 +234,7 @@ class CaptionsFolder:
         return self._take_out(ids)
 
     def forget_changed(self, changed: pa.Table) -> int:
-        """Take out the rows of images whose files have changed, given as rows of the manifest; how many."""
+        """Take out the rows of images whose files have changed, given as new rows of the manifest; how many."""
         count = self._take_out(changed.select(["manifest_id", "image_id"]))
         update_manifest(self.manifest, changed)
         return count
@@ -286,11 +291,20 @@ class CaptionsFolder:
 
     def _forget_now(self) -> None:
         """Take the noted images out of the parts, then out of done: the other way round a crash would caption twice."""
-        ids = read_table(self._forget)
-        for path in self.parts():
-            _leave_out(path, "image_id", ids["image_id"])
+        forgotten = read_table(self._forget).sort_by("manifest_id")
+        forgotten_ids = forgotten["manifest_id"].to_numpy()
+        parts = {_name(path): path for path in self.parts()}
+        notes = {}
         for path in self._done_files():
-            _leave_out(path, "manifest_id", ids["manifest_id"])
+            ids = read_table(path)["manifest_id"].to_numpy()
+            places = np.minimum(np.searchsorted(forgotten_ids, ids), max(0, len(forgotten_ids) - 1))
+            here = forgotten.take(places[forgotten_ids[places] == ids])
+            if here.num_rows:  # few parts are, and each asks for its own rows only
+                notes[path] = here["manifest_id"]
+                if part := parts.get(_name(path)):
+                    _leave_out(part, "image_id", here["image_id"])
+        for path, ids in notes.items():
+            _leave_out(path, "manifest_id", ids)
         storage.remove(self._forget)
 
     # --- a new one in the place of the old ---
@@ -307,20 +321,33 @@ class CaptionsFolder:
         return is_pending
 
     def replace_by_next(self) -> None:
-        """Put the finished new rows in the place of the old: first these appear, then those go."""
+        """Put the finished new rows in the place of the old: first these appear, then those go.
+
+        Raises:
+            ImcapError: another run has begun to do the same.
+        """
         new = self.next()
-        self.take_over()  # nobody who wrote to the old may write to the new
+        # Nobody who wrote to the old may write to the new; and of two that are at this, the first has to stop before
+        # the second is done, for then there is no new any more, and all would be taken for old.
+        check = partial(require_owner, self.work, self.take_over())
+        run, kept = new.read_run() or {}, {_name(path) for path in new._done_files()}
         for path in new._own_parts():
+            check()
             storage.move(path, storage.join(self.location, _name(path)))
-        kept = {_name(path) for path in new._done_files()}
         for path in self._own_parts():
             if _name(path) not in kept:
+                check()
                 storage.remove(path)
+        # Nothing that is put in place is removed on the way: a step that stalls may end after the second run has.
         for folder, source in ((self.manifest, new.manifest), (self.done, new.done)):
-            storage.remove(folder)
-            for path in storage.list_parquet(source):
+            sources = storage.list_parquet(source)
+            for path in sources:
+                check()
                 storage.write_bytes(storage.join(folder, _name(path)), storage.read_bytes(path))
-        run = new.read_run() or {}
+            for name in {_name(path) for path in storage.list_parquet(folder)} - {_name(path) for path in sources}:
+                check()
+                storage.remove(storage.join(folder, name))
+        check()
         self.write_run(run | {"output": self.location})
         storage.remove(storage.join(new.work, RUN_FILE))  # from here on there is nothing to put in place
         storage.remove(new.location)
@@ -349,6 +376,16 @@ def _told_as_ours() -> Iterator[None]:
         yield
     except duckdb.Error as error:
         raise ImcapError(f"a question over all rows failed: {error}") from error
+
+
+def take_over(work: str) -> str:
+    """Become the one run that may write to this work folder; the name under which `is_owner` knows it.
+
+    A process of a run that was thought dead writes nothing after that.
+    """
+    token = uuid.uuid4().hex
+    storage.write_bytes(storage.join(work, "owner"), token.encode())
+    return token
 
 
 def is_owner(work: str, token: str) -> bool:

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rbloom import Bloom
 
 from imcap_ray.distributed.captions_folder import CaptionsFolder
-from imcap_ray.manifest import read_table
+from imcap_ray.manifest import DUPLICATE
 
 FALSE_POSITIVE_RATE: Final = 1e-6
 """29 bits an image: 360 MB for 100 million. An image taken for a duplicate by mistake is found at the end of the run
@@ -28,12 +28,10 @@ class ImageIndex:
     def __init__(self, output: str, num_images: int) -> None:
         self._met = Bloom(max(num_images, 1), FALSE_POSITIVE_RATE, hash_func=_to_int)
         self._answers: OrderedDict[int, bool] = OrderedDict()
-        for part in CaptionsFolder(output).parts():
-            rows = read_table(part, ["sha256", "status", "duplicate_of"])
-            # Those that wait for a twin do not tell that there is one.
-            waits = pc.and_(pc.equal(rows["status"], "duplicate"), pc.equal(rows["duplicate_of"], ""))
-            hashes = rows.filter(pc.invert(waits))["sha256"]
-            self._met.update(bytes.fromhex(digest) for digest in hashes.to_pylist() if digest)
+        # Those that wait for a twin do not tell that there is one.
+        waits = (pc.field("status") == DUPLICATE) & (pc.field("duplicate_of") == "")
+        for batch in CaptionsFolder(output).read_parts(["sha256"], ~waits):
+            self._met.update(bytes.fromhex(digest) for digest in batch["sha256"].to_pylist() if digest)
 
     def have_come_before(self, manifest_ids: list[int], hashes: list[str]) -> list[bool]:
         """For each image, whether another with its hash was asked for before. Asked again, it answers the same."""
@@ -49,10 +47,18 @@ class ImageIndex:
         return self._answers[manifest_id]
 
 
-def start_image_index(output: str, num_images: int) -> Any:
-    """An index beside the driver, for the loss of any other node to leave it alone."""
+def start_image_index(output: str, num_images: int, *, num_done: int) -> Any:
+    """An index beside the driver, for the loss of any other node to leave it alone.
+
+    Args:
+        num_done: images that an earlier run has done. Reading of them takes long for millions in a store, and Ray Data
+            would take a pipeline that waits for it for one that is stuck.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ImageIndex.options(scheduling_strategy=here).remote(output, num_images)  # type: ignore[attr-defined]
+    index = ImageIndex.options(scheduling_strategy=here).remote(output, num_images)  # type: ignore[attr-defined]
+    if num_done:
+        ray.get(index.__ray_ready__.remote())
+    return index
 
 
 def end_image_index(index: Any) -> None:

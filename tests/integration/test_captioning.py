@@ -368,6 +368,19 @@ def test_overwriting_removes_the_old_only_once_the_new_stands(run: Run, photogra
     assert json.loads((output / "_imcap" / "run.json").read_text())["model_fingerprint"] == "b"
 
 
+def test_a_manifest_whose_numbers_repeat_ends_the_run_with_an_error(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    run(str(photographs), str(tmp_path / "out"), limit=3)
+    (part,) = (tmp_path / "out" / "_imcap" / "manifest").glob("*.parquet")
+    first = pq.read_table(part).slice(0, 1)
+    again = first.set_column(1, "image_id", pa.array(["even/another.jpg"]))
+    pq.write_table(again, part.with_name("part-000000000003.parquet"))
+
+    with pytest.raises(ImcapError, match="1 of 4 images were not captioned.*give --overwrite"):
+        run(str(photographs), str(tmp_path / "out"), limit=3)
+
+
 def test_an_image_without_memory_for_it_is_a_failed_row(run: Run, photographs: Path, tmp_path: Path) -> None:
     words = frozenset({expected((photographs / "odd" / "077.jpg").read_bytes())})
 

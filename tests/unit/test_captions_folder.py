@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -254,6 +256,56 @@ def test_a_run_that_was_killed_in_its_first_moment_leaves_the_folder_to_the_next
     folder.claim(IDENTITY)
 
 
+def test_a_look_for_the_output_that_was_killed_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".imcap.0123abcd").touch()
+
+    CaptionsFolder(str(tmp_path)).claim(IDENTITY)
+
+
+def test_of_two_that_put_the_new_in_the_place_of_the_old_the_first_stops_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"{number}.jpg" for number in range(4)]
+    write_folder(tmp_path, [row(name) for name in names])
+    new = write_folder(Path(CaptionsFolder(str(tmp_path)).next().location), *([row(name)] for name in names))
+    for path in [*new.parts(), *storage.list_parquet(new.done)]:
+        Path(path).rename(path.replace(RUN, OTHER))
+    new.write_run(IDENTITY | {"model_fingerprint": "b" * 64, "state": "complete"})
+    steps = {name: getattr(storage, name) for name in ("move", "remove", "write_bytes")}
+    num_steps, stall_at = 0, 0
+
+    def stalls(name: str, *arguments: Any) -> None:
+        """At the step of this number a second run comes, and does all of it."""
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == stall_at:
+            for original, step in steps.items():
+                monkeypatch.setattr(storage, original, step)
+            CaptionsFolder(str(tmp_path)).finish_replacement()
+        steps[name](*arguments)
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for stall_at in range(2, 20):
+        for path in [path for path in tmp_path.rglob("*") if path.is_file()]:
+            path.unlink()
+        for path, data in before.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        num_steps = 0
+        for name in steps:
+            monkeypatch.setattr(storage, name, partial(stalls, name))
+
+        with suppress(ImcapError, FileNotFoundError):
+            CaptionsFolder(str(tmp_path)).replace_by_next()
+
+        folder = CaptionsFolder(str(tmp_path))
+        folder.recover()
+        assert rows(folder) == {name: ("ok", f"says {name}", "") for name in names}, stall_at
+        assert (folder.read_run() or {})["model_fingerprint"] == "b" * 64
+        folder.check_accounts()
+        assert num_steps >= min(stall_at, 12)
+
+
 def test_changed_images_are_taken_out_and_the_manifest_knows_them_anew(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
@@ -275,6 +327,15 @@ def test_changed_images_are_taken_out_and_the_manifest_knows_them_anew(tmp_path:
 
 
 # ---- accounts
+
+
+def test_rows_are_counted_by_status_and_failures_by_code_whatever_else_lies_there(tmp_path: Path) -> None:
+    found = [row("a", content="x"), row("b", "duplicate", content="x", duplicate_of="a"), row("c", "failed")]
+    folder = write_folder(tmp_path, found[:2], found[2:])
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "0.parquet")
+    pq.write_table(read_table(folder.parts()[0]), tmp_path / "merged.parquet")
+
+    assert folder.count_rows() == ({"ok": 1, "duplicate": 1, "failed": 1}, {"internal": 1})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from imcap_ray.manifest import (
     MANIFEST_SCHEMA,
     InputSummary,
     build_manifest,
-    count_rows,
     find_image_column,
     largest_row_group,
     open_captions,
@@ -45,7 +44,7 @@ def target(tmp_path: Path) -> str:
 def read(folder: str) -> list[dict[str, Any]]:
     """The manifest's rows in the order of their numbers, its laws checked on the way."""
     tables = [pq.read_table(location) for location in storage.list_parquet(folder)]
-    assert all(table.schema == MANIFEST_SCHEMA for table in tables)
+    assert all(table.schema.equals(MANIFEST_SCHEMA) for table in tables)
     rows: list[dict[str, Any]] = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["manifest_id"])
     assert [row["manifest_id"] for row in rows] == list(range(len(rows)))
     assert len({row["image_id"] for row in rows}) == len(rows)
@@ -551,14 +550,6 @@ def test_captions_are_read_from_a_folder_past_our_own_files(tmp_path: Path) -> N
     assert sorted(open_captions(str(tmp_path)).to_table()["image_id"].to_pylist()) == ["0.jpg", "1.jpg"]
 
 
-def test_rows_are_counted_by_status_and_failures_by_code(tmp_path: Path) -> None:
-    statuses = [("ok", ""), ("ok", ""), ("duplicate", ""), ("failed", "truncated"), ("failed", "missing")]
-    rows = [{"image_id": str(n), "status": status, "error_code": code} for n, (status, code) in enumerate(statuses)]
-    pq.write_table(captions_table(rows), tmp_path / "a.parquet")
-
-    assert count_rows(str(tmp_path)) == ({"ok": 2, "duplicate": 1, "failed": 2}, {"truncated": 1, "missing": 1})
-
-
 def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"no such captions: {tmp_path}/nowhere"):
         open_captions(f"{tmp_path}/nowhere")
@@ -591,6 +582,72 @@ def test_what_is_known_is_found_in_whichever_part_it_stands(
     assert summary.changed["image_id"].to_pylist() == ["7.jpg"]
     assert summary.changed["manifest_id"].to_pylist() == [before["7.jpg"]]
     assert build_manifest(str(source), target).changed["image_id"].to_pylist() == ["7.jpg"]
+
+
+def test_an_image_whose_table_has_another_name_now_is_the_same_in_another_place(source: Path, target: str) -> None:
+    table = write_table(source / "a.parquet", {"image": IMAGES, "id": list("abcdefg")})
+    build_manifest(str(source), target)
+    table.rename(source / "b.parquet")
+
+    summary = build_manifest(str(source), target)
+
+    assert (summary.num_images, summary.changed.num_rows) == (7, 0)
+    assert ids(target) == list("abcdefg")
+    assert {row["table_path"] for row in read(target)} == {f"{source}/b.parquet"}
+
+
+def test_what_a_table_of_paths_names_has_changed_when_that_file_has(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "b.jpg", "c.jpg")
+    (source / "tables").mkdir()
+    table = source / "tables" / "t.parquet"
+    write_table(table, {"path": [f"{source}/a.jpg", f"{source}/b.jpg"]})
+    build_manifest(str(table), target, allow_outside_paths=True)
+    (source / "b.jpg").write_bytes(b"changed")
+    write_table(table, {"path": [f"{source}/{name}.jpg" for name in "abc"]})
+
+    summary = build_manifest(str(table), target, allow_outside_paths=True)
+
+    assert ids(target) == [f"{source}/{name}.jpg" for name in "abc"]
+    assert summary.changed["image_id"].to_pylist() == [f"{source}/b.jpg"]
+
+
+def test_a_new_table_does_not_give_known_images_other_ids(source: Path, target: str) -> None:
+    write_table(source / "a.parquet", {"image": hugging_face(IMAGES[:2], ["0.jpg", "1.jpg"])})
+    build_manifest(str(source), target)
+    write_table(source / "b.parquet", {"image": hugging_face(IMAGES[2:4], ["0.jpg", "2.jpg"])})
+
+    with pytest.raises(InputError, match="made ambiguous .'0.jpg' stands there more than once.*--overwrite"):
+        build_manifest(str(source), target)
+
+    assert ids(target) == ["0.jpg", "1.jpg"]
+
+
+def test_images_known_by_table_and_number_stay_so_when_their_names_have_become_unique(
+    source: Path, target: str
+) -> None:
+    write_table(source / "a.parquet", {"image": hugging_face(IMAGES[:2], ["0.jpg", "1.jpg"])})
+    write_table(source / "b.parquet", {"image": hugging_face(IMAGES[2:4], ["0.jpg", "2.jpg"])})
+    build_manifest(str(source), target)
+    before = ids(target)
+    (source / "b.parquet").unlink()
+
+    build_manifest(str(source), target)
+
+    assert ids(target) == before == ["a.parquet#0", "a.parquet#1", "b.parquet#0", "b.parquet#1"]
+
+
+def test_a_run_that_may_not_write_any_more_adds_nothing_to_a_manifest(source: Path, target: str) -> None:
+    touch(source, "a.jpg")
+    build_manifest(str(source), target)
+    touch(source, "b.jpg")
+
+    def refuse() -> None:
+        raise InputError("another run is at it")
+
+    with pytest.raises(InputError, match="another run"):
+        build_manifest(str(source), target, check=refuse)
+
+    assert ids(target) == ["a.jpg"]
 
 
 def test_an_output_among_the_tables_of_its_input_is_refused(source: Path, target: str) -> None:
