@@ -18,11 +18,14 @@ from torch import Tensor
 # the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in. Where memory
 # runs out there are fewer, and the last digits of a confidence may be others.
 COMPUTE_BATCH_SIZE: Final = 16
+GPU_COMPUTE_BATCH_SIZE: Final = 64  # a step of a search takes a GPU as long for few images as for many
 
 # What torch says when memory runs out and it has no type for it: on the CPU, and inside CUDA's libraries.
 _OUT_OF_MEMORY: Final = re.compile(
-    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|STATUS_ALLOC_FAILED"
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|ALLOC(ATION)?_FAILED"
 )
+# What it says when none of cuDNN's ways gets the memory it wants; or when there is none, with all of the memory.
+_NO_ENGINE: Final = re.compile(r"unable to find an engine")
 
 Computed = TypeVar("Computed")
 
@@ -35,7 +38,9 @@ class FixedBatches:
     def __init__(self, image_size: int, device: torch.device) -> None:
         self._image_size = image_size
         self._device = device
-        self.size = COMPUTE_BATCH_SIZE
+        if device.type == "cuda":  # ten bits of a factor's digits are too few for the captions of a CPU
+            torch.backends.cudnn.allow_tf32 = False
+        self.size = compute_batch_size(on_gpu=device.type == "cuda")
         """Images computed together: half as many, once or more often, after memory has run out."""
 
     def compute(
@@ -58,7 +63,7 @@ class FixedBatches:
             try:
                 computed = function(self._filled_up(part))
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not _is_out_of_memory(error, is_alone=self.size == 1):
                     raise
                 computed = None
             if computed is None:  # only here, for the exception has held on to all that was computed
@@ -79,5 +84,14 @@ class FixedBatches:
         return chunk.to(self._device)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _OUT_OF_MEMORY.search(str(error)) is not None
+def compute_batch_size(*, on_gpu: bool) -> int:
+    """Images computed together, as long as memory does not run out."""
+    return GPU_COMPUTE_BATCH_SIZE if on_gpu else COMPUTE_BATCH_SIZE
+
+
+def _is_out_of_memory(error: BaseException, *, is_alone: bool) -> bool:
+    return (
+        isinstance(error, torch.OutOfMemoryError | MemoryError)
+        or _OUT_OF_MEMORY.search(str(error)) is not None
+        or (not is_alone and _NO_ENGINE.search(str(error)) is not None)
+    )

@@ -296,12 +296,12 @@ def run_captioning(
 ) -> CaptioningSummary:
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
     arguments, models = _prepare_captioning(input, output, options)
-    from imcap_ray.distributed.captioning import BATCH_SIZE, caption_images
+    from imcap_ray.distributed.captioning import caption_images
 
     return caption_images(
         **arguments,
         model_name=", ".join(models) or DEFAULT_MODEL,
-        batch_size=options["batch_size"] or BATCH_SIZE,
+        batch_size=options["batch_size"],
         retry_failed=options["retry_failed"],
         max_failure_rate=options["max_failure_rate"],
         echo=say,

@@ -73,7 +73,8 @@ _QUERY_MEMORY: Final = "1GB"
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:\.jpg)?", re.DOTALL)
 
 # A spreadsheet takes a cell that begins with one of these for a formula (owasp.org, "CSV Injection").
-_FORMULA: Final = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+# Where a cell begins, or does for a spreadsheet whose separator is another than the comma.
+_FORMULA: Final = re.compile("(?:^|(?<=[;\t\r\n]))(?='*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
 
 # What Pillow calls a format, and what its files are called, where that is not the same.
 _EXTENSIONS: Final = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
@@ -414,12 +415,13 @@ def _write_csv(rows: Iterator[Row], output: str) -> None:
 
 
 def guard_cell(text: str) -> str:
-    """The text with an apostrophe before it where a spreadsheet would run it as a formula.
+    """The text with an apostrophe before whatever a spreadsheet would run as a formula: at its beginning, and after
+    semicolons, tabs and line ends, at which some split a file whose cells are separated by commas.
 
-    Text that has apostrophes before a formula already gets one more: who takes one away from each that is followed by
-    such a beginning has the text again.
+    Text that has apostrophes before a formula already gets one more: who takes one away from each such place has the
+    text again.
     """
-    return f"'{text}" if _FORMULA.match(text) else text
+    return _FORMULA.sub("'", text)
 
 
 def coco_results_name(output: str) -> str:

@@ -58,6 +58,7 @@ def beam_search(
     # All beams are equal at the start, so there is one; it parts into as many as there are to be, or are possible.
     state = tuple(tensor[:, :1] for tensor in state)
     tokens = torch.full((num_images, 1), start_id, dtype=torch.long, device=device)
+    forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=device)
     live_scores = torch.zeros((num_images, 1), device=device)
     sequences = torch.full((num_images, 1, max_length + 1), end_id, dtype=torch.long, device=device)
 
@@ -70,8 +71,7 @@ def beam_search(
         log_probs, state = step(tokens, state)
         log_probs = log_probs.float()
         vocabulary_size = log_probs.shape[-1]
-        if forbidden_ids:
-            log_probs[..., list(forbidden_ids)] = minus_infinity
+        log_probs.index_fill_(-1, forbidden, minus_infinity)
         if position == max_length:
             ending = log_probs[..., end_id].clone()
             log_probs.fill_(minus_infinity)
@@ -123,12 +123,12 @@ def sample(
     """
     num_images, num_samples = state[0].shape[:2]
     tokens = torch.full((num_images, num_samples), start_id, dtype=torch.long, device=state[0].device)
+    forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=tokens.device)
     drawn, has_ended = [tokens], torch.zeros_like(tokens, dtype=torch.bool)
     for _ in range(max_length + 1):
         log_probs, state = step(tokens, state)
         probabilities = (log_probs.float() / temperature).exp()  # up to a factor
-        if forbidden_ids:
-            probabilities[..., list(forbidden_ids)] = 0.0
+        probabilities.index_fill_(-1, forbidden, 0.0)
         # The inverse of the distribution function: one random number a row. `torch.multinomial` takes one a token,
         # which is a third of the time.
         cumulative = probabilities.cumsum(dim=-1)

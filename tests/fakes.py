@@ -32,6 +32,14 @@ class EchoCaptioner:
         return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2)] for image in pixels]
 
 
+class SaysItsGpus(EchoCaptioner):
+    """Says which GPUs its process may see."""
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
+        return [[Caption(text=f"sees {gpus}", logprob=-1.0, num_tokens=2)] for _ in pixels]
+
+
 class FailsOn(EchoCaptioner):
     """Raises when it sees one of these images; stands for a bug, for what images can do ends in their rows."""
 

@@ -20,11 +20,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
-from imcap_ray.batches import COMPUTE_BATCH_SIZE
+from imcap_ray.batches import compute_batch_size
 from imcap_ray.captioner import Caption, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
-from imcap_ray.distributed.cluster import ClusterResources, connect, require
+from imcap_ray.distributed.cluster import ClusterResources, connect, environment, require
 from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
@@ -48,8 +48,6 @@ from imcap_ray.manifest import (
     InputSummary,
     build_manifest,
 )
-
-BATCH_SIZE: Final = 2 * COMPUTE_BATCH_SIZE
 
 MAX_COUNTED: Final = 100_000
 """Images that a plan counts at most: it is to take seconds."""
@@ -75,7 +73,7 @@ class ImageCaptioner(Protocol):
 
     @property
     def compute_batch_size(self) -> int:
-        """Images computed together: fewer than `COMPUTE_BATCH_SIZE` after memory has run out."""
+        """Images computed together: fewer after memory has run out."""
 
     @property
     def num_beam_steps(self) -> int:
@@ -235,7 +233,7 @@ def plan_captioning(
     folder = CaptionsFolder(output)
     run = folder.read_run() or {}
     if not overwrite:
-        folder.claim(_identity(input, load_captioner()))
+        folder.claim(_identity(input, _load_without_gpu(load_captioner)))
     with TemporaryDirectory() as manifest:
         found = build_manifest(
             input,
@@ -276,6 +274,13 @@ def _choose_actors(
     return actors, gpus
 
 
+def _load_without_gpu(load_captioner: Callable[[], ImageCaptioner]) -> ImageCaptioner:
+    """The captioner, to be asked what it is. Here it captions nothing, and would take the memory of a GPU from those
+    that do."""
+    with environment({"CUDA_VISIBLE_DEVICES": ""}):
+        return load_captioner()
+
+
 def _identity(input: str, captioner: ImageCaptioner) -> dict[str, Any]:
     return {
         "input": input,
@@ -294,7 +299,7 @@ def caption_images(
     model_name: str = "",
     num_actors: int | None = None,
     gpus_per_actor: float | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     recursive: bool = True,
     limit: int | None = None,
     overwrite: bool = False,
@@ -314,6 +319,7 @@ def caption_images(
         output: folder; path or URI; on a cluster one that every node sees.
         load_captioner: makes the captioner that each actor keeps.
         num_actors: None: one per GPU, or one per core where there is none, and more where nodes join the cluster.
+        batch_size: images that an actor takes at a time; None: twice what it computes together.
         overwrite: start anew; the old rows go when the new ones are complete.
         retry_failed: caption the images that failed before once more.
         allow_outside_paths: see `build_manifest`.
@@ -327,7 +333,7 @@ def caption_images(
     start = time.time()
     input, output = storage.absolute(input), storage.absolute(output)
     actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
-    captioner = load_captioner()
+    captioner = _load_without_gpu(load_captioner)
     identity = _identity(input, captioner)
     final = folder = CaptionsFolder(output)
     with _told_as_ours():
@@ -401,7 +407,7 @@ def caption_images(
             actor_arguments={"load_captioner": load_captioner},
             image_size=captioner.image_size,
             gpus_per_actor=gpus,
-            batch_size=batch_size,
+            batch_size=batch_size or 2 * compute_batch_size(on_gpu=gpus > 0),
             on_progress=show,
             can_grow=num_actors is None and not resources.is_local,
             check=check,
@@ -573,9 +579,10 @@ def describe_bound(progress: Progress, resources: ClusterResources, *, num_actor
             bound += f"more GPUs would help, or more actors on each: --gpus-per-worker {gpus_per_actor / 2:g}"
         else:
             bound += "more CPUs would help, or GPUs: --gpus-per-worker 1"
-    if 0 < progress.batch_size < COMPUTE_BATCH_SIZE:
+    full = compute_batch_size(on_gpu=gpus_per_actor > 0)
+    if 0 < progress.batch_size < full:
         bound += (
-            f"; memory ran out: {progress.batch_size} images were computed at a time instead of {COMPUTE_BATCH_SIZE}, "
+            f"; memory ran out: {progress.batch_size} images were computed at a time instead of {full}, "
             f"{fewer_actors} would help"
         )
     return bound

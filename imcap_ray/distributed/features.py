@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from imcap_ray import storage
-from imcap_ray.batches import COMPUTE_BATCH_SIZE, FixedBatches
+from imcap_ray.batches import FixedBatches, compute_batch_size
 from imcap_ray.captioner import no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
@@ -273,7 +273,7 @@ def _encode(
         num_images=manifest.num_rows,
         num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,
-        batch_size=2 * COMPUTE_BATCH_SIZE,
+        batch_size=2 * compute_batch_size(on_gpu=gpus_per_actor > 0),
         on_progress=on_progress,
         can_grow=can_grow,
     )

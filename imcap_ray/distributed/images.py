@@ -29,7 +29,7 @@ from ray.exceptions import RayError
 from imcap_ray import storage
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.image_sources import read_rows
@@ -362,7 +362,7 @@ def map_images(
             batch_format="pyarrow",
             num_cpus=1,
             num_gpus=gpus_per_actor or None,
-            runtime_env=KEEP_FREED_MEMORY,
+            runtime_env=KEEP_FREED_MEMORY if gpus_per_actor else WITHOUT_GPU,
             # What fits now is the least, or Ray would begin by taking actors away, for it shares the CPUs out
             # equally among the operators. Of more it has more only while every one has nearly two blocks waiting
             # and the others keep CPUs enough for a task; so it takes what has joined, and nothing that they need.

@@ -112,5 +112,5 @@ class _Process:
 
 
 def _visible_gpus() -> dict[str, str]:
-    """This process's GPUs are the isolated one's too, which asks Ray for none of its own."""
-    return {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if os.environ.get(name)}
+    """This process's GPUs, or its having none, are the isolated one's too, which asks Ray for none of its own."""
+    return {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}

@@ -22,6 +22,9 @@ that other threads than the first one get nothing over 64 MiB is kept, whatever 
 caption 47 images a second with it, 38 with the thresholds alone. glibc reads these variables when a process starts.
 """
 
+WITHOUT_GPU: Final[dict[str, Any]] = {"env_vars": {**KEEP_FREED_MEMORY["env_vars"], "CUDA_VISIBLE_DEVICES": ""}}
+"""The same for a process that has no GPU of Ray's: else it sees all of its node's, and loads its model there."""
+
 REMEMBER_FEW_SHAPES: Final[dict[str, Any]] = {
     "env_vars": {**KEEP_FREED_MEMORY["env_vars"], "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 }

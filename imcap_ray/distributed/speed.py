@@ -27,12 +27,12 @@ import torch
 from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from imcap_ray.batches import COMPUTE_BATCH_SIZE
+from imcap_ray.batches import compute_batch_size
 from imcap_ray.captioner import load_captioner, search_captions
-from imcap_ray.distributed.captioning import BATCH_SIZE, ImageCaptioner, caption_images
-from imcap_ray.distributed.cluster import connect, cores
+from imcap_ray.distributed.captioning import ImageCaptioner, caption_images
+from imcap_ray.distributed.cluster import connect, cores, environment
 from imcap_ray.distributed.images import Progress, repeating
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.images import decode_image
@@ -41,8 +41,8 @@ from imcap_ray.manifest import build_manifest
 IMAGES_PER_ROUND: Final = 64
 """Of each core."""
 
-BATCH_SIZES: Final = (COMPUTE_BATCH_SIZE, 2 * COMPUTE_BATCH_SIZE, 4 * COMPUTE_BATCH_SIZE)
-"""Tried for the model by itself."""
+BATCH_SIZES: Final = (1, 2, 4)
+"""Tried for the model by itself, in batches of a run."""
 
 STEADY_SHARES: Final = (0.15, 0.95)
 """Of a run's images: between these all actors are busy."""
@@ -185,7 +185,7 @@ def compare_with_limit(
         ImcapError: what the run ended with.
     """
     limit = measure_limit(some_files(input, IMAGES_PER_ROUND), models)
-    run = measure_run(input, output, models=models, num_actors=num_actors, batch_size=batch_size or BATCH_SIZE)
+    run = measure_run(input, output, models=models, num_actors=num_actors, batch_size=batch_size)
     return Comparison(limit=limit, run=run)
 
 
@@ -237,17 +237,20 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     Raises:
         ModelError: they cannot.
     """
-    load_captioner(models)  # what is wrong with it is found here, and not in Ray's processes
+    with environment({"CUDA_VISIBLE_DEVICES": ""}):  # what is wrong with it is found here, and not in Ray's processes
+        load_captioner(models)
     resources = connect("local")
     gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
-    workers = [_Alone.remote(files, models) for _ in range(resources.physical_cores)]  # type: ignore[attr-defined]
+    decoder = _Alone.options(runtime_env=WITHOUT_GPU)  # type: ignore[attr-defined]
+    workers = [decoder.remote(files, models) for _ in range(resources.physical_cores)]
     decode = _measure(workers, rounds, lambda worker: worker.decode.remote())
     if gpus:
         for worker in workers:  # they hold the CPUs that the next ones need
             ray.kill(worker)
         workers = [_Alone.options(num_gpus=1).remote(files, models) for _ in range(gpus)]  # type: ignore[attr-defined]
-    rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in BATCH_SIZES}
+    sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_SIZES]
+    rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in sizes}
     best = max(rates, key=lambda size: rates[size].median)
     ray.shutdown()
     return Limit(decode=decode, model=rates[best], model_batch_size=best, on_gpu=gpus > 0)
@@ -260,14 +263,14 @@ def _start_captioning(batch_size: int, worker: Any) -> Any:
 def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Rate:
     rates = []
     for _ in range(rounds + 1):
-        seconds = ray.get([start(worker) for worker in workers])
-        rates.append(len(workers) * IMAGES_PER_ROUND / max(seconds))
+        counts, seconds = zip(*ray.get([start(worker) for worker in workers]), strict=True)
+        rates.append(sum(counts) / max(seconds))
     return Rate(tuple(rates[1:]))  # the first one warms up
 
 
 @ray.remote(num_cpus=1, runtime_env=KEEP_FREED_MEMORY)
 class _Alone:
-    """One core, or one GPU, that does one thing only. Its methods say how many seconds it took."""
+    """One core, or one GPU, that does one thing only. Its methods say of how many images it was, and the seconds."""
 
     def __init__(self, images: list[bytes], models: Sequence[str]) -> None:
         self._images = images
@@ -277,20 +280,22 @@ class _Alone:
     def _decode(self, image: bytes) -> Any:
         return decode_image(image, image_size=self._captioner.image_size).pixels
 
-    def decode(self) -> float:
+    def decode(self) -> tuple[int, float]:
         start = time.perf_counter()
         for image in self._images:
             self._decode(image)
-        return time.perf_counter() - start
+        return len(self._images), time.perf_counter() - start
 
-    def caption(self, batch_size: int) -> float:
+    def caption(self, batch_size: int) -> tuple[int, float]:
         captioner = self._captioner
+        # At least four batches, for a GPU's are large.
+        pixels = self._pixels.repeat(-(-4 * batch_size // len(self._pixels)), 1, 1, 1)
         start = time.perf_counter()
         with torch.inference_mode():
-            for chunk in torch.split(self._pixels, batch_size):
+            for chunk in torch.split(pixels, batch_size):
                 features = captioner.encoder(chunk.to(captioner.device))
                 search_captions(captioner.decoder, captioner.vocabulary, features, captioner.search)
-        return time.perf_counter() - start
+        return len(pixels), time.perf_counter() - start
 
 
 def measure_run(
@@ -299,7 +304,7 @@ def measure_run(
     *,
     models: Sequence[str] = (),
     num_actors: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> RunSpeed:
     """Caption `input` into `output` in a process of its own with a Ray of its own, and watch it.
 
@@ -342,7 +347,7 @@ def watch_run(
     load: Callable[[], ImageCaptioner],
     start: float,
     num_actors: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> RunSpeed:
     """Caption `input` into `output` with a Ray of this process, and watch it. To be called once in a process.
 

@@ -29,6 +29,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 import imcap_ray
+from imcap_ray import storage
 from imcap_ray.distributed.cluster import AUTHENTICATION_ADVICE, authentication_headers, environment
 from imcap_ray.errors import ClusterError, ImcapError
 
@@ -84,16 +85,16 @@ def submit(
         dashboard.client().submit_job(**job_request(command), submission_id=job)
     except requests.RequestException as error:
         raise ImcapError(
-            f"lost {dashboard.address} while it took the job: `{dashboard.follow_command(job)}` tells whether it runs"
+            f"lost {dashboard.name} while it took the job: `{dashboard.follow_command(job)}` tells whether it runs"
         ) from error
     except LOST as error:
         if "already exists" in str(error):
             raise ClusterError(
-                f"the cluster at {dashboard.address} has a job {job} already: give another --submission-id, "
+                f"the cluster at {dashboard.name} has a job {job} already: give another --submission-id, "
                 f"or follow it with `{dashboard.follow_command(job)}`"
             ) from error
-        raise ClusterError(f"the cluster at {dashboard.address} did not take the job: {error}") from error
-    echo(f"job {job} submitted to {dashboard.address}")
+        raise ClusterError(f"the cluster at {dashboard.name} did not take the job: {error}") from error
+    echo(f"job {job} submitted to {dashboard.name}")
     if wait:
         return _follow(dashboard, job, on_interrupt=on_interrupt, echo=echo)
     echo(f"`{dashboard.follow_command(job)}` shows it")
@@ -164,6 +165,11 @@ class _Dashboard:
     headers: dict[str, str]
     """What it wants to see."""
 
+    @property
+    def name(self) -> str:
+        """The address as it is shown."""
+        return storage.hide_secrets(self.address)
+
     def client(self) -> JobSubmissionClient:
         try:
             # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
@@ -176,12 +182,12 @@ class _Dashboard:
         """The job's `status`, `driver_exit_code` and `message`. Unlike Ray's client this does not wait for ever."""
         answer = requests.get(f"{self.address}/api/jobs/{job}", headers=self.headers, timeout=ANSWER_TIMEOUT_SECONDS)
         if answer.status_code == 404:
-            raise ClusterError(f"the cluster at {self.address} has no job {job}")
+            raise ClusterError(f"the cluster at {self.name} has no job {job}")
         answer.raise_for_status()
         return dict(answer.json())
 
     def follow_command(self, job: str) -> str:
-        return f"imcap submit --address {self.address} --follow {shlex.quote(job)}"
+        return f"imcap submit --address {self.name} --follow {shlex.quote(job)}"
 
 
 def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
@@ -270,7 +276,7 @@ def _follow(dashboard: _Dashboard, job: str, *, on_interrupt: str, echo: Callabl
                 echo(f"interrupted: job {job} is stopped, the same command resumes")
             return INTERRUPTED
     except LOST as error:
-        raise ImcapError(f"lost {dashboard.address}; job {job} may go on: {again}") from error
+        raise ImcapError(f"lost {dashboard.name}; job {job} may go on: {again}") from error
     return _exit_code(job, job_info, echo)
 
 
@@ -288,7 +294,7 @@ async def _echo_log(dashboard: _Dashboard, job: str, echo: Callable[[str], None]
         except LOST:
             num_failures += 1
             if num_failures == 2:
-                echo(f"no answer from {dashboard.address}; the job does not need it, trying again")
+                echo(f"no answer from {dashboard.name}; the job does not need it, trying again")
         try:
             job_info, last_answer = dashboard.describe(job), time.monotonic()
         except LOST:

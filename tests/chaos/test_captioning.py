@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from imcap_ray.distributed.captioning import BATCH_SIZE
+from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
@@ -64,7 +64,8 @@ def test_every_image_is_one_row_whatever_dies() -> None:
         assert result[what] == 0, done.stderr
     # What was noted as done is not computed again. An image more for each that a repeated task was in the middle of.
     recomputed = result["captions_computed"] - result["captions_needed"]
-    assert recomputed <= result["captions_in_flight"] + BATCH_SIZE * sum(result["faults"].values()), done.stderr
+    num_faults = sum(result["faults"].values())
+    assert recomputed <= result["captions_in_flight"] + 2 * COMPUTE_BATCH_SIZE * num_faults, done.stderr
 
 
 @dataclass(frozen=True)

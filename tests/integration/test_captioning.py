@@ -23,7 +23,7 @@ from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, Imcap
 from imcap_ray.image_sources import read_rows
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
-from tests.fakes import DiesOf, EchoCaptioner, FailsOn, TooLargeFor, echo
+from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
 from tests.odd_images import OK, encode, odd_images, photo
 from tests.small_data import write_tar
 
@@ -366,6 +366,12 @@ def test_overwriting_removes_the_old_only_once_the_new_stands(run: Run, photogra
     other = run(str(photographs), str(output), overwrite=True, load_captioner=partial(EchoCaptioner, fingerprint="b"))
     assert other.num_new == 100
     assert json.loads((output / "_imcap" / "run.json").read_text())["model_fingerprint"] == "b"
+
+
+def test_an_actor_without_a_gpu_sees_none(run: Run, photographs: Path, tmp_path: Path) -> None:
+    run(str(photographs), str(tmp_path / "out"), load_captioner=SaysItsGpus, limit=3)
+
+    assert {row["caption"] for row in read(tmp_path / "out")} == {"sees "}
 
 
 def test_a_manifest_whose_numbers_repeat_ends_the_run_with_an_error(
