@@ -490,7 +490,7 @@ def _load_plain() -> Captioner:
     captioner, folder = Captioner.load(), read_model_folder()
     encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
     encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
-    captioner.encoder = encoder.eval()
+    captioner.encoder = encoder.eval().to(captioner.device)
     return captioner
 
 
@@ -525,7 +525,7 @@ class RecipeCaptioner:
 
 
 def _caption_by_ray_recipe(source: str, output: str, *, load: Callable[[], Captioner]) -> float:
-    connect("local")
+    gpus = int(connect("local").gpus)
     ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
     dataset = (
         ray.data.read_images(source, mode="RGB")
@@ -535,7 +535,8 @@ def _caption_by_ray_recipe(source: str, output: str, *, load: Callable[[], Capti
             fn_constructor_args=(load,),
             batch_size=32,
             num_cpus=1,
-            compute=ray.data.ActorPoolStrategy(size=cores()),
+            num_gpus=1 if gpus else None,
+            compute=ray.data.ActorPoolStrategy(size=gpus or cores()),
         )
     )
     return _rate_of(len(batch["caption"]) for batch in dataset.iter_batches(batch_size=32))
@@ -555,7 +556,7 @@ def _caption_one_by_one(source: str, output: str, *, load: Callable[[], Captione
 @torch.inference_mode()
 def _one_caption(captioner: Captioner, file: Path) -> int:
     """Caption a photograph with a beam of lists, beams that have ended leaving it."""
-    pixels = torch.from_numpy(_decode_whole(file.read_bytes(), captioner.image_size)).unsqueeze(0)
+    pixels = torch.from_numpy(_decode_whole(file.read_bytes(), captioner.image_size)).unsqueeze(0).to(captioner.device)
     search = captioner.search
     step, state = captioner.decoder.start(captioner.encoder(pixels), 1)
     live: list[tuple[float, list[int], Any]] = [(0.0, [START_ID], state)]
@@ -563,7 +564,7 @@ def _one_caption(captioner: Captioner, file: Path) -> int:
     for _ in range(search.max_length):
         grown = []
         for logprob, words, state_of_beam in live:
-            log_probs, next_state = step(torch.tensor([[words[-1]]]), state_of_beam)
+            log_probs, next_state = step(torch.tensor([[words[-1]]], device=captioner.device), state_of_beam)
             values, words_after = log_probs[0, 0].topk(search.beam_size)
             grown += [
                 (logprob + value, [*words, word], next_state)
@@ -763,7 +764,7 @@ def beam_search(images: int, rounds: int, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
         write_photographs(folder, images, (224, 224))
         pixels = np.stack([captioner.read_pixels(file) for file in sorted(Path(folder).rglob("*.jpg"))])
-    features = captioner.encode(pixels)
+    features = captioner.encode(pixels).to(captioner.device)
     rates: dict[str, list[float]] = {"batches": [], "one by one": []}
     texts: dict[str, list[str]] = {}
     for _ in range(rounds + 1):
