@@ -220,7 +220,10 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     the disk is full, the store is gone   one line, exit code 1; a store that fails now and then
                                           is asked again for about 25 s (AWS_MAX_ATTEMPTS)
     the same bytes under several names    captioned once, copied to the others
-    new images, files that have changed   captioned; by size and time
+    new images, files that have changed   captioned; by size and time, which a store is not asked
+                                          for what a table of paths names in it
+    new tables with names that others     refused, unless images were known by table and row from
+    have for their images                 the beginning: choose another OUTPUT, or --overwrite
     another model, input or search        refused, with the difference named, or --overwrite
     some images failed                    --retry-failed takes them once more
     a node joins a cluster                it is taken up, unless --num-actors says how many
@@ -232,9 +235,9 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     and old parts lie side by side for as long as it takes to move them. OUTPUT/_imcap/run.json says complete when all
     is settled; heartbeat.json there is written every 30 s until then.
 
-    Memory by the image: 8 bytes for each that is done, on the driver and in Ray's filter, and 29 bits for the hashes of
+    Memory by the image: 16 bytes for each that is done on the driver, 8 in Ray's filter, and 29 bits for the hashes of
     all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
-    a Parquet input or tars, held once on the driver, and the images that --retry-failed takes again.
+    a Parquet input or tars, held once on the driver, and the images that have changed or --retry-failed takes again.
 
     Falls short: where a node goes for good and the actors that it leaves behind ask for every CPU there is, nothing is
     decoded until Ray Data's patience is at an end (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, half an hour); then the
