@@ -82,7 +82,7 @@ class AttentionDecoder(nn.Module):
 
         words = drop(self.embedding(_pack(token_ids, lengths).data))
         of_image = mean.index_select(0, image_of_caption.index_select(0, caption_of_position))
-        hidden = self.attention_lstm(_like(positions, torch.cat([words, of_image], dim=-1)))[0]
+        hidden = _run(self.attention_lstm, _like(positions, torch.cat([words, of_image], dim=-1)))
         hidden = _like(positions, drop(hidden.data))  # (P, H)
         queries, _ = pad_packed_sequence(hidden, batch_first=True)  # (N, T, H): attention wants whole captions
         with sdpa_kernel(SDPBackend.MATH):  # on the CPU the fused kernel's backward pass is five times slower
@@ -91,7 +91,7 @@ class AttentionDecoder(nn.Module):
             )
         attended = _pack(attended, lengths).data
         attended = drop(attended)
-        spoken = self.language_lstm(_like(positions, torch.cat([hidden.data, attended], dim=-1)))[0].data
+        spoken = _run(self.language_lstm, _like(positions, torch.cat([hidden.data, attended], dim=-1))).data
         return self._logits(drop(self._output(spoken, attended)))
 
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
@@ -194,7 +194,7 @@ class MergeDecoder(nn.Module):
             lengths: (N,) on the CPU, falling.
             image_of_caption: (N,) index into `features`.
         """
-        hidden = self.lstm(_pack(self.dropout(self.embedding(token_ids)), lengths))[0].data  # (P, H)
+        hidden = _run(self.lstm, _pack(self.dropout(self.embedding(token_ids)), lengths)).data  # (P, H)
         image_of_position = _pack(image_of_caption.unsqueeze(1).expand_as(token_ids), lengths).data
         return self._logits(hidden + self._image(features)[image_of_position])
 
@@ -279,6 +279,21 @@ def _pack(padded: Tensor, lengths: Tensor) -> PackedSequence:
 def _like(packed: PackedSequence, data: Tensor) -> PackedSequence:
     """A packed sequence of the same captions with other vectors (P, ...)."""
     return PackedSequence(data, packed.batch_sizes)
+
+
+def _run(lstm: nn.LSTM, inputs: PackedSequence) -> PackedSequence:
+    """The LSTM's hidden states at all positions; on a GPU in float32.
+
+    Whatever the type of autocast, torch computes cuDNN's LSTM in float16 (ATen/cudnn/AutocastRNN.cpp), where small
+    gradients become 0.
+    """
+    outputs: PackedSequence
+    if inputs.data.is_cuda:
+        with torch.autocast("cuda", enabled=False):
+            outputs, _ = lstm(inputs.float())
+    else:
+        outputs, _ = lstm(inputs)
+    return outputs
 
 
 def _next_state(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,4 +141,13 @@ def _locations(run: str) -> list[str]:
 def _load(location: str) -> EpochCheckpoint:
     for name, what in find_damage(location).items():
         raise DamagedCheckpointError(f"checkpoint {location}: {name} {what}")
-    return EpochCheckpoint(location, json.loads(storage.read_bytes(storage.join(location, HISTORY_FILE))))
+    place = storage.join(location, HISTORY_FILE)
+    try:
+        history = json.loads(storage.read_bytes(place))
+    except (FileNotFoundError, ValueError) as error:  # a seal that is not ours need not name it
+        raise DamagedCheckpointError(f"checkpoint {location}: {HISTORY_FILE} is missing or damaged") from error
+    except OSError as error:
+        raise ImcapError(f"cannot read {place}: {error}") from error
+    if not (isinstance(history, list) and history):
+        raise DamagedCheckpointError(f"checkpoint {location}: {HISTORY_FILE} names no epoch")
+    return EpochCheckpoint(location, history)

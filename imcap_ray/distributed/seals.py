@@ -37,6 +37,8 @@ def find_damage(folder: str, *, seal_name: str = SEAL_FILE) -> dict[str, str]:
         return {seal_name: "is missing"}
     except (ValueError, AttributeError):
         return {seal_name: "is not the JSON that was written"}
+    if not hashes:
+        return {seal_name: "names no file"}
     found = _hash_files(folder, list(hashes))
     return {
         name: "is missing" if found[name] is None else "is not what was written"

@@ -12,10 +12,10 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +25,17 @@ import ray.train.torch
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from imcap_ray import storage
 from imcap_ray.captioner import Caption, below, search_captions
 from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.distributed.captions_folder import is_owner, require_owner
 from imcap_ray.distributed.checkpoints import (
     HISTORY_FILE,
+    EpochCheckpoint,
     checkpoint_name,
     newest_checkpoint,
 )
@@ -73,9 +76,7 @@ _STATE_FILE: Final = "training_state.pt"
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
 RESIDENT_SHARE: Final = 0.4
-"""Of the free memory, what a worker's features may fill to be kept there."""
-
-Value = TypeVar("Value")
+"""Of a node's free memory, what the features of its workers may fill to be kept there."""
 
 BatchSource = Callable[..., Iterator[tuple[Tensor, list[str]]]]
 """Called with batch_size and seed: one epoch of shuffled batches, what the phase reads of images and their ids."""
@@ -93,6 +94,9 @@ def train_worker(config: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
+    # Ray starts the workers again after a failure. Was it that another run has taken over, the driver will say so.
+    if not share(is_owner(work, config["owner"]), world_size, device)[0]:
+        return
 
     vocabulary = Vocabulary.from_json(storage.read_bytes(storage.join(work, VOCABULARY_FILE)).decode())
     table = _read_table(storage.join(work, CAPTIONS_FILE))
@@ -109,7 +113,9 @@ def train_worker(config: dict[str, Any]) -> None:
         unfreeze(encoder, recipe.finetune.first_layer)
         trained = EndToEnd(encoder, decoder)
     trained.to(device)
-    model = ray.train.torch.prepare_model(trained, move_to_device=False)
+    # Without a device for DDP to move the arguments to: the lengths of captions stay on the CPU.
+    on_its_device = {"device_ids": None, "output_device": None}
+    model = ray.train.torch.prepare_model(trained, move_to_device=False, parallel_strategy_kwargs=on_its_device)
 
     # All for this number of workers, which may be another after the next node that dies or joins.
     local_batch_size = max(1, settings.batch_size // world_size)
@@ -127,7 +133,8 @@ def train_worker(config: dict[str, Any]) -> None:
     # Not `ray.train.get_checkpoint()`: that is the last which Ray has noted, damaged or not. Ray looks every two
     # seconds, and a checkpoint whose worker died in between is whole but not noted.
     checkpoint = newest_checkpoint(storage.join(work, RUN_FOLDER)) if rank == 0 else None
-    checkpoint = _broadcast(checkpoint, world_size)
+    newest = share(asdict(checkpoint) if checkpoint else None, world_size, device)[0]
+    checkpoint = EpochCheckpoint(**newest) if newest else None
     history = list(checkpoint.history) if checkpoint else []
     if checkpoint and history[-1]["phase"] == phase:
         state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
@@ -137,7 +144,7 @@ def train_worker(config: dict[str, Any]) -> None:
         )
 
     inputs = _Inputs.of(config)
-    source = _choose_source(num_images, inputs)
+    source = _choose_source(num_images, inputs, workers_on_node=ray.train.get_context().get_local_world_size())
     # Every worker is handed all validation images, for an equal split would drop some; it keeps each n-th batch.
     validation = [
         batch
@@ -155,17 +162,17 @@ def train_worker(config: dict[str, Any]) -> None:
         torch.manual_seed(epoch_seed)  # dropout, views, crops and samples differ between workers and epochs
         averages = _run_epoch(optimization, make, source(batch_size=local_batch_size, seed=epoch_seed))
         hypotheses = _caption(optimization.kept, vocabulary, validation, recipe, device)
-        hypotheses = _gather(hypotheses, world_size)
+        hypotheses = _gather(hypotheses, world_size, device)
         metrics: dict[str, Any] = {}
         if rank == 0:
             references = {image_id: captions[VALIDATION][image_id] for image_id in hypotheses}
             scores = _score(hypotheses, references, scoring_tokenizer(vocabulary.tokenizer))
             told = {"epoch": epoch, "phase": phase, "num_workers": world_size}
             metrics = {**told, **averages, **scores, "seconds": time.time() - start}
-        metrics = _broadcast(metrics, world_size)
-        history.append(metrics)
+        # Rank 0's on every worker, so that all stop at the same epoch.
+        history.append(share(metrics, world_size, device)[0])
         if rank == 0:
-            _report(optimization, encoder, history, work)
+            _report(optimization, encoder, history, work, partial(require_owner, work, config["owner"]))
         else:
             ray.train.report(history[-1], checkpoint_dir_name=checkpoint_name(len(history)))
 
@@ -286,7 +293,7 @@ class _Inputs:
         return torch.from_numpy(np.stack(arrays).reshape(-1, *self.shapes[split]))
 
 
-def _choose_source(num_images: int, inputs: _Inputs) -> BatchSource:
+def _choose_source(num_images: int, inputs: _Inputs, *, workers_on_node: int) -> BatchSource:
     """How this worker reads its shard of the training images.
 
     What fits in memory is read once: while Ray Data streams, its scheduler keeps half a core busy (Ray 2.60), a
@@ -294,7 +301,7 @@ def _choose_source(num_images: int, inputs: _Inputs) -> BatchSource:
     """
     available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size_bytes = num_images * int(np.prod(inputs.shapes[TRAIN])) * np.dtype(inputs.dtype).itemsize
-    if size_bytes > RESIDENT_SHARE * available_bytes:
+    if size_bytes > RESIDENT_SHARE * available_bytes / workers_on_node:
         return partial(_stream_shard, inputs)
     parts = list(_read_shard(TRAIN, inputs, batch_size=256))
     images = torch.empty(sum(len(part) for part, _ in parts), *inputs.shapes[TRAIN], dtype=parts[0][0].dtype)
@@ -369,25 +376,48 @@ def _score(captions: Mapping[str, Caption], references: Mapping[str, Sequence[st
     }
 
 
-def _gather(part: dict[str, Caption], world_size: int) -> dict[str, Caption]:
+def _gather(part: dict[str, Caption], world_size: int, device: torch.device) -> dict[str, Caption]:
+    """The captions of all workers on every worker."""
+    parts = share({image_id: asdict(caption) for image_id, caption in part.items()}, world_size, device)
+    return {image_id: Caption(**fields) for one in parts for image_id, fields in one.items()}
+
+
+def share(value: Any, world_size: int, device: torch.device) -> list[Any]:
+    """Every worker's value, made of what JSON knows, on every worker, by rank.
+
+    Not by torch's calls for objects, which unpickle whatever arrives: nobody has to say who he is to be a worker.
+
+    Args:
+        device: where the backend takes tensors from.
+    """
     if world_size == 1:
-        return part
-    parts: list[dict[str, Caption] | None] = [None] * world_size
-    torch.distributed.all_gather_object(parts, part)
-    return {image_id: caption for one in parts if one for image_id, caption in one.items()}
+        return [value]
+    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    lengths = [int(length) for length in _gather_tensors(torch.tensor([len(data)], device=device), world_size)]
+    padded = functional.pad(data, (0, max(lengths) - len(data)))
+    texts = zip(_gather_tensors(padded, world_size), lengths, strict=True)
+    return [json.loads(text[:length].cpu().numpy().tobytes()) for text, length in texts]
 
 
-def _broadcast(value: Value, world_size: int) -> Value:
-    """Rank 0's value on every worker, so that all start after and stop at the same epoch."""
-    if world_size == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+def _gather_tensors(tensor: Tensor, world_size: int) -> list[Tensor]:
+    """Every worker's tensor, all of one shape, by rank."""
+    tensors = [torch.empty_like(tensor) for _ in range(world_size)]
+    torch.distributed.all_gather(tensors, tensor)
+    return tensors
 
 
-def _report(optimization: Optimization, encoder: Encoder, history: list[dict[str, Any]], work: str) -> None:
-    """Report the last epoch to Ray Train with a checkpoint."""
+def _report(
+    optimization: Optimization,
+    encoder: Encoder,
+    history: list[dict[str, Any]],
+    work: str,
+    check: Callable[[], None],
+) -> None:
+    """Report the last epoch to Ray Train with a checkpoint.
+
+    Args:
+        check: raises if this run may not write any more.
+    """
     kept = optimization.kept
     tensors = {f"decoder.{name}": tensor for name, tensor in decoder_of(kept).state_dict().items()}
     if isinstance(kept, EndToEnd) or encoder.weights.source == FINETUNED:
@@ -400,7 +430,9 @@ def _report(optimization: Optimization, encoder: Encoder, history: list[dict[str
         Path(folder, HISTORY_FILE).write_text(json.dumps(history))
         seal(folder, [_STATE_FILE, WEIGHTS_FILE, HISTORY_FILE])
         checkpoint = ray.train.Checkpoint.from_directory(folder)
+        check()
         ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(len(history)))
+    check()
     write_metrics(work, history)
 
 

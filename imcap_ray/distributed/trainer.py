@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -42,7 +42,7 @@ from imcap_ray.captioner import (
 )
 from imcap_ray.config import DEFAULT_MODEL, Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, environment, require
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
@@ -175,6 +175,9 @@ def train(
     encoder, vocabulary, start_model = prepared.encoder, prepared.vocabulary, prepared.start_model
     num_workers, gpus = prepared.num_workers, prepared.gpus_per_worker
     train_images = data.split(TRAIN)
+    owner = take_over(work)  # before anything else, so that an older run of the same training writes no more
+    check = partial(require_owner, work, owner)
+    storage.remove_temporary(work)
     storage.write_bytes(storage.join(work, SETTINGS_FILE), json.dumps(prepared.settings, indent=2).encode())
     for note in data.notes:
         echo(f"{data.location}: {note}")
@@ -184,10 +187,18 @@ def train(
     write_metrics(work, history)
 
     features = features or storage.join(storage.parent(model), "_features")
-    with _alive(work):
+    with _alive(work, check):
         caches = _cache(
-            encoder, data=data, recipe=recipe, folder=features, resources=resources, echo=echo, on_features=on_features
+            encoder,
+            data=data,
+            recipe=recipe,
+            folder=features,
+            resources=resources,
+            gpus=min(1.0, gpus),  # a CNN runs on one
+            echo=echo,
+            on_features=on_features,
         )
+    check()
     for split, of_split in caches.items():
         if failures := of_split.failures:
             first = failures[0]
@@ -201,26 +212,28 @@ def train(
         f"training {recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} images, "
         f"{describe_workers(num_workers)}, {num_epochs(recipe)} epochs at most"
     )
+    if start_model:
+        first_phase = next(iter(phases(recipe)))
+        storage.write_bytes(_start_file(work, first_phase), safetensors.torch.save(start_model.tensors))
     if history:
         echo(f"going on after epoch {len(history)}")
     elif start_model:
         echo(f"starting from {start_model.location}; {_describe_unknown_words(train_images, vocabulary, recipe)}")
-        first_phase = next(iter(phases(recipe)))
-        storage.write_bytes(_start_file(work, first_phase), safetensors.torch.save(start_model.tensors))
     parameters = {"recipe": recipe_name, "seed": seed, "data": data.location, **to_mapping(recipe)}
     name = model.rstrip("/").rpartition("/")[2]
     with tracking(work, history, run_name=name, parameters=parameters, echo=echo) as trackers:
         while (phase := next_phase(history, recipe)) is not None:
-            start_file = _start_of_phase(phase, history, work, echo)
+            start_file = start_of_phase(phase, history, work, echo=echo)
             current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
             inputs = _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches
             failure = None
             try:
-                with _alive(work):
+                with _alive(work, check):
                     _fit(
                         phase,
                         inputs,
                         work=work,
+                        owner=owner,
                         recipe=recipe,
                         seed=seed,
                         encoder=current,
@@ -229,12 +242,13 @@ def train(
                         gpus=gpus,
                         threads=max(1, resources.physical_cores // _most(num_workers)) if resources.is_local else 1,
                         watchers=[
-                            _watch_epochs(work, echo_epoch or echo, trackers),
+                            _watch_epochs(work, echo_epoch or echo, trackers, check),
                             watch_room(num_workers, gpus, echo),
                         ],
                     )
             except ImcapError as error:
                 failure = error
+            check()  # what looks half done may be what the run that has taken over is writing
             resumed = recover(run, finished_epochs=len(read_metrics(work)), echo=echo)
             if failure:  # Ray Train counts failures from the start, which a long training on spot machines must not
                 if resumed is None or len(resumed.history) <= len(history):
@@ -248,6 +262,7 @@ def train(
     weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
     kept = _with_cnn(encoder, weights)
     metrics = best.history[-1]
+    check()
     save_model_folder(
         model,
         encoder=recipe.encoder,
@@ -362,8 +377,13 @@ def prepare_training(
     model = storage.absolute(model)
     gpus = gpus_per_worker if gpus_per_worker is not None else float(resources.expects_gpus)
     if num_workers is None:
-        num_workers = max(1, int(resources.gpus / gpus) if gpus else 1)
+        num_workers = max(1, int(resources.gpus / gpus) if gpus >= 1 else 1)
     least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
+    if 0 < gpus < 1 < most:
+        raise InputError(
+            f"--gpus-per-worker {gpus:g} would put several of {most} workers on one GPU, which NCCL, the library by "
+            "which they exchange gradients, refuses: give each 1, or train with --num-workers 1"
+        )
     if recipe.training.batch_size < most:
         raise InputError(f"--num-workers {most} exceeds the recipe's batch of {recipe.training.batch_size} images")
     # Ray asks no autoscaler for CPUs of an elastic training: the least have to be there.
@@ -431,12 +451,16 @@ def _cache(
     recipe: Recipe,
     folder: str,
     resources: ClusterResources,
+    gpus: float,
     echo: Callable[[str], None],
     on_features: Callable[[str, Progress, int], None],
 ) -> dict[str, FeatureCache]:
-    """The features of each split under this encoder, made or found, and which images cannot be read."""
+    """The features of each split under this encoder, made or found, and which images cannot be read.
+
+    Args:
+        gpus: of each process that encodes.
+    """
     caches = {}
-    gpus = 1.0 if resources.gpus else 0.0
     for split in (TRAIN, VALIDATION):
         images = data.split(split)
         views = Views(original=recipe.training.epochs > 0)  # the other phases read photographs
@@ -505,14 +529,38 @@ def _start_file(work: str, phase: str) -> str:
     return storage.join(work, f"start_of_{phase}.safetensors")
 
 
-def _start_of_phase(phase: str, history: list[dict[str, Any]], work: str, echo: Callable[[str], None]) -> str | None:
-    """The file of the weights that a phase starts from, the best so far; None where it starts from nothing."""
+def start_of_phase(phase: str, history: list[dict[str, Any]], work: str, *, echo: Callable[[str], None]) -> str | None:
+    """The file of the weights that a phase starts from, the best so far; None where it starts from nothing.
+
+    A phase that has begun finds its CNN there again. Where the file is gone or damaged, it is made from the newest
+    checkpoint: that has the same CNN, or the one trained up to there, and the decoder is the checkpoint's in any case.
+
+    Raises:
+        ImcapError: the checkpoint's weights cannot be read.
+    """
     place = _start_file(work, phase)
-    if history and history[-1]["phase"] != phase:
-        best, _ = choose_best(storage.join(work, RUN_FOLDER), echo=echo)
-        storage.write_bytes(place, storage.read_bytes(storage.join(best.location, WEIGHTS_FILE)))
-        echo(f"{phase} from epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}")
-    return place if storage.exists(place) else None
+    if not history or history[0]["phase"] == phase:  # the first phase: what it starts from is the user's
+        return place if storage.exists(place) else None
+    has_begun = history[-1]["phase"] == phase
+    if has_begun and _is_readable(place):
+        return place
+    best, newest = choose_best(storage.join(work, RUN_FOLDER), echo=echo)
+    source = newest if has_begun else best
+    weights = _read_weights(storage.join(source.location, WEIGHTS_FILE))
+    storage.write_bytes(place, safetensors.torch.save(weights))
+    if has_begun:
+        echo(f"{place} was gone or damaged, and is made anew from epoch {source.epoch}")
+    else:
+        echo(f"{phase} from epoch {source.epoch}, CIDEr-D {source.history[-1][SCORE]:.3f}")
+    return place
+
+
+def _is_readable(weights_file: str) -> bool:
+    try:
+        _read_weights(weights_file)
+    except ImcapError:
+        return False
+    return True
 
 
 def _read_weights(location: str) -> dict[str, torch.Tensor]:
@@ -574,6 +622,8 @@ def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
     if storage.exists(place):
         try:
             before = json.loads(storage.read_bytes(place))
+            if not isinstance(before, dict):
+                raise ValueError("expected an object")
         except ValueError as error:
             raise OutputError(
                 f"{place} is damaged, so nothing says what was trained in {model} ({error}): "
@@ -586,8 +636,14 @@ def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
             )
     elif storage.exists(storage.join(model, CONFIG_FILE)):
         raise OutputError(f"{model} is a finished model: choose another folder or remove it")
-    elif storage.is_file(model) or (storage.is_folder(model) and any(True for _ in storage.list_files(model))):
+    elif storage.is_file(model) or (storage.is_folder(model) and _is_somebody_elses(model)):
         raise OutputError(f"{model} exists and is no training of imcap: choose another folder")
+
+
+def _is_somebody_elses(model: str) -> bool:
+    """Whether there is more than a training leaves that was killed in its first moment."""
+    names = (file.name for file in storage.list_files(model))
+    return any(name != f"{WORK_FOLDER}/owner" and not name.startswith(f"{WORK_FOLDER}/.") for name in names)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -604,6 +660,7 @@ def _fit(
     inputs: Mapping[str, FeatureCache] | Mapping[str, _Manifest],
     *,
     work: str,
+    owner: str,
     recipe: Recipe,
     seed: int,
     encoder: Encoder,
@@ -616,6 +673,7 @@ def _fit(
     """Run the workers until the phase is finished; the checkpoints are in the run's folder then.
 
     Args:
+        owner: the name under which this run may write to the work folder.
         watchers: called every two seconds meanwhile, and once afterwards.
     """
     context = DataContext.get_current().copy()
@@ -633,6 +691,7 @@ def _fit(
             train_worker,
             train_loop_config={
                 "work": work,
+                "owner": owner,
                 "recipe": to_mapping(recipe),
                 "seed": seed,
                 "threads": threads,
@@ -705,23 +764,36 @@ def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...
 
 
 @contextmanager
-def _alive(work: str) -> Iterator[None]:
-    """Give signs of life while the block runs."""
-    write_heartbeat(work)
-    with repeating(partial(write_heartbeat, work), seconds=HEARTBEAT_SECONDS):
+def _alive(work: str, check: Callable[[], None]) -> Iterator[None]:
+    """Give signs of life while the block runs, unless another run has taken over."""
+
+    def beat() -> None:
+        with suppress(OSError, ImcapError):
+            check()
+            write_heartbeat(work)
+
+    beat()
+    with repeating(beat, seconds=HEARTBEAT_SECONDS):
         yield
 
 
-def _watch_epochs(work: str, echo: Callable[[str], None], trackers: Trackers) -> Callable[[], None]:
-    """A function that says and logs the epochs which the workers have added to their history since its last call."""
+def _watch_epochs(
+    work: str, echo: Callable[[str], None], trackers: Trackers, check: Callable[[], None]
+) -> Callable[[], None]:
+    """A function that says and logs the epochs which the workers have added to their history since its last call.
+
+    Args:
+        check: raises if this run may not write any more: then the epochs are another's.
+    """
     known = len(read_metrics(work))
     num_logged: int | None = None
 
     def look() -> None:
         nonlocal known, num_logged
         try:
+            check()
             rows = read_metrics(work)
-        except OSError:  # the next look may find the store again, and the training does not depend on this one
+        except (OSError, ImcapError):  # the next look may find the store again; the training does not depend on it
             return
         for row in rows[known:]:
             echo(

@@ -1,6 +1,7 @@
 """The work folder of a training: the names of its files, and the metrics of its epochs for people and tools.
 
     MODEL/_training/settings.json   what must not change between a training and its resumption
+                    owner           the run that may write here
                     metrics.jsonl   a line for each epoch that is done
                     heartbeat       written anew every half minute while the training lives
                     tensorboard/    the same as event files
@@ -49,6 +50,8 @@ def read_metrics(work: str) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
+            break
+        if not isinstance(row, dict):
             break
         rows.append(row)
     return rows

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,10 @@ import torch
 from imcap_ray.captioner import Captioner, read_model_folder
 from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.datasets import load_dataset
+from imcap_ray.distributed.captions_folder import take_over
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.trainer import TrainingResult, prepare_training, train
-from imcap_ray.errors import ClusterError, OutputError
+from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from tests import small_data
 
 pytestmark = [
@@ -172,6 +175,48 @@ def test_the_same_command_again_keeps_what_is_done_and_another_is_refused(
 
     assert again.metrics == first.metrics
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_training_that_another_run_has_taken_over_stops_and_writes_no_more(
+    run: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+
+    def begin_another(line: str) -> None:
+        if line.startswith("epoch 1:"):
+            take_over(str(model / "_training"))
+
+    with pytest.raises(ImcapError, match=f"another run has taken over {model}: this one must not write there"):
+        run(recipe=small_recipe(epochs=1000, patience=0), num_workers=2, echo_epoch=begin_another)
+
+    assert not (model / "config.json").exists()
+    assert len((model / "_training" / "metrics.jsonl").read_text().splitlines()) < 1000
+
+
+WORKER = """
+import json, sys
+import torch
+from imcap_ray.distributed.train_worker import share
+
+rank, store, value = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+print(json.dumps(share(value, 2, torch.device("cpu"))))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_workers_tell_each_other_values_of_any_length(tmp_path: Path) -> None:
+    values = [None, {"犬.jpg": {"text": "a dog \ud800", "logprob": -0.1 - 0.2, "num_tokens": 3}}]
+
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), json.dumps(value)],
+            stdout=subprocess.PIPE,
+        )
+        for rank, value in enumerate(values)
+    ]
+
+    assert [json.loads(worker.communicate(timeout=200)[0].splitlines()[-1]) for worker in workers] == [values, values]
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(run: Callable[..., TrainingResult]) -> None:

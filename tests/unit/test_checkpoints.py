@@ -71,6 +71,30 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_newest(run: 
     assert not storage.exists(folders[2])
 
 
+@pytest.mark.parametrize(
+    ("sealed", "lost"), [([], STATE), ([], "history.json"), ([STATE], "history.json")], ids=["1", "2", "3"]
+)
+def test_a_checkpoint_whose_seal_does_not_name_what_is_lost_is_passed_over(
+    run: str, sealed: list[str], lost: str
+) -> None:
+    folders = write_epochs(run, 0.1, 0.2)
+    seal(folders[1], sealed)
+    storage.remove(storage.join(folders[1], lost))
+
+    epoch, lines = recovered(run, finished_epochs=2)
+
+    assert (epoch, len(lines)) == (1, 1)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"7", b"[{", b"\xff"])
+def test_a_checkpoint_without_an_epoch_in_its_history_is_passed_over(run: str, content: bytes) -> None:
+    folders = write_epochs(run, 0.1, 0.2)
+    storage.write_bytes(storage.join(folders[1], "history.json"), content)
+    seal(folders[1], [STATE, "history.json"])
+
+    assert recovered(run, finished_epochs=2)[0] == 1
+
+
 def test_a_snapshot_of_ray_is_not_trusted_whatever_is_in_it(run: str) -> None:
     write_epochs(run, 0.1, 0.2)
     storage.write_bytes(storage.join(run, SNAPSHOT), b'{"checkpoint_results": [{"che')

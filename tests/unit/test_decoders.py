@@ -180,6 +180,20 @@ def test_every_parameter_learns(decoder: Decoder) -> None:
         assert name == "key.bias" or bool(parameter.grad.any()), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_small_gradients_are_not_lost_under_autocast(decoder: Decoder) -> None:
+    decoder.cuda()
+    features, token_ids, image_of_caption = make_features(), make_captions(), torch.tensor(IMAGE_OF_CAPTION)
+    with torch.autocast("cuda", torch.bfloat16):
+        logits = decoder(features.cuda(), token_ids.cuda(), torch.tensor(LENGTHS), image_of_caption.cuda())
+
+    (1e-9 * logits.float()).square().sum().backward()  # float16 ends at 6e-8
+
+    for name, parameter in decoder.named_parameters():
+        if "lstm" in name:
+            assert parameter.grad is not None and bool(parameter.grad.any()), name
+
+
 @torch.inference_mode()
 def test_attention_is_what_the_search_attends_with(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder("attention")

@@ -15,7 +15,7 @@ from imcap_ray.config import (
     TrainingConfig,
 )
 from imcap_ray.decoders import build_decoder
-from imcap_ray.distributed.train_worker import batch_maker, unfreeze
+from imcap_ray.distributed.train_worker import batch_maker, share, unfreeze
 from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
 from imcap_ray.training import SELF_CRITICAL, EndToEnd, Optimization, augmentation, make_batch, phases
@@ -124,6 +124,10 @@ def test_captions_are_drawn_for_other_views_of_the_photographs_at_each_step(enco
         assert len(batch.lengths) == 2 * recipe.self_critical.num_samples
         assert numbers["train_reward"] >= 0
     assert not torch.equal(*(batch.inputs for batch, _ in batches))
+
+
+def test_a_worker_alone_has_nobody_to_ask() -> None:
+    assert share({"a": 1}, 1, torch.device("cpu")) == [{"a": 1}]
 
 
 def test_tensors_below_a_prefix_are_named_without_it() -> None:

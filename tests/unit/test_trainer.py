@@ -1,11 +1,27 @@
-"""What a training says while it runs, without Ray."""
+"""What a training says while it runs, what it starts a phase from, and what it refuses, without Ray."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import ray
+import safetensors.torch
+import torch
 
-from imcap_ray.distributed.trainer import watch_room
+from imcap_ray import storage
+from imcap_ray.config import load_recipe
+from imcap_ray.datasets import load_dataset
+from imcap_ray.distributed.checkpoints import checkpoint_name
+from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.seals import seal
+from imcap_ray.distributed.trainer import PreparedTraining, prepare_training, start_of_phase, watch_room
+from imcap_ray.errors import InputError, OutputError
+from tests import small_data
+
+RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
 
 
 def test_a_cluster_that_is_too_small_is_told_once_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +38,115 @@ def test_a_cluster_that_is_too_small_is_told_once_each_time(monkeypatch: pytest.
         "waiting for room for 2 workers: 3 CPUs needed, 2 there",
         "waiting for room for 2 workers: 2 GPUs needed, 1 there",
     ]
+
+
+# ---- what a phase starts from
+
+PHASES = ("cross_entropy", "finetune", "self_critical")
+
+
+def write_epochs(work: str, *scores: float) -> list[dict[str, Any]]:
+    """A checkpoint after an epoch of each phase, whose weights are its number; the history of the last."""
+    history: list[dict[str, Any]] = []
+    for epoch, (phase, score) in enumerate(zip(PHASES, scores, strict=False), start=1):
+        history.append({"phase": phase, "epoch": epoch, "cider_d": score})
+        folder = storage.join(work, "ray", checkpoint_name(epoch))
+        weights = {"decoder.w": torch.tensor([epoch])}
+        if phase != "cross_entropy":
+            weights["encoder.w"] = torch.tensor([epoch])
+        storage.write_bytes(storage.join(folder, "model.safetensors"), safetensors.torch.save(weights))
+        storage.write_bytes(storage.join(folder, "history.json"), json.dumps(history).encode())
+        seal(folder, ["model.safetensors", "history.json"])
+    return history
+
+
+def start(phase: str, history: list[dict[str, Any]], work: str) -> tuple[dict[str, int], list[str]]:
+    lines: list[str] = []
+    place = start_of_phase(phase, history, work, echo=lines.append)
+    weights = safetensors.torch.load(storage.read_bytes(place)) if place else {}
+    return {name: int(tensor) for name, tensor in weights.items()}, lines
+
+
+def test_a_phase_starts_from_the_best_epoch_before_it(tmp_path: Path) -> None:
+    history = write_epochs(str(tmp_path), 0.4, 0.3)
+
+    assert start("self_critical", history, str(tmp_path)) == (
+        {"decoder.w": 1},
+        ["self_critical from epoch 1, CIDEr-D 0.400"],
+    )
+
+
+def test_a_phase_that_has_begun_starts_from_where_it_started(tmp_path: Path) -> None:
+    before = write_epochs(str(tmp_path), 0.3, 0.4)
+    first, _ = start("self_critical", before, str(tmp_path))
+    history = write_epochs(str(tmp_path), 0.3, 0.4, 0.5)
+
+    assert start("self_critical", history, str(tmp_path)) == (first, [])
+    assert first == {"decoder.w": 2, "encoder.w": 2}
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_what_a_phase_started_from_is_made_anew_with_the_cnn_of_its_newest_checkpoint(
+    tmp_path: Path, damage: str
+) -> None:
+    history = write_epochs(str(tmp_path), 0.5, 0.4, 0.3)
+    place = tmp_path / "start_of_self_critical.safetensors"
+    if damage == "cut short":
+        place.write_bytes(b"half of ")
+
+    weights, lines = start("self_critical", history, str(tmp_path))
+
+    assert weights == {"decoder.w": 3, "encoder.w": 3}
+    assert lines == [f"{place} was gone or damaged, and is made anew from epoch 3"]
+
+
+def test_a_first_phase_starts_from_nothing_but_what_the_user_gave(tmp_path: Path) -> None:
+    assert start("cross_entropy", [], str(tmp_path)) == ({}, [])
+    assert start("cross_entropy", write_epochs(str(tmp_path), 0.1), str(tmp_path)) == ({}, [])
+
+
+# ---- what is refused
+
+
+@pytest.fixture(scope="module")
+def flickr8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data.write_flickr8k(tmp_path_factory.mktemp("data") / "flickr8k", num_train=4, num_validation=2)
+
+
+def prepare(data: Path, model: Path, **options: Any) -> PreparedTraining:
+    recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING)
+    return prepare_training(load_dataset(str(data)), str(model), recipe=recipe, **{"resources": RESOURCES} | options)
+
+
+@pytest.mark.parametrize("num_workers", [2, (1, 2)])
+def test_two_workers_on_one_gpu_are_refused(flickr8k: Path, tmp_path: Path, num_workers: Any) -> None:
+    with pytest.raises(InputError, match="--gpus-per-worker 0.5 would put several of 2 workers on one GPU"):
+        prepare(flickr8k, tmp_path / "model", gpus_per_worker=0.5, num_workers=num_workers)
+
+
+def test_a_part_of_a_gpu_is_for_one_worker(flickr8k: Path, tmp_path: Path) -> None:
+    assert prepare(flickr8k, tmp_path / "model", gpus_per_worker=0.5).num_workers == 1
+    assert prepare(flickr8k, tmp_path / "model").num_workers == RESOURCES.gpus
+
+
+def test_a_training_that_was_killed_in_its_first_moment_begins_again(flickr8k: Path, tmp_path: Path) -> None:
+    work = tmp_path / "model" / "_training"
+    work.mkdir(parents=True)
+    (work / "owner").write_text("0123456789abcdef")
+    (work / ".settings.json.0123abcd").write_text('{"rec')
+
+    prepare(flickr8k, tmp_path / "model")
+
+    (work / "thesis.txt").write_text("all of it")
+    with pytest.raises(OutputError, match="exists and is no training of imcap"):
+        prepare(flickr8k, tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"recipe": ', "\xff"])
+def test_damaged_settings_are_named_with_what_to_do(flickr8k: Path, tmp_path: Path, content: str) -> None:
+    place = tmp_path / "model" / "_training" / "settings.json"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content.encode("latin-1"))
+
+    with pytest.raises(OutputError, match=r"settings\.json is damaged, .* bring the file back, or choose another"):
+        prepare(flickr8k, place.parent.parent)
