@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
 OK = "ok"
@@ -50,6 +51,31 @@ def exif(orientation: int) -> Image.Exif:
     return exif
 
 
+JPEG_END = b"\xff\xd9"
+
+
+def grey_tiff(levels: npt.NDArray[np.float64], bits: int, *, white_is_zero: bool, order: str = "<") -> bytes:
+    """Uncompressed, of 12, 16 or 32 bits (32 are floats), from levels of 0 (black) to 1."""
+    height, width = levels.shape
+    stored = 1 - levels if white_is_zero else levels
+    if bits == 32:
+        pixels = stored.astype(f"{order}f4").tobytes()
+    else:
+        numbers = np.rint(stored * (2**bits - 1)).astype(np.uint16)
+        pixels = numbers.astype(f"{order}u2").tobytes() if bits == 16 else _packed_12_bits(numbers)
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 0 if white_is_zero else 1), (273, 134)]
+    tags += [(277, 1), (278, height), (279, len(pixels)), (339, 3 if bits == 32 else 1)]
+    entries = [struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags]
+    signature = b"II*\0" if order == "<" else b"MM\0*"
+    directory = struct.pack(f"{order}IH", 8, len(tags)) + b"".join(entries) + bytes(4)
+    return signature + directory + pixels
+
+
+def _packed_12_bits(numbers: npt.NDArray[np.uint16]) -> bytes:
+    bits = (numbers[:, :, None] >> np.arange(11, -1, -1)) & 1
+    return np.packbits(bits.astype(np.uint8).reshape(len(numbers), -1), axis=1).tobytes()
+
+
 def jpeg_with_segment(jpeg: bytes, marker: int, data: bytes) -> bytes:
     return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data + jpeg[2:]
 
@@ -73,6 +99,8 @@ def _readable() -> list[tuple[str, bytes, str]]:
     texts = PngImagePlugin.PngInfo()
     texts.add_text("Comment", "a picture " * 50, zip=True)
     cmyk = rgb.convert("CMYK")
+    levels = np.linspace(0, 1, 32 * 32).reshape(32, 32)
+    video = b"\0\0\0\x18ftypmp42\0\0\0\0isommp42" + b"\xff\xda" + bytes(5000)
     made = {
         "jpeg": jpeg,
         "jpeg_progressive": encode(rgb, "JPEG", progressive=True),
@@ -94,6 +122,12 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "jpeg_malformed_mpf": jpeg_with_segment(jpeg, 0xE2, b"MPF\0rubbish"),
         "jpeg_text_after_end": jpeg + b"and then some text",
         "jpeg_zeros_after_end": jpeg + bytes(5000),
+        "jpeg_text_before_end_mark": jpeg[:-2] + b"text" + JPEG_END,
+        "jpeg_zeros_before_end_mark": jpeg[:-2] + bytes(5000) + JPEG_END,
+        "jpeg_fill_bytes_before_end_mark": jpeg[:-2] + b"\xff" * 500 + JPEG_END,
+        "jpeg_video_after_end": jpeg + video,
+        "jpeg_with_thumbnail": _jpeg_with_thumbnail(jpeg),
+        "jpeg_with_thumbnail_video_after_end": _jpeg_with_thumbnail(jpeg) + video,
         "jpeg_1x1": encode(rgb.resize((1, 1)), "JPEG"),
         "jpeg_one_row": encode(rgb.resize((2000, 1)), "JPEG"),
         "mpo_two_pictures": encode_frames("MPO"),
@@ -112,6 +146,8 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "png_wholly_clear": encode(Image.new("RGBA", (20, 20), (0, 0, 0, 0)), "PNG"),
         "png_rotated": encode(rgb, "PNG", exif=exif(8)),
         "png_texts": encode(rgb, "PNG", pnginfo=texts),
+        "png_long_text": _png_with_chunk(encode(rgb, "PNG"), _png_text(2_000_000)),
+        "png_large_colour_profile": encode(rgb, "PNG", icc_profile=bytes(3_000_000)),
         "png_animated": encode_frames("PNG"),
         "png_invalid_animation": _png_with_chunk(encode(rgb, "PNG"), png_chunk(b"acTL", bytes(8))),
         "png_bytes_after_end": encode(rgb, "PNG") + b"\0rubbish",
@@ -136,6 +172,8 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "tiff_cmyk": encode(cmyk, "TIFF"),
         "tiff_ycbcr": encode(rgb.convert("YCbCr"), "TIFF"),
         "tiff_16_bit": encode(grey_16, "TIFF"),
+        "tiff_12_bit": grey_tiff(levels, 12, white_is_zero=False),
+        "tiff_16_bit_white_is_zero": grey_tiff(levels, 16, white_is_zero=True),
         "tiff_32_bit": encode(Image.fromarray(np.asarray(grey_16).astype(np.int32)), "TIFF"),
         "tiff_floats": encode(floats, "TIFF"),
         "tiff_floats_with_nan": encode(Image.fromarray(holes), "TIFF"),
@@ -216,6 +254,27 @@ def _cut() -> list[tuple[str, bytes, str]]:
     jpeg = encode(photo(), "JPEG")
     png = encode(photo(), "PNG")
     end = png_chunk(b"IEND", b"")
+    alpha = photo(128, 128)
+    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
+    icons = {"ico": encode(photo(64, 64), "ICO"), "ico_bmp": encode(photo(64, 64), "ICO", bitmap_format="bmp")}
+    others = {
+        **icons,
+        "icns": encode(alpha, "ICNS"),
+        "jpeg2000": encode(photo(), "JPEG2000"),
+        "jpeg2000_without_boxes": encode(photo(), "JPEG2000", no_jp2=True),
+    }
+    jpegs = {
+        "jpeg": jpeg,
+        "jpeg_grey": encode(photo().convert("L"), "JPEG"),
+        "jpeg_cmyk": encode(photo().convert("CMYK"), "JPEG"),
+        "jpeg_restart_markers": encode(photo(), "JPEG", restart_marker_rows=1),
+        "jpeg_optimized": encode(photo(), "JPEG", optimize=True),
+        "jpeg_large": encode(big, "JPEG", quality=95),
+    }
+    progressive = {
+        "jpeg_progressive": encode(photo(), "JPEG", progressive=True),
+        "jpeg_large_progressive": encode(big, "JPEG", quality=95, progressive=True),
+    }
     half = {
         "jpeg_half": jpeg,
         "jpeg_progressive_half": encode(photo(), "JPEG", progressive=True),
@@ -242,7 +301,22 @@ def _cut() -> list[tuple[str, bytes, str]]:
         "jpeg_segment_longer_than_file": b"\xff\xd8\xff\xe0\xff\xff" + bytes(range(200)),
         "png_too_few_pixels": png_header(64, 64) + png_chunk(b"IDAT", zlib.compress(bytes(100))) + end,
         "gif_header_only": encode(photo(), "GIF")[:13],
-    } | {name: data[: len(data) // 2] for name, data in half.items()}
+        "jpeg_with_thumbnail_cut_and_filled": _jpeg_with_thumbnail(jpeg)[: -len(jpeg) // 4] + bytes(100_000),
+        "jpeg_cut_at_restart_with_end_mark": _cut_at_restart_mark(encode(photo(), "JPEG", restart_marker_blocks=3)),
+    }
+    made |= {name: data[: len(data) // 2] for name, data in half.items()}
+    made |= {
+        f"{name}_{percent}": data[: len(data) * percent // 100] for name, data in others.items() for percent in (30, 60)
+    }
+    made |= {
+        f"{name}_90": others[name][: len(others[name]) * 9 // 10] for name in ("jpeg2000", "jpeg2000_without_boxes")
+    }
+    for name, data in (jpegs | progressive).items():
+        made[f"{name}_half_with_end_mark"] = data[: len(data) // 2] + JPEG_END
+        made[f"{name}_most_with_end_mark"] = data[: len(data) * 9 // 10] + JPEG_END
+    for name, data in jpegs.items():
+        made[f"{name}_half_zeros_end_mark"] = data[: len(data) // 2] + bytes(5000) + JPEG_END
+        made[f"{name}_half_many_zeros_end_mark"] = data[: len(data) // 2] + bytes(100_000) + JPEG_END
     return [(name, data, "truncated") for name, data in made.items()]
 
 
@@ -264,7 +338,7 @@ def _damaged() -> list[tuple[str, bytes, str]]:
 
 
 def _too_large() -> list[tuple[str, bytes, str]]:
-    texts = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000)))
+    png = encode(photo(), "PNG")
     made = {
         "bomb_png": png_header(60_000, 60_000) + png_chunk(b"IDAT", zlib.compress(bytes(1000))),
         "bomb_png_tiny": png_header(30_000, 30_000) + png_chunk(b"IDAT", b""),
@@ -274,7 +348,9 @@ def _too_large() -> list[tuple[str, bytes, str]]:
         "bomb_bmp": _patched(encode(photo(), "BMP"), 18, struct.pack("<ii", 40_000, 40_000)),
         "bomb_tiff": _patched_tiff(_patched_tiff(encode(photo(), "TIFF"), 256, 60_000), 257, 60_000),
         "bomb_ppm": b"P6 50000 50000 255\n",
-        "bomb_png_texts": _png_with_chunk(encode(photo(), "PNG"), texts),
+        "bomb_png_text": _png_with_chunk(png, _png_text(50_000_000)),
+        "bomb_png_texts": _png_with_chunk(png, 5 * _png_text(15_000_000)),
+        "bomb_png_colour_profile": encode(photo(), "PNG", icc_profile=bytes(50_000_000)),
     }
     return [(name, data, "too_large") for name, data in made.items()]
 
@@ -300,6 +376,19 @@ def _zip(data: bytes) -> bytes:
 
 def _png_with_chunk(png: bytes, chunk: bytes) -> bytes:
     return png[:33] + chunk + png[33:]
+
+
+def _png_text(length: int) -> bytes:
+    return png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(length)))
+
+
+def _jpeg_with_thumbnail(jpeg: bytes) -> bytes:
+    """As cameras make them: a small JPEG, end mark and all, among the EXIF data."""
+    return jpeg_with_segment(jpeg, 0xE1, exif(1).tobytes() + encode(photo(32, 20), "JPEG"))
+
+
+def _cut_at_restart_mark(jpeg: bytes) -> bytes:
+    return jpeg[: jpeg.index(b"\xff\xd3")] + JPEG_END
 
 
 def _patched(data: bytes, position: int, patch: bytes) -> bytes:

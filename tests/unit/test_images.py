@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import sys
 import threading
 import warnings
@@ -18,7 +19,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
 from imcap_ray.images import DecodedImage, decode_image, image_error_from_os_error
-from tests.odd_images import OK, encode, encode_frames, exif, odd_images, photo, png_header
+from tests.odd_images import JPEG_END, OK, encode, encode_frames, exif, grey_tiff, odd_images, photo, png_header
 
 SIZE = 48
 
@@ -120,9 +121,37 @@ def test_a_picture_of_the_target_size_is_unchanged(format: str) -> None:
     np.testing.assert_array_equal(image.pixels, noise.transpose(2, 0, 1))
 
 
-def test_a_jpeg_of_the_target_size_is_as_pillow_decodes_it() -> None:
-    data = encode(photo(SIZE, SIZE), "JPEG")
-    np.testing.assert_array_equal(decode(data).pixels, channels_first(Image.open(io.BytesIO(data))))
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 100}])
+@pytest.mark.parametrize("size", [1, 5, SIZE, 101])
+def test_a_jpeg_of_the_target_size_is_as_pillow_decodes_it(mode: str, options: dict[str, Any], size: int) -> None:
+    data = encode(photo(size, size).convert(mode), "JPEG", **options)
+    np.testing.assert_array_equal(decode(data, size).pixels, channels_first(Image.open(io.BytesIO(data))))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("size", [(1401, 1003), (577, 405), (300, 211), (900, 130)])
+def test_a_jpeg_decoded_at_a_reduced_scale_is_as_pillow_decodes_it(
+    mode: str, progressive: bool, size: tuple[int, int]
+) -> None:
+    data = encode(photo(*size).convert(mode), "JPEG", progressive=progressive)
+    expected = Image.open(io.BytesIO(data))
+    expected.draft(None, (2 * SIZE, 2 * SIZE))
+    expected = expected.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(decode(data).pixels, channels_first(expected))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("jpeg_text_after_end", "jpeg_zeros_after_end", "jpeg_video_after_end", "jpeg_with_thumbnail"),
+        *("jpeg_text_before_end_mark", "jpeg_zeros_before_end_mark", "jpeg_fill_bytes_before_end_mark"),
+    ],
+)
+def test_bytes_beside_the_picture_do_not_change_it(name: str) -> None:
+    [data] = [data for odd_name, data, _ in odd_images() if odd_name == name]
+    np.testing.assert_array_equal(decode(data).pixels, decode(encode(photo(), "JPEG")).pixels)
 
 
 def test_the_whole_picture_is_squashed() -> None:
@@ -192,6 +221,19 @@ def test_grey_levels_are_the_same_in_8_bits_16_bits_and_floats() -> None:
     for version in versions:
         pixels = decode(encode(Image.fromarray(version), "TIFF")).pixels
         np.testing.assert_array_equal(pixels, np.broadcast_to(grey, (3, SIZE, SIZE)))
+
+
+@pytest.mark.parametrize("white_is_zero", [False, True])
+@pytest.mark.parametrize("bits", [12, 16, 32])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_grey_levels_of_a_tiff_are_right_or_it_is_refused(order: str, bits: int, white_is_zero: bool) -> None:
+    levels = np.add.outer(np.arange(SIZE), np.arange(SIZE)) / (2 * SIZE - 2)
+    data = grey_tiff(levels, bits, white_is_zero=white_is_zero, order=order)
+    not_read_by_pillow = [(">", 12, False), (">", 12, True), ("<", 12, True), (">", 16, True)]
+    if (order, bits, white_is_zero) in not_read_by_pillow:
+        assert error_of(data).code == "unsupported_format"
+    else:
+        assert np.abs(decode(data).pixels - 255 * levels).max() <= 0.51
 
 
 def test_values_beyond_any_known_range_are_stretched() -> None:
@@ -290,6 +332,19 @@ def test_a_cut_file_gives_the_whole_picture_or_an_error(name: str) -> None:
                 assert error.code == "truncated", (length, error.message)
         else:
             np.testing.assert_array_equal(pixels, whole, err_msg=f"cut to {length} of {len(data)}")
+
+
+@pytest.mark.parametrize("name", [name for name in CUT_FILES if name.startswith("jpeg")])
+def test_a_jpeg_cut_in_a_scan_is_truncated_though_an_end_mark_follows(name: str) -> None:
+    data = CUT_FILES[name]
+    scans = list(re.finditer(rb"\xff\xda.*?(?=\xff[^\0])", data, re.DOTALL))
+    assert (len(scans) > 1) == ("progressive" in name)
+    for scan in scans:
+        header_length = 2 + scan[0][3]
+        for part in np.linspace(0.01, 0.9, 10):
+            length = scan.start() + header_length + int(part * (len(scan[0]) - header_length))
+            error = error_of(data[:length] + JPEG_END)
+            assert error.code == "truncated", (length, error.message)
 
 
 def test_a_half_picture_is_an_error_though_another_library_allows_it(
