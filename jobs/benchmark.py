@@ -71,7 +71,7 @@ from imcap_ray.errors import ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16
-from imcap_ray.vocabulary import END_ID, START_ID, Vocabulary
+from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID, Vocabulary
 
 
 @click.group()
@@ -973,7 +973,7 @@ def train_step(images: int, rounds: int, as_json: bool) -> None:
 def _nats_at_once(decoder: Decoder, batch: CaptionBatch) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=prefers_bfloat16(torch.device("cpu"))):
         logits = decoder(batch.inputs, batch.token_ids, batch.lengths, batch.image_of_caption)
-    return torch.nn.functional.cross_entropy(logits.float(), batch.targets)
+    return torch.nn.functional.cross_entropy(logits.float(), batch.targets, ignore_index=PADDING_ID)
 
 
 def _nats_in_a_loop(decoder: Decoder, batch: CaptionBatch) -> torch.Tensor:
@@ -983,7 +983,7 @@ def _nats_in_a_loop(decoder: Decoder, batch: CaptionBatch) -> torch.Tensor:
         log_probs, state = step(batch.token_ids[:, position : position + 1], state)
         positions.append(log_probs[:, 0])
     packed = torch.nn.utils.rnn.pack_padded_sequence(torch.stack(positions, dim=1), batch.lengths, batch_first=True)
-    return torch.nn.functional.nll_loss(packed.data, batch.targets)
+    return torch.nn.functional.nll_loss(packed.data, batch.targets, ignore_index=PADDING_ID)
 
 
 # ---- large photographs: JPEGs decoded at a reduced scale against all of their pixels

@@ -211,7 +211,10 @@ def batch_maker(
     settings = recipe.training
     view: Callable[[Tensor], Tensor] = _draw_view
     if reads_pixels(phase):
-        view = augmentation(encoder.image_size, min_crop_area=recipe.finetune.min_crop_area)
+        augment = augmentation(encoder.image_size, min_crop_area=recipe.finetune.min_crop_area)
+
+        def view(pixels: Tensor) -> Tensor:
+            return augment(pixels.to(device))
 
     if phase != SELF_CRITICAL:
         ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
@@ -221,7 +224,7 @@ def batch_maker(
 
     def draw(inputs: Tensor, image_ids: list[str]) -> tuple[CaptionBatch, dict[str, float]]:
         with torch.autocast(device.type, torch.bfloat16, enabled=prefers_bfloat16(device)):
-            features = _encode(encoder, view(inputs).to(device))
+            features = _encode(encoder, view(inputs))
         drawn = draw_captions(
             decoder_of(optimization.trained),
             features.float(),
@@ -261,16 +264,17 @@ def _run_epoch(
     """One pass over this worker's images; the mean cross-entropy of a token, in nats, other means over images, and the
     seconds it took."""
     start = time.time()
-    loss_sum, num_tokens, num_images = 0.0, 0, 0
+    loss_sum, num_tokens, num_images = torch.zeros((), dtype=torch.float64), 0, 0
     sums: dict[str, float] = {}
     for inputs, image_ids in batches:
         batch, numbers = make(inputs, image_ids)
         loss, count = optimization.step(batch)
-        loss_sum, num_tokens, num_images = loss_sum + loss, num_tokens + count, num_images + len(image_ids)
+        loss_sum = loss_sum.to(loss.device) + loss
+        num_tokens, num_images = num_tokens + count, num_images + len(image_ids)
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0.0) + value * len(image_ids)
     means = {name: value / max(1, num_images) for name, value in sums.items()}
-    return {"train_loss": loss_sum / max(1, num_tokens), **means, "train_seconds": time.time() - start}
+    return {"train_loss": float(loss_sum) / max(1, num_tokens), **means, "train_seconds": time.time() - start}
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,13 +81,41 @@ def test_a_batch_holds_every_token_but_the_start_as_a_target_once() -> None:
     batch = whole_batch()
 
     words = sorted(token for of_image in captions for ids in of_image for token in ids[1:])
-    assert sorted(batch.targets.tolist()) == words
+    assert sorted(batch.targets[batch.targets != PADDING_ID].tolist()) == words
+    assert batch.num_tokens == len(words)
     assert len(batch.targets) == int(batch.lengths.sum())
     assert batch.lengths.tolist() == sorted(batch.lengths.tolist(), reverse=True)
-    assert PADDING_ID not in batch.targets
     for row, image in enumerate(batch.image_of_caption.tolist()):
-        length = int(batch.lengths[row])
-        assert [*batch.token_ids[row, :length].tolist(), END_ID] in captions[image]
+        ids = batch.token_ids[row][batch.token_ids[row] != PADDING_ID].tolist()
+        assert [token for token in ids if token != END_ID] in [one[:-1] for one in captions[image]]
+
+
+def test_few_batch_sizes_come_up_in_a_step() -> None:
+    features, captions = make_features().repeat(5, 1, 1), 5 * make_captions()
+
+    batch = make_batch(features, captions, CPU)
+
+    packed = torch.nn.utils.rnn.pack_padded_sequence(batch.token_ids, batch.lengths, batch_first=True)
+    assert len(batch.lengths) == 80
+    assert set(packed.batch_sizes.tolist()) <= {16, 32, 48, 64, 80}
+
+
+def test_how_captions_are_padded_changes_neither_loss_nor_step(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, found = replace(PLAIN, label_smoothing=0.1), []
+    for lengths_alike in (1, 4, 16):
+        monkeypatch.setattr(training, "LENGTHS_ALIKE", lengths_alike)
+        optimization = optimize(copy.deepcopy(decoder), config)
+        advantages = [[0.5, -1.0]] * NUM_IMAGES
+        loss, num_tokens = optimization.step(make_batch(make_features(), make_captions(), CPU, advantages=advantages))
+        weights = torch.cat([parameter.detach().flatten() for parameter in optimization.trained.parameters()])
+        found.append((float(loss), num_tokens, weights))
+
+    for loss, num_tokens, weights in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-5)
+        assert num_tokens == found[0][1]
+        assert torch.allclose(weights, found[0][2], rtol=1e-3, atol=2e-3)
 
 
 def test_a_batchs_loss_is_the_sum_over_its_captions_alone(decoder: Decoder) -> None:
@@ -101,7 +129,7 @@ def test_a_batchs_loss_is_the_sum_over_its_captions_alone(decoder: Decoder) -> N
         for ids in of_image
     ]
     assert num_tokens == sum(number for _, number in alone)
-    assert loss == pytest.approx(sum(value for value, _ in alone), rel=1e-5)
+    assert float(loss) == pytest.approx(sum(float(value) for value, _ in alone), rel=1e-5)
 
 
 def test_an_image_without_captions_changes_nothing(decoder: Decoder) -> None:
@@ -110,7 +138,7 @@ def test_an_image_without_captions_changes_nothing(decoder: Decoder) -> None:
 
     found = optimize(copy.deepcopy(decoder)).step(make_batch(features, [[], *captions[1:]], CPU))
 
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert list(map(float, found)) == pytest.approx(list(map(float, expected)), rel=1e-5)
 
 
 def test_label_smoothing_changes_the_step_and_not_the_reported_loss() -> None:
@@ -128,7 +156,7 @@ def test_label_smoothing_changes_the_step_and_not_the_reported_loss() -> None:
 def test_a_tiny_model_learns_eight_images_by_heart(decoder: Decoder) -> None:
     optimization, batch = optimize(decoder, replace(PLAIN, learning_rate=2e-2)), whole_batch()
 
-    losses = [loss / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(150))]
+    losses = [float(loss) / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(150))]
 
     assert losses[0] == pytest.approx(math.log(VOCABULARY_SIZE), rel=0.2), "it starts by knowing nothing"
     assert losses[-1] < 0.1 * losses[0]
@@ -145,7 +173,8 @@ def test_a_batch_with_advantages_weighs_each_captions_tokens_with_its_own() -> N
     weights, lengths = torch.nn.utils.rnn.pad_packed_sequence(padded(batch.weights, sizes), batch_first=True)
     for row, image in enumerate(batch.image_of_caption.tolist()):
         length = int(lengths[row])
-        place = captions[image].index([*batch.token_ids[row, :length].tolist(), END_ID])
+        ids = batch.token_ids[row].tolist()
+        place = next(k for k, one in enumerate(captions[image]) if one[:-1] == ids[: len(one) - 1])
         assert weights[row, :length].tolist() == [advantages[image][place]] * length
     assert make_batch(make_features(), captions, CPU).weights.tolist() == [1.0] * len(batch.targets)
 
