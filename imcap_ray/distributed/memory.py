@@ -24,12 +24,3 @@ caption 47 images a second with it, 38 with the thresholds alone. glibc reads th
 
 WITHOUT_GPU: Final[dict[str, Any]] = {"env_vars": {**KEEP_FREED_MEMORY["env_vars"], "CUDA_VISIBLE_DEVICES": ""}}
 """The same for a process that has no GPU of Ray's: else it sees all of its node's, and loads its model there."""
-
-REMEMBER_FEW_SHAPES: Final[dict[str, Any]] = {
-    "env_vars": {**KEEP_FREED_MEMORY["env_vars"], "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
-}
-"""The same for a decoder alone, whose every step has another number of tokens: oneDNN, and what stands between it and
-torch, keep what they have compiled for each of the last 1,024 shapes. A training by the seed's recipe grew to 9 GB by
-that; after 80 steps it has 0.95 GB with this and 1.8 GB without (torch 2.14). It costs 7 % of the speed of the default
-recipe, all of that by oneDNN's cache. A CNN needs its own shapes again and again, and more of them than 64.
-"""

@@ -54,7 +54,7 @@ from imcap_ray.distributed.images import (
     read_images,
     repeating,
 )
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, REMEMBER_FEW_SHAPES
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
     RUN_FOLDER,
@@ -681,7 +681,6 @@ def _fit(
     # A read task's block is what the local shuffle and the object store hold at a time.
     context.target_max_block_size = 64 * 2**20
     filesystem, work_path = storage.resolve(work)
-    runtime_env = KEEP_FREED_MEMORY if reads_pixels(phase) else REMEMBER_FEW_SHAPES
     with DataContext.current(context):
         datasets = {
             split: _read_features(of_split) if isinstance(of_split, FeatureCache) else _read_pixels(of_split, encoder)
@@ -711,7 +710,7 @@ def _fit(
                 name=RUN_FOLDER,
                 storage_path=work_path,
                 storage_filesystem=filesystem,  # the one that asks a store again which fails now and then
-                worker_runtime_env=runtime_env,  # type: ignore[call-arg]  # mypy sees an older class
+                worker_runtime_env=KEEP_FREED_MEMORY,  # type: ignore[call-arg]  # mypy sees an older class
                 failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=NUM_BEST_TO_KEEP, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"
