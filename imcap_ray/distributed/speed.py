@@ -288,8 +288,9 @@ class _Alone:
 
     def caption(self, batch_size: int) -> tuple[int, float]:
         captioner = self._captioner
-        # At least four batches, for a GPU's are large.
-        pixels = self._pixels.repeat(-(-4 * batch_size // len(self._pixels)), 1, 1, 1)
+        # A GPU's batches are large, and one alone would tell little.
+        num_images = 4 * batch_size if captioner.device.type == "cuda" else batch_size
+        pixels = self._pixels.repeat(-(-num_images // len(self._pixels)), 1, 1, 1)
         start = time.perf_counter()
         with torch.inference_mode():
             for chunk in torch.split(pixels, batch_size):
