@@ -233,7 +233,7 @@ def plan_captioning(
     folder = CaptionsFolder(output)
     run = folder.read_run() or {}
     if not overwrite:
-        folder.claim(_identity(input, _load_without_gpu(load_captioner)))
+        folder.claim(_identity(input, load_without_gpu(load_captioner)))
     with TemporaryDirectory() as manifest:
         found = build_manifest(
             input,
@@ -274,7 +274,7 @@ def _choose_actors(
     return actors, gpus
 
 
-def _load_without_gpu(load_captioner: Callable[[], ImageCaptioner]) -> ImageCaptioner:
+def load_without_gpu(load_captioner: Callable[[], ImageCaptioner]) -> ImageCaptioner:
     """The captioner, to be asked what it is. Here it captions nothing, and would take the memory of a GPU from those
     that do."""
     with environment({"CUDA_VISIBLE_DEVICES": ""}):
@@ -333,7 +333,7 @@ def caption_images(
     start = time.time()
     input, output = storage.absolute(input), storage.absolute(output)
     actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
-    captioner = _load_without_gpu(load_captioner)
+    captioner = load_without_gpu(load_captioner)
     identity = _identity(input, captioner)
     final = folder = CaptionsFolder(output)
     with _told_as_ours():
@@ -566,11 +566,10 @@ def describe_bound(progress: Progress, resources: ClusterResources, *, num_actor
         return "too short to tell what bounds it"
     waited = progress.waiting_seconds / total
     most_actors = min(default_num_actors(resources, gpus_per_actor), num_blocks(progress.num_images))
-    fewer_actors = f"--num-actors {num_actors - 1}" if num_actors > 1 else "more of it"
     if waited > 0.25:
         bound = f"decode-bound: the model waited {waited:.0%} of the time; more CPUs would help"
         if not gpus_per_actor and num_actors > 1:
-            bound += f", or on these {fewer_actors}"
+            bound += f", or on these --num-actors {num_actors - 1}"
     else:
         bound = f"model-bound: the model was busy {1 - waited:.0%} of the time; "
         if num_actors < most_actors:
@@ -581,9 +580,10 @@ def describe_bound(progress: Progress, resources: ClusterResources, *, num_actor
             bound += "more CPUs would help, or GPUs: --gpus-per-worker 1"
     full = compute_batch_size(on_gpu=gpus_per_actor > 0)
     if 0 < progress.batch_size < full:
+        remedy = f"--num-actors {num_actors - 1}" if num_actors > 1 else "more of it"
         bound += (
             f"; memory ran out: {progress.batch_size} images were computed at a time instead of {full}, "
-            f"{fewer_actors} would help"
+            f"{remedy} would help"
         )
     return bound
 

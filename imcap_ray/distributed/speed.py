@@ -29,8 +29,8 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 
 from imcap_ray.batches import compute_batch_size
 from imcap_ray.captioner import load_captioner, search_captions
-from imcap_ray.distributed.captioning import ImageCaptioner, caption_images
-from imcap_ray.distributed.cluster import connect, cores, environment
+from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, load_without_gpu
+from imcap_ray.distributed.cluster import connect, cores
 from imcap_ray.distributed.images import Progress, repeating
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
 from imcap_ray.errors import ImageError, ImcapError, InputError
@@ -41,8 +41,8 @@ from imcap_ray.manifest import build_manifest
 IMAGES_PER_ROUND: Final = 64
 """Of each core."""
 
-BATCH_SIZES: Final = (1, 2, 4)
-"""Tried for the model by itself, in batches of a run."""
+BATCH_MULTIPLES: Final = (1, 2, 4)
+"""Of what a run computes together: the batches that the model is tried with by itself."""
 
 STEADY_SHARES: Final = (0.15, 0.95)
 """Of a run's images: between these all actors are busy."""
@@ -237,8 +237,7 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     Raises:
         ModelError: they cannot.
     """
-    with environment({"CUDA_VISIBLE_DEVICES": ""}):  # what is wrong with it is found here, and not in Ray's processes
-        load_captioner(models)
+    load_without_gpu(partial(load_captioner, models))  # what is wrong with it is found here, not in Ray's processes
     resources = connect("local")
     gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
@@ -249,7 +248,7 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
         for worker in workers:  # they hold the CPUs that the next ones need
             ray.kill(worker)
         workers = [_Alone.options(num_gpus=1).remote(files, models) for _ in range(gpus)]  # type: ignore[attr-defined]
-    sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_SIZES]
+    sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_MULTIPLES]
     rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in sizes}
     best = max(rates, key=lambda size: rates[size].median)
     ray.shutdown()

@@ -643,7 +643,7 @@ def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
 def _is_somebody_elses(model: str) -> bool:
     """Whether there is more than a training leaves that was killed in its first moment."""
     names = (file.name for file in storage.list_files(model))
-    return any(name != f"{WORK_FOLDER}/owner" and not name.startswith(f"{WORK_FOLDER}/.") for name in names)
+    return any(name != f"{WORK_FOLDER}/owner" and not storage.is_temporary(name.rpartition("/")[2]) for name in names)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -134,6 +134,7 @@ def test_a_training_that_was_killed_in_its_first_moment_begins_again(flickr8k: P
     work.mkdir(parents=True)
     (work / "owner").write_text("0123456789abcdef")
     (work / ".settings.json.0123abcd").write_text('{"rec')
+    (tmp_path / "model" / ".imcap.0123abcd").touch()  # a look for the folder
 
     prepare(flickr8k, tmp_path / "model")
 
