@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import ray.train
 import ray.train.torch
 import safetensors.torch
 import torch
+from ray._private.utils import estimate_available_memory  # of this process's control group, where there is one
 from torch import Tensor
 from torch.nn import functional
 
@@ -76,7 +76,7 @@ _STATE_FILE: Final = "training_state.pt"
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
 RESIDENT_SHARE: Final = 0.4
-"""Of a node's free memory, what the features of its workers may fill to be kept there."""
+"""Of a node's available memory, the file cache with it, what the features of its workers may fill to be kept there."""
 
 BatchSource = Callable[..., Iterator[tuple[Tensor, list[str]]]]
 """Called with batch_size and seed: one epoch of shuffled batches, what the phase reads of images and their ids."""
@@ -303,9 +303,8 @@ def _choose_source(num_images: int, inputs: _Inputs, *, workers_on_node: int) ->
     What fits in memory is read once: while Ray Data streams, its scheduler keeps half a core busy (Ray 2.60), a
     quarter of a two-core machine. More than that is streamed anew in every epoch.
     """
-    available_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     size_bytes = num_images * int(np.prod(inputs.shapes[TRAIN])) * np.dtype(inputs.dtype).itemsize
-    if size_bytes > RESIDENT_SHARE * available_bytes / workers_on_node:
+    if size_bytes > RESIDENT_SHARE * estimate_available_memory() / workers_on_node:
         return partial(_stream_shard, inputs)
     parts = list(_read_shard(TRAIN, inputs, batch_size=256))
     images = torch.empty(sum(len(part) for part, _ in parts), *inputs.shapes[TRAIN], dtype=parts[0][0].dtype)

@@ -30,8 +30,9 @@ LOCAL = ("caption", "train", "check", "evaluate", "report", "export", "model", "
 MEASURES = "bench"
 SHOWN = [
     shown
-    for shown in shown_commands()
-    if not shown.where.startswith("imcap_ray/models")  # how the card's model was trained is what README shows
+    for shown in {" ".join(shown.words): shown for shown in shown_commands()}.values()
+    if not shown.where.startswith("imcap_ray/models")  # how the card's model was trained is what README shows,
+    and not (shown.where.startswith("jobs/RESULTS") and "train" in shown.words)  # and so is the seed's recipe
     and shown.words[1] in LOCAL
     and shown.words[1] != MEASURES
     and "s3://" not in shown.line
