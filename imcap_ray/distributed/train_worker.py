@@ -304,7 +304,8 @@ def _choose_source(num_images: int, inputs: _Inputs, *, workers_on_node: int) ->
     quarter of a two-core machine. More than that is streamed anew in every epoch.
     """
     size_bytes = num_images * int(np.prod(inputs.shapes[TRAIN])) * np.dtype(inputs.dtype).itemsize
-    if size_bytes > RESIDENT_SHARE * estimate_available_memory() / workers_on_node:
+    available_bytes: int = estimate_available_memory()  # type: ignore[no-untyped-call]
+    if size_bytes > RESIDENT_SHARE * available_bytes / workers_on_node:
         return partial(_stream_shard, inputs)
     parts = list(_read_shard(TRAIN, inputs, batch_size=256))
     images = torch.empty(sum(len(part) for part, _ in parts), *inputs.shapes[TRAIN], dtype=parts[0][0].dtype)

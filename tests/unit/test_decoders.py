@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from imcap_ray import decoders
 from imcap_ray.captioner import search_captions
 from imcap_ray.config import DecoderConfig, SearchConfig
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
@@ -178,6 +179,25 @@ def test_every_parameter_learns(decoder: Decoder) -> None:
         assert parameter.grad is not None, name
         # The softmax over the regions takes no notice of a constant added to all keys.
         assert name == "key.bias" or bool(parameter.grad.any()), name
+
+
+def test_gradients_are_those_of_torchs_own_lstm(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder.double()
+
+    def compute_gradients() -> dict[str, Tensor]:
+        decoder.zero_grad()
+        features = make_features().double()
+        logits = decoder(features, make_captions(), torch.tensor(LENGTHS), torch.tensor(IMAGE_OF_CAPTION))
+        logits.square().sum().backward()
+        return {name: parameter.grad for name, parameter in decoder.named_parameters() if parameter.grad is not None}
+
+    found = compute_gradients()
+    monkeypatch.setattr(decoders, "_run", lambda lstm, inputs: lstm(inputs)[0])
+    expected = compute_gradients()
+
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-9, atol=1e-9), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
