@@ -62,8 +62,8 @@ class EfficientNetLite(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The last feature map."""
-        hidden = self.blocks(self.act1(self.bn1(self.conv_stem(pixels))))
-        features: Tensor = self.act2(self.bn2(self.conv_head(hidden)))
+        hidden = self.blocks(self.act1(_normalised(self.conv_stem, self.bn1, pixels)))
+        features: Tensor = self.act2(_normalised(self.conv_head, self.bn2, hidden))
         return features
 
 
@@ -77,10 +77,19 @@ class _Convolution(nn.Conv2d):
         nn.init.normal_(self.weight, std=math.sqrt(2 * groups / (kernel**2 * after)))
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.stride[0] > 1:
+        return self.convolve(input, self.weight, self.bias)
+
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution with other weights than its own."""
+        stride = self.stride[0]
+        if stride > 1:
             sides = [self._padding_of(length) for length in (input.shape[-1], input.shape[-2])]
             input = functional.pad(input, [half for side in sides for half in side])
-        return super().forward(input)
+            if self.groups > 1 and input.requires_grad:
+                # With a stride a CPU's gradient of it takes twenty times as long (torch 2.14).
+                return functional.conv2d(input, weight, bias, groups=self.groups)[..., ::stride, ::stride]
+        output: Tensor = self._conv_forward(input, weight, bias)
+        return output
 
     def _padding_of(self, length: int) -> tuple[int, int]:
         kernel, stride = self.kernel_size[0], self.stride[0]
@@ -100,8 +109,8 @@ class _DepthwiseSeparable(nn.Module):
         self.bn2 = nn.BatchNorm2d(after, eps=_EPSILON)
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = self.bn2(self.conv_pw(self.act1(self.bn1(self.conv_dw(input)))))
-        return output
+        hidden = self.act1(_normalised(self.conv_dw, self.bn1, input))
+        return _normalised(self.conv_pw, self.bn2, hidden)
 
 
 class _InvertedResidual(nn.Module):
@@ -121,17 +130,39 @@ class _InvertedResidual(nn.Module):
         self._adds_input = stride == 1 and before == after
 
     def forward(self, input: Tensor) -> Tensor:
-        hidden = self.act1(self.bn1(self.conv_pw(input)))
-        hidden = self.act2(self.bn2(self.conv_dw(hidden)))
-        output: Tensor = self.bn3(self.conv_pwl(hidden))
+        hidden = self.act1(_normalised(self.conv_pw, self.bn1, input))
+        hidden = self.act2(_normalised(self.conv_dw, self.bn2, hidden))
+        output = _normalised(self.conv_pwl, self.bn3, hidden)
         return output + input if self._adds_input else output
+
+
+def _normalised(convolution: nn.Module, normalisation: nn.Module, input: Tensor) -> Tensor:
+    """A convolution and what is behind it.
+
+    While a network is trained that keeps the statistics of its batch normalisations, these are a part of the weights: a
+    step passes over each map once less, forward and backward. Not where the weights are kept and the normalisation is
+    not, for then they would need a gradient.
+    """
+    if not (
+        torch.is_grad_enabled()
+        and isinstance(convolution, _Convolution)
+        and isinstance(normalisation, nn.BatchNorm2d)
+        and not normalisation.training
+        and (convolution.weight.requires_grad or not normalisation.weight.requires_grad)
+    ):
+        output: Tensor = normalisation(convolution(input))
+        return output
+    assert normalisation.running_mean is not None and normalisation.running_var is not None
+    scale = normalisation.weight * (normalisation.running_var + normalisation.eps).rsqrt()
+    weight = convolution.weight * scale.view(-1, 1, 1, 1)
+    return convolution.convolve(input, weight, normalisation.bias - normalisation.running_mean * scale)
 
 
 class _Activation(nn.Module):
     """ReLU6, in place where no gradient needs what was there."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.relu6(input, inplace=not torch.is_grad_enabled())
+        return functional.relu6(input, inplace=not input.requires_grad)
 
 
 class MirroredEfficientNetLite(nn.Module):

@@ -34,6 +34,28 @@ def test_it_can_be_trained() -> None:
     assert all(parameter.grad is not None for parameter in cnn.parameters())
 
 
+@pytest.mark.parametrize("trains_filters", [True, False])
+def test_fine_tuned_it_has_the_gradients_of_timm(trains_filters: bool) -> None:
+    judge = timm.create_model("tf_efficientnet_lite0", num_classes=0).double().eval()
+    randomise_batch_normalisation(judge)
+    ours = EfficientNetLite(0).double().eval()
+    ours.load_state_dict(judge.state_dict())
+    pixels = torch.randn(2, 3, 65, 64, generator=torch.Generator().manual_seed(0)).double()
+
+    for cnn in (ours, judge):
+        for name, parameter in cnn.named_parameters():
+            parameter.requires_grad_(name.startswith("blocks") and (trains_filters or "conv_dw" not in name))
+    ours(pixels).square().mean().backward()
+    judge.forward_features(pixels).square().mean().backward()
+
+    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    expected = {name: parameter.grad for name, parameter in judge.named_parameters() if parameter.grad is not None}
+    assert found.keys() == expected.keys() and any("conv_dw" in name for name in found) == trains_filters
+    for name, gradient in found.items():
+        scale = float(expected[name].abs().max())
+        assert scale > 0 and torch.allclose(gradient, expected[name], rtol=0, atol=1e-9 * scale), name
+
+
 def test_a_captioner_is_loaded_without_timm_and_torchvision() -> None:
     program = (
         "import sys; from imcap_ray import Captioner; Captioner.load()\n"
