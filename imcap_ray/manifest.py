@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -674,8 +675,15 @@ def _with_ids(rows: pa.Table, ids: npt.NDArray[np.int64]) -> pa.Table:
     return rows.add_column(0, MANIFEST_SCHEMA.field(0), pa.array(ids, pa.int64())).cast(MANIFEST_SCHEMA)
 
 
+def is_part(path: str) -> bool:
+    """Whether a run wrote this file into its output, by Ray's names; others there are somebody else's."""
+    return re.fullmatch(r"[0-9a-f]{32}_[0-9]{6,}\.parquet", path.rpartition("/")[2]) is not None
+
+
 def open_captions(location: str) -> pads.Dataset:
     """The captions of a folder or a Parquet file, to be read a piece at a time.
+
+    Where a run has written into the folder, what else lies there is left out.
 
     Raises:
         InputError: nothing there, or no captions table.
@@ -686,6 +694,7 @@ def open_captions(location: str) -> pads.Dataset:
     filesystem = storage.resolve(location)[0]
     try:
         files = [location] if storage.is_file(location) else storage.list_parquet(location)
+        files = [path for path in files if is_part(path)] or files
         captions = pads.dataset([storage.resolve(path)[1] for path in files], filesystem=filesystem, format="parquet")
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{location} is not readable Parquet: {error}") from error

@@ -16,7 +16,6 @@ half done is finished, or taken back, by `recover`. Knows nothing of Ray but how
 from __future__ import annotations
 
 import json
-import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,6 +39,7 @@ from imcap_ray.manifest import (
     FAILED,
     MANIFEST_SCHEMA,
     OK,
+    is_part,
     read_table,
     update_manifest,
     write_table,
@@ -51,9 +51,6 @@ HEARTBEAT_SECONDS: Final = 30
 """How often a run says that it lives; a small file each time, which an object store does not feel."""
 WORK_FOLDER: Final = "_imcap"
 _ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
-PART_NAME: Final = re.compile(r"[0-9a-f]{32}_[0-9]{6,}\.parquet")
-"""Ray's names of parts; other files in the output are somebody else's, and left alone."""
-
 PENDING_SUFFIX: Final = ".pending.parquet"  # Ray's, of a file in done/ before the part is complete
 
 IDENTITY: Final = {
@@ -154,7 +151,7 @@ class CaptionsFolder:
         return [path for path in self._own_parts() if _name(path) in noted]
 
     def _own_parts(self) -> list[str]:
-        return [path for path in storage.list_parquet(self.location) if PART_NAME.fullmatch(_name(path))]
+        return [path for path in storage.list_parquet(self.location) if is_part(path)]
 
     def read_parts(self, columns: list[str], where: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
         """These columns of the rows that are noted as done, a piece at a time, in any order."""

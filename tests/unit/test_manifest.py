@@ -550,6 +550,15 @@ def test_captions_are_read_from_a_folder_past_our_own_files(tmp_path: Path) -> N
     assert sorted(open_captions(str(tmp_path)).to_table()["image_id"].to_pylist()) == ["0.jpg", "1.jpg"]
 
 
+def test_what_else_lies_among_the_parts_of_a_run_is_no_caption(tmp_path: Path) -> None:
+    table = captions_table([{"image_id": "0.jpg", "caption": "a dog", "status": "ok", "error_code": ""}])
+    pq.write_table(table, tmp_path / f"{'0a' * 16}_000000.parquet")
+    pq.write_table(table, tmp_path / "copy.parquet")
+    pq.write_table(pa.table({"number": [1]}), tmp_path / "notes.parquet")
+
+    assert open_captions(str(tmp_path)).to_table()["image_id"].to_pylist() == ["0.jpg"]
+
+
 def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"no such captions: {tmp_path}/nowhere"):
         open_captions(f"{tmp_path}/nowhere")
