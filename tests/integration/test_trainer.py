@@ -23,7 +23,7 @@ from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from tests import small_data
 
 pytestmark = [
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(700),
     pytest.mark.filterwarnings("ignore::UserWarning:ray.*"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
