@@ -11,8 +11,6 @@ which is 40 % of a batch of Flickr8k's captions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -288,24 +286,27 @@ def _by_image(image_of_caption: Tensor, num_images: int) -> tuple[Tensor, Tensor
     """How to bring captions together by their images, so that keys and values need not be copied for each caption.
 
     Returns:
-        The captions of each image (I, captions of an image), filled up with the first caption where it has fewer, and
-        where a caption (N,) stands in that table's cells row by row.
+        The captions of each image (I, captions of an image), filled up with caption 0 where it has fewer, and the cell
+        of that table, counted row by row, in which each caption (N,) stands.
     """
-    order = image_of_caption.argsort(stable=True)
+    numbers = torch.arange(len(image_of_caption), device=image_of_caption.device)
     counts = image_of_caption.bincount(minlength=num_images)
-    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    place = torch.empty_like(order)
-    place[order] = image_of_caption[order] * counts.max() + rank
-    captions = order.new_zeros(len(counts) * int(counts.max()))
-    captions[place] = torch.arange(len(order), device=order.device)
-    return captions.view(len(counts), -1), place
+    most = int(counts.max())
+    order = image_of_caption.argsort(stable=True)
+    firsts = counts.cumsum(0) - counts
+    place = torch.empty_like(numbers)
+    place[order] = image_of_caption[order] * most + numbers - firsts.repeat_interleave(counts)
+    captions = numbers.new_zeros(num_images * most)
+    captions[place] = numbers
+    return captions.view(num_images, most), place
 
 
 def _run(lstm: nn.LSTM, inputs: PackedSequence) -> PackedSequence:
     """The LSTM's hidden states at all positions; on a GPU in float32.
 
     Whatever the type of autocast, torch computes cuDNN's LSTM in float16 (ATen/cudnn/AutocastRNN.cpp), where small
-    gradients become 0.
+    gradients become 0. In the backward pass of its LSTM on a CPU each position makes a gradient of all positions' gates
+    and adds it to the others': with gates that are split beforehand a training step takes a fifth less time.
     """
     if inputs.data.is_cuda:
         with torch.autocast("cuda", enabled=False):
@@ -313,79 +314,14 @@ def _run(lstm: nn.LSTM, inputs: PackedSequence) -> PackedSequence:
         return outputs
     input_weight, hidden_weight, input_bias, hidden_bias = lstm.all_weights[0]
     gates = functional.linear(inputs.data, input_weight, input_bias + hidden_bias)
-    sizes = inputs.batch_sizes.tolist()
-    return _like(inputs, _Recurrence.apply(gates, hidden_weight, sizes))
-
-
-class _Recurrence(torch.autograd.Function):
-    """What an LSTM does position after position: the inputs' share of the gates (P, 4 H), in torch's order, and the
-    hidden weights (4 H, H) -> the hidden states (P, H).
-
-    On a CPU each position makes and adds a gradient of all positions' gates in torch.nn.LSTM's backward pass. Here it
-    writes its own, and the weights' gradient is one product in the end: with captions brought together by their images,
-    a training step takes a quarter less time. Cells are float32 at least.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, weight: Tensor, batch_sizes: list[int]) -> Tensor:
-        size = weight.shape[1]
-        weight = weight.to(gates.dtype)
-        states = gates.new_empty(len(gates), size)
-        activations = gates.new_empty(gates.shape, dtype=torch.promote_types(gates.dtype, torch.float32))
-        cells = activations.new_empty(len(gates), size)
-        hidden, cell = states.new_zeros(batch_sizes[0], size), cells.new_zeros(batch_sizes[0], size)
-        start = 0
-        for count in batch_sizes:
-            here = slice(start, start := start + count)
-            now = activations[here].copy_(torch.addmm(gates[here], hidden[:count], weight.t()))
-            now[:, : 2 * size].sigmoid_()
-            now[:, 2 * size : 3 * size].tanh_()
-            now[:, 3 * size :].sigmoid_()
-            let_in, keep, candidate, let_out = now.chunk(4, dim=1)
-            cell = torch.mul(keep, cell[:count], out=cells[here]).addcmul_(let_in, candidate)
-            hidden = states[here].copy_(let_out * cell.tanh())
-        ctx.save_for_backward(weight, activations, cells, states)
-        ctx.batch_sizes = batch_sizes
-        return states
-
-    @staticmethod
-    def backward(ctx: Any, states_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, activations, cells, states = ctx.saved_tensors
-        num_captions, size = ctx.batch_sizes[0], weight.shape[1]
-        spans = zip(accumulate(ctx.batch_sizes, initial=0), [*ctx.batch_sizes[1:], 0], strict=False)
-        before = torch.cat([torch.arange(start, start + count) for start, count in spans])
-        cells_before, states_before = torch.zeros_like(cells), torch.zeros_like(states)
-        torch.index_select(cells, 0, before, out=cells_before[num_captions:])
-        torch.index_select(states, 0, before, out=states_before[num_captions:])
-
-        # How much of a cell's and of a hidden state's gradient comes to each gate, at all positions at once.
-        let_in, keep, candidate, let_out = activations.chunk(4, dim=1)
-        said = cells.tanh()
-        of_cell = torch.stack(
-            [
-                candidate * let_in * (1 - let_in),
-                cells_before * keep * (1 - keep),
-                let_in * (1 - candidate.square()),
-            ],
-            dim=1,
-        )
-        of_hidden = said * let_out * (1 - let_out)
-        to_cell = let_out * (1 - said.square())
-
-        gradient = states.new_empty(len(states), 4, size)
-        hidden_gradient, cell_gradient = cells.new_zeros(num_captions, size), cells.new_zeros(num_captions, size)
-        end = len(states)
-        for count in reversed(ctx.batch_sizes):
-            here = slice(end - count, end)
-            end -= count
-            hidden = hidden_gradient[:count].add_(states_gradient[here])
-            cell = cell_gradient[:count].addcmul_(hidden, to_cell[here])
-            gradient[here, :3] = of_cell[here] * cell.unsqueeze(1)
-            gradient[here, 3] = of_hidden[here] * hidden
-            cell.mul_(keep[here])
-            hidden.copy_(gradient[here].flatten(1) @ weight)
-        gradient = gradient.flatten(1)
-        return gradient, gradient.t() @ states_before, None
+    hidden = cell = gates.new_zeros(int(inputs.batch_sizes[0]), lstm.hidden_size)
+    states = []
+    for of_position in torch.split(gates, inputs.batch_sizes.tolist()):
+        count = len(of_position)  # captions that are so long
+        of_history = functional.linear(hidden[:count], hidden_weight)
+        hidden, cell = _next_state(of_position + of_history, cell[:count])
+        states.append(hidden)
+    return _like(inputs, torch.cat(states))
 
 
 def _next_state(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

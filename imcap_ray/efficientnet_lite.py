@@ -85,8 +85,8 @@ class _Convolution(nn.Conv2d):
         if stride > 1:
             sides = [self._padding_of(length) for length in (input.shape[-1], input.shape[-2])]
             input = functional.pad(input, [half for side in sides for half in side])
-            if self.groups > 1 and input.requires_grad:
-                # With a stride a CPU's gradient of it takes twenty times as long (torch 2.14).
+            if self.groups > 1 and input.requires_grad and not input.is_cuda:
+                # With the stride a CPU takes two to nine times as long, forward and backward (torch 2.14, bfloat16).
                 return functional.conv2d(input, weight, bias, groups=self.groups)[..., ::stride, ::stride]
         output: Tensor = self._conv_forward(input, weight, bias)
         return output
@@ -137,21 +137,21 @@ class _InvertedResidual(nn.Module):
 
 
 def _normalised(convolution: nn.Module, normalisation: nn.Module, input: Tensor) -> Tensor:
-    """A convolution and what is behind it.
+    """The maps (B, C, H, W) of a convolution and its batch normalisation, or of what is in their places for inference.
 
-    While a network is trained that keeps the statistics of its batch normalisations, these are a part of the weights: a
-    step passes over each map once less, forward and backward. Not where the weights are kept and the normalisation is
-    not, for then they would need a gradient.
+    While a network is fine-tuned with the statistics kept, the normalisation is a part of the convolution's weights: a
+    step passes over each map once less, forward and backward. (torch's `fuse_conv_bn_weights` has no gradient.)
+    Not where the convolution is kept and the normalisation is not: then the filters would need a gradient.
     """
-    if not (
-        torch.is_grad_enabled()
-        and isinstance(convolution, _Convolution)
-        and isinstance(normalisation, nn.BatchNorm2d)
-        and not normalisation.training
-        and (convolution.weight.requires_grad or not normalisation.weight.requires_grad)
+    if (
+        not torch.is_grad_enabled()
+        or not isinstance(normalisation, nn.BatchNorm2d)
+        or normalisation.training
+        or (normalisation.weight.requires_grad and not convolution.weight.requires_grad)
     ):
         output: Tensor = normalisation(convolution(input))
         return output
+    assert isinstance(convolution, _Convolution)
     assert normalisation.running_mean is not None and normalisation.running_var is not None
     scale = normalisation.weight * (normalisation.running_var + normalisation.eps).rsqrt()
     weight = convolution.weight * scale.view(-1, 1, 1, 1)

@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from tests import small_data
 
-pytestmark = pytest.mark.timeout(600, func_only=True)  # a test's own time, without the undisturbed training's
+pytestmark = pytest.mark.timeout(450, func_only=True)  # a test's own time, without the undisturbed training's
 
 EPOCHS: Final = 24
 EPOCHS_ON_TWO_NODES: Final = 8
