@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -140,7 +141,9 @@ class Captioner:
         fingerprint: str = "",
     ) -> None:
         self.device = _device(device)
-        self.encoder = encoder.to(self.device).eval()
+        self.image_size = encoder.image_size
+        """Pixels on each side of what `caption_pixels` takes."""
+        self._trained_encoder = encoder.eval()
         self.decoder = decoder.to(self.device).eval()
         self.decoder.freeze()
         self.vocabulary = vocabulary
@@ -155,10 +158,10 @@ class Captioner:
         """Images computed together: half as many, once or more often, after memory has run out."""
         return self._batches.size
 
-    @property
-    def image_size(self) -> int:
-        """Pixels on each side of what `caption_pixels` takes."""
-        return self.encoder.image_size
+    @cached_property
+    def encoder(self) -> Encoder | EncoderEnsemble:
+        """The CNN, or several. Made fast when it is used first, for many only ask what a captioner is."""
+        return optimize_for_inference(self._trained_encoder, self.device).to(self.device)
 
     @classmethod
     def load(
@@ -199,7 +202,7 @@ class Captioner:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}") from error
         return cls(
-            encoder=optimize_for_inference(encoder, _device(device)),
+            encoder=encoder,
             decoder=decoder,
             vocabulary=folder.vocabulary,
             search=search or folder.search,
@@ -326,7 +329,7 @@ def load_captioner(
     encoders: list[Encoder] = []
     members: list[tuple[Decoder, Encoder]] = []
     for model, captioner in zip(models, loaded, strict=True):
-        encoder, decoder = captioner.encoder, captioner.decoder
+        encoder, decoder = captioner._trained_encoder, captioner.decoder
         assert isinstance(encoder, Encoder) and isinstance(decoder, Decoder)
         for what, is_same in (
             ("vocabulary", captioner.vocabulary.tokens == first.vocabulary.tokens),

@@ -12,10 +12,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Final
 
 import torch
-from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -205,16 +205,21 @@ class CaptionReward:
         ]
         self._cider_d = CiderD(self._references)
         self._bleu_weight = bleu_weight
-        self._smoothing = SmoothingFunction().method2
 
     def __call__(self, image_id: str, token_ids: Sequence[int]) -> float:
         """The reward of token ids from the start token to the end token, if there is one."""
         place, tokens = self._places[image_id], [self._tokens[token_id] for token_id in token_ids[1:]]
         reward = self._cider_d.score(place, tokens)
         if self._bleu_weight:
-            bleu = sentence_bleu(self._references[place], tokens, smoothing_function=self._smoothing)
-            reward += self._bleu_weight * bleu
+            reward += self._bleu_weight * _sentence_bleu()(self._references[place], tokens)
         return reward
+
+
+@cache
+def _sentence_bleu() -> Callable[..., float]:
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # a second and a half
+
+    return partial(sentence_bleu, smoothing_function=SmoothingFunction().method2)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from imcap_ray.encoders import (
     LITE_MEAN,
     LITE_STD,
     Encoder,
+    EncoderEnsemble,
     EncoderWeights,
     build_encoder,
     optimize_for_inference,
@@ -89,6 +90,15 @@ def test_turned_by_180_degrees_an_efficientnet_lite_says_the_same_and_pads_nothi
         monkeypatch.setattr(efficientnet_lite, "functional", None)  # where padding and ReLU6 are
         found = mirrored(pixels)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cnns_side_by_side_are_turned_too() -> None:
+    encoders = [build_encoder(EncoderConfig(name=f"efficientnet_lite{number}"), SMALL) for number in (0, 1)]
+    together = optimize_for_inference(EncoderEnsemble(encoders), CPU)
+    kinds = [type(module) for module in together.modules()]
+    assert kinds.count(efficientnet_lite.MirroredEfficientNetLite) == 2
+    expected = torch.cat([encoder(make_pixels()) for encoder in encoders], dim=-1)
+    torch.testing.assert_close(together(make_pixels()), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("image_size", "device"), [(272, CPU), (64, GPU)])
