@@ -172,12 +172,13 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _start(*, num_actors: int, verbose: bool) -> None:
-    variables = {}
+    # Each phase of a training would start a process that watches for other nodes' notices of their end.
+    variables = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
         # Ray listens on all interfaces and runs what it is sent, so it gets a token; one that only this process and
         # its children know. Ray itself would save one as ~/.ray/auth_token, and from then on every `ray start` of
         # this user demands it while no client that is given an address shows it.
-        variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         with _init_environment(variables, verbose=verbose):
             ray.init(
