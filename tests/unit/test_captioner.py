@@ -25,7 +25,7 @@ from imcap_ray.captioner import (
 )
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
 from imcap_ray.decoders import build_decoder
-from imcap_ray.encoders import EncoderWeights, build_encoder
+from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder, optimize_for_inference
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.images import decode_image
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
@@ -88,6 +88,26 @@ def test_captions_and_their_logprobs_do_not_depend_on_the_batch_by_a_single_bit(
     found = either_captioner.caption_pixels(pixels[numbers])
 
     assert found == [all_together[number] for number in numbers]
+
+
+def test_its_cnn_is_made_fast_once_when_it_is_used_first(
+    model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_fast: list[Encoder] = []
+
+    def optimize(encoder: Encoder, device: torch.device) -> Encoder:
+        made_fast.append(optimize_for_inference(encoder, device))
+        return made_fast[-1]
+
+    monkeypatch.setattr("imcap_ray.captioner.optimize_for_inference", optimize)
+    captioner = Captioner.load(model_dir, device="cpu")
+    assert not made_fast
+
+    for _ in range(2):
+        captioner.caption_pixels(pixels[:2])
+
+    assert made_fast == [captioner.encoder]
+    assert not [module for module in captioner.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
 def test_the_n_best_captions_are_different_and_the_best_is_first(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
