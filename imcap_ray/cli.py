@@ -30,7 +30,7 @@ from imcap_ray.progress import LineSchedule, Pace
 if TYPE_CHECKING:
     from imcap_ray.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
-    from imcap_ray.distributed.images import Progress
+    from imcap_ray.distributed.progress_counter import Progress
     from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
     from imcap_ray.distributed.trainer import TrainingPlan
 

@@ -29,7 +29,6 @@ from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
     BatchReporter,
-    Progress,
     default_num_actors,
     map_images,
     num_blocks,
@@ -37,6 +36,7 @@ from imcap_ray.distributed.images import (
     stack_pixels,
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
+from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError, StalledError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,

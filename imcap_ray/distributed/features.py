@@ -22,7 +22,8 @@ from imcap_ray import storage
 from imcap_ray.batches import FixedBatches, compute_batch_size
 from imcap_ray.captioner import no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
-from imcap_ray.distributed.images import BatchReporter, Progress, map_images, stack_pixels
+from imcap_ray.distributed.images import BatchReporter, map_images, stack_pixels
+from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.seals import find_damage, seal
 from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -31,6 +31,7 @@ from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
+from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.images import DecodedImage, decode_image
@@ -63,48 +64,6 @@ def loaded_schema(image_size: int) -> pa.Schema:
             ("is_repeated", pa.bool_()),  # the same bytes have come before; then there are no pixels
         ]
     )
-
-
-@dataclass
-class Progress:
-    """What a run has done so far, summed over its tasks and actors."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    """Images by status."""
-    busy_seconds: float = 0.0
-    """Time the actors spent on batches."""
-    waiting_seconds: float = 0.0
-    """Time the actors spent between two batches."""
-    batch_size: int = 0
-    """The fewest images that an actor could compute together; 0 where none has told."""
-
-    @property
-    def num_images(self) -> int:
-        """Images done."""
-        return sum(self.counts.values())
-
-
-@ray.remote(num_cpus=0, max_restarts=-1)
-class ProgressCounter:
-    """Sums what tasks and actors report. Losing it loses the progress line, nothing else."""
-
-    def __init__(self) -> None:
-        self._progress = Progress()
-
-    def add_batch(self, counts: dict[str, int], busy_seconds: float, waiting_seconds: float) -> None:
-        """An actor reports a batch."""
-        for status, count in counts.items():
-            self._progress.counts[status] = self._progress.counts.get(status, 0) + count
-        self._progress.busy_seconds += busy_seconds
-        self._progress.waiting_seconds += waiting_seconds
-
-    def tell_batch_size(self, batch_size: int) -> None:
-        """An actor computes so many images together from now on."""
-        self._progress.batch_size = min(self._progress.batch_size or batch_size, batch_size)
-
-    def get(self) -> Progress:
-        """The sums so far."""
-        return self._progress
 
 
 class BatchReporter:

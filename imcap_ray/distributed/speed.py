@@ -31,8 +31,9 @@ from imcap_ray.batches import compute_batch_size
 from imcap_ray.captioner import load_captioner, search_captions
 from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, load_without_gpu
 from imcap_ray.distributed.cluster import connect, cores
-from imcap_ray.distributed.images import Progress, repeating
+from imcap_ray.distributed.images import repeating
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
+from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.images import decode_image

@@ -48,13 +48,13 @@ from imcap_ray.distributed.cluster import ClusterResources, environment, require
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.images import (
     LoadImages,
-    Progress,
     default_num_actors,
     explain,
     read_images,
     repeating,
 )
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
+from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
     RUN_FOLDER,

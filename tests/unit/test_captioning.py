@@ -6,7 +6,7 @@ import pytest
 
 from imcap_ray.distributed.captioning import describe_bound
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.images import Progress
+from imcap_ray.distributed.progress_counter import Progress
 
 
 @pytest.mark.parametrize(
