@@ -39,27 +39,27 @@ caption_images(photographs, output, load_captioner=captioner, resources=connect(
 """
 
 
-@pytest.mark.timeout(900)
-def test_every_image_is_one_row_whatever_dies() -> None:
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_every_image_is_one_row_whatever_dies(seed: int) -> None:
     command = [
         sys.executable,
         str(BENCHMARK),
         "chaos",
         "--first-seed",
-        "1",
+        str(seed),
         "--seeds",
-        "2",
+        "1",
         "--images",
         str(NUM_IMAGES),
         "--json",
     ]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=880, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=430, check=False)
 
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["rows_expected"] == 2 * NUM_IMAGES
-    assert sum(result["faults"].values()) >= 2, done.stderr
+    assert result["rows_expected"] == NUM_IMAGES
+    assert sum(result["faults"].values()) >= 1, done.stderr
     for what in ("rows_lost", "rows_duplicated", "rows_wrong", "broken_files_read"):
         assert result[what] == 0, done.stderr
     # What was noted as done is not computed again. An image more for each that a repeated task was in the middle of.
@@ -108,6 +108,7 @@ def assert_complete(rows: list[dict[str, Any]]) -> None:
     assert [(row["image_id"], row["status"]) for row in rows] == [(name, "ok") for name in names]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
     first = nodes.cluster.add_node(num_cpus=4)
@@ -124,6 +125,7 @@ def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
     assert_complete(read(nodes.root / "captions"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_node_that_is_gone_for_good_leaves_work_and_cpus_to_the_others(
     nodes: Nodes, read: Read, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ from imcap_ray.captioner import Caption, Captioner
 from tests import small_data
 from tests.hosts import BUCKET, Host, Hosts, running_hosts, wait_until
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 NUM_IMAGES: Final = 300
 EPOCHS: Final = 8

@@ -19,6 +19,7 @@ from tests.odd_images import encode, photo
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "table"])
 def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
     kind: str, model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]

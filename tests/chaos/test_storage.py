@@ -45,6 +45,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(
     photographs: Path, model_dir: Path, small_disk: Path, read: Read
 ) -> None:
@@ -75,6 +76,7 @@ def rows_at(uri: str) -> list[dict[str, Any]]:
     return pads.dataset(parts, filesystem=filesystem).to_table().to_pylist() if parts else []
 
 
+@pytest.mark.slow
 def test_a_run_on_a_store_that_fails_now_and_then_is_killed_and_loses_nothing(
     photographs: Path, model_dir: Path, s3: S3Store
 ) -> None:

@@ -172,6 +172,7 @@ def test_a_killed_worker_a_killed_driver_and_damaged_files_change_nothing_in_the
     assert workplace.weights("disturbed") == workplace.weights(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_training_on_two_nodes_survives_the_loss_of_one(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_training_on_two_nodes_survives_the_loss_of_one(
     assert [row["epoch"] for row in workplace.epochs("node")] == list(range(1, EPOCHS_ON_TWO_NODES + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600, func_only=True)
 def test_a_training_goes_on_with_fewer_workers_and_takes_up_a_node_that_joins(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch

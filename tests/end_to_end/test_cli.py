@@ -212,7 +212,9 @@ def test_the_demo_captions_the_samples_with_the_model_of_the_package(tmp_path: P
     assert page.count("data:image/jpeg;base64,") == len(found) + 4  # the cards, and where the model looks
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize(
+    "kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["Ctrl-C", "SIGTERM"]
+)
 def test_an_interrupted_run_leaves_an_output_that_the_same_command_finishes(
     model_dir: Path, tmp_path: Path, kind: signal.Signals
 ) -> None:

@@ -106,7 +106,13 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(main, [os.path.expanduser(str(word)) for word in words])
 
 
-@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.line)
+def _shown(shown: Shown) -> object:
+    """As a parameter: a training takes minutes, and so does `imcap bench`."""
+    takes_minutes = _name(shown) in ("train", MEASURES) and "--dry-run" not in shown.words
+    return pytest.param(shown, id=shown.line, marks=[pytest.mark.slow] if takes_minutes else [])
+
+
+@pytest.mark.parametrize("shown", [_shown(shown) for shown in SHOWN])
 def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Path) -> None:
     _, command, *arguments = shown.words
     if command not in ("caption", "demo"):
@@ -143,7 +149,7 @@ MEASURED = [shown for shown in shown_commands() if shown.words[0] == "python" or
 MEASURED = [shown for shown in MEASURED if _name(shown) in FEW and "4000x3000" not in shown.line]
 
 
-@pytest.mark.parametrize("shown", MEASURED, ids=lambda shown: shown.line)
+@pytest.mark.parametrize("shown", [_shown(shown) for shown in MEASURED])
 def test_a_measurement_runs_as_it_is_shown_on_fewer_images(shown: Shown, folder: Path) -> None:
     small_data.write_model_folder(folder / "runs" / "mine")
     program, *words = shown.words

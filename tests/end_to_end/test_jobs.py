@@ -85,6 +85,7 @@ def test_the_lines_of_the_documentation_that_name_a_bucket_run_one_after_the_oth
     assert len(rows) == 9 and {row["status"] for row in rows} == {"ok"}
 
 
+@pytest.mark.slow
 def test_imcap_submit_captions_on_the_cluster(head: Head, flickr8k: Path, model_dir: Path, tmp_path: Path) -> None:
     output = tmp_path / "captions"
     words = ["caption", flickr8k / "Flicker8k_Dataset", output, "--model", model_dir]
@@ -129,6 +130,7 @@ def test_the_line_of_the_documentation_that_follows_a_job_returns_its_exit_code(
     assert open_captions(str(output)).count_rows() == 9
 
 
+@pytest.mark.slow
 def test_the_line_of_the_documentation_that_submits_a_training_trains(
     head: Head, flickr8k: Path, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Cal
     return run
 
 
+@pytest.mark.slow
 def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     run: Callable[..., TrainingResult], local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path
 ) -> None:
