@@ -27,9 +27,8 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from imcap_ray import storage
-from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.cluster import ClusterResources, runtime_environment
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
@@ -201,7 +200,13 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
             .repartition(target_num_rows_per_block=rows_per_task, strict=rows_per_task > IMAGES_PER_BLOCK)
             # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing both
             # into one: a file that kills its decoder must not take a model with it.
-            .map_batches(load, batch_size=None, batch_format="pyarrow", num_cpus=0.5)
+            .map_batches(
+                load,
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=0.5,
+                runtime_env=runtime_environment(gpus=0),
+            )
         )
 
 
@@ -321,7 +326,7 @@ def map_images(
             batch_format="pyarrow",
             num_cpus=1,
             num_gpus=gpus_per_actor or None,
-            runtime_env=KEEP_FREED_MEMORY if gpus_per_actor else WITHOUT_GPU,
+            runtime_env=runtime_environment(gpus=gpus_per_actor),
             # What fits now is the least, or Ray would begin by taking actors away, for it shares the CPUs out
             # equally among the operators. Of more it has more only while every one has nearly two blocks waiting
             # and the others keep CPUs enough for a task; so it takes what has joined, and nothing that they need.

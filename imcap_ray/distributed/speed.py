@@ -30,9 +30,8 @@ from ray._private.internal_api import get_memory_info_reply, get_state_from_addr
 from imcap_ray.batches import compute_batch_size
 from imcap_ray.captioner import load_captioner, search_captions
 from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, load_without_gpu
-from imcap_ray.distributed.cluster import connect, cores
+from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.distributed.images import repeating
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY, WITHOUT_GPU
 from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.image_sources import read_rows
@@ -242,13 +241,15 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     resources = connect("local")
     gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
-    decoder = _Alone.options(runtime_env=WITHOUT_GPU)  # type: ignore[attr-defined]
+    decoder = _Alone.options(runtime_env=runtime_environment(gpus=0))  # type: ignore[attr-defined]
     workers = [decoder.remote(files, models) for _ in range(resources.physical_cores)]
     decode = _measure(workers, rounds, lambda worker: worker.decode.remote())
     if gpus:
         for worker in workers:  # they hold the CPUs that the next ones need
             ray.kill(worker)
-        workers = [_Alone.options(num_gpus=1).remote(files, models) for _ in range(gpus)]  # type: ignore[attr-defined]
+        gpu = runtime_environment(gpus=1)
+        captioner = _Alone.options(num_gpus=1, runtime_env=gpu)  # type: ignore[attr-defined]
+        workers = [captioner.remote(files, models) for _ in range(gpus)]
     sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_MULTIPLES]
     rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in sizes}
     best = max(rates, key=lambda size: rates[size].median)
@@ -268,7 +269,7 @@ def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Ra
     return Rate(tuple(rates[1:]))  # the first one warms up
 
 
-@ray.remote(num_cpus=1, runtime_env=KEEP_FREED_MEMORY)
+@ray.remote(num_cpus=1)
 class _Alone:
     """One core, or one GPU, that does one thing only. Its methods say of how many images it was, and the seconds."""
 

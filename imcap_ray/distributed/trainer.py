@@ -44,7 +44,7 @@ from imcap_ray.config import DEFAULT_MODEL, Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
-from imcap_ray.distributed.cluster import ClusterResources, environment, require
+from imcap_ray.distributed.cluster import ClusterResources, environment, require, runtime_environment
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.images import (
     LoadImages,
@@ -53,7 +53,6 @@ from imcap_ray.distributed.images import (
     read_images,
     repeating,
 )
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
@@ -710,7 +709,7 @@ def _fit(
                 name=RUN_FOLDER,
                 storage_path=work_path,
                 storage_filesystem=filesystem,  # the one that asks a store again which fails now and then
-                worker_runtime_env=KEEP_FREED_MEMORY,  # type: ignore[call-arg]  # mypy sees an older class
+                worker_runtime_env=runtime_environment(gpus=1),  # type: ignore[call-arg]  # mypy sees an older class
                 failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
                 checkpoint_config=CheckpointConfig(
                     num_to_keep=NUM_BEST_TO_KEEP, checkpoint_score_attribute=SCORE, checkpoint_score_order="max"

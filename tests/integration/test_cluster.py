@@ -28,10 +28,19 @@ try:
     resources = [vars(connect(*sys.argv[1:])) for _ in range(2)]
     changed = {name for name in variables.keys() | os.environ.keys() if variables.get(name) != os.environ.get(name)}
     import ray
+    from imcap_ray.distributed.cluster import runtime_environment
     @ray.remote
     def double(number):
-        return 2 * number
-    said = {"resources": resources, "changed": sorted(changed), "answer": ray.get(double.remote(21))}
+        return 2 * number, os.environ.get("MALLOC_ARENA_MAX")
+    answer, arenas = ray.get(double.remote(21))
+    said = {
+        "resources": resources,
+        "changed": sorted(changed),
+        "answer": answer,
+        "arenas": arenas,
+        "runtime_environment": runtime_environment(gpus=0),
+        "processes": sorted(ray._private.worker._global_node.all_processes),
+    }
 except ImcapError as error:
     said = {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - start}
 print(json.dumps(said))
@@ -74,6 +83,13 @@ def test_a_private_ray_is_quiet_and_leaves_no_token_behind(home):
     # ~/.ray/auth_token would turn authentication on for every later `ray start` of this user.
     assert not (home / ".ray").exists()
     assert not [name for name in said["changed"] if "AUTH" in name]
+
+
+def test_a_private_ray_starts_what_it_needs_and_its_workers_need_no_environment_of_their_own(home):
+    said, _ = connect_elsewhere(home=home)
+    assert set(said["processes"]) <= {"gcs_server", "raylet", "reaper"}
+    assert said["arenas"] == "1"
+    assert said["runtime_environment"] is None
 
 
 def test_local_wins_over_ray_address(home):
