@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from imcap_ray.captioner import Captioner
 from imcap_ray.config import SearchConfig
+from imcap_ray.distributed import cluster
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
@@ -368,7 +370,12 @@ def test_overwriting_removes_the_old_only_once_the_new_stands(run: Run, photogra
     assert json.loads((output / "_imcap" / "run.json").read_text())["model_fingerprint"] == "b"
 
 
-def test_an_actor_without_a_gpu_sees_none(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_an_actor_without_a_gpu_sees_none_of_its_node(
+    run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu = replace(cluster._resources(), gpus=1.0)
+    monkeypatch.setattr(cluster, "_resources", lambda: with_gpu)
+
     run(str(photographs), str(tmp_path / "out"), load_captioner=SaysItsGpus, limit=3)
 
     assert {row["caption"] for row in read(tmp_path / "out")} == {"sees "}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from imcap_ray.distributed import cluster
 from imcap_ray.distributed.cluster import ClusterResources, refuse_relative_paths_in_job, require
 from imcap_ray.errors import ClusterError, InputError
 
@@ -125,6 +126,27 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
         require(resources, cpus=9, gpus=0, what="--num-workers 8")
     with pytest.raises(ClusterError, match=r"--num-actors 2 needs 2 GPUs, the cluster has 1: .* add nodes"):
         require(resources, cpus=2, gpus=2, what="--num-actors 2")
+
+
+@pytest.mark.parametrize(
+    ("is_local", "gpus_there", "gpus", "kept", "hidden"),
+    [
+        (True, 0, 0, False, False),
+        (True, 2, 0, False, True),
+        (True, 2, 1, False, False),
+        (False, 0, 0, True, True),  # a node with GPUs may join
+        (False, 2, 0, True, True),
+        (False, 2, 0.5, True, False),
+    ],
+)
+def test_a_worker_gets_the_environment_that_it_lacks(monkeypatch, is_local, gpus_there, gpus, kept, hidden):
+    there = ClusterResources(is_local=is_local, cpus=8, gpus=gpus_there, nodes=1, physical_cores=8)
+    monkeypatch.setattr(cluster, "_resources", lambda: there)
+
+    variables = (cluster.runtime_environment(gpus=gpus) or {}).get("env_vars", {})
+
+    assert ("MALLOC_ARENA_MAX" in variables) == kept
+    assert (variables.get("CUDA_VISIBLE_DEVICES") == "") == hidden
 
 
 def test_a_job_may_not_write_to_its_temporary_folder(monkeypatch):
