@@ -172,7 +172,7 @@ class Captioner:
         search: SearchConfig | None = None,
         encoder_weights: str | Path | None = None,
     ) -> Captioner:
-        """The captioner of a model folder (path or URI), or the one that comes with the package.
+        """The captioner of a model folder (path or URI), or of the one in the package (None, or its name).
 
         Args:
             search: instead of the folder's defaults.
@@ -389,12 +389,12 @@ def default_model_folder() -> str:
 
 
 def read_model_folder(model: str | Path | None = None) -> ModelFolder:
-    """Everything in a model folder (path or URI; None: the one in the package), the weights in float32.
+    """Everything in a model folder (path or URI; None or its name: the one in the package), the weights in float32.
 
     Raises:
         ModelError: not a model folder, a file is missing or damaged, or its parts do not belong together.
     """
-    location = storage.absolute(str(model)) if model is not None else default_model_folder()
+    location = default_model_folder() if model in (None, DEFAULT_MODEL) else storage.absolute(str(model))
     if not storage.exists(storage.join(location, CONFIG_FILE)):
         raise ModelError(
             f"{location} is not a model folder: expected a folder with {CONFIG_FILE}, as `imcap train` writes"

@@ -147,7 +147,7 @@ _model_options = _options(
         "--model",
         "models",
         multiple=True,
-        help="Model folder, path or URI. Default: the one that comes with the package. Several caption together.",
+        help=f"Model folder, path or URI. Default: {DEFAULT_MODEL}, the package's. Several caption together.",
     ),
     click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded."),
     click.option("--beam-size", type=click.IntRange(1), help="Partial captions kept at every position; 1: greedy."),
@@ -332,7 +332,7 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
     if not storage.exists(input):
         where = f" on the cluster: {input}: {ADVICE}" if is_ray_job() else f": {input}"
         raise InputError(f"no such input{where}")
-    models = [storage.absolute(model) for model in options["models"]]
+    models = [model if model == DEFAULT_MODEL else storage.absolute(model) for model in options["models"]]
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
     with ThreadPoolExecutor(1) as thread:  # torch takes seconds to import, and so does Ray to start
         reading = thread.submit(_read_models, models, options)
@@ -340,7 +340,7 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
         search = reading.result()
     from imcap_ray.captioner import load_captioner
 
-    reads = [("INPUT", input), *(("--model", model) for model in models)]
+    reads = [("INPUT", input), *(("--model", model) for model in models if model != DEFAULT_MODEL)]
     if weights:
         reads.append(("--encoder-weights", weights))
     require_visible(resources, reads=reads, writes={"OUTPUT": output})
@@ -967,7 +967,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
 
 @main.command()
 @click.argument("input", required=False)
-@click.option("--model", "models", multiple=True, help="Model folder. Default: the one that comes with the package.")
+@click.option("--model", "models", multiple=True, help=f"Model folder. Default: {DEFAULT_MODEL}, the package's.")
 @click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Images that are made.")
 @click.option("--size", callback=_size, default="500x375", show_default=True, help="Of the images that are made.")
 @click.option("--num-actors", type=click.IntRange(1), help="Processes with a model. Default: one per GPU, or per core.")

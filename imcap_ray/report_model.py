@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imcap_ray.config import DEFAULT_MODEL
 from imcap_ray.errors import ImcapError, ModelError
 
 if TYPE_CHECKING:
@@ -47,8 +46,7 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
     if not name or not isinstance(name, str):
         return ModelOfRun()
     try:
-        location = None if name == DEFAULT_MODEL else name
-        folder = read_model_folder(location)
+        folder = read_model_folder(name)
         if run.get("model_fingerprint") not in (None, folder.fingerprint):
             raise ModelError(f"{name} is another model by now than the one of these captions")
         history = folder.metrics.get("history") or ()
@@ -58,6 +56,6 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
             return ModelOfRun(history=history)
         if folder.decoder.name != "attention":
             return ModelOfRun(history=history, note=f"{name} has a decoder without attention")
-        return ModelOfRun(history=history, captioner=Captioner.load(location))
+        return ModelOfRun(history=history, captioner=Captioner.load(name))
     except (ImcapError, OSError) as error:
         return ModelOfRun(note=str(error) if with_attention else "")

@@ -40,7 +40,7 @@ from imcap_ray.captioner import (
     read_model_folder,
     save_model_folder,
 )
-from imcap_ray.config import DEFAULT_MODEL, Recipe, to_mapping
+from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
@@ -398,9 +398,7 @@ def prepare_training(
         )
     start_model = None
     if start_from:
-        start_model = average_models(
-            [read_model_folder(None if place == DEFAULT_MODEL else place) for place in start_from]
-        )
+        start_model = average_models([read_model_folder(place) for place in start_from])
         recipe = _with_architecture(recipe, start_model)
     recipe = replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
     encoder = _build_encoder(recipe, start_model, encoder_weights)

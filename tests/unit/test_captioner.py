@@ -529,6 +529,16 @@ def test_the_default_model_is_inside_the_package_and_small() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
 
 
+def test_the_model_of_the_package_is_known_by_its_name_wherever_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert read_model_folder("flickr8k-lite2").fingerprint == read_model_folder().fingerprint
+    with pytest.raises(ModelError, match="flickr8k-lite2 is not a model folder"):
+        read_model_folder("./flickr8k-lite2")
+
+
 def test_beam_steps_are_counted_a_batch_at_a_time(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> None:
     counts = [captioner.num_beam_steps]
     longest = []
