@@ -48,6 +48,9 @@ MAXIMUM_ACTORS_PER_CORE: Final = 4
 # As in "[DATE TIME I 5360 5360] logging.cc:303: Set ray log level from environment variable ..."
 BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
 
+_private_node: Any = None
+"""Ray's handle of the private Ray that this process has started, if it has."""
+
 BOOTSTRAP_FILE: Final = "ray_bootstrap_config.yaml"
 """In the home of the head's user: the cluster file that `ray up` was given, with what it filled in."""
 
@@ -130,14 +133,14 @@ def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str)
 def runtime_environment(*, gpus: float) -> dict[str, Any] | None:
     """Ray's runtime environment for processes that decode or compute; None where all of Ray's have what they need.
 
-    Those of a private Ray have it from their start, so that one that is there already can serve: to start another takes
-    a second and more.
+    Those of a Ray that `connect` has started have it from their start, so that one that is there already can serve: to
+    start another takes a second and more.
 
     Args:
         gpus: of each process. Without any it would see all of its node's, and load its model there.
     """
     resources = _resources()
-    variables = {} if resources.is_local else dict(KEEP_FREED_MEMORY)
+    variables = {} if worker._global_node is _private_node else dict(KEEP_FREED_MEMORY)
     if not gpus and (resources.gpus or not resources.is_local):
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return {"env_vars": variables} if variables else None
@@ -191,6 +194,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _start(*, num_actors: int, verbose: bool) -> None:
+    global _private_node
     # Each phase of a training would start a process that watches for other nodes' notices of their end.
     variables = {**KEEP_FREED_MEMORY, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
@@ -210,6 +214,7 @@ def _start(*, num_actors: int, verbose: bool) -> None:
                 log_to_driver=verbose,
                 logging_level=_logging_level(verbose),
             )
+        _private_node = worker._global_node
     except Exception as error:  # Ray has no type for it: its processes were slow to start, or its files have no room
         raise ClusterError(f"Ray does not start on this machine: {_one_line(error)}") from error
 

@@ -247,8 +247,8 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     if gpus:
         for worker in workers:  # they hold the CPUs that the next ones need
             ray.kill(worker)
-        gpu = runtime_environment(gpus=1)
-        captioner = _Alone.options(num_gpus=1, runtime_env=gpu)  # type: ignore[attr-defined]
+        variables = runtime_environment(gpus=1)
+        captioner = _Alone.options(num_gpus=1, runtime_env=variables)  # type: ignore[attr-defined]
         workers = [captioner.remote(files, models) for _ in range(gpus)]
     sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_MULTIPLES]
     rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in sizes}

@@ -129,19 +129,23 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
 
 
 @pytest.mark.parametrize(
-    ("is_local", "gpus_there", "gpus", "kept", "hidden"),
+    ("is_local", "is_started_here", "gpus_there", "gpus", "kept", "hidden"),
     [
-        (True, 0, 0, False, False),
-        (True, 2, 0, False, True),
-        (True, 2, 1, False, False),
-        (False, 0, 0, True, True),  # a node with GPUs may join
-        (False, 2, 0, True, True),
-        (False, 2, 0.5, True, False),
+        (True, True, 0, 0, False, False),
+        (True, True, 2, 0, False, True),
+        (True, True, 2, 1, False, False),
+        (True, False, 0, 0, True, False),  # by whoever uses the library
+        (False, False, 0, 0, True, True),  # a node with GPUs may join
+        (False, False, 2, 0, True, True),
+        (False, False, 2, 0.5, True, False),
     ],
 )
-def test_a_worker_gets_the_environment_that_it_lacks(monkeypatch, is_local, gpus_there, gpus, kept, hidden):
+def test_a_worker_gets_the_environment_that_it_lacks(
+    monkeypatch, is_local, is_started_here, gpus_there, gpus, kept, hidden
+):
     there = ClusterResources(is_local=is_local, cpus=8, gpus=gpus_there, nodes=1, physical_cores=8)
     monkeypatch.setattr(cluster, "_resources", lambda: there)
+    monkeypatch.setattr(cluster, "_private_node", cluster.worker._global_node if is_started_here else object())
 
     variables = (cluster.runtime_environment(gpus=gpus) or {}).get("env_vars", {})
 
