@@ -186,10 +186,9 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     Args:
         num_images: rows of the manifest that are to be read.
     """
-    # Whoever reads a row of a table reads the row group up to there, so a task takes as many rows of a row group as
-    # leave each CPU a task. Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
     cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-    rows_per_task = max(IMAGES_PER_BLOCK, min(largest_row_group(manifest), -(-num_images // cpus)))
+    # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
+    rows_per_task = images_per_task(num_images, cpus=cpus, row_group=largest_row_group(manifest))
     # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
     # has to be one: a repeated task must return the same blocks, though an image fails that did not fail before.
     context = DataContext.get_current().copy()
@@ -360,6 +359,19 @@ def map_images(
             with contextlib.suppress(RayError):  # the cluster itself may be gone
                 ray.kill(counter)  # else it lives as long as this process
     return progress
+
+
+def images_per_task(num_images: int, *, cpus: int, row_group: int) -> int:
+    """How many images a task decodes: a row group of them, or an equal part of one where about each CPU has one then.
+
+    Whoever reads one row of a row group reads all up to there, and often, as its values are in one page, all of it. So
+    a task that took the end of one and the beginning of the next would read two.
+
+    Args:
+        row_group: rows of the largest row group that images lie in; 0 for images that are files.
+    """
+    parts = max(1, round(row_group / math.ceil(num_images / cpus))) if num_images else 1
+    return max(IMAGES_PER_BLOCK, math.ceil(row_group / parts))
 
 
 def num_blocks(num_images: int) -> int:

@@ -1,4 +1,4 @@
-"""What a captioning run says of its own speed."""
+"""What a captioning run says of its own speed, and how it divides its images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 
 from imcap_ray.distributed.captioning import describe_bound
 from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.images import images_per_task
 from imcap_ray.distributed.progress_counter import Progress
 
 
@@ -55,3 +56,19 @@ def test_a_run_too_short_to_tell_says_so() -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
 
     assert describe_bound(Progress(), resources, num_actors=1, gpus_per_actor=0) == "too short to tell what bounds it"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "row_group", "expected"),
+    [
+        (1000, 256, 256),  # not a quarter of the images: three tasks of four would read two row groups
+        (100_000, 256, 256),
+        (1000, 1000, 250),
+        (600, 256, 128),
+        (1000, 10, 64),
+        (1000, 0, 64),
+        (0, 0, 64),
+    ],
+)
+def test_a_task_decodes_a_row_group_or_an_equal_part_of_one(num_images: int, row_group: int, expected: int) -> None:
+    assert images_per_task(num_images, cpus=4, row_group=row_group) == expected
