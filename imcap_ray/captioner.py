@@ -484,19 +484,21 @@ def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
         ):
             if not is_same:
                 raise ModelError(f"{other.location} and {first.location} have no mean: they differ in their {what}")
-    tensors = {
-        name: torch.stack([folder.tensors[name] for folder in folders]).mean(0)
-        if tensor.is_floating_point()
-        else tensor
-        for name, tensor in first.tensors.items()
-    }
     fingerprints = hashlib.sha256("".join(folder.fingerprint for folder in folders).encode())
     return replace(
         first,
         location="the mean of " + " and ".join(folder.location for folder in folders),
-        tensors=tensors,
+        tensors=average_weights([folder.tensors for folder in folders]),
         fingerprint=fingerprints.hexdigest(),
     )
+
+
+def average_weights(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each floating-point tensor; of others, the first's. All have the same names and shapes."""
+    return {
+        name: torch.stack([tensors[name] for tensors in weights]).mean(0) if tensor.is_floating_point() else tensor
+        for name, tensor in weights[0].items()
+    }
 
 
 def save_model_folder(

@@ -203,10 +203,14 @@ class FinetuneConfig:
     self-critical phase as well."""
     patience: int = 4
     """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+    repetitions: int = 1
+    """How many times, each from the same start; of several, the mean of their weights is what the self-critical phase
+    starts from (Wortsman et al., Model soups, 2022)."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
             _require(getattr(self, name) >= 0, f"finetune.{name}", "at least 0", getattr(self, name))
+        _require(self.repetitions >= 1, "finetune.repetitions", "at least 1", self.repetitions)
         for name in ("learning_rate", "encoder_learning_rate"):
             _require(getattr(self, name) > 0, f"finetune.{name}", "above 0", getattr(self, name))
         _require(0 < self.min_crop_area <= 1, "finetune.min_crop_area", "in (0, 1]", self.min_crop_area)
@@ -228,10 +232,13 @@ class SelfCriticalConfig:
     """The reward is CIDEr-D and this many times the caption's BLEU-4, smoothed (Lin and Och 2004)."""
     patience: int = 0
     """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+    repetitions: int = 1
+    """How many times, each from the best epoch so far, its learning rate falling from the peak again."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
             _require(getattr(self, name) >= 0, f"self_critical.{name}", "at least 0", getattr(self, name))
+        _require(self.repetitions >= 1, "self_critical.repetitions", "at least 1", self.repetitions)
         _require(self.learning_rate > 0, "self_critical.learning_rate", "above 0", self.learning_rate)
         _require(self.temperature > 0, "self_critical.temperature", "above 0", self.temperature)
         _require(self.num_samples >= 2, "self_critical.num_samples", "at least 2", self.num_samples)
@@ -262,6 +269,9 @@ class Recipe:
     def __post_init__(self) -> None:
         phases = (self.training, self.finetune, self.self_critical)
         _require(any(phase.epochs for phase in phases), "training.epochs", "at least 1 where no phase has any", 0)
+        if self.finetune.epochs and not self.self_critical.epochs:  # what would start from their mean
+            found = self.finetune.repetitions
+            _require(found == 1, "finetune.repetitions", "1 where self_critical.epochs is 0", found)
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:

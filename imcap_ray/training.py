@@ -1,7 +1,8 @@
 """Features or pixels and captions -> weights, on one process. Knows nothing of Ray.
 
-A training has up to three phases, each starting from the best weights so far: the decoder alone by cross-entropy on
-cached features; the CNN with it, on pixels; the decoder on captions that it draws itself, by their scores.
+A training has up to three kinds of phases, each starting from the best weights so far: the decoder alone by
+cross-entropy on cached features; the CNN with it, on pixels; the decoder on captions that it draws itself, by their
+scores. The last two can be repeated: the second from where it began, and the mean of these is what follows starts from.
 
 I images and N captions of a batch, T positions of the longest caption, P positions of all captions together,
 R regions, F channels, S pixels a side.
@@ -43,15 +44,15 @@ SCORE: Final = "cider_d"
 
 
 def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
-    """The phases of a training in their order, with the settings of each."""
+    """The phases of a training in their order, with the settings of each: `finetune`, and `finetune_2` if repeated."""
     settings = {}
-    for name, config, smoothing in (
-        (CROSS_ENTROPY, recipe.training, recipe.training.label_smoothing),
-        (FINETUNE, recipe.finetune, recipe.training.label_smoothing),
-        (SELF_CRITICAL, recipe.self_critical, 0.0),
+    for kind, config, smoothing, repetitions in (
+        (CROSS_ENTROPY, recipe.training, recipe.training.label_smoothing, 1),
+        (FINETUNE, recipe.finetune, recipe.training.label_smoothing, recipe.finetune.repetitions),
+        (SELF_CRITICAL, recipe.self_critical, 0.0, recipe.self_critical.repetitions),
     ):
-        if config.epochs:
-            settings[name] = replace(
+        for number in range(1, repetitions + 1 if config.epochs else 1):
+            settings[kind if number == 1 else f"{kind}_{number}"] = replace(
                 recipe.training,
                 epochs=config.epochs,
                 learning_rate=config.learning_rate,
@@ -61,13 +62,18 @@ def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
     return settings
 
 
+def kind_of(phase: str) -> str:
+    """Which kind a phase is of, `CROSS_ENTROPY`, `FINETUNE` or `SELF_CRITICAL`."""
+    return next(kind for kind in (CROSS_ENTROPY, FINETUNE, SELF_CRITICAL) if phase.startswith(kind))
+
+
 def reads_pixels(phase: str) -> bool:
     """Whether a phase is trained on photographs, another view of each at every step, or else on cached features.
 
     A decoder knows the features of its training images by heart in the end, and what it draws for those tells little
     of what it would draw for others.
     """
-    return phase in (FINETUNE, SELF_CRITICAL)
+    return kind_of(phase) in (FINETUNE, SELF_CRITICAL)
 
 
 def num_epochs(recipe: Recipe) -> int:

@@ -40,6 +40,11 @@ class EpochCheckpoint:
         return len(self.history)
 
     @property
+    def phase(self) -> str:
+        """The phase of this epoch."""
+        return str(self.history[-1]["phase"])
+
+    @property
     def rank(self) -> tuple[float, int]:
         """The better, the larger; of equals the later."""
         return self.history[-1][SCORE], self.epoch
@@ -64,17 +69,24 @@ def newest_checkpoint(run: str) -> EpochCheckpoint | None:
     return None
 
 
-def choose_best(run: str, *, echo: Callable[[str], None]) -> tuple[EpochCheckpoint, EpochCheckpoint]:
+def choose_best(
+    run: str, *, phase: str | None = None, echo: Callable[[str], None]
+) -> tuple[EpochCheckpoint, EpochCheckpoint]:
     """The one with the best score of those that are whole, and the newest; says when a better one is lost.
+
+    Args:
+        phase: of its epochs alone.
 
     Raises:
         ImcapError: not one is whole.
     """
     good, damaged = _survey(run)
+    good = [checkpoint for checkpoint in good if phase in (None, checkpoint.phase)]
     if not good:
         raise ImcapError(f"the training left no whole checkpoint: {damaged[-1] if damaged else f'{run} has none'}")
     best, newest = max(good, key=lambda checkpoint: checkpoint.rank), good[-1]
-    lost = max(newest.history, key=lambda metrics: metrics[SCORE])
+    epochs = [metrics for metrics in newest.history if phase in (None, metrics["phase"])]
+    lost = max(epochs, key=lambda metrics: metrics[SCORE])
     if lost[SCORE] > best.history[-1][SCORE]:
         echo(
             f"the best epoch, {lost['epoch']} with CIDEr-D {lost[SCORE]:.3f}, is lost with its checkpoint: "
@@ -113,8 +125,9 @@ def recover(run: str, *, finished_epochs: int, echo: Callable[[str], None]) -> E
 
 
 def _worth_keeping(good: Sequence[EpochCheckpoint]) -> Iterator[EpochCheckpoint]:
-    """What Ray keeps of checkpoints in their order: the best ones and the newest."""
+    """What Ray keeps of checkpoints in their order: the best ones and the newest; and the best of that one's phase."""
     yield from good[-1:]
+    yield from sorted((one for one in good if one.phase == good[-1].phase), key=lambda one: one.rank)[-1:]
     yield from sorted(good, key=lambda checkpoint: checkpoint.rank)[-NUM_BEST_TO_KEEP:]
 
 

@@ -168,7 +168,8 @@ def _num_epochs(place: str) -> int:
         recipe = json.loads(storage.read_bytes(place))["recipe"]
     except (FileNotFoundError, ValueError, LookupError) as error:
         raise InputError(f"{place} does not say what is trained here: {error}") from error
-    return sum(section.get("epochs", 0) for section in recipe.values() if isinstance(section, dict))
+    sections = (section for section in recipe.values() if isinstance(section, dict))
+    return sum(section.get("epochs", 0) * section.get("repetitions", 1) for section in sections)
 
 
 def _seconds_since(moment: Any) -> float | None:

@@ -55,6 +55,7 @@ from imcap_ray.training import (
     advantages_of,
     augmentation,
     draw_captions,
+    kind_of,
     make_batch,
     next_phase,
     phases,
@@ -89,7 +90,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """One data-parallel worker: the epochs of a phase, each with a validation, a checkpoint and a report."""
     recipe = from_mapping(Recipe, config["recipe"])
     work, seed, phase = config["work"], config["seed"], config["phase"]
-    settings = phases(recipe)[phase]
+    kind, settings = kind_of(phase), phases(recipe)[phase]
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -109,7 +110,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if start_file := config["start_file"]:
         decoder.load_state_dict(below("decoder.", safetensors.torch.load(storage.read_bytes(start_file))))
     trained: Decoder | EndToEnd = decoder
-    if phase == FINETUNE:
+    if kind == FINETUNE:
         unfreeze(encoder, recipe.finetune.first_layer)
         trained = EndToEnd(encoder, decoder)
     trained.to(device)
@@ -127,8 +128,8 @@ def train_worker(config: dict[str, Any]) -> None:
         settings,
         total_steps=settings.epochs * steps_per_epoch,
         encoder_learning_rate=recipe.finetune.encoder_learning_rate,
-        temperature=recipe.self_critical.temperature if phase == SELF_CRITICAL else 1.0,
-        forbidden_ids=NEVER_SAID if phase == SELF_CRITICAL else (),
+        temperature=recipe.self_critical.temperature if kind == SELF_CRITICAL else 1.0,
+        forbidden_ids=NEVER_SAID if kind == SELF_CRITICAL else (),
     )
     # Not `ray.train.get_checkpoint()`: that is the last which Ray has noted, damaged or not. Ray looks every two
     # seconds, and a checkpoint whose worker died in between is whole but not noted.
@@ -136,7 +137,7 @@ def train_worker(config: dict[str, Any]) -> None:
     newest = share(asdict(checkpoint) if checkpoint else None, world_size, device)[0]
     checkpoint = EpochCheckpoint(**newest) if newest else None
     history = list(checkpoint.history) if checkpoint else []
-    if checkpoint and history[-1]["phase"] == phase:
+    if checkpoint and checkpoint.phase == phase:
         state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
         done = sum(row["phase"] == phase for row in history)
         optimization.load_state_dict(
@@ -152,7 +153,7 @@ def train_worker(config: dict[str, Any]) -> None:
         if number % world_size == rank
     ]
     encoder.to(device)
-    if phase == SELF_CRITICAL:  # the CNN stays as it is, and so do its features
+    if kind == SELF_CRITICAL:  # the CNN stays as it is, and so do its features
         validation = [(_encode(encoder, pixels.to(device)).unsqueeze(1), ids) for pixels, ids in validation]
     make = batch_maker(phase, recipe, vocabulary, captions[TRAIN], optimization, encoder, device)
     while next_phase(history, recipe) == phase:
@@ -216,7 +217,7 @@ def batch_maker(
         def view(pixels: Tensor) -> Tensor:
             return augment(pixels.to(device))
 
-    if phase != SELF_CRITICAL:
+    if kind_of(phase) != SELF_CRITICAL:
         ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
         return lambda inputs, image_ids: (make_batch(view(inputs), [ids[id_] for id_ in image_ids], device), {})
 

@@ -36,6 +36,7 @@ from imcap_ray.captioner import (
     CONFIG_FILE,
     ModelFolder,
     average_models,
+    average_weights,
     below,
     read_model_folder,
     save_model_folder,
@@ -75,7 +76,7 @@ from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import write_table
 from imcap_ray.model_card import write_card
 from imcap_ray.trackers import Trackers, tracking
-from imcap_ray.training import SCORE, next_phase, num_epochs, phases, reads_pixels
+from imcap_ray.training import FINETUNE, SCORE, kind_of, next_phase, num_epochs, phases, reads_pixels
 from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
 
 START_TIMEOUT: Final = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -222,7 +223,7 @@ def train(
     name = model.rstrip("/").rpartition("/")[2]
     with tracking(work, history, run_name=name, parameters=parameters, echo=echo) as trackers:
         while (phase := next_phase(history, recipe)) is not None:
-            start_file = start_of_phase(phase, history, work, echo=echo)
+            start_file = start_of_phase(phase, history, work, recipe=recipe, echo=echo)
             current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
             inputs = _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches
             failure = None
@@ -397,6 +398,11 @@ def prepare_training(
             f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
         )
     start_model = None
+    if not start_from and not recipe.training.epochs and recipe.finetune.epochs and recipe.finetune.repetitions > 1:
+        raise InputError(
+            f"finetune.repetitions {recipe.finetune.repetitions} must have one start, but training.epochs is 0: "
+            "give --start-from, or more epochs"
+        )
     if start_from:
         start_model = average_models([read_model_folder(place) for place in start_from])
         recipe = _with_architecture(recipe, start_model)
@@ -526,14 +532,22 @@ def _start_file(work: str, phase: str) -> str:
     return storage.join(work, f"start_of_{phase}.safetensors")
 
 
-def start_of_phase(phase: str, history: list[dict[str, Any]], work: str, *, echo: Callable[[str], None]) -> str | None:
-    """The file of the weights that a phase starts from, the best so far; None where it starts from nothing.
+def _end_file(work: str, phase: str) -> str:
+    return storage.join(work, f"end_of_{phase}.safetensors")
 
-    A phase that has begun finds its CNN there again. Where the file is gone or damaged, it is made from the newest
-    checkpoint: that has the same CNN, or the one trained up to there, and the decoder is the checkpoint's in any case.
+
+def start_of_phase(
+    phase: str, history: list[dict[str, Any]], work: str, *, recipe: Recipe, echo: Callable[[str], None]
+) -> str | None:
+    """The file of the weights that a phase starts from; None where it starts from nothing.
+
+    These are the best so far, but for a phase that fine-tunes once more, which starts where the first did, and for what
+    follows several such, which starts from the mean of the best of each. A phase that has begun finds its CNN there
+    again. Where the file is gone or damaged, it is made from the newest checkpoint: that has the same CNN, or the one
+    trained up to there, and the decoder is the checkpoint's in any case.
 
     Raises:
-        ImcapError: the checkpoint's weights cannot be read.
+        ImcapError: weights cannot be read.
     """
     place = _start_file(work, phase)
     if not history or history[0]["phase"] == phase:  # the first phase: what it starts from is the user's
@@ -541,14 +555,28 @@ def start_of_phase(phase: str, history: list[dict[str, Any]], work: str, *, echo
     has_begun = history[-1]["phase"] == phase
     if has_begun and _is_readable(place):
         return place
-    best, newest = choose_best(storage.join(work, RUN_FOLDER), echo=echo)
-    source = newest if has_begun else best
-    weights = _read_weights(storage.join(source.location, WEIGHTS_FILE))
-    storage.write_bytes(place, safetensors.torch.save(weights))
+    run, before = storage.join(work, RUN_FOLDER), history[-1]["phase"]
+    finetunings = [one for one in phases(recipe) if kind_of(one) == FINETUNE]
     if has_begun:
-        echo(f"{place} was gone or damaged, and is made anew from epoch {source.epoch}")
+        _, newest = choose_best(run, echo=echo)
+        weights = _read_weights(storage.join(newest.location, WEIGHTS_FILE))
+        echo(f"{place} was gone or damaged, and is made anew from epoch {newest.epoch}")
+    elif before in finetunings and len(finetunings) > 1:
+        best, _ = choose_best(run, phase=before, echo=echo)
+        end = _read_weights(storage.join(best.location, WEIGHTS_FILE))
+        storage.write_bytes(_end_file(work, before), safetensors.torch.save(end))  # its checkpoint will make room
+        if phase in finetunings:
+            weights = _read_weights(_start_file(work, finetunings[0]))
+            source = f"where {finetunings[0]} started"
+        else:
+            weights = average_weights([_read_weights(_end_file(work, one)) for one in finetunings])
+            source = f"the mean of {len(finetunings)} such"
+        echo(f"{before} ends with epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}; {phase} from {source}")
     else:
-        echo(f"{phase} from epoch {source.epoch}, CIDEr-D {source.history[-1][SCORE]:.3f}")
+        best, _ = choose_best(run, echo=echo)
+        weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
+        echo(f"{phase} from epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}")
+    storage.write_bytes(place, safetensors.torch.save(weights))
     return place
 
 

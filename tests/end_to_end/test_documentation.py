@@ -127,7 +127,9 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
         small_data.write_model_folder(folder / "runs" / "mine")
 
     # A hundred epochs of the seed's take four minutes, however few the images are.
-    done = run(command, *arguments, *["--set", "training.epochs=3"] * ("vgg16-lstm" in arguments))
+    fewer = [f"{phase}.epochs=1" for phase in ("training", "finetune", "self_critical")]
+    fewer = {"vgg16-lstm": fewer[:1], "lite2-finetuned": fewer}.get(arguments[-1], [])
+    done = run(command, *arguments, *(word for setting in fewer for word in ("--set", setting)))
 
     spoilt = "captions_val2017.json" in shown.line  # nothing in it to train on
     assert done.exit_code == (3 if spoilt else 0), f"{shown.where}: {shown.line}\n{done.output}"

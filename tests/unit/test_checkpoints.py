@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,21 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(tmp_path / "ray") if request.param == "path" else f"memory://{uuid.uuid4().hex}/ray"
 
 
-def write_checkpoint(run: str, scores: list[float]) -> str:
+def write_checkpoint(run: str, scores: list[float], phases: Sequence[str] = ()) -> str:
     """The checkpoint after as many epochs as there are scores, without what a decoder has in it."""
     folder = storage.join(run, checkpoint_name(len(scores)))
-    history = [{"epoch": number, "cider_d": score} for number, score in enumerate(scores, start=1)]
+    history = [
+        {"epoch": number, "phase": phase, "cider_d": score}
+        for number, (score, phase) in enumerate(zip(scores, phases or repeat("cross_entropy"), strict=False), start=1)
+    ]
     storage.write_bytes(storage.join(folder, STATE), bytes(range(256)) * len(scores))
     storage.write_bytes(storage.join(folder, "history.json"), json.dumps(history).encode())
     seal(folder, [STATE, "history.json"])
     return folder
 
 
-def write_epochs(run: str, *scores: float) -> list[str]:
-    return [write_checkpoint(run, list(scores[: epoch + 1])) for epoch in range(len(scores))]
+def write_epochs(run: str, *scores: float, phases: Sequence[str] = ()) -> list[str]:
+    return [write_checkpoint(run, list(scores[: epoch + 1]), phases) for epoch in range(len(scores))]
 
 
 def truncate(location: str) -> None:
@@ -109,6 +113,20 @@ def test_the_best_two_and_the_newest_are_kept(run: str) -> None:
     recovered(run, finished_epochs=5)
 
     assert [storage.exists(folder) for folder in folders] == [False, True, True, False, True]
+
+
+def test_the_best_of_a_phase_is_found_and_kept_until_the_phase_after_it_has_begun(run: str) -> None:
+    phases = (*2 * ["finetune"], *3 * ["finetune_2"])
+    folders = write_epochs(run, 0.5, 0.6, 0.2, 0.3, 0.1, phases=phases)
+
+    recovered(run, finished_epochs=5)
+
+    best, newest = choose_best(run, phase="finetune_2", echo=lambda line: None)
+    assert (best.epoch, newest.epoch) == (4, 5)
+    assert [storage.exists(folder) for folder in folders] == [True, True, False, True, True]
+    write_checkpoint(run, [0.5, 0.6, 0.2, 0.3, 0.1, 0.2], (*phases, "self_critical"))
+    recovered(run, finished_epochs=6)
+    assert [storage.exists(folder) for folder in folders] == [True, True, False, False, False]
 
 
 def test_the_best_survives_a_damaged_newest(run: str) -> None:

@@ -220,3 +220,11 @@ def test_a_phase_without_epochs_is_left_out_but_not_all_of_them() -> None:
 
     with pytest.raises(ConfigError, match="training.epochs must be at least 1 where no phase has any, got 0"):
         load_recipe("lite2-attention", {"training.epochs": 0})
+
+
+def test_fine_tunings_whose_mean_nothing_would_start_from_are_refused() -> None:
+    found = load_recipe("lite2-finetuned", {"finetune.repetitions": 2}).finetune
+    assert found.repetitions == 2
+
+    with pytest.raises(ConfigError, match=r"finetune\.repetitions must be 1 where self_critical\.epochs is 0, got 2"):
+        load_recipe("lite2-finetuned", {"finetune.repetitions": 2, "self_critical.epochs": 0})

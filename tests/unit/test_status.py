@@ -150,7 +150,7 @@ def test_the_heartbeat_tells_the_speed_of_late_and_stops_with_the_ownership(tmp_
 def write_training(location: Path, *cider_d: float, phase: str = "cross_entropy", seconds: float = 60.0) -> None:
     work = location / WORK_FOLDER
     work.mkdir()
-    recipe = {"training": {"epochs": 4}, "finetune": {"epochs": 2}, "encoder": {"name": "vgg16"}}
+    recipe = {"training": {"epochs": 4}, "finetune": {"epochs": 1, "repetitions": 2}, "encoder": {"name": "vgg16"}}
     (work / "settings.json").write_text(json.dumps({"recipe": recipe}))
     rows = [
         {"epoch": number, "phase": phase, "cider_d": score, "seconds": seconds}

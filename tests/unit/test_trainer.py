@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,45 +44,74 @@ def test_a_cluster_that_is_too_small_is_told_once_each_time(monkeypatch: pytest.
 # ---- what a phase starts from
 
 PHASES = ("cross_entropy", "finetune", "self_critical")
+TWICE = ("cross_entropy", "finetune", "finetune", "finetune_2", "finetune_2", "self_critical")
 
 
-def write_epochs(work: str, *scores: float) -> list[dict[str, Any]]:
+def write_epochs(work: str, *scores: float, phases: Sequence[str] = PHASES) -> list[dict[str, Any]]:
     """A checkpoint after an epoch of each phase, whose weights are its number; the history of the last."""
     history: list[dict[str, Any]] = []
-    for epoch, (phase, score) in enumerate(zip(PHASES, scores, strict=False), start=1):
+    for epoch, (phase, score) in enumerate(zip(phases, scores, strict=False), start=1):
         history.append({"phase": phase, "epoch": epoch, "cider_d": score})
         folder = storage.join(work, "ray", checkpoint_name(epoch))
-        weights = {"decoder.w": torch.tensor([epoch])}
+        weights = {"decoder.w": torch.tensor([float(epoch)])}
         if phase != "cross_entropy":
-            weights["encoder.w"] = torch.tensor([epoch])
+            weights["encoder.w"] = torch.tensor([float(epoch)])
         storage.write_bytes(storage.join(folder, "model.safetensors"), safetensors.torch.save(weights))
         storage.write_bytes(storage.join(folder, "history.json"), json.dumps(history).encode())
         seal(folder, ["model.safetensors", "history.json"])
     return history
 
 
-def start(phase: str, history: list[dict[str, Any]], work: str) -> tuple[dict[str, int], list[str]]:
+def start(phase: str, history: list[dict[str, Any]], work: str) -> tuple[dict[str, float], list[str]]:
     lines: list[str] = []
-    place = start_of_phase(phase, history, work, echo=lines.append)
+    recipe = load_recipe("lite2-finetuned", {"finetune.repetitions": 2, "self_critical.repetitions": 2})
+    place = start_of_phase(phase, history, work, recipe=recipe, echo=lines.append)
     weights = safetensors.torch.load(storage.read_bytes(place)) if place else {}
-    return {name: int(tensor) for name, tensor in weights.items()}, lines
+    return {name: float(tensor) for name, tensor in weights.items()}, lines
 
 
 def test_a_phase_starts_from_the_best_epoch_before_it(tmp_path: Path) -> None:
-    history = write_epochs(str(tmp_path), 0.4, 0.3)
+    history = write_epochs(str(tmp_path), 0.4, 0.2, 0.3)
 
-    assert start("self_critical", history, str(tmp_path)) == (
+    assert start("self_critical_2", history, str(tmp_path)) == (
         {"decoder.w": 1},
-        ["self_critical from epoch 1, CIDEr-D 0.400"],
+        ["self_critical_2 from epoch 1, CIDEr-D 0.400"],
     )
 
 
-def test_a_phase_that_has_begun_starts_from_where_it_started(tmp_path: Path) -> None:
-    before = write_epochs(str(tmp_path), 0.3, 0.4)
-    first, _ = start("self_critical", before, str(tmp_path))
-    history = write_epochs(str(tmp_path), 0.3, 0.4, 0.5)
+def test_fine_tuning_once_more_starts_where_it_first_did_and_their_mean_is_what_follows_starts_from(
+    tmp_path: Path,
+) -> None:
+    work = str(tmp_path)
+    start("finetune", write_epochs(work, 0.1, phases=TWICE), work)
 
-    assert start("self_critical", history, str(tmp_path)) == (first, [])
+    first, lines = start("finetune_2", write_epochs(work, 0.1, 0.5, 0.4, phases=TWICE), work)
+    assert first == {"decoder.w": 1}
+    assert lines == ["finetune ends with epoch 2, CIDEr-D 0.500; finetune_2 from where finetune started"]
+    history = write_epochs(work, 0.1, 0.5, 0.4, 0.3, 0.2, phases=TWICE)
+    storage.remove(storage.join(work, "ray", checkpoint_name(2)))  # as when later ones are better
+    mean, lines = start("self_critical", history, work)
+    assert mean == {"decoder.w": 3, "encoder.w": 3}, "of the second epoch and the fourth, the best of each"
+    assert lines == ["finetune_2 ends with epoch 4, CIDEr-D 0.300; self_critical from the mean of 2 such"]
+    history = write_epochs(work, 0.1, 0.5, 0.4, 0.3, 0.2, 0.6, phases=TWICE)
+    assert start("self_critical", history, work) == (mean, [])
+
+
+def test_fine_tuning_that_has_no_one_start_is_refused(tmp_path: Path) -> None:
+    data = load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=2)))
+    recipe = load_recipe("lite2-finetuned", {"training.epochs": 0, "finetune.repetitions": 2})
+
+    with pytest.raises(InputError, match=r"repetitions 2 must have one start, but training\.epochs is 0: give --start"):
+        prepare_training(data, str(tmp_path / "model"), recipe=recipe, resources=RESOURCES)
+
+
+def test_a_phase_that_has_begun_starts_from_where_it_started(tmp_path: Path) -> None:
+    phases = ("cross_entropy", "self_critical", "self_critical_2")
+    before = write_epochs(str(tmp_path), 0.3, 0.4, phases=phases)
+    first, _ = start("self_critical_2", before, str(tmp_path))
+    history = write_epochs(str(tmp_path), 0.3, 0.4, 0.5, phases=phases)
+
+    assert start("self_critical_2", history, str(tmp_path)) == (first, [])
     assert first == {"decoder.w": 2, "encoder.w": 2}
 
 

@@ -23,6 +23,7 @@ from imcap_ray.training import (
     Optimization,
     advantages_of,
     draw_captions,
+    kind_of,
     learning_rate_factor,
     make_batch,
     next_phase,
@@ -319,6 +320,30 @@ def test_phases_follow_each_other_with_their_own_settings() -> None:
     assert [settings.label_smoothing for settings in found.values()] == [0.1, 0.1, 0.0]
     assert num_epochs(recipe) == 12
     assert list(phases(recipe_of(self_critical=1))) == ["cross_entropy", "self_critical"]
+
+
+def test_phases_that_are_repeated_follow_each_other_with_the_same_settings() -> None:
+    once = recipe_of(finetune=3, self_critical=2)
+    recipe = replace(
+        once,
+        finetune=replace(once.finetune, repetitions=2),
+        self_critical=replace(once.self_critical, repetitions=3, patience=0),
+    )
+
+    found = phases(recipe)
+
+    kinds = {"finetune": 2, "self_critical": 3}
+    assert list(found) == [
+        "cross_entropy", "finetune", "finetune_2", "self_critical", "self_critical_2", "self_critical_3"
+    ]  # fmt: skip
+    assert [kind_of(phase) for phase in found] == ["cross_entropy", *2 * ["finetune"], *3 * ["self_critical"]]
+    for kind, times in kinds.items():
+        assert all(found[f"{kind}_{number}"] == found[kind] for number in range(2, times + 1))
+    assert num_epochs(recipe) == 4 + 2 * 3 + 3 * 2
+    history: list[dict[str, Any]] = []
+    while (phase := next_phase(history, recipe)) is not None:
+        history += rows(phase, 0.1 * len(history))
+    assert [row["phase"] for row in history] == [phase for phase, of in found.items() for _ in range(of.epochs)]
 
 
 def test_a_phase_ends_after_its_epochs_or_when_it_is_stuck() -> None:
