@@ -269,7 +269,7 @@ class Recipe:
     def __post_init__(self) -> None:
         phases = (self.training, self.finetune, self.self_critical)
         _require(any(phase.epochs for phase in phases), "training.epochs", "at least 1 where no phase has any", 0)
-        if self.finetune.epochs and not self.self_critical.epochs:  # what would start from their mean
+        if self.finetune.epochs and not self.self_critical.epochs:  # nothing would start from their mean
             found = self.finetune.repetitions
             _require(found == 1, "finetune.repetitions", "1 where self_critical.epochs is 0", found)
 

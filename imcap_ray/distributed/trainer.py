@@ -397,12 +397,12 @@ def prepare_training(
         raise DatasetError(
             f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
         )
-    start_model = None
     if not start_from and not recipe.training.epochs and recipe.finetune.epochs and recipe.finetune.repetitions > 1:
         raise InputError(
             f"finetune.repetitions {recipe.finetune.repetitions} must have one start, but training.epochs is 0: "
             "give --start-from, or more epochs"
         )
+    start_model = None
     if start_from:
         start_model = average_models([read_model_folder(place) for place in start_from])
         recipe = _with_architecture(recipe, start_model)
