@@ -128,7 +128,7 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
 
     # A hundred epochs of the seed's take four minutes, however few the images are.
     fewer = [f"{phase}.epochs=1" for phase in ("training", "finetune", "self_critical")]
-    fewer = {"vgg16-lstm": fewer[:1], "lite2-finetuned": fewer}.get(arguments[-1], [])
+    fewer = {"vgg16-lstm": fewer[:1], "lite2-finetuned": fewer}.get(shown.words[-1], [])
     done = run(command, *arguments, *(word for setting in fewer for word in ("--set", setting)))
 
     spoilt = "captions_val2017.json" in shown.line  # nothing in it to train on
