@@ -6,14 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imcap_ray.captioner import Caption as Caption
     from imcap_ray.captioner import Captioner as Captioner
+    from imcap_ray.captions import Caption as Caption
     from imcap_ray.errors import ImageError as ImageError
     from imcap_ray.errors import ImcapError as ImcapError
 
 __version__ = "0.1.0"
 
-_HOMES = {"Caption": "captioner", "Captioner": "captioner", "ImageError": "errors", "ImcapError": "errors"}
+_HOMES = {"Caption": "captions", "Captioner": "captioner", "ImageError": "errors", "ImcapError": "errors"}
 
 __all__ = ["Caption", "Captioner", "ImageError", "ImcapError"]  # noqa: F822
 

@@ -14,11 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Images computed together. Always this many, the last ones blank: matrix kernels choose their order of summation by
-# the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in. Where memory
-# runs out there are fewer, and the last digits of a confidence may be others.
-COMPUTE_BATCH_SIZE: Final = 16
-GPU_COMPUTE_BATCH_SIZE: Final = 64  # a step of a search takes a GPU as long for few images as for many
+from imcap_ray.captions import compute_batch_size
 
 # What torch says when memory runs out and it has no type for it: on the CPU, and inside CUDA's libraries.
 _OUT_OF_MEMORY: Final = re.compile(
@@ -82,11 +78,6 @@ class FixedBatches:
         # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
         chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
         return chunk.to(self._device)
-
-
-def compute_batch_size(*, on_gpu: bool) -> int:
-    """Images computed together, as long as memory does not run out."""
-    return GPU_COMPUTE_BATCH_SIZE if on_gpu else COMPUTE_BATCH_SIZE
 
 
 def _is_out_of_memory(error: BaseException, *, is_alone: bool) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.batches import FixedBatches
+from imcap_ray.captions import Caption, no_memory
 from imcap_ray.config import (
     DEFAULT_MODEL,
     DecoderConfig,
@@ -51,23 +52,6 @@ SCALE_SUFFIX: Final = ".scale"
 """Behind the name of an int8 matrix (M, N): that of the bfloat16 factors (M) of its rows."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """A sentence for an image, and how sure the model is of it."""
-
-    text: str
-    """"" when the model's best answer is to say nothing."""
-    logprob: float
-    """Sum of the tokens' log-probabilities, the end token's among them, in nats."""
-    num_tokens: int
-    """Tokens with the end token."""
-
-    @property
-    def confidence(self) -> float:
-        """Exp of the mean log-probability of a token: 0..1."""
-        return math.exp(self.logprob / self.num_tokens)
 
 
 @torch.inference_mode()
@@ -568,11 +552,6 @@ def _widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not name.endswith(SCALE_SUFFIX):
             widened[name] = tensor.float() if tensor.is_floating_point() else tensor
     return widened
-
-
-def no_memory() -> ImageError:
-    """The error of an image that `Captioner.caption_pixels` has no caption for."""
-    return ImageError("out_of_memory", "not enough memory to caption the image, even alone")
 
 
 def override_search(search: SearchConfig, **overrides: Any) -> SearchConfig:

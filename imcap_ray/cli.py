@@ -257,7 +257,8 @@ def caption(input: str, output: str | None, **options: Any) -> None:
 
 
 def _print_caption(image: str, options: dict[str, Any]) -> None:
-    from imcap_ray.captioner import load_captioner, no_memory
+    from imcap_ray.captioner import load_captioner
+    from imcap_ray.captions import no_memory
     from imcap_ray.errors import ImageError
 
     storage.refuse_secrets(image)

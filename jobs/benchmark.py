@@ -46,8 +46,8 @@ import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from imcap_ray.batches import COMPUTE_BATCH_SIZE
-from imcap_ray.captioner import Caption, Captioner, below, read_model_folder, search_captions
+from imcap_ray.captioner import Captioner, below, read_model_folder, search_captions
+from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder, build_decoder

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from imcap_ray.batches import COMPUTE_BATCH_SIZE
-from imcap_ray.captioner import Caption
+from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig
 
 

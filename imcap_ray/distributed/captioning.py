@@ -20,8 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
-from imcap_ray.batches import compute_batch_size
-from imcap_ray.captioner import Caption, no_memory
+from imcap_ray.captions import Caption, compute_batch_size, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
 from imcap_ray.distributed.cluster import ClusterResources, connect, environment, require

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from imcap_ray import storage
-from imcap_ray.batches import FixedBatches, compute_batch_size
-from imcap_ray.captioner import no_memory
+from imcap_ray.batches import FixedBatches
+from imcap_ray.captions import compute_batch_size, no_memory
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.distributed.images import BatchReporter, map_images, stack_pixels
 from imcap_ray.distributed.progress_counter import Progress

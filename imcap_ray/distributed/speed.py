@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from imcap_ray.batches import compute_batch_size
 from imcap_ray.captioner import load_captioner, search_captions
+from imcap_ray.captions import compute_batch_size
 from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, load_without_gpu
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.distributed.images import repeating

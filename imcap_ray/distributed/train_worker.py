@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from imcap_ray import storage
-from imcap_ray.captioner import Caption, below, search_captions
+from imcap_ray.captioner import below, search_captions
+from imcap_ray.captions import Caption
 from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder

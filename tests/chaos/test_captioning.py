@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from imcap_ray.batches import COMPUTE_BATCH_SIZE
+from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000

@@ -9,7 +9,8 @@ from typing import Final
 
 import pytest
 
-from imcap_ray.captioner import Caption, Captioner
+from imcap_ray.captioner import Captioner
+from imcap_ray.captions import Caption
 from tests import small_data
 from tests.hosts import BUCKET, Host, Hosts, running_hosts, wait_until
 

@@ -14,15 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imcap_ray.batches import COMPUTE_BATCH_SIZE
 from imcap_ray.captioner import (
-    Caption,
     Captioner,
     average_models,
     default_model_folder,
     override_search,
     read_model_folder,
 )
+from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
 from imcap_ray.decoders import build_decoder
 from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder, optimize_for_inference

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from imcap_ray.distributed.captioning import describe_bound
@@ -72,3 +75,9 @@ def test_a_run_too_short_to_tell_says_so() -> None:
 )
 def test_a_task_decodes_a_row_group_or_an_equal_part_of_one(num_images: int, row_group: int, expected: int) -> None:
     assert images_per_task(num_images, cpus=4, row_group=row_group) == expected
+
+
+def test_a_captioner_that_needs_no_torch_waits_for_none() -> None:
+    code = "import sys, imcap_ray.distributed.captioning; print([m for m in ('torch', 'nltk') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
+    assert run.stdout.splitlines()[-1] == "[]"
