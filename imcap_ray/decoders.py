@@ -10,7 +10,8 @@ which is 40 % of a batch of Flickr8k's captions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,30 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from imcap_ray.config import DecoderConfig
 from imcap_ray.search import State, Step
+
+Product = Callable[[Tensor], Tensor]
+"""Vectors (..., D) times a matrix, and a bias."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SearchProducts:
+    """What a search computes with an `AttentionDecoder`'s weights.
+
+    The first LSTM's input is a word and the mean region, so its gates are a sum of what is known before: a quarter of a
+    step's products.
+    """
+
+    of_words: Tensor
+    """(V, 4 H) what each word adds to the gates of the first LSTM."""
+    of_image: Product
+    """The mean region (..., H) -> what it adds to them."""
+    of_history: Product
+    """The first LSTM's last output (..., H) -> what it adds to them."""
+    query: Product
+    language: Product
+    """The first LSTM's output, what is attended to and the second one's last output (..., 3 H) -> its gates."""
+    output: Product
+    logits: Product
 
 
 class AttentionDecoder(nn.Module):
@@ -56,7 +81,7 @@ class AttentionDecoder(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
-        self._word_gates: Tensor | None = None
+        self._frozen: _SearchProducts | None = None
 
     def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
         """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
@@ -88,7 +113,7 @@ class AttentionDecoder(nn.Module):
         captions_of_image, place = _by_image(image_of_caption, len(features))
         of_images = queries[captions_of_image].flatten(1, 2)  # (I, captions of an image * T, H)
         with sdpa_kernel(SDPBackend.MATH):  # on the CPU the fused kernel's backward pass is five times slower
-            attended = self._attend(of_images, keys, values)
+            attended = self._attend(self.query(of_images), keys, values)
         attended = attended.view(-1, *queries.shape[1:]).index_select(0, place)  # (N, T, H)
         attended = _pack(attended, lengths).data
         attended = drop(attended)
@@ -99,34 +124,39 @@ class AttentionDecoder(nn.Module):
         """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
         num_images = features.shape[0]
         keys, values, mean = self._memory(features)
-        # The first LSTM's input is a word and the mean region, so its gates are a sum of what is known before: a
-        # quarter of a step's products.
-        input_weight, hidden_weight, input_bias, hidden_bias = self.attention_lstm.all_weights[0]
-        image_weight = input_weight[:, self.embedding.embedding_dim :]
-        image_gates = functional.linear(mean, image_weight, input_bias + hidden_bias).unsqueeze(1)  # (B, 1, 4 H)
-        word_gates = self._compute_word_gates() if self._word_gates is None else self._word_gates
+        products = self._frozen or self._search_products(_linear)
+        image_gates = products.of_image(mean).unsqueeze(1)  # (B, 1, 4 H)
 
         def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-            of_history = functional.linear(state[0], hidden_weight)
-            first = _next_state(functional.embedding(tokens, word_gates) + image_gates + of_history, state[1])
+            of_word = functional.embedding(tokens, products.of_words)
+            first = _next_state(of_word + image_gates + products.of_history(state[0]), state[1])
             hidden = first[0]
-            attended = self._attend(hidden, keys, values)
-            spoken, second = _advance(self.language_lstm, torch.cat([hidden, attended], dim=-1), state[2:])
-            logits = self._logits(self._output(spoken, attended))
-            return functional.log_softmax(logits, dim=-1), (*first, *second)
+            attended = self._attend(products.query(hidden), keys, values)
+            second = _next_state(products.language(torch.cat([hidden, attended, state[2]], dim=-1)), state[3])
+            outputs = torch.tanh(products.output(torch.cat([second[0], attended], dim=-1)))
+            return functional.log_softmax(products.logits(outputs), dim=-1), (*first, *second)
 
         blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
         return step, (blank, blank, blank, blank)
 
     def freeze(self) -> None:
         """Compute once what searches need of the weights, which must not change from now on."""
-        self._word_gates = self._compute_word_gates()
+        self._frozen = self._search_products(_packed_linear)
 
     @torch.no_grad()
-    def _compute_word_gates(self) -> Tensor:
-        """What each word adds to the gates of the first LSTM: (V, 4 H)."""
-        word_weight = self.attention_lstm.all_weights[0][0][:, : self.embedding.embedding_dim]
-        return functional.linear(self.embedding.weight, word_weight)
+    def _search_products(self, linear: Callable[[Tensor, Tensor | None], Product]) -> _SearchProducts:
+        input_weight, hidden_weight, input_bias, hidden_bias = self.attention_lstm.all_weights[0]
+        word_weight, image_weight = input_weight.tensor_split([self.embedding.embedding_dim], dim=1)
+        language: list[Tensor] = [*self.language_lstm.all_weights[0]]
+        return _SearchProducts(
+            of_words=functional.linear(self.embedding.weight, word_weight),
+            of_image=linear(image_weight, input_bias + hidden_bias),
+            of_history=linear(hidden_weight, None),
+            query=linear(self.query.weight, self.query.bias),
+            language=linear(torch.cat(language[:2], dim=1), language[2] + language[3]),
+            output=linear(self.project_output.weight, self.project_output.bias),
+            logits=linear(self.embedding.weight, self.output_bias),
+        )
 
     def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:
         """Where it looks before it says the token that follows each token of a caption: (T, R), the mean over heads.
@@ -151,10 +181,9 @@ class AttentionDecoder(nn.Module):
     def _split_heads(self, vectors: Tensor) -> Tensor:
         return vectors.reshape(*vectors.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
-    def _attend(self, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Hidden states (I, Q, H) of Q queries per image -> (I, Q, H)."""
-        queries = self._split_heads(self.query(hidden))
-        attended = functional.scaled_dot_product_attention(queries, keys, values)
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Q queries per image (I, Q, H) -> (I, Q, H)."""
+        attended = functional.scaled_dot_product_attention(self._split_heads(queries), keys, values)
         return attended.transpose(1, 2).flatten(2)
 
     def _output(self, spoken: Tensor, attended: Tensor) -> Tensor:
@@ -271,6 +300,27 @@ def build_decoder(config: DecoderConfig, *, num_channels: int, vocabulary_size: 
     if config.name == "attention":
         return AttentionDecoder(**sizes, num_heads=config.num_heads, dropout=config.dropout)
     return MergeDecoder(**sizes, dropout=config.dropout)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Product:
+    return lambda vectors: functional.linear(vectors, weight, bias)
+
+
+def _packed_linear(weight: Tensor, bias: Tensor | None) -> Product:
+    """The same for weights that stay as they are: on a CPU oneDNN brings them into the order in which it reads them.
+
+    Else that is done for every product. With the 48 vectors of 16 images' beams a step's products take 5.1 ms instead
+    of 6.9 (torch 2.14, one thread of an AMD EPYC). torch's compiler does so too; the operators are not documented, and
+    torch may come without them.
+    """
+    if weight.device.type == "cpu":
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            torch.ops.mkldnn._linear_pointwise(weight[:1], packed, bias, "none", [], "")
+        except (AttributeError, RuntimeError):
+            return _linear(weight, bias)
+        return lambda vectors: torch.ops.mkldnn._linear_pointwise(vectors, packed, bias, "none", [], "")
+    return _linear(weight, bias)
 
 
 def _pack(padded: Tensor, lengths: Tensor) -> PackedSequence:

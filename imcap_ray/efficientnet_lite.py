@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ _STAGES = (  # table 1 of the paper: blocks, kernel, stride, expansion, channels
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+_STAGES_WITH_LARGE_MAPS: Final = 3
 
 
 class EfficientNetLite(nn.Module):
@@ -173,7 +175,8 @@ class MirroredEfficientNetLite(nn.Module):
     does not document it, and may raise AttributeError or RuntimeError where it is not there. And images and kernels are
     turned by 180 degrees: with a stride of two TensorFlow pads the far side of a map whose side is even by one more
     than the near one, which takes a copy of the map; turned, the far side is the near one, and what a symmetric padding
-    adds at the other is never read.
+    adds at the other is never read. The stages with large maps take one image after the other: a map of theirs is 8 MB
+    at 288 x 288 pixels, which a processor's cache holds and memory need not see.
 
     Args:
         network: its batch normalisations are folded into the convolutions. S has to be a multiple of 32.
@@ -193,7 +196,11 @@ class MirroredEfficientNetLite(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """The last feature map."""
-        features: Tensor = self.network(pixels.flip(2, 3)).flip(2, 3)
+        network = self.network
+        early = nn.Sequential(network.conv_stem, network.bn1, network.act1, network.blocks[:_STAGES_WITH_LARGE_MAPS])
+        late = nn.Sequential(network.blocks[_STAGES_WITH_LARGE_MAPS:], network.conv_head, network.bn2, network.act2)
+        maps = torch.cat([early(image) for image in torch.split(pixels.flip(2, 3), 1)])
+        features: Tensor = late(maps).flip(2, 3)
         return features
 
 
