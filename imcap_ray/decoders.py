@@ -139,9 +139,13 @@ class AttentionDecoder(nn.Module):
         blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
         return step, (blank, blank, blank, blank)
 
-    def freeze(self) -> None:
-        """Compute once what searches need of the weights, which must not change from now on."""
-        self._frozen = self._search_products(_packed_linear)
+    def freeze(self, *, packed: bool = True) -> None:
+        """Compute once what searches need of the weights, which must not change from now on.
+
+        Args:
+            packed: and on a CPU bring them into the order in which its kernels read them.
+        """
+        self._frozen = self._search_products(_packed_linear if packed else _linear)
 
     @torch.no_grad()
     def _search_products(self, linear: Callable[[Tensor, Tensor | None], Product]) -> _SearchProducts:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -50,7 +51,7 @@ from imcap_ray.captioner import Captioner, below, read_model_folder, search_capt
 from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
-from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect, cores
 from imcap_ray.distributed.speed import (
@@ -447,17 +448,17 @@ def captioning(images: int, large_images: int, models: tuple[str, ...], as_json:
 @click.option("--images", default=1000, show_default=True, help="Images of 500 x 375.")
 @click.option("--tutorial-images", default=100, show_default=True, help="Of these, for the loop over single images.")
 @click.option("--rounds", default=3, show_default=True)
-@click.option("--our-cnn", is_flag=True, help="Give the others our folded and fused CNN too.")
+@click.option("--our-model", is_flag=True, help="Give the others our folded and fused CNN and our packed decoder too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def others(images: int, tutorial_images: int, rounds: int, our_cnn: bool, as_json: bool) -> None:
+def others(images: int, tutorial_images: int, rounds: int, our_model: bool, as_json: bool) -> None:
     """`imcap caption` against three other ways to caption a folder with the same model.
 
     A PyTorch DataLoader with a worker for each core, whose batches the main process captions; Ray Data's documented
     recipe (read_images, map, map_batches with actors); and one image at a time with a beam search in Python, as
-    tutorials have it. The first two have our search in batches. The CNN of all three is as torch runs it, in float32.
+    tutorials have it. The first two have our search in batches. The model of all three is as torch runs it, in float32.
     Rates are steady ones: no start-up in them. The ways take turns, round by round.
     """
-    load = Captioner.load if our_cnn else _load_plain
+    load = Captioner.load if our_model else _load_plain
     ways: dict[str, Callable[[str, str], float]] = {
         "imcap caption": _caption_by_imcap,
         "DataLoader loop": partial(_caption_by_data_loader, load=load),
@@ -486,8 +487,10 @@ def _caption_by_imcap(source: str, output: str) -> float:
 
 
 def _load_plain() -> Captioner:
-    """The captioner of the package with its CNN as it was trained, layer by layer."""
+    """The captioner of the package as torch runs it: its CNN layer by layer, its decoder's weights as they are."""
     captioner, folder = Captioner.load(), read_model_folder()
+    assert isinstance(captioner.decoder, AttentionDecoder)
+    captioner.decoder.freeze(packed=False)
     encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
     encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
     captioner.encoder = encoder.eval().to(captioner.device)
@@ -525,7 +528,11 @@ class RecipeCaptioner:
 
 
 def _caption_by_ray_recipe(source: str, output: str, *, load: Callable[[], Captioner]) -> float:
-    gpus = int(connect("local").gpus)
+    # With Ray's own settings; with fewer logical CPUs than these its readers would have none beside the actors.
+    ray.init(address="local", num_cpus=cores() + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    gpus = int(ray.cluster_resources().get("GPU", 0))
     ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
     dataset = (
         ray.data.read_images(source, mode="RGB")
