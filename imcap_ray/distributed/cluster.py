@@ -140,10 +140,15 @@ def runtime_environment(*, gpus: float) -> dict[str, Any] | None:
         gpus: of each process. Without any it would see all of its node's, and load its model there.
     """
     resources = _resources()
-    variables = {} if worker._global_node is _private_node else dict(KEEP_FREED_MEMORY)
+    variables = {} if _is_private() else dict(KEEP_FREED_MEMORY)
     if not gpus and (resources.gpus or not resources.is_local):
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return {"env_vars": variables} if variables else None
+
+
+def own_cores() -> int | None:
+    """The cores of a Ray that `connect` has started, which counts more CPUs than it has; None of any other."""
+    return cores() if _is_private() else None
 
 
 def is_ray_job() -> bool:
@@ -368,6 +373,10 @@ def _print_to_stderr(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     """In the place of Ray's own, which tells of worker processes that start: only what is an error is passed on."""
     if data.get("is_err"):
         print(*data["lines"], sep="\n", file=sys.stderr)
+
+
+def _is_private() -> bool:
+    return _private_node is not None and worker._global_node is _private_node
 
 
 def _resources() -> ClusterResources:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.block import BlockAccessor
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import BlockBasedFileDatasink, FilenameProvider
@@ -27,7 +27,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from imcap_ray import storage
-from imcap_ray.distributed.cluster import ClusterResources, runtime_environment
+from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
@@ -204,6 +204,8 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0.5,
+                # A task may hold a row group of large photographs twice, 3 GB: more of them than cores are no faster.
+                compute=TaskPoolStrategy(size=own_cores()),
                 runtime_env=runtime_environment(gpus=0),
             )
         )
