@@ -186,7 +186,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     Args:
         num_images: rows of the manifest that are to be read.
     """
-    cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    cpus = own_cores() or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
     rows_per_task = images_per_task(num_images, cpus=cpus, row_group=largest_row_group(manifest))
     # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
