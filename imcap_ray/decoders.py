@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from imcap_ray.config import DecoderConfig
 from imcap_ray.search import State, Step
 
-Product = Callable[[Tensor], Tensor]
+_Product = Callable[[Tensor], Tensor]
 """Vectors (..., D) times a matrix, and a bias."""
 
 
@@ -36,15 +36,15 @@ class _SearchProducts:
 
     of_words: Tensor
     """(V, 4 H) what each word adds to the gates of the first LSTM."""
-    of_image: Product
+    of_image: _Product
     """The mean region (..., H) -> what it adds to them."""
-    of_history: Product
+    of_history: _Product
     """The first LSTM's last output (..., H) -> what it adds to them."""
-    query: Product
-    language: Product
+    query: _Product
+    language: _Product
     """The first LSTM's output, what is attended to and the second one's last output (..., 3 H) -> its gates."""
-    output: Product
-    logits: Product
+    output: _Product
+    logits: _Product
 
 
 class AttentionDecoder(nn.Module):
@@ -148,7 +148,7 @@ class AttentionDecoder(nn.Module):
         self._frozen = self._search_products(_packed_linear if packed else _linear)
 
     @torch.no_grad()
-    def _search_products(self, linear: Callable[[Tensor, Tensor | None], Product]) -> _SearchProducts:
+    def _search_products(self, linear: Callable[[Tensor, Tensor | None], _Product]) -> _SearchProducts:
         input_weight, hidden_weight, input_bias, hidden_bias = self.attention_lstm.all_weights[0]
         word_weight, image_weight = input_weight.tensor_split([self.embedding.embedding_dim], dim=1)
         language: list[Tensor] = [*self.language_lstm.all_weights[0]]
@@ -306,11 +306,11 @@ def build_decoder(config: DecoderConfig, *, num_channels: int, vocabulary_size: 
     return MergeDecoder(**sizes, dropout=config.dropout)
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> Product:
+def _linear(weight: Tensor, bias: Tensor | None) -> _Product:
     return lambda vectors: functional.linear(vectors, weight, bias)
 
 
-def _packed_linear(weight: Tensor, bias: Tensor | None) -> Product:
+def _packed_linear(weight: Tensor, bias: Tensor | None) -> _Product:
     """The same for weights that stay as they are: on a CPU oneDNN brings them into the order in which it reads them.
 
     Else that is done for every product. With the 48 vectors of 16 images' beams a step's products take 5.1 ms instead

@@ -29,7 +29,7 @@ try:
     resources = [vars(connect(*sys.argv[1:])) for _ in range(2)]
     changed = {name for name in variables.keys() | os.environ.keys() if variables.get(name) != os.environ.get(name)}
     import ray
-    from imcap_ray.distributed.cluster import runtime_environment
+    from imcap_ray.distributed.cluster import cores, own_cores, runtime_environment
     @ray.remote
     def double(number):
         return 2 * number, os.environ.get("MALLOC_ARENA_MAX")
@@ -40,6 +40,7 @@ try:
         "answer": answer,
         "arenas": arenas,
         "runtime_environment": runtime_environment(gpus=0),
+        "cores": [own_cores(), cores()],
         "processes": sorted(ray._private.worker._global_node.all_processes),
     }
 except ImcapError as error:
@@ -91,6 +92,14 @@ def test_a_private_ray_starts_what_it_needs_and_its_workers_need_no_environment_
     assert set(said["processes"]) <= {"gcs_server", "raylet", "reaper"}
     assert said["arenas"] == "1"
     assert said["runtime_environment"] is None
+    assert said["cores"][0] == said["cores"][1]  # though it counts more CPUs than it has
+
+
+def test_a_ray_that_is_joined_has_no_cores_of_ours(monkeypatch):
+    monkeypatch.setattr(cluster, "_private_node", None)
+    assert cluster.own_cores() is None
+    monkeypatch.setattr(cluster, "_private_node", object())
+    assert cluster.own_cores() is None
 
 
 def test_local_wins_over_ray_address(home):

@@ -55,10 +55,18 @@ def teacher_forced(decoder: Decoder, token_ids: Tensor) -> Tensor:
     return pad_packed_sequence(PackedSequence(logits.log_softmax(dim=-1), batch_sizes), batch_first=True)[0]
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("has_operators", [True, False])
 @torch.inference_mode()
-def test_step_by_step_log_probabilities_are_those_of_the_forward_pass(decoder: Decoder) -> None:
+def test_step_by_step_log_probabilities_are_those_of_the_forward_pass(
+    decoder: Decoder, is_frozen: bool, has_operators: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     token_ids = make_captions()
     expected = teacher_forced(decoder, token_ids)
+    if not has_operators:  # as on a torch without oneDNN
+        monkeypatch.setattr(torch.ops, "mkldnn", object())
+    if is_frozen:
+        decoder.freeze()
 
     for caption, (image, length) in enumerate(zip(IMAGE_OF_CAPTION, LENGTHS, strict=True)):
         step, state = decoder.start(make_features()[image : image + 1], 1)
