@@ -154,7 +154,9 @@ def test_a_worker_gets_the_environment_that_it_lacks(
 ):
     there = ClusterResources(is_local=is_local, cpus=8, gpus=gpus_there, nodes=1, physical_cores=8)
     monkeypatch.setattr(cluster, "_resources", lambda: there)
-    monkeypatch.setattr(cluster, "_private_node", cluster.worker._global_node if is_started_here else object())
+    node = object()
+    monkeypatch.setattr(cluster.worker, "_global_node", node)
+    monkeypatch.setattr(cluster, "_private_node", node if is_started_here else None)
 
     variables = (cluster.runtime_environment(gpus=gpus) or {}).get("env_vars", {})
 
