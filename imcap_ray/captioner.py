@@ -128,8 +128,7 @@ class Captioner:
         self.image_size = encoder.image_size
         """Pixels on each side of what `caption_pixels` takes."""
         self._trained_encoder = encoder.eval()
-        self.decoder = decoder.to(self.device).eval()
-        self.decoder.freeze()
+        self._trained_decoder = decoder.eval()
         self.vocabulary = vocabulary
         self.search = search
         self.fingerprint = fingerprint
@@ -142,10 +141,20 @@ class Captioner:
         """Images computed together: half as many, once or more often, after memory has run out."""
         return self._batches.size
 
+    # Both are brought to their device, and made fast, when they are used first. For many only ask what a captioner is,
+    # and would take the memory of a GPU from those that caption.
+
     @cached_property
     def encoder(self) -> Encoder | EncoderEnsemble:
-        """The CNN, or several. Made fast when it is used first, for many only ask what a captioner is."""
+        """The CNN, or several."""
         return optimize_for_inference(self._trained_encoder, self.device).to(self.device)
+
+    @cached_property
+    def decoder(self) -> Decoder | DecoderEnsemble:
+        """The decoder, or several; its weights must not change any more."""
+        decoder = self._trained_decoder.to(self.device)
+        decoder.freeze()
+        return decoder
 
     @classmethod
     def load(
@@ -313,7 +322,7 @@ def load_captioner(
     encoders: list[Encoder] = []
     members: list[tuple[Decoder, Encoder]] = []
     for model, captioner in zip(models, loaded, strict=True):
-        encoder, decoder = captioner._trained_encoder, captioner.decoder
+        encoder, decoder = captioner._trained_encoder, captioner._trained_decoder
         assert isinstance(encoder, Encoder) and isinstance(decoder, Decoder)
         for what, is_same in (
             ("vocabulary", captioner.vocabulary.tokens == first.vocabulary.tokens),

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -325,7 +324,8 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
     """The arguments that a captioning and its plan share, with a cluster that sees all of them; and the models."""
     from functools import partial
 
-    from imcap_ray.distributed.cluster import connect, is_ray_job, refuse_relative_paths_in_job
+    from imcap_ray.distributed.captioning import connect_and_load, load_captioner
+    from imcap_ray.distributed.cluster import is_ray_job, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import ADVICE, require_visible
 
     refuse_relative_paths_in_job({"OUTPUT": output})
@@ -335,12 +335,12 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
         raise InputError(f"no such input{where}")
     models = [model if model == DEFAULT_MODEL else storage.absolute(model) for model in options["models"]]
     weights = options["encoder_weights"] and storage.absolute(options["encoder_weights"])
-    with ThreadPoolExecutor(1) as thread:  # torch takes seconds to import, and so does Ray to start
-        reading = thread.submit(_read_models, models, options)
-        resources = connect(options["address"], num_actors=options["num_actors"], verbose=options["verbose"])
-        search = reading.result()
-    from imcap_ray.captioner import load_captioner
-
+    resources, captioner = connect_and_load(
+        lambda: load_captioner(models, search=_search(options), encoder_weights=weights),
+        options["address"],
+        num_actors=options["num_actors"],
+        verbose=options["verbose"],
+    )
     reads = [("INPUT", input), *(("--model", model) for model in models if model != DEFAULT_MODEL)]
     if weights:
         reads.append(("--encoder-weights", weights))
@@ -348,7 +348,8 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
     arguments = {
         "input": input,
         "output": output,
-        "load_captioner": partial(load_captioner, models, search=search, encoder_weights=weights),
+        "load_captioner": partial(load_captioner, models, search=captioner.search, encoder_weights=weights),
+        "captioner": captioner,
         "resources": resources,
         "num_actors": options["num_actors"],
         "gpus_per_actor": options["gpus_per_worker"],
@@ -358,15 +359,6 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
         "allow_outside_paths": options["allow_outside_paths"],
     }
     return arguments, models
-
-
-def _read_models(models: list[str], options: dict[str, Any]) -> Any:
-    """The search settings of the command line, or None; a ModelError where one of the models is none."""
-    from imcap_ray.captioner import read_model_folder
-
-    for model in models:
-        read_model_folder(model)
-    return _search(options)
 
 
 def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:

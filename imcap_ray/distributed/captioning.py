@@ -6,7 +6,8 @@ import contextlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -23,7 +24,7 @@ from imcap_ray import __version__, storage
 from imcap_ray.captions import Caption, compute_batch_size, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
-from imcap_ray.distributed.cluster import ClusterResources, connect, environment, require
+from imcap_ray.distributed.cluster import ClusterResources, connect, require
 from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
@@ -209,12 +210,41 @@ class CaptioningPlan:
     """At that speed."""
 
 
+def load_captioner(
+    models: Sequence[str] = (), *, search: SearchConfig | None = None, encoder_weights: str | None = None
+) -> ImageCaptioner:
+    """`imcap_ray.captioner.load_captioner`. Torch, which takes seconds to import, waits for the call."""
+    from imcap_ray.captioner import load_captioner
+
+    return load_captioner(models, search=search, encoder_weights=encoder_weights)
+
+
+def connect_and_load(
+    load_captioner: Callable[[], ImageCaptioner],
+    address: str | None = None,
+    *,
+    num_actors: int | None = None,
+    verbose: bool = False,
+) -> tuple[ClusterResources, ImageCaptioner]:
+    """Connect to Ray, and while it starts load the captioner, to be asked what it is. Raises what either raises."""
+    loading: list[Future[ImageCaptioner]] = []
+    with ThreadPoolExecutor(1) as thread:
+        resources = connect(
+            address,
+            num_actors=num_actors,
+            verbose=verbose,
+            meanwhile=lambda: loading.append(thread.submit(load_captioner)),
+        )
+        return resources, loading[0].result()
+
+
 def plan_captioning(
     input: str,
     output: str,
     *,
     load_captioner: Callable[[], ImageCaptioner],
     resources: ClusterResources,
+    captioner: ImageCaptioner | None = None,
     num_actors: int | None = None,
     gpus_per_actor: float | None = None,
     recursive: bool = True,
@@ -232,7 +262,7 @@ def plan_captioning(
     folder = CaptionsFolder(output)
     run = folder.read_run() or {}
     if not overwrite:
-        folder.claim(_identity(input, load_without_gpu(load_captioner)))
+        folder.claim(_identity(input, captioner or load_captioner()))
     with TemporaryDirectory() as manifest:
         found = build_manifest(
             input,
@@ -273,13 +303,6 @@ def _choose_actors(
     return actors, gpus
 
 
-def load_without_gpu(load_captioner: Callable[[], ImageCaptioner]) -> ImageCaptioner:
-    """The captioner, to be asked what it is. Here it captions nothing, and would take the memory of a GPU from those
-    that do."""
-    with environment({"CUDA_VISIBLE_DEVICES": ""}):
-        return load_captioner()
-
-
 def _identity(input: str, captioner: ImageCaptioner) -> dict[str, Any]:
     return {
         "input": input,
@@ -295,6 +318,7 @@ def caption_images(
     *,
     load_captioner: Callable[[], ImageCaptioner],
     resources: ClusterResources,
+    captioner: ImageCaptioner | None = None,
     model_name: str = "",
     num_actors: int | None = None,
     gpus_per_actor: float | None = None,
@@ -317,8 +341,9 @@ def caption_images(
         input: folder, image or Parquet; path or URI.
         output: folder; path or URI; on a cluster one that every node sees.
         load_captioner: makes the captioner that each actor keeps.
+        captioner: one of them, if the caller has it, to be asked what it is; it captions nothing here.
         num_actors: None: one per GPU, or one per core where there is none, and more where nodes join the cluster.
-        batch_size: images that an actor takes at a time; None: twice what it computes together.
+        batch_size: images that an actor takes at a time; None: as many as it computes together.
         overwrite: start anew; the old rows go when the new ones are complete.
         retry_failed: caption the images that failed before once more.
         allow_outside_paths: see `build_manifest`.
@@ -332,7 +357,7 @@ def caption_images(
     start = time.time()
     input, output = storage.absolute(input), storage.absolute(output)
     actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
-    captioner = load_without_gpu(load_captioner)
+    captioner = captioner or load_captioner()
     identity = _identity(input, captioner)
     final = folder = CaptionsFolder(output)
     with _told_as_ours():
@@ -406,7 +431,7 @@ def caption_images(
             actor_arguments={"load_captioner": load_captioner},
             image_size=captioner.image_size,
             gpus_per_actor=gpus,
-            batch_size=batch_size or 2 * compute_batch_size(on_gpu=gpus > 0),
+            batch_size=batch_size or compute_batch_size(on_gpu=gpus > 0),
             on_progress=show,
             can_grow=num_actors is None and not resources.is_local,
             check=check,

@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +24,14 @@ from unittest.mock import patch
 
 # Of Ray's private side are used here, which is safe as long as the requirement keeps to one minor version: its reading
 # of addresses and tokens, because Ray re-reads neither from a changed environment by itself; the steps ray.init takes
-# to reach a cluster, because ray.init takes minutes to give up on them; its switch for signals; and what it starts.
+# to reach a cluster, because ray.init takes minutes to give up on them; its switch for signals; and what it starts, and
+# how it waits for that.
 import grpc  # type: ignore[import-untyped]
 import ray
 import ray.data
 import yaml
 from ray._private import node, parameter, ray_constants, services, worker
+from ray._private.state import GlobalState
 from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
@@ -38,6 +41,7 @@ from imcap_ray.errors import ClusterError, InputError
 
 ANSWER_TIMEOUT_SECONDS: Final = 5
 NODE_TIMEOUT_SECONDS: Final = 5
+START_TIMEOUT_SECONDS: Final = 30
 
 # Ray Data holds CPUs for its readers and writers while the actors hold theirs: with fewer than this a pipeline that
 # resumes deadlocks (ray-project/ray#44687). Logical CPUs are tickets, not cores: spare ones cost nothing.
@@ -91,20 +95,28 @@ class ClusterResources:
         return self.gpus > 0 or 0 < self.max_gpus < inf
 
 
-def connect(address: str | None = None, *, num_actors: int | None = None, verbose: bool = False) -> ClusterResources:
+def connect(
+    address: str | None = None,
+    *,
+    num_actors: int | None = None,
+    verbose: bool = False,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> ClusterResources:
     """Connect this process to Ray and say what it has; once connected, further calls keep the connection.
 
     `address` is HOST:PORT or "auto", the Ray that runs on this machine; without one RAY_ADDRESS counts, which is set
     inside a Ray job. "local", or nothing at all, starts a private Ray that ends with this process, with logical CPUs
-    for `num_actors` unless that is more than the cores can carry. `verbose` lets Ray's own log lines through. Raises
+    for `num_actors` unless that is more than the cores can carry. `verbose` lets Ray's own log lines through.
+    `meanwhile` is called once, as soon as there is nothing to do here but to wait; it is to return at once. Raises
     ClusterError, within seconds, if there is no such cluster, if it refuses this process or runs other versions of
     Ray or Python.
     """
-    if not ray.is_initialized():
-        address = address or os.environ.get("RAY_ADDRESS") or "local"
-        if address == "local":
-            _start(num_actors=num_actors or 0, verbose=verbose)
-        else:
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local" and not ray.is_initialized():
+        _start(num_actors=num_actors or 0, verbose=verbose, meanwhile=meanwhile)
+    else:
+        meanwhile()
+        if not ray.is_initialized():
             _join(address, verbose=verbose)
     _quieten(verbose=verbose)
     _keep_small()
@@ -198,7 +210,7 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _start(*, num_actors: int, verbose: bool) -> None:
+def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -> None:
     global _private_node
     # Each phase of a training would start a process that watches for other nodes' notices of their end.
     variables = {**KEEP_FREED_MEMORY, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
@@ -208,7 +220,11 @@ def _start(*, num_actors: int, verbose: bool) -> None:
         # this user demands it while no client that is given an address shows it.
         variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
-        with _init_environment(variables, verbose=verbose), _fewer_processes(verbose=verbose):
+        with (
+            _init_environment(variables, verbose=verbose),
+            _fewer_processes(verbose=verbose),
+            _short_wait(meanwhile),
+        ):
             ray.init(
                 address="local",
                 num_cpus=max(
@@ -240,6 +256,28 @@ def _fewer_processes(*, verbose: bool) -> Iterator[None]:
         patch.object(parameter, "RayParams", partial(parameter.RayParams, **chosen)),
         patch.object(node.Node, "start_api_server", lambda *_, **__: None),
     ):
+        yield
+
+
+@contextmanager
+def _short_wait(meanwhile: Callable[[], object]) -> Iterator[None]:
+    """Let ray.init see at once that its node is there. It looks once a second, and a node takes about a second.
+
+    Args:
+        meanwhile: called when all processes have been started. Before that, what is busy in a thread holds ray.init up.
+    """
+    get_node: Any = services.get_node
+
+    def wait_and_get_node(gcs_address: str, node_id: str) -> Any:
+        meanwhile()
+        state: Any = GlobalState()  # type: ignore[no-untyped-call]
+        state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # type: ignore[no-untyped-call]
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while not state.node_table() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return get_node(gcs_address, node_id)
+
+    with patch.object(services, "get_node", wait_and_get_node):
         yield
 
 

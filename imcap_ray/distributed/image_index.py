@@ -1,17 +1,19 @@
-"""Hashes of images -> which of them have come before. Lets a run caption the same bytes once."""
+"""Hashes of images -> which of them have come before. Lets a run caption the same bytes once.
+
+Its process starts beside all others, and imports little.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any, Final
 
-import pyarrow.compute as pc
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rbloom import Bloom
 
-from imcap_ray.distributed.captions_folder import CaptionsFolder
-from imcap_ray.manifest import DUPLICATE
+from imcap_ray import storage
 
 FALSE_POSITIVE_RATE: Final = 1e-6
 """29 bits an image: 360 MB for 100 million. An image taken for a duplicate by mistake is found at the end of the run
@@ -28,10 +30,8 @@ class ImageIndex:
     def __init__(self, output: str, num_images: int) -> None:
         self._met = Bloom(max(num_images, 1), FALSE_POSITIVE_RATE, hash_func=_to_int)
         self._answers: OrderedDict[int, bool] = OrderedDict()
-        # Those that wait for a twin do not tell that there is one.
-        waits = (pc.field("status") == DUPLICATE) & (pc.field("duplicate_of") == "")
-        for batch in CaptionsFolder(output).read_parts(["sha256"], ~waits):
-            self._met.update(bytes.fromhex(digest) for digest in batch["sha256"].to_pylist() if digest)
+        if storage.list_parquet(output):
+            self._met.update(_read_digests(output))
 
     def have_come_before(self, manifest_ids: list[int], hashes: list[str]) -> list[bool]:
         """For each image, whether another with its hash was asked for before. Asked again, it answers the same."""
@@ -65,6 +65,18 @@ def end_image_index(index: Any) -> None:
     """Free its memory: the handles that a pipeline has held keep it alive as long as the driver."""
     if index is not None:
         ray.kill(index)
+
+
+def _read_digests(output: str) -> Iterator[bytes]:
+    import pyarrow.compute as pc
+
+    from imcap_ray.distributed.captions_folder import CaptionsFolder
+    from imcap_ray.manifest import DUPLICATE
+
+    # Those that wait for a twin do not tell that there is one.
+    waits = (pc.field("status") == DUPLICATE) & (pc.field("duplicate_of") == "")
+    for batch in CaptionsFolder(output).read_parts(["sha256"], ~waits):
+        yield from (bytes.fromhex(digest) for digest in batch["sha256"].to_pylist() if digest)
 
 
 def _to_int(digest: bytes) -> int:

@@ -349,7 +349,7 @@ def map_images(
                 on_progress(progress)
 
         try:
-            with repeating(look, seconds=1.0):
+            with repeating(look, seconds=0.5):
                 dataset.write_datasink(sink)
         except ExecutionTimeoutError as error:  # its text is a page about operators
             seconds = context.execution_no_progress_timeout_s

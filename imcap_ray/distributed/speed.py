@@ -1,4 +1,7 @@
-"""How many images a second this machine captions, and how many its cores or its GPU could do at best."""
+"""How many images a second this machine captions, and how many its cores or its GPU could do at best.
+
+Torch is imported where it is needed: a run that is measured imports this module first, and would wait for it.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,11 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
-import torch
 from PIL import Image
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from imcap_ray.captioner import load_captioner, search_captions
 from imcap_ray.captions import compute_batch_size
-from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, load_without_gpu
+from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.distributed.images import repeating
 from imcap_ray.distributed.progress_counter import Progress
@@ -216,6 +217,8 @@ def _is_whole(data: bytes) -> bool:
 
 def describe_machine() -> dict[str, Any]:
     """What a number is worth nothing without."""
+    import torch
+
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     versions = {name: version(name) for name in ("torch", "ray", "pyarrow", "pillow")}
     return {
@@ -237,7 +240,7 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     Raises:
         ModelError: they cannot.
     """
-    load_without_gpu(partial(load_captioner, models))  # what is wrong with it is found here, not in Ray's processes
+    load_captioner(models)  # what is wrong with it is found here, not in Ray's processes
     resources = connect("local")
     gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
@@ -274,6 +277,10 @@ class _Alone:
     """One core, or one GPU, that does one thing only. Its methods say of how many images it was, and the seconds."""
 
     def __init__(self, images: list[bytes], models: Sequence[str]) -> None:
+        import torch
+
+        from imcap_ray.captioner import load_captioner
+
         self._images = images
         self._captioner = load_captioner(models)
         self._pixels = torch.from_numpy(np.stack([self._decode(image) for image in images]))
@@ -288,6 +295,10 @@ class _Alone:
         return len(self._images), time.perf_counter() - start
 
     def caption(self, batch_size: int) -> tuple[int, float]:
+        import torch
+
+        from imcap_ray.captioner import search_captions
+
         captioner = self._captioner
         # A GPU's batches are large, and one alone would tell little.
         num_images = 4 * batch_size if captioner.device.type == "cuda" else batch_size
@@ -362,12 +373,13 @@ def watch_run(
     timeline: list[tuple[float, int]] = []
     watch = _ProcessWatch()
     try:
-        resources = connect("local", num_actors=num_actors)
+        resources, captioner = connect_and_load(load, "local", num_actors=num_actors)
         with repeating(watch.look, seconds=1.0):
             summary = caption_images(
                 input,
                 output,
                 load_captioner=load,
+                captioner=captioner,
                 resources=resources,
                 num_actors=num_actors,
                 batch_size=batch_size,

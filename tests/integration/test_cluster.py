@@ -26,7 +26,9 @@ from imcap_ray.errors import ImcapError
 variables = dict(os.environ)
 start = time.monotonic()
 try:
-    resources = [vars(connect(*sys.argv[1:])) for _ in range(2)]
+    waits = []
+    resources = [vars(connect(*sys.argv[1:], meanwhile=lambda: waits.append(time.monotonic()))) for _ in range(2)]
+    connected = time.monotonic()
     changed = {name for name in variables.keys() | os.environ.keys() if variables.get(name) != os.environ.get(name)}
     import ray
     from imcap_ray.distributed.cluster import cores, own_cores, runtime_environment
@@ -38,6 +40,7 @@ try:
         "resources": resources,
         "changed": sorted(changed),
         "answer": answer,
+        "waited": [connected - wait for wait in waits],
         "arenas": arenas,
         "runtime_environment": runtime_environment(gpus=0),
         "cores": [own_cores(), cores()],
@@ -93,6 +96,12 @@ def test_a_private_ray_starts_what_it_needs_and_its_workers_need_no_environment_
     assert said["arenas"] == "1"
     assert said["runtime_environment"] is None
     assert said["cores"][0] == said["cores"][1]  # though it counts more CPUs than it has
+
+
+def test_each_call_uses_the_time_it_waits_and_once(home):
+    said, _ = connect_elsewhere(home=home)
+    first, second = said["waited"]
+    assert first > 0.5 > second  # a node takes about a second to start, and is there the second time
 
 
 def test_a_ray_that_is_joined_has_no_cores_of_ours(monkeypatch):
