@@ -27,6 +27,7 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from imcap_ray import storage
+from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
@@ -39,6 +40,12 @@ from imcap_ray.progress import Pace
 
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
+
+SMALL_RUN = 512
+"""Images up to which blocks hold no more than is computed together, for all actors to end at about the same time."""
+
+MOST_BLOCKS_READ = 200
+"""Up to so many blocks, Ray is told how many a manifest makes."""
 
 GOES_ON = "what is written is kept, the same command goes on"
 
@@ -186,16 +193,24 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     Args:
         num_images: rows of the manifest that are to be read.
     """
-    cpus = own_cores() or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    cores = own_cores()
+    cpus = cores or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
     rows_per_task = images_per_task(num_images, cpus=cpus, row_group=largest_row_group(manifest))
     # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
     # has to be one: a repeated task must return the same blocks, though an image fails that did not fail before.
     context = DataContext.get_current().copy()
     context.target_max_block_size = IMAGES_PER_BLOCK * 3 * load.image_size**2
+    blocks = -(-num_images // (COMPUTE_BATCH_SIZE if num_images <= SMALL_RUN else IMAGES_PER_BLOCK))
     with DataContext.current(context):
         return (
-            ray.data.read_parquet(storage.resolve(manifest)[1], filesystem=storage.resolve(manifest)[0])
+            ray.data.read_parquet(
+                storage.resolve(manifest)[1],
+                filesystem=storage.resolve(manifest)[0],
+                # Ray itself makes a few for each CPU, whatever is computed together. Of many images all that counts is
+                # that they are divided again.
+                override_num_blocks=blocks if 0 < blocks <= MOST_BLOCKS_READ else None,
+            )
             .repartition(target_num_rows_per_block=rows_per_task, strict=rows_per_task > IMAGES_PER_BLOCK)
             # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing both
             # into one: a file that kills its decoder must not take a model with it.
@@ -205,7 +220,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
                 batch_format="pyarrow",
                 num_cpus=0.5,
                 # A task may hold a row group of large photographs twice, 3 GB: more of them than cores are no faster.
-                compute=TaskPoolStrategy(size=own_cores()),
+                compute=TaskPoolStrategy(size=cores and min(cores, max(1, blocks))),
                 runtime_env=runtime_environment(gpus=0),
             )
         )

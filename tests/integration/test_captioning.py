@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray.captioner import Captioner
+from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.config import SearchConfig
-from imcap_ray.distributed import cluster
+from imcap_ray.distributed import cluster, images
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
@@ -206,6 +208,48 @@ def test_a_large_row_group_is_read_by_one_task_whose_blocks_do_not_depend_on_fai
 
     ids = [block["manifest_id"].to_pylist() for block in blocks]
     assert ids == [list(range(start, min(start + 64, 300))) for start in range(0, 300, 64)]
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("num_images", "sizes"), [(1, [1]), (50, [12, 12, 13, 13]), (300, [15] * 4 + [16] * 15), (600, [60] * 10)]
+)
+def test_blocks_are_even_and_as_few_as_hold_what_is_computed_together_in_small_runs(
+    tmp_path: Path, num_images: int, sizes: list[int]
+) -> None:
+    for number in range(num_images):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(photo(), "JPEG"))
+    build_manifest(str(tmp_path), str(tmp_path / "manifest"))
+
+    blocks = read_images(
+        str(tmp_path / "manifest"), LoadImages(image_size=32, root=str(tmp_path)), num_images=num_images
+    ).iter_batches(batch_size=None, batch_format="pyarrow")
+
+    assert sorted(block.num_rows for block in blocks) == sizes
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
+    monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, cores: int
+) -> None:
+    monkeypatch.setattr(images, "own_cores", lambda: cores)
+    build_manifest(str(photographs), str(tmp_path / "manifest"))
+    load_images = LoadImages(image_size=32, root=str(photographs))
+
+    def load(rows: pa.Table) -> pa.Table:
+        begin = time.time()
+        (loaded,) = load_images(rows)
+        time.sleep(1)
+        (tmp_path / f"{begin}.span").write_text(json.dumps([begin, time.time()]))
+        return loaded
+
+    load.image_size = 32
+    read_images(str(tmp_path / "manifest"), load, num_images=4 * COMPUTE_BATCH_SIZE).materialize()
+
+    spans = [json.loads(path.read_text()) for path in tmp_path.glob("*.span")]
+    assert len(spans) == 4
+    assert max(sum(start <= begin < end for start, end in spans) for begin, _ in spans) == cores
 
 
 def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:
