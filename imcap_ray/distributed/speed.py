@@ -5,10 +5,12 @@ Torch is imported where it is needed: a run that is measured imports this module
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -324,12 +326,13 @@ def measure_run(
     Raises:
         ImcapError: what the run ended with.
     """
-    context = multiprocessing.get_context("spawn")  # a new interpreter, as when the command is typed
-    receiver, sender = context.Pipe(duplex=False)
-    load = partial(load_captioner, list(models))
-    arguments = (sender, input, output, load, time.time(), num_actors, batch_size)
-    process = context.Process(target=_send_run, args=arguments)
-    process.start()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    arguments = [input, output, list(models), time.time(), num_actors, batch_size]
+    # As when the command is typed. Multiprocessing would import the main module of the caller there, and torch with it.
+    program = f"from {__name__} import _send_run; _send_run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(sender.fileno()), json.dumps(arguments)], pass_fds=[sender.fileno()]
+    )
     sender.close()
     try:
         answer = receiver.recv()
@@ -339,17 +342,19 @@ def measure_run(
         process.terminate()
         raise
     finally:
-        process.join()
+        process.wait()
     if isinstance(answer, ImcapError):
         raise answer
     assert isinstance(answer, RunSpeed)
     return answer
 
 
-def _send_run(sender: Connection, *arguments: Any) -> None:
+def _send_run() -> None:
+    sender = Connection(int(sys.argv[1]), readable=False)
+    input, output, models, *others = json.loads(sys.argv[2])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # through every `finally`
     try:
-        sender.send(watch_run(*arguments))
+        sender.send(watch_run(input, output, partial(load_captioner, models), *others))
     except ImcapError as error:
         sender.send(error)
 
