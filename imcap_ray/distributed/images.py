@@ -195,13 +195,17 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     """
     cores = own_cores()
     cpus = cores or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+    row_group = largest_row_group(manifest)
     # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
-    rows_per_task = images_per_task(num_images, cpus=cpus, row_group=largest_row_group(manifest))
+    rows_per_task = images_per_task(num_images, cpus=cpus, row_group=row_group)
     # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
     # has to be one: a repeated task must return the same blocks, though an image fails that did not fail before.
     context = DataContext.get_current().copy()
     context.target_max_block_size = IMAGES_PER_BLOCK * 3 * load.image_size**2
     blocks = -(-num_images // (COMPUTE_BATCH_SIZE if num_images <= SMALL_RUN else IMAGES_PER_BLOCK))
+    # One more than cores, for Ray takes a while to hand on what a task has decoded and to send it the next; but not
+    # where each may hold a row group of large photographs twice, 3 GB.
+    most_tasks = cores and min(cores + (not row_group), max(1, blocks))
     with DataContext.current(context):
         return (
             ray.data.read_parquet(
@@ -219,8 +223,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0.5,
-                # A task may hold a row group of large photographs twice, 3 GB: more of them than cores are no faster.
-                compute=TaskPoolStrategy(size=cores and min(cores, max(1, blocks))),
+                compute=TaskPoolStrategy(size=most_tasks),
                 runtime_env=runtime_environment(gpus=0),
             )
         )
