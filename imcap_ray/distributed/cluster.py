@@ -43,10 +43,9 @@ ANSWER_TIMEOUT_SECONDS: Final = 5
 NODE_TIMEOUT_SECONDS: Final = 5
 START_TIMEOUT_SECONDS: Final = 30
 
-# Ray Data holds CPUs for its readers and writers while the actors hold theirs: with fewer than two spare ones a
-# pipeline that resumes deadlocks (ray-project/ray#44687). Those that decode have as many as there are cores besides, or
-# there is one where there could be two, and actors wait for large photographs. Logical CPUs are tickets, not cores:
-# spare ones cost nothing.
+# Ray Data holds CPUs for its readers and writers while the actors hold theirs: with fewer than this a pipeline that
+# resumes deadlocks (ray-project/ray#44687). Logical CPUs are tickets, not cores: spare ones cost nothing.
+MINIMUM_LOCAL_CPUS: Final = 4
 SPARE_LOCAL_CPUS: Final = 2
 MAXIMUM_ACTORS_PER_CORE: Final = 4
 
@@ -228,7 +227,10 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
         ):
             ray.init(
                 address="local",
-                num_cpus=SPARE_LOCAL_CPUS + cores() + max(cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * cores())),
+                num_cpus=max(
+                    MINIMUM_LOCAL_CPUS,
+                    SPARE_LOCAL_CPUS + max(cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * cores())),
+                ),
                 include_dashboard=False,
                 log_to_driver=verbose,
                 logging_level=_logging_level(verbose),

@@ -195,17 +195,13 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     """
     cores = own_cores()
     cpus = cores or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-    row_group = largest_row_group(manifest)
     # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
-    rows_per_task = images_per_task(num_images, cpus=cpus, row_group=row_group)
+    rows_per_task = images_per_task(num_images, cpus=cpus, row_group=largest_row_group(manifest))
     # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
     # has to be one: a repeated task must return the same blocks, though an image fails that did not fail before.
     context = DataContext.get_current().copy()
     context.target_max_block_size = IMAGES_PER_BLOCK * 3 * load.image_size**2
     blocks = -(-num_images // (COMPUTE_BATCH_SIZE if num_images <= SMALL_RUN else IMAGES_PER_BLOCK))
-    # One more than cores, for Ray takes a while to hand on what a task has decoded and to send it the next; but not
-    # where each may hold a row group of large photographs twice, 3 GB.
-    most_tasks = cores and min(cores + (not row_group), max(1, blocks))
     with DataContext.current(context):
         return (
             ray.data.read_parquet(
@@ -216,14 +212,17 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
                 override_num_blocks=blocks if 0 < blocks <= MOST_BLOCKS_READ else None,
             )
             .repartition(target_num_rows_per_block=rows_per_task, strict=rows_per_task > IMAGES_PER_BLOCK)
-            # Half of a task's time is waiting for files. Another share than the actors' also keeps Ray from fusing both
-            # into one: a file that kills its decoder must not take a model with it.
+            # Half of a task's time is waiting for files; on a private Ray, whose CPUs are tickets, a share that leaves
+            # room for as many tasks as there are cores, or actors wait for large photographs. Another share than the
+            # actors' also keeps Ray from fusing both into one: a file that kills its decoder must not take a model
+            # with it.
             .map_batches(
                 load,
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=0.5,
-                compute=TaskPoolStrategy(size=most_tasks),
+                num_cpus=0.1 if cores else 0.5,
+                # A task may hold a row group of large photographs twice, 3 GB: more of them than cores are no faster.
+                compute=TaskPoolStrategy(size=cores and min(cores, max(1, blocks))),
                 runtime_env=runtime_environment(gpus=0),
             )
         )

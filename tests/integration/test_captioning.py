@@ -229,15 +229,13 @@ def test_blocks_are_even_and_as_few_as_hold_what_is_computed_together_in_small_r
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("kind", "cores", "at_once"), [("folder", 1, 2), ("table", 1, 1), ("table", 2, 2)])
-def test_a_private_ray_decodes_with_a_task_more_than_cores_and_where_row_groups_are_read_with_none_more(
-    monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, kind: str, cores: int, at_once: int
+@pytest.mark.parametrize("cores", [1, 2])
+def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
+    monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, cores: int
 ) -> None:
     monkeypatch.setattr(images, "own_cores", lambda: cores)
-    table = pa.table({"image": [path.read_bytes() for path in sorted(photographs.rglob("*.jpg"))]})
-    pq.write_table(table, tmp_path / "in.parquet", row_group_size=10)
-    build_manifest(str(photographs if kind == "folder" else tmp_path / "in.parquet"), str(tmp_path / "manifest"))
-    load_images = LoadImages(image_size=32, root=str(tmp_path))
+    build_manifest(str(photographs), str(tmp_path / "manifest"))
+    load_images = LoadImages(image_size=32, root=str(photographs))
 
     def load(rows: pa.Table) -> pa.Table:
         begin = time.time()
@@ -251,7 +249,7 @@ def test_a_private_ray_decodes_with_a_task_more_than_cores_and_where_row_groups_
 
     spans = [json.loads(path.read_text()) for path in tmp_path.glob("*.span")]
     assert len(spans) == 4
-    assert max(sum(start <= begin < end for start, end in spans) for begin, _ in spans) == at_once
+    assert max(sum(start <= begin < end for start, end in spans) for begin, _ in spans) == cores
 
 
 def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:

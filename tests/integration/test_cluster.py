@@ -82,7 +82,7 @@ def test_a_private_ray_is_quiet_and_leaves_no_token_behind(home):
     first, second = said["resources"]
     assert first == second
     assert first["is_local"] and first["nodes"] == 1
-    assert first["cpus"] >= 2 + 2 * first["physical_cores"]  # for actors, for what decodes, for readers and writers
+    assert first["cpus"] >= max(4, first["physical_cores"])
     assert said["answer"] == 42
     assert stderr == ""
     # ~/.ray/auth_token would turn authentication on for every later `ray start` of this user.
