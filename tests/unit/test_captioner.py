@@ -109,6 +109,17 @@ def test_its_cnn_is_made_fast_once_when_it_is_used_first(
     assert not [module for module in captioner.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
+def test_nothing_is_brought_to_the_device_before_something_is_captioned(model_dir: Path) -> None:
+    # A driver only asks what its captioner is, and must leave a GPU's memory to the actors.
+    def devices(*parts: torch.nn.Module) -> set[str]:
+        return {parameter.device.type for part in parts for parameter in part.parameters()}
+
+    captioner = Captioner.load(model_dir, device="meta")
+
+    assert devices(captioner._trained_encoder, captioner._trained_decoder) == {"cpu"}
+    assert devices(captioner.decoder) == {"meta"}
+
+
 def test_the_n_best_captions_are_different_and_the_best_is_first(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
     search = SearchConfig(beam_size=4, max_length=6, num_captions=4, length_penalty=0.0)
     captioner = Captioner.load(model_dir, device="cpu", search=search)
