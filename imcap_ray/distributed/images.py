@@ -29,6 +29,7 @@ from ray.exceptions import RayError
 from imcap_ray import storage
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
+from imcap_ray.distributed.fewer_actors import without_cluster_actors
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
@@ -366,7 +367,7 @@ def map_images(
                 on_progress(progress)
 
         try:
-            with repeating(look, seconds=0.5):
+            with without_cluster_actors() if own_cores() else contextlib.nullcontext(), repeating(look, seconds=0.5):
                 dataset.write_datasink(sink)
         except ExecutionTimeoutError as error:  # its text is a page about operators
             seconds = context.execution_no_progress_timeout_s

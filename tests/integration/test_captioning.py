@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from imcap_ray.captioner import Captioner
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
@@ -250,6 +251,28 @@ def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
     spans = [json.loads(path.read_text()) for path in tmp_path.glob("*.span")]
     assert len(spans) == 4
     assert max(sum(start <= begin < end for start, end in spans) for begin, _ in spans) == cores
+
+
+@pytest.mark.parametrize("is_private", [True, False])
+def test_only_on_a_cluster_ray_data_has_actors_of_its_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, is_private: bool
+) -> None:
+    def named() -> list[dict[str, str]]:
+        return list(ray.util.list_named_actors(all_namespaces=True))
+
+    if not is_private:
+        monkeypatch.setattr(images, "own_cores", lambda: None)
+    for actor in named():
+        ray.kill(ray.get_actor(**actor))
+    while named():
+        time.sleep(0.1)
+
+    run(str(photographs), str(tmp_path / "out"))
+
+    assert len(read(tmp_path / "out")) == 100
+    assert {actor["name"] for actor in named()} == (
+        set() if is_private else {"datasets_stats_actor", "AutoscalingCoordinator", "ActorLocationTracker"}
+    )
 
 
 def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:
