@@ -34,8 +34,6 @@ class FixedBatches:
     def __init__(self, image_size: int, device: torch.device) -> None:
         self._image_size = image_size
         self._device = device
-        if device.type == "cuda":  # ten bits of a factor's digits are too few for the captions of a CPU
-            torch.backends.cudnn.allow_tf32 = False
         self.size = compute_batch_size(on_gpu=device.type == "cuda")
         """Images computed together: half as many, once or more often, after memory has run out."""
 
@@ -74,10 +72,10 @@ class FixedBatches:
 
     def _filled_up(self, part: np.ndarray[Any, Any] | Tensor) -> Tensor:
         """The images, and blank ones up to `size`, on the device."""
-        chunk = torch.zeros(self.size, *part.shape[1:], dtype=torch.uint8)
+        chunk = torch.zeros(self.size, *part.shape[1:], dtype=torch.uint8, pin_memory=self._device.type == "cuda")
         # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
         chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
-        return chunk.to(self._device)
+        return chunk.to(self._device, non_blocking=True)
 
 
 def _is_out_of_memory(error: BaseException, *, is_alone: bool) -> bool:

@@ -401,17 +401,20 @@ def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEnco
 
     Convolutions do the work of the batch normalisations behind them, for a quarter less time on a CPU
     (EfficientNet-lite2, float32); there an EfficientNet-lite is turned into a `MirroredEfficientNetLite` besides, for
-    another quarter. The features are the same but for rounding. A CNN in which what stands behind a convolution is not
-    what comes next stays as it is, and so does one for which this torch lacks the operator: the features of random
-    pixels tell.
+    another quarter. The features are the same but for rounding. For a GPU the CNN computes in float16: the features
+    differ by 1 %, and of the 1,000 captions of Flickr8k's development images 13 (rounded so on a CPU; CIDEr-D 0.636
+    instead of 0.638). A CNN in which what stands behind a convolution is not what comes next stays as it is, as does
+    one for which this torch lacks an operator, or whose maps float16 cannot hold: the features of random pixels tell.
     """
     size = encoder.image_size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     expected = encoder(pixels)
-    attempts = [[_fold_children]]
-    if device.type == "cpu" and size % 32 == 0:
-        attempts.insert(0, [_fold_children, _mirror_children])
-    for changes in attempts:
+    attempts: list[tuple[list[Callable[[nn.Module], None]], float]] = [([_fold_children], 1e-3)]
+    if device.type == "cuda":
+        attempts.insert(0, ([_fold_children, _halve], 0.05))
+    elif device.type == "cpu" and size % 32 == 0:
+        attempts.insert(0, ([_fold_children, _mirror_children], 1e-3))
+    for changes, tolerance in attempts:
         changed = copy.deepcopy(encoder)
         try:
             for change in changes:
@@ -419,9 +422,27 @@ def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEnco
             found = changed(pixels)
         except (AttributeError, RuntimeError):  # of an operator that is not there
             continue
-        if torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        if torch.linalg.vector_norm(found - expected) <= tolerance * torch.linalg.vector_norm(expected):
             return changed
     return encoder
+
+
+class _HalfPrecision(nn.Module):
+    """A CNN in float16: for tensor cores, and with maps of half the size."""
+
+    def __init__(self, cnn: nn.Module) -> None:
+        super().__init__()
+        self.cnn = cnn.half()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.cnn(pixels.half())
+        return features.float()
+
+
+def _halve(module: nn.Module) -> None:
+    for encoder in module.modules():
+        if isinstance(encoder, Encoder):
+            encoder.cnn = _HalfPrecision(encoder.cnn)
 
 
 def _mirror_children(module: nn.Module) -> None:

@@ -65,15 +65,40 @@ def wheel_file(number: int) -> Path:
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize("device", [CPU, GPU])
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50"])
-def test_no_batch_normalisation_is_left_and_the_features_are_the_same(name: str, device: torch.device) -> None:
+def test_no_batch_normalisation_is_left_and_the_features_are_the_same(name: str) -> None:
     encoder = build_encoder(EncoderConfig(name=name), SMALL, load_weights=False)
     randomise_batch_normalisation(encoder.cnn)
-    folded = optimize_for_inference(encoder, device)
+    folded = optimize_for_inference(encoder, CPU)
     assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
     with torch.inference_mode():
         torch.testing.assert_close(folded(make_pixels()), encoder(make_pixels()), rtol=1e-3, atol=1e-3)
+
+
+# What is made for a GPU computes on a CPU too, if slowly.
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("names", [["efficientnet_lite0"], ["resnet50"], ["vgg16"], ["efficientnet_lite0", "resnet50"]])
+def test_for_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(names: list[str]) -> None:
+    encoders = [build_encoder(EncoderConfig(name=name), SMALL, load_weights=False) for name in names]
+    encoder = encoders[0] if len(encoders) == 1 else EncoderEnsemble(encoders)
+    halved = optimize_for_inference(encoder, GPU)
+    assert {parameter.dtype for parameter in halved.parameters()} == {torch.float16}
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    assert not [module for module in halved.modules() if isinstance(module, nn.BatchNorm2d)]
+    found, expected = halved(make_pixels()), encoder(make_pixels())
+    assert found.dtype == torch.float32
+    assert torch.linalg.vector_norm(found - expected) <= 0.05 * torch.linalg.vector_norm(expected)
+
+
+def test_a_cnn_whose_maps_float16_cannot_hold_keeps_float32_on_a_gpu() -> None:
+    encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
+    encoder.cnn.cnn.conv_stem.weight *= 1e6
+    encoder.cnn.cnn.bn1.running_var *= 1e-6
+    folded = optimize_for_inference(encoder, GPU)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.float32}
+    assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 224, 288])
