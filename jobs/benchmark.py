@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -54,6 +55,7 @@ from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect, cores
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.speed import (
     IMAGES_PER_ROUND,
     Comparison,
@@ -814,46 +816,64 @@ def _show(found: dict[str, Any], as_json: bool) -> None:
 
 @main.command()
 @click.option("--images", default=1024, show_default=True, help="Training images, each with five captions.")
-@click.option("--epochs", type=click.IntRange(2), default=4, show_default=True, help="The first does not count.")
+@click.option(
+    "--epochs", type=click.IntRange(2), default=4, show_default=True, help="Of each round; one does not count."
+)
+@click.option("--rounds", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def training(images: int, epochs: int, as_json: bool) -> None:
+def training(images: int, epochs: int, rounds: int, as_json: bool) -> None:
     """Captions per second of `imcap train` with one and two workers, against a bare loop and torchrun.
 
     The bare loop is the same optimizer step on the same captions, with features in memory and nothing else: no Ray, no
     validation, no checkpoint; with torchrun it is two processes of DistributedDataParallel. The epochs of `imcap train`
     are timed without their validation too. A last line: the bare loop with the CNN in it, as if nothing were cached.
+    The ways take turns, round by round; all processes have the settings of malloc that our workers have.
     """
-    rates: dict[str, Rate] = {}
     with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
         data = Path(folder, "data")
         _write_captioned_photographs(data, images)
-        for workers in (1, 2):
-            model = Path(folder, f"model{workers}")
-            command = [sys.executable, "-m", "imcap_ray", "train", str(data), str(model), "--num-workers", str(workers)]
-            subprocess.run([*command, "--set", f"training.epochs={epochs}", "--quiet"], check=True)
-            lines = (model / "_training" / "metrics.jsonl").read_text().splitlines()
-            seconds = [json.loads(line)["train_seconds"] for line in lines]
-            rates[f"imcap train, {workers} worker{'s' * (workers > 1)}"] = _captions_per_second(images, seconds)
-        vocabulary = str(Path(folder, "model1", "vocabulary.json"))
-        for name, workers, options in (
-            ("bare loop", 1, []),
-            ("torchrun, 2 processes", 2, []),
-            ("bare loop, nothing cached", 1, ["--encode"]),
-        ):
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] * (workers > 1)
-            command = [sys.executable, *launcher, __file__, "bare-loop", str(data), vocabulary, str(epochs), *options]
-            environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
-            rates[name] = _captions_per_second(images, json.loads(done.stdout))
+        ways: dict[str, Callable[[], list[float]]] = {
+            "imcap train, 1 worker": partial(_train, data, workers=1, epochs=epochs),
+            "bare loop": partial(_train_barely, data, workers=1, epochs=epochs),
+            "imcap train, 2 workers": partial(_train, data, workers=2, epochs=epochs),
+            "torchrun, 2 processes": partial(_train_barely, data, workers=2, epochs=epochs),
+            "bare loop, nothing cached": partial(_train_barely, data, workers=1, epochs=epochs, encodes=True),
+        }
+        rates: dict[str, list[Rate]] = {name: [] for name in ways}
+        for number in range(rounds):
+            for name, train in ways.items():
+                rates[name].append(Rate(tuple(5 * images / seconds for seconds in train()[1:])))
+                click.echo(f"round {number + 1}, {name}: {rates[name][-1].median:.0f} captions/s", err=True)
     found: dict[str, Any] = {"machine": describe_machine(), "images": images}
-    found |= {name: rate.to_dict() for name, rate in rates.items()}
-    found["of the bare loop"] = round(rates["imcap train, 1 worker"].median / rates["bare loop"].median, 3)
-    found["of torchrun"] = round(rates["imcap train, 2 workers"].median / rates["torchrun, 2 processes"].median, 3)
+    for name, of_rounds in rates.items():
+        found[name] = Rate(tuple(value for rate in of_rounds for value in rate.values)).to_dict()
+    for ratio, ours, theirs in (
+        ("of the bare loop", "imcap train, 1 worker", "bare loop"),
+        ("of torchrun", "imcap train, 2 workers", "torchrun, 2 processes"),
+    ):
+        pairs = zip(rates[ours], rates[theirs], strict=True)
+        found[ratio] = Rate(tuple(our.median / their.median for our, their in pairs)).to_dict()
     _show(found, as_json)
 
 
-def _captions_per_second(images: int, seconds: list[float]) -> Rate:
-    return Rate(tuple(5 * images / value for value in seconds[1:]))
+def _train(data: Path, *, workers: int, epochs: int) -> list[float]:
+    """Seconds of each epoch of `imcap train`, which finds the images' features where the first one left them."""
+    model = Path(tempfile.mkdtemp(dir=data.parent), "model")
+    command = [sys.executable, "-m", "imcap_ray", "train", str(data), str(model), "--num-workers", str(workers)]
+    options = ["--features", f"{data}-features", "--set", f"training.epochs={epochs}", "--quiet"]
+    subprocess.run([*command, *options], check=True)
+    lines = (model / "_training" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train_seconds"] for line in lines]
+
+
+def _train_barely(data: Path, *, workers: int, epochs: int, encodes: bool = False) -> list[float]:
+    """Seconds of each epoch of the bare loop."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] * (workers > 1)
+    command = [sys.executable, *launcher, __file__, "bare-loop", str(data), str(epochs)]
+    environment = os.environ | KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
+    done = subprocess.run(command + ["--encode"] * encodes, check=True, stdout=subprocess.PIPE, env=environment)
+    seconds: list[float] = json.loads(done.stdout)
+    return seconds
 
 
 def _write_captioned_photographs(folder: Path, num_train: int) -> None:
@@ -872,10 +892,9 @@ def _write_captioned_photographs(folder: Path, num_train: int) -> None:
 
 @main.command("bare-loop", hidden=True)
 @click.argument("data")
-@click.argument("vocabulary")
 @click.argument("epochs", type=int)
 @click.option("--encode", is_flag=True)
-def bare_loop(data: str, vocabulary: str, epochs: int, encode: bool) -> None:
+def bare_loop(data: str, epochs: int, encode: bool) -> None:
     """Seconds of each epoch of the default recipe's cross-entropy, for `training`."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -883,9 +902,10 @@ def bare_loop(data: str, vocabulary: str, epochs: int, encode: bool) -> None:
         torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     recipe = load_recipe("lite2-attention")
-    words = Vocabulary.from_json(Path(vocabulary).read_bytes())
-    captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()[rank::world_size]
-    ids = [[words.to_ids(text, max_length=recipe.training.max_caption_length) for text in texts] for texts in captions]
+    captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()
+    words = Vocabulary.build(itertools.chain.from_iterable(captions), min_count=recipe.vocabulary.min_count)
+    max_length = recipe.training.max_caption_length
+    ids = [[words.to_ids(text, max_length=max_length) for text in texts] for texts in captions[rank::world_size]]
     encoder, shape, dtype = None, (49, 1280), torch.float16
     if encode:
         encoder = optimize_for_inference(build_encoder(recipe.encoder, recipe.preprocessing), torch.device("cpu"))
