@@ -453,19 +453,21 @@ def captioning(images: int, large_images: int, models: tuple[str, ...], as_json:
 @click.option("--our-model", is_flag=True, help="Give the others our folded and fused CNN and our packed decoder too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def others(images: int, tutorial_images: int, rounds: int, our_model: bool, as_json: bool) -> None:
-    """`imcap caption` against three other ways to caption a folder with the same model.
+    """`imcap caption` against other ways to caption a folder with the same model.
 
     A PyTorch DataLoader with a worker for each core, whose batches the main process captions; Ray Data's documented
     recipe (read_images, map, map_batches with actors); and one image at a time with a beam search in Python, as
-    tutorials have it. The first two have our search in batches. The model of all three is as torch runs it, in float32.
-    Rates are steady ones: no start-up in them. The ways take turns, round by round.
+    tutorials have it: those in Keras, and the seed, ask the model for each next word with all words so far, those in
+    PyTorch keep the LSTM's state. The first two have our search in batches. The model of all is as torch runs it, in
+    float32. Rates are steady ones: no start-up in them. The ways take turns, round by round.
     """
     load = Captioner.load if our_model else _load_plain
     ways: dict[str, Callable[[str, str], float]] = {
         "imcap caption": _caption_by_imcap,
         "DataLoader loop": partial(_caption_by_data_loader, load=load),
         "Ray's recipe": partial(_caption_by_ray_recipe, load=load),
-        "tutorial loop": partial(_caption_one_by_one, load=load, count=tutorial_images),
+        "tutorial loop": partial(_caption_one_by_one, load=load, count=tutorial_images, keeps_state=False),
+        "tutorial loop, state kept": partial(_caption_one_by_one, load=load, count=tutorial_images, keeps_state=True),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
@@ -556,24 +558,37 @@ def _preprocess(row: dict[str, Any], *, image_size: int) -> dict[str, Any]:
     return {"pixels": np.ascontiguousarray(np.asarray(squashed).transpose(2, 0, 1))}
 
 
-def _caption_one_by_one(source: str, output: str, *, load: Callable[[], Captioner], count: int) -> float:
+def _caption_one_by_one(
+    source: str, output: str, *, load: Callable[[], Captioner], count: int, keeps_state: bool
+) -> float:
     captioner = load()
     files = sorted(Path(source).rglob("*.jpg"))[:count]
-    return _rate_of(_one_caption(captioner, file) for file in files)
+    return _rate_of(_one_caption(captioner, file, keeps_state=keeps_state) for file in files)
 
 
 @torch.inference_mode()
-def _one_caption(captioner: Captioner, file: Path) -> int:
-    """Caption a photograph with a beam of lists, beams that have ended leaving it."""
+def _one_caption(captioner: Captioner, file: Path, *, keeps_state: bool) -> int:
+    """Caption a photograph with a beam of lists, beams that have ended leaving it.
+
+    Args:
+        keeps_state: go on from the LSTMs' last state, and not read each beam's words from the first one at every step.
+    """
     pixels = torch.from_numpy(_decode_whole(file.read_bytes(), captioner.image_size)).unsqueeze(0).to(captioner.device)
-    search = captioner.search
-    step, state = captioner.decoder.start(captioner.encoder(pixels), 1)
+    search, decoder, features = captioner.search, captioner.decoder, captioner.encoder(pixels)
+    assert isinstance(decoder, AttentionDecoder)
+    step, state = decoder.start(features, 1)
+    of_first_image = torch.zeros(1, dtype=torch.long, device=captioner.device)
     live: list[tuple[float, list[int], Any]] = [(0.0, [START_ID], state)]
     ended: list[tuple[float, list[int]]] = []
     for _ in range(search.max_length):
         grown = []
         for logprob, words, state_of_beam in live:
-            log_probs, next_state = step(torch.tensor([[words[-1]]], device=captioner.device), state_of_beam)
+            tokens = torch.tensor([words], device=captioner.device)
+            if keeps_state:
+                log_probs, next_state = step(tokens[:, -1:], state_of_beam)
+            else:
+                logits = decoder(features, tokens, torch.tensor([len(words)]), of_first_image)
+                log_probs, next_state = logits[None, -1:].log_softmax(dim=-1), state_of_beam
             values, words_after = log_probs[0, 0].topk(search.beam_size)
             grown += [
                 (logprob + value, [*words, word], next_state)
