@@ -242,7 +242,8 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     decoded until Ray Data's patience is at an end (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, half an hour); then the
     run goes on with fewer actors. A decoder that never returns is waited for; GPU memory that runs out was tried with
     torch's errors raised on a CPU; S3 was tried against a server on one machine, not AWS, and several hosts as network
-    namespaces of one machine.
+    namespaces of one machine. On a GPU the CNN computes in float16, which was never tried on one: by its rounding one
+    caption in 77 is another than on a CPU.
     """
     if output is None:
         _print_caption(input, options)

@@ -457,9 +457,9 @@ def others(images: int, tutorial_images: int, rounds: int, our_model: bool, as_j
 
     A PyTorch DataLoader with a worker for each core, whose batches the main process captions; Ray Data's documented
     recipe (read_images, map, map_batches with actors); and one image at a time with a beam search in Python, as
-    tutorials have it: those in Keras, and the seed, ask the model for each next word with all words so far, those in
-    PyTorch keep the LSTM's state. The first two have our search in batches. The model of all is as torch runs it, in
-    float32. Rates are steady ones: no start-up in them. The ways take turns, round by round.
+    tutorials have it: those in Keras, and the seed, ask the whole decoder for each next word, with the image and all
+    words so far; those in PyTorch keep the LSTM's state. The first two have our search in batches. The model of all is
+    as torch runs it, in float32. Rates are steady ones: no start-up in them. The ways take turns, round by round.
     """
     load = Captioner.load if our_model else _load_plain
     ways: dict[str, Callable[[str, str], float]] = {
@@ -571,12 +571,13 @@ def _one_caption(captioner: Captioner, file: Path, *, keeps_state: bool) -> int:
     """Caption a photograph with a beam of lists, beams that have ended leaving it.
 
     Args:
-        keeps_state: go on from the LSTMs' last state, and not read each beam's words from the first one at every step.
+        keeps_state: go on from the LSTMs' last state, with keys and values of the image that are computed once; else
+            the whole decoder computes anew for each word of each beam.
     """
     pixels = torch.from_numpy(_decode_whole(file.read_bytes(), captioner.image_size)).unsqueeze(0).to(captioner.device)
     search, decoder, features = captioner.search, captioner.decoder, captioner.encoder(pixels)
     assert isinstance(decoder, AttentionDecoder)
-    step, state = decoder.start(features, 1)
+    step, state = decoder.start(features, 1) if keeps_state else (None, None)
     of_first_image = torch.zeros(1, dtype=torch.long, device=captioner.device)
     live: list[tuple[float, list[int], Any]] = [(0.0, [START_ID], state)]
     ended: list[tuple[float, list[int]]] = []
@@ -584,7 +585,7 @@ def _one_caption(captioner: Captioner, file: Path, *, keeps_state: bool) -> int:
         grown = []
         for logprob, words, state_of_beam in live:
             tokens = torch.tensor([words], device=captioner.device)
-            if keeps_state:
+            if step:
                 log_probs, next_state = step(tokens[:, -1:], state_of_beam)
             else:
                 logits = decoder(features, tokens, torch.tensor([len(words)]), of_first_image)
@@ -856,7 +857,7 @@ def training(images: int, epochs: int, rounds: int, as_json: bool) -> None:
         }
         rates: dict[str, list[Rate]] = {name: [] for name in ways}
         for number in range(rounds):
-            for name, train in ways.items():
+            for name, train in list(ways.items())[:: -1 if number % 2 else 1]:
                 rates[name].append(Rate(tuple(5 * images / seconds for seconds in train()[1:])))
                 click.echo(f"round {number + 1}, {name}: {rates[name][-1].median:.0f} captions/s", err=True)
     found: dict[str, Any] = {"machine": describe_machine(), "images": images}

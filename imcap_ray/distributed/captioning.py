@@ -65,7 +65,7 @@ class ImageCaptioner(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same answers."""
+        """The same for the same answers, but for the rounding of another device."""
 
     @property
     def search(self) -> SearchConfig:

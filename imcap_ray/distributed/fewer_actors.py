@@ -18,7 +18,10 @@ import ray
 
 @contextmanager
 def without_cluster_actors() -> Iterator[None]:
-    """Let pipelines that run meanwhile start none of them. Only for a Ray of one node, with no dashboard."""
+    """Let pipelines that run meanwhile start none of them.
+
+    Only for a Ray of one node, with no dashboard; and for one thread at a time, for it holds in the whole process.
+    """
     # Not imported above: actors come here too, and need none of it.
     from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
     from ray.data._internal.execution import streaming_executor

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -257,20 +258,25 @@ def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
 def test_only_on_a_cluster_ray_data_has_actors_of_its_own(
     run: Run, monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, is_private: bool
 ) -> None:
-    def named() -> list[dict[str, str]]:
-        return list(ray.util.list_named_actors(all_namespaces=True))
+    def named() -> set[str]:
+        return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
 
     if not is_private:
         monkeypatch.setattr(images, "own_cores", lambda: None)
-    for actor in named():
-        ray.kill(ray.get_actor(**actor))
-    while named():
+    deadline = time.monotonic() + 30
+    while actors := ray.util.list_named_actors(all_namespaces=True):
+        assert time.monotonic() < deadline, f"{actors} do not end"
+        for actor in actors:
+            with contextlib.suppress(ValueError):  # of one that has just ended
+                ray.kill(ray.get_actor(**actor))
         time.sleep(0.1)
 
     run(str(photographs), str(tmp_path / "out"))
+    (photographs / "new.jpg").write_bytes(encode(photo(30, 30), "JPEG"))
+    run(str(photographs), str(tmp_path / "out"))  # goes on, for which Ray Data reads what is done
 
-    assert len(read(tmp_path / "out")) == 100
-    assert {actor["name"] for actor in named()} == (
+    assert len(read(tmp_path / "out")) == 101
+    assert named() == (
         set() if is_private else {"datasets_stats_actor", "AutoscalingCoordinator", "ActorLocationTracker"}
     )
 

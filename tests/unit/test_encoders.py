@@ -93,12 +93,13 @@ def test_for_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(na
 
 
 def test_a_cnn_whose_maps_float16_cannot_hold_keeps_float32_on_a_gpu() -> None:
-    encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
-    encoder.cnn.cnn.conv_stem.weight *= 1e6
-    encoder.cnn.cnn.bn1.running_var *= 1e-6
-    folded = optimize_for_inference(encoder, GPU)
-    assert {parameter.dtype for parameter in folded.parameters()} == {torch.float32}
-    assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+    encoder = build_encoder(EncoderConfig(name="vgg16"), SMALL, load_weights=False)
+    first, second = [module for module in encoder.modules() if isinstance(module, nn.Conv2d)][:2]
+    first.weight *= 1e5
+    second.weight *= 1e-5
+    assert first.weight.abs().max() < torch.finfo(torch.float16).max < first(make_pixels() / 255).abs().max()
+    kept = optimize_for_inference(encoder, GPU)
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 224, 288])
