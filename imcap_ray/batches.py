@@ -34,7 +34,7 @@ class FixedBatches:
     def __init__(self, image_size: int, device: torch.device) -> None:
         self._image_size = image_size
         self._device = device
-        if device.type == "cuda":  # ten bits of a factor's digits, only where they are asked for
+        if device.type == "cuda":  # what is in float32 there would have ten bits of a factor's digits, as float16 has
             torch.backends.cudnn.allow_tf32 = False
         self.size = compute_batch_size(on_gpu=device.type == "cuda")
         """Images computed together: half as many, once or more often, after memory has run out."""

@@ -919,7 +919,11 @@ def bare_loop(data: str, epochs: int, encode: bool) -> None:
     torch.manual_seed(0)
     recipe = load_recipe("lite2-attention")
     captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()
-    words = Vocabulary.build(itertools.chain.from_iterable(captions), min_count=recipe.vocabulary.min_count)
+    words = Vocabulary.build(
+        itertools.chain.from_iterable(captions),
+        tokenizer=recipe.vocabulary.tokenizer,
+        min_count=recipe.vocabulary.min_count,
+    )
     max_length = recipe.training.max_caption_length
     ids = [[words.to_ids(text, max_length=max_length) for text in texts] for texts in captions[rank::world_size]]
     encoder, shape, dtype = None, (49, 1280), torch.float16
