@@ -210,7 +210,7 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     \b
     an image is broken, missing, too      a row with its code: missing, permission_denied,
     large, or no image                    empty_file, not_an_image, truncated, too_large,
-                                          unsupported_format, read_error
+                                          unsupported_format, read_error, changed
     an image kills its process            found by trying it alone, twice: a row with internal
                                           or out_of_memory
     memory runs out for a batch           half as many images at a time; the summary says it

@@ -67,6 +67,7 @@ IMAGE_ERROR_CODES: Final = (
     "too_large",
     "unsupported_format",
     "read_error",
+    "changed",
     "out_of_memory",
     "internal",
 )

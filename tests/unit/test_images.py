@@ -94,7 +94,7 @@ def test_each_odd_file_has_its_code(data: bytes, expected: str) -> None:
 def test_the_odd_files_have_unique_names_and_cover_all_that_bytes_can_do_wrong() -> None:
     names = [name for name, _, _ in odd_images()]
     assert len(set(names)) == len(names) >= 60
-    not_from_bytes = {"missing", "permission_denied", "read_error", "out_of_memory", "internal"}
+    not_from_bytes = {"missing", "permission_denied", "read_error", "changed", "out_of_memory", "internal"}
     assert {code for _, _, code in odd_images()} - {OK} == set(IMAGE_ERROR_CODES) - not_from_bytes
 
 
