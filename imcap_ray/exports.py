@@ -72,6 +72,12 @@ _QUERY_MEMORY: Final = "1GB"
 # The files of COCO itself: COCO_val2014_000000391895.jpg, 000000391895.jpg.
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:\.jpg)?", re.DOTALL)
 
+_NAME_BYTES: Final = 255
+"""Longest name of a file or folder on the usual file systems, to which a tar is extracted."""
+_EXTENSION_BYTES: Final = 10
+"""Longest extension of a member of a tar, without its dot."""
+_DIGEST_LETTERS: Final = 24
+
 # A spreadsheet takes a cell that begins with one of these for a formula (owasp.org, "CSV Injection").
 # Where a cell begins, or does for a spreadsheet whose separator is another than the comma.
 _FORMULA: Final = re.compile("(?:^|(?<=[;\t\r\n]))(?='*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20])")
@@ -586,7 +592,8 @@ def webdataset_key(image_id: str, *, keep_extension: bool) -> str:
     """What webdataset knows an image by: its id without the extension, as that library can bear it; one for each id.
 
     What would end the key early (a dot in the name), hide it (`__name__`) or lead elsewhere (`../`, `//`) is written
-    with `%`, as in a URI: `urllib.parse.unquote` gives the name back.
+    with `%`, as in a URI: `urllib.parse.unquote` gives the name back. A name too long to be a file's or a folder's ends
+    with `%-` and a hash; its whole id is in the sample's JSON.
 
     Args:
         keep_extension: whether `a.jpg` and `a.png` are both there and are to be told apart.
@@ -596,7 +603,19 @@ def webdataset_key(image_id: str, *, keep_extension: bool) -> str:
     path = re.sub("(?:^|(?<=/))/|/$", _percent, path)
     folder, slash, name = path.rpartition("/")
     folder = re.sub(r"(?:^|(?<=/))\.+(?=/|$)", _percent, folder)
-    return re.sub("^_(?=_)", _percent, folder + slash + name.replace(".", "%2E"))
+    path = re.sub("^_(?=_)", _percent, folder + slash + name.replace(".", "%2E"))
+    folder, slash, name = path.rpartition("/")
+    folders = "/".join(_shortened(step, _NAME_BYTES) for step in folder.split("/"))
+    return folders + slash + _shortened(name, _NAME_BYTES - _EXTENSION_BYTES - 1)
+
+
+def _shortened(name: str, max_bytes: int) -> str:
+    """The name, or if it is longer its beginning and a hash. No other name becomes the same: `%-` is in no key else."""
+    if len(name.encode("utf-8", "surrogatepass")) <= max_bytes:
+        return name
+    ending = f"%-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:_DIGEST_LETTERS]}"
+    beginning = name.encode("utf-8", "surrogatepass")[: max_bytes - len(ending)].decode("utf-8", "ignore")
+    return re.sub("%[0-9A-F]?$", "", beginning) + ending  # not half of an escape
 
 
 def _percent(found: re.Match[str]) -> str:
@@ -606,7 +625,7 @@ def _percent(found: re.Match[str]) -> str:
 def _extension_of(row: Row) -> str:
     name = row["format"] if row["format"] not in ("", "unknown") else posixpath.splitext(row["image_id"])[1][1:]
     name = _EXTENSIONS.get(name.lower(), name.lower())
-    return name if re.fullmatch("[a-z0-9]+", name) else "bin"
+    return name if re.fullmatch(f"[a-z0-9]{{1,{_EXTENSION_BYTES}}}", name) else "bin"
 
 
 @contextmanager

@@ -713,6 +713,31 @@ def test_images_that_differ_in_their_extension_have_keys_of_their_own(names: lis
     assert sorted(read_webdataset(tmp_path / "out", tmp_path)) == sorted(names)
 
 
+def test_long_names_make_members_that_can_be_extracted(tmp_path: Path) -> None:
+    names = ["x" * 251 + ".jpg", "x" * 250 + "y.jpg", "x" * 251 + ".png", "猫" * 84 + ".jpg", "." * 200 + "x.jpg"]
+    rows = [row(name, image_path=str(tmp_path / "image")) for name in [*names, f"{'d' * 300}/{'%' * 300}"]]
+    (tmp_path / "image").write_bytes(small_data.jpeg())
+
+    export(write_captions(tmp_path / "captions", rows), tmp_path / "out", "webdataset")
+
+    assert sorted(read_webdataset(tmp_path / "out", tmp_path)) == sorted(row["image_id"] for row in rows)
+    with tarfile.open(tmp_path / "out" / "captions-00000.tar") as tar:
+        tar.extractall(tmp_path / "extracted", filter="data")
+    files = [path for path in (tmp_path / "extracted").rglob("*") if path.is_file()]
+    assert len(files) == 3 * len(rows)
+    assert sorted(json.loads(path.read_bytes())["image_id"] for path in files if path.suffix == ".json") == sorted(
+        row["image_id"] for row in rows
+    )
+
+
+@given(names=st.sets(st.text(alphabet="a%.-/猫_", min_size=200, max_size=300), min_size=2, max_size=2))
+def test_long_names_keep_keys_of_their_own(names: set[str]) -> None:
+    keys = {webdataset_key(name, keep_extension=True) for name in names}
+
+    assert len(keys) == 2
+    assert all(len(step.encode()) <= 255 for key in keys for step in f"{key}.json".split("/"))
+
+
 paths = st.lists(st.text(alphabet="a._%/\n\0é-"), min_size=1).map("/".join) | anything
 
 
