@@ -1,4 +1,5 @@
-"""Tars of WebDataset -> the files in them. Knows neither captions nor how images are listed.
+"""Tars of WebDataset -> the files in them, and which of them belong together. Knows neither captions nor how images
+are listed.
 
 A member is found again by the number of the 512-byte block its content begins at, with its header in the block before.
 """
@@ -10,8 +11,10 @@ import hashlib
 import io
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
 from imcap_ray import storage
@@ -54,6 +57,94 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}" if stem else "", extension.lower()
 
 
+def printable_name(member: tarfile.TarInfo) -> str:
+    """The name of a member as text that every table holds, without a leading "./"."""
+    return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").removeprefix("./")
+
+
+@dataclass(slots=True)
+class Pairing:
+    """Which texts of a tar belong to which of its images; members are given by their positions in two lists of names.
+
+    Nothing is decided by order alone: a text that could belong to one image or another belongs to none.
+    """
+
+    texts: list[list[list[int]]]
+    """For each image its texts in groups: those of the first group that holds a caption count."""
+    unpaired: list[int] = field(default_factory=list)
+    """Texts that belong to no image."""
+    ambiguous: list[int] = field(default_factory=list)
+    """Texts whose name, or whose image's name, is in the tar several times, and not equally often."""
+
+
+def pair_members(images: Sequence[str], texts: Sequence[str]) -> Pairing:
+    """Pair the images and texts of one tar by their names, as WebDataset does where that is unambiguous.
+
+    A text belongs to the image of the same name up to the last dot (`2023.05.00.jpg`, `2023.05.00.txt`), or of that
+    name and more (`k.jpg`, `k.caption.txt`). An image without such a text has one that its own name continues
+    (`k.left.jpg`, `k.right.jpg`, `k.txt`). If a key, which is the name up to the first dot, has one image and none of
+    these (`k.image.jpg`, `k.caption.txt`), all texts of the key are its own, unless other names of the tar are equal up
+    to a later dot. Where names are repeated, the first text of a name belongs to the first image, the second to the
+    second, and so on.
+    """
+    groups: dict[str, _Group] = defaultdict(_Group)
+    for number, name in enumerate(images):
+        groups[split_name(name)[0]].images[name.removeprefix("./")].append(number)
+    for number, name in enumerate(texts):
+        groups[split_name(name)[0]].texts[name.removeprefix("./")].append(number)
+    pairing = Pairing([[] for _ in images])
+    has_later_dots = any(group.has_equal_names_beyond(key) for key, group in groups.items())
+    for group in groups.values():
+        _pair_group(group, pairing, is_key_enough=not has_later_dots)
+    return pairing
+
+
+class _Group:
+    """The members under one key: their positions by name."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, list[int]] = defaultdict(list)
+        self.texts: dict[str, list[int]] = defaultdict(list)
+
+    def has_equal_names_beyond(self, key: str) -> bool:
+        """Whether an image and a text have the same name up to a dot that is not the first."""
+        return any(stem != key for stem in {*map(_stem, self.images)} & {*map(_stem, self.texts)})
+
+
+def _stem(name: str) -> str:
+    """The name up to the last dot of the file's name."""
+    folder, slash, file_name = name.rpartition("/")
+    return f"{folder}{slash}{file_name.rpartition('.')[0]}"
+
+
+def _pair_group(group: _Group, pairing: Pairing, *, is_key_enough: bool) -> None:
+    stems = {_stem(name) for name in group.images}
+    paired: dict[str, list[str]] = defaultdict(list)  # text -> its images
+    is_only = len(group.images) == 1
+    for image, numbers in group.images.items():
+        own = [text for text in group.texts if _stem(text) == _stem(image)]
+        own += [text for text in group.texts if _continues(_stem(text), _stem(image)) and _stem(text) not in stems]
+        common = [text for text in group.texts if _continues(_stem(image), _stem(text)) and _stem(text) not in stems]
+        if not own and not common and is_only and is_key_enough:
+            own = list(group.texts)
+        for text in (*own, *common):
+            paired[text].append(image)
+        for level in (own, common):
+            for position, number in enumerate(numbers):
+                found = [group.texts[text][position] for text in level if len(group.texts[text]) == len(numbers)]
+                if found:
+                    pairing.texts[number].append(found)
+    for text, positions in group.texts.items():
+        if any(len(group.images[image]) != len(positions) for image in paired[text]):
+            pairing.ambiguous += positions
+        elif not paired[text]:
+            pairing.unpaired += positions
+
+
+def _continues(name: str, beginning: str) -> bool:
+    return name.startswith(f"{beginning}.")
+
+
 class ImageIds:
     """Ids for the images of tars, which are asked for in the order of the tars' names.
 
@@ -70,7 +161,7 @@ class ImageIds:
         """The id of an image of this tar, given by its name below the input."""
         if tar_name != self._tar:
             self._tar, self._keys = tar_name, set()
-        name = member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").removeprefix("./")
+        name = printable_name(member)
         key, _ = split_name(name)
         own = name if key in self._keys else key
         self._keys.add(key)

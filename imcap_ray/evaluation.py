@@ -63,8 +63,9 @@ def evaluate_captions(
 
     An image is looked up by its id; where the captions were made from a folder above the images by its file name, and
     where from one of the data's own folders with that before its id.
-    With a split the captions of other images are left aside; without one there must be none, and the captions must
-    be of all images of one split, or of all images.
+    Captions of images that the data set has without a caption are left aside and counted. With a split the captions of
+    other images are left aside too; without one there must be none, and the captions must be of all images of one
+    split, or of all images.
 
     Args:
         against: another captions table, of the same images at least, to be compared with.
@@ -73,8 +74,11 @@ def evaluate_captions(
         DatasetError: the captions are of other images, or some of the split's images have none.
     """
     captions = _match(location, read_captions(location), references)
+    aside = []
     if split is None:
-        _refuse_strangers(location, captions, references)
+        num_aside = _refuse_strangers(location, captions, references)
+        if num_aside:
+            aside = [f"{num_aside:,} captioned image{'s' * (num_aside != 1)} without references left aside"]
         split = _split_of(captions, references)
     wanted = references.split(split) if split else references.table
     captions = _of_all(captions, wanted, location, f"{split or 'captioned'} images of {references.location}")
@@ -91,7 +95,7 @@ def evaluate_captions(
         image_ids=wanted["image_id"].to_pylist(),
         split=split or "",
         tokenizer=tokenizer,
-        notes="; ".join(_notes(location, split)),
+        notes="; ".join([*_notes(location, split), *aside]),
         confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
         against=other,
     )
@@ -159,14 +163,18 @@ def _match(location: str, captions: pa.Table, references: CaptionedImages) -> pa
     return captions
 
 
-def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedImages) -> None:
-    is_known = pc.is_in(captions["image_id"], value_set=references.table["image_id"])
-    strangers = captions["image_id"].filter(pc.invert(is_known))
+def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedImages) -> int:
+    """Raise DatasetError if a captioned image is not in the data set; how many are in it without a caption."""
+    has_references = pc.is_in(captions["image_id"], value_set=references.table["image_id"])
+    others = captions["image_id"].filter(pc.invert(has_references))
+    is_there = pc.is_in(others, value_set=pa.array(sorted(references.without_captions), pa.string()))
+    strangers = others.filter(pc.invert(is_there))
     if len(strangers):
         raise DatasetError(
             f"{location} does not match {references.location}: {len(strangers):,} of {captions.num_rows:,} captioned "
             f"images have no references there, the first is {strangers[0]}; --split leaves others than a split's aside"
         )
+    return len(others)
 
 
 def _split_of(captions: pa.Table, references: CaptionedImages) -> str | None:

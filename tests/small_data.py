@@ -137,11 +137,11 @@ def write_model_folder(
     return folder
 
 
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    """A tar of these members, in their order; the folder is made."""
+def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    """A tar of these members, in their order; the folder is made. In a list a name may be repeated."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
+        for name, data in members.items() if isinstance(members, dict) else members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))

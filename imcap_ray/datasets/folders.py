@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
@@ -95,7 +95,7 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
     captions: dict[str, list[str]] = defaultdict(list)
     for file in storage.list_files(source.base):
         stem, _, extension = file.name.rpartition(".")
-        if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith((".", "_")):
+        if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith("."):
             continue
         if extension.lower() in IMAGE_EXTENSIONS:
             images[stem].append(file.name)
@@ -111,16 +111,17 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
             collector.odd("caption file belongs to several images", "caption files belong to several images", stem)
         for name in (name for name, content in found.items() if content is None):
             collector.odd("file cannot be read", "files cannot be read", name)
-        texts = caption_texts(collector, {name: content for name, content in found.items() if content is not None})
+        readable = [(name, content) for name, content in found.items() if content is not None]
+        texts = caption_texts(collector, readable, where=stem)
         for name in names:
             if texts:
                 path = storage.join(source.base, name)
                 collector.add(name, texts, where=name, path=path, split=split_in_path(name))
             else:
-                collector.odd("image has no caption", "images have no caption", name)
+                collector.without_caption(name, where=name)
     for stem in (stem for stem in images if stem not in captions):
         for name in images[stem]:
-            collector.odd("image has no caption", "images have no caption", name)
+            collector.without_caption(name, where=name)
     for stem in (stem for stem in captions if stem not in images):
         collector.odd("file has no image beside it", "files have no image beside them", captions[stem][0])
     return collector.to_dataset()
@@ -142,19 +143,30 @@ def _read_all(source: Source, pairs: dict[str, list[str]]) -> Iterator[dict[str,
         yield from pool.map(read, pairs.values())
 
 
-def caption_texts(collector: Collector, files: dict[str, bytes]) -> list[str]:
-    """The captions in the files beside an image, given by their names: of the first of them that holds any."""
-    by_extension = {name.rpartition(".")[2].lower(): name for name in files}
+def caption_texts(collector: Collector, files: Sequence[tuple[str, bytes]], *, where: str) -> list[str]:
+    """The captions in the files of an image, given by name and content: those of the first kind that holds any.
+
+    If there are several files of that kind, the first that holds a caption counts and the image is noted.
+    """
     for extension in CAPTION_EXTENSIONS:
-        name = by_extension.get(extension)
-        if name is None:
-            continue
-        text = collector.decode(files[name], name)
-        lines = [line for line in split_lines(text) if line.strip()]
-        found = _captions_of_json(text) if extension == "json" else lines
+        of_kind = [(name, data) for name, data in files if name.rpartition(".")[2].lower() == extension]
+        found = [captions for name, data in of_kind if (captions := _captions_in_file(collector, name, data))]
+        if len(found) > 1:
+            collector.odd(
+                "image has several caption files, and the first counts",
+                "images have several caption files, and the first counts",
+                where,
+            )
         if found:
-            return found
+            return found[0]
     return []
+
+
+def _captions_in_file(collector: Collector, name: str, data: bytes) -> list[str]:
+    text = collector.decode(data, name)
+    if name.lower().endswith(".json"):
+        return _captions_of_json(text)
+    return [line for line in split_lines(text) if line.strip()]
 
 
 def _captions_of_json(text: str) -> list[str]:

@@ -85,6 +85,8 @@ class CaptionedImages:
     the table's and the row's number."""
     leaks: list[Leak] = field(default_factory=list)
     """Images in two splits; `load_dataset` refuses them unless it is told not to."""
+    without_captions: frozenset[str] = frozenset()
+    """Ids of the images that are there and have no caption, as far as the format shows them."""
 
     def split(self, name: str) -> pa.Table:
         """The rows of one split, or DatasetError naming those there are."""
@@ -165,11 +167,17 @@ class Collector:
         self.terms = terms
         self._paths: dict[str, str] = {}
         self._odd: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._without_captions: set[str] = set()
         self._leaks: dict[str, Leak] = {}
 
     def odd(self, one: str, many: str, where: str) -> None:
         """Count something odd; `one` or `many` stands behind the number: "line is blank", "lines are blank"."""
         self._odd[one, many].append(where)
+
+    def without_caption(self, image_id: str, *, where: str) -> None:
+        """Count an image that is there and has no caption."""
+        self._without_captions.add(image_id)
+        self.odd("image has no caption", "images have no caption", where)
 
     def add(
         self, image_id: str, captions: Iterable[str], *, where: str, path: str | None = None, split: str = ""
@@ -195,6 +203,13 @@ class Collector:
             else:
                 self.odd("caption is blank", "captions are blank", where)
         if not kept:
+            return
+        if path and self._paths.get(image_id, path) != path:
+            self.odd(
+                "name stands for another image too, whose captions are left out",
+                "names stand for other images too, whose captions are left out",
+                f"{image_id} ({where})",
+            )
             return
         self.captions[image_id] += kept
         if path is not None:
@@ -266,6 +281,7 @@ class Collector:
             left_out=self._rows(left_out, {}, folder),
             packed=packed or {},
             leaks=leaks,
+            without_captions=frozenset(self._without_captions - self.captions.keys()),
         )
 
     def _rows(self, image_ids: list[str], splits: Mapping[str, str], folder: str) -> pa.Table:

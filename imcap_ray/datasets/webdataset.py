@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,20 +22,25 @@ MAX_CAPTION_BYTES: Final = 2**20
 """A longer member is no caption."""
 
 
-@dataclass(slots=True)
-class _Sample:
-    """The members of one key in one tar."""
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image in a tar."""
 
-    tar: str
-    key: str
-    image_id: str = ""
-    image: str = ""
-    packed: PackedImage | None = None
-    texts: dict[str, bytes] = field(default_factory=dict)
+    name: str
+    image_id: str
+    block: int
+
+
+@dataclass(slots=True)
+class _Members:
+    """What a tar holds of images and texts, in its order."""
+
+    images: list[_Image] = field(default_factory=list)
+    texts: list[tuple[str, bytes]] = field(default_factory=list)
 
 
 def read_webdataset(source: Source) -> CaptionedImages | None:
-    """`key.jpg` beside `key.txt`, a caption a line, or `key.json` with a caption.
+    """`key.jpg` next to `key.txt`, a caption a line, or `key.json` with a caption; see `archives.pair_members`.
 
     The splits are those of the tars' names or folders: `train/000.tar`, `flickr-train-000.tar`. An image's id is the
     one that `imcap caption` gives it, see `archives.ImageIds`.
@@ -46,41 +51,70 @@ def read_webdataset(source: Source) -> CaptionedImages | None:
     collector = Collector(source, f"WebDataset, {len(names):,} tar{'s' * (len(names) != 1)}")
     ids = archives.ImageIds()
     packed: dict[str, PackedImage] = {}
-    for sample in (sample for name in names for sample in _read_tar(collector, name, ids)):
-        where = f"{sample.tar}, {sample.key}"
-        captions = caption_texts(collector, sample.texts)
-        if sample.packed is None:
-            collector.odd("key has no image", "keys have no image", where)
-        elif not captions:
-            collector.odd("image has no caption", "images have no caption", where)
-        else:
-            path = storage.join(source.base, sample.tar, sample.image)
-            packed[path] = sample.packed
-            split = split_in_path(sample.tar) or split_in_name(sample.tar.rpartition("/")[2].removesuffix(".tar"))
-            collector.add(sample.image_id, captions, where=where, path=path, split=split)
+    for name in names:
+        _add_captions(collector, name, _read_tar(collector, name, ids), packed)
     return collector.to_dataset(packed=packed)
 
 
-def _read_tar(collector: Collector, name: str, ids: archives.ImageIds) -> Iterator[_Sample]:
-    """The samples of a tar; one that ends early has those before its end."""
-    location = storage.join(collector.source.base, name)
-    samples: dict[str, _Sample] = {}
+def _add_captions(collector: Collector, tar: str, members: _Members, packed: dict[str, PackedImage]) -> None:
+    """Add the images of a tar that have captions, and where they are to `packed`; count everything else."""
+    pairing = archives.pair_members([image.name for image in members.images], [name for name, _ in members.texts])
+    location = storage.join(collector.source.base, tar)
+    split = split_in_path(tar) or split_in_name(tar.rpartition("/")[2].removesuffix(".tar"))
+    repeated = Counter([*(image.name for image in members.images), *(name for name, _ in members.texts)])
+    used: Counter[int] = Counter()
+    for image, levels in zip(members.images, pairing.texts, strict=True):
+        where = f"{tar}, {image.name}"
+        captions: list[str] = []
+        for numbers in levels:
+            captions = caption_texts(collector, [members.texts[number] for number in numbers], where=where)
+            if captions:
+                used.update(numbers)
+                break
+        if not captions:
+            collector.without_caption(image.image_id, where=where)
+            continue
+        path = storage.join(location, image.name)
+        if path in packed:
+            path = f"{path}#{image.block}"
+        packed[path] = PackedImage(location, image.block, 0)
+        collector.add(image.image_id, captions, where=where, path=path, split=split)
+    for name, count in repeated.items():
+        if count > 1:
+            collector.odd(
+                "name is in a tar more than once", "names are in a tar more than once", f"{tar}, {name} ({count} times)"
+            )
+    for kind, numbers in (
+        (("caption file has no image", "caption files have no image"), pairing.unpaired),
+        (
+            ("caption file may belong to one image or another", "caption files may belong to one image or another"),
+            pairing.ambiguous,
+        ),
+        (
+            ("caption file belongs to several images", "caption files belong to several images"),
+            [number for number, count in used.items() if count > 1],
+        ),
+    ):
+        for number in numbers:
+            collector.odd(*kind, f"{tar}, {members.texts[number][0]}")
+
+
+def _read_tar(collector: Collector, name: str, ids: archives.ImageIds) -> _Members:
+    """The images and texts of a tar; of one that ends early, those before its end."""
+    members = _Members()
     try:
-        with archives.open_tar(location) as tar:
+        with archives.open_tar(storage.join(collector.source.base, name)) as tar:
             for member in archives.list_files(tar):
                 key, ending = archives.split_name(member.name)
                 if not key:
                     continue
-                sample = samples.setdefault(key, _Sample(name, key))
                 kind = ending.rpartition(".")[2]
+                text = archives.printable_name(member)
                 if kind in IMAGE_EXTENSIONS:
-                    image_id = ids.choose(name, member)
-                    if sample.packed is None:
-                        sample.image_id, sample.image = image_id, member.name
-                        sample.packed = PackedImage(location, archives.block_of(member), 0)
+                    members.images.append(_Image(text, ids.choose(name, member), archives.block_of(member)))
                 elif kind in CAPTION_EXTENSIONS and member.size <= MAX_CAPTION_BYTES:
                     content = tar.extractfile(member)
-                    sample.texts[member.name] = content.read() if content else b""
+                    members.texts.append((text, content.read() if content else b""))
     except archives.DAMAGED as error:
         collector.odd("tar is damaged or ends early", "tars are damaged or end early", f"{name} ({error})")
-    yield from samples.values()
+    return members

@@ -439,6 +439,19 @@ def test_what_has_no_other_half_beside_it_is_counted(tmp_path: Path) -> None:
     assert "1 file has no image beside it: README.txt" in dataset.notes
 
 
+def test_an_image_whose_name_begins_with_an_underscore_is_an_image_in_every_command(tmp_path: Path) -> None:
+    write_sidecars(tmp_path / "data")
+    put_images(tmp_path / "data", ["_MG_1.jpg", "_MG_2.jpg"])
+    (tmp_path / "data" / "_MG_1.txt").write_text("A dog .")
+    build_manifest(str(tmp_path / "data"), str(tmp_path / "manifest"))
+
+    dataset = load_dataset(str(tmp_path / "data"))
+
+    captioned = pq.read_table(tmp_path / "manifest")["image_id"].to_pylist()
+    assert sorted([*dataset.references(), *dataset.without_captions]) == sorted(captioned)
+    assert dataset.references()["_MG_1.jpg"] == ["A dog ."]
+
+
 # ---- tars
 
 
@@ -462,6 +475,140 @@ def test_a_tar_that_ends_early_has_what_comes_before(tmp_path: Path) -> None:
 
     assert dataset.references() == {"a": ["x"]}
     assert any(note.startswith("1 tar is damaged or ends early: a.tar") for note in dataset.notes)
+
+
+def written_tar(path: Path, *names: str) -> CaptionedImages:
+    """The data set of a tar of these members: images of different bytes, and texts that are "text N"."""
+    members = [
+        (name, f"text {number}".encode() if name.endswith((".txt", ".json")) else jpeg(number))
+        for number, name in enumerate(names)
+    ]
+    return load_dataset(str(write_tar(path, members)))
+
+
+def captions_by_image(dataset: CaptionedImages) -> dict[int, list[str]]:
+    """For each captioned image its number, known by its bytes, and its captions."""
+    rows = dataset.manifest(dataset.table)
+    numbers = {jpeg(number): number for number in range(12)}
+    references = dataset.references()
+    return {
+        numbers[data]: references[row["image_id"]]
+        for row, data in read_rows(rows.to_pylist(), root_of(rows))
+        if isinstance(data, bytes)
+    }
+
+
+def test_names_with_several_dots_are_paired_by_all_of_the_name(tmp_path: Path) -> None:
+    names = [f"2023.05.{day:02}.{kind}" for day in range(5) for kind in ("jpg", "txt")]
+
+    dataset = written_tar(tmp_path / "a.tar", *names)
+
+    assert captions_by_image(dataset) == {number: [f"text {number + 1}"] for number in range(0, 10, 2)}
+    assert dataset.notes == ["no official splits: each image's split is a hash of its name"]
+
+
+def test_no_image_gets_the_text_of_another_whose_image_is_missing(tmp_path: Path) -> None:
+    dataset = written_tar(
+        tmp_path / "a.tar", "2023.1.jpg", "2023.2.txt", "2023.3.jpg", "2023.3.txt", "2024.1.jpg", "2024.2.txt"
+    )
+
+    assert captions_by_image(dataset) == {2: ["text 3"]}
+    assert "2 images have no caption: a.tar, 2023.1.jpg, a.tar, 2024.1.jpg" in dataset.notes
+    assert "2 caption files have no image: a.tar, 2023.2.txt, a.tar, 2024.2.txt" in dataset.notes
+
+
+def test_all_images_of_one_key_have_its_text_and_each_its_own(tmp_path: Path) -> None:
+    names = ["k.left.jpg", "k.right.jpg", "k.txt", "m.left.jpg", "m.right.jpg", "m.right.txt", "n.img.jpg", "n.cap.txt"]
+
+    dataset = written_tar(tmp_path / "a.tar", *names)
+
+    # The tar's names are equal up to a later dot, so that n.img.jpg and n.cap.txt are no pair.
+    assert captions_by_image(dataset) == {0: ["text 2"], 1: ["text 2"], 4: ["text 5"]}
+    assert "1 caption file belongs to several images: a.tar, k.txt" in dataset.notes
+    assert "2 images have no caption: a.tar, m.left.jpg, a.tar, n.img.jpg" in dataset.notes
+
+
+def test_the_parts_of_a_webdataset_sample_may_have_names_of_their_own(tmp_path: Path) -> None:
+    dataset = written_tar(
+        tmp_path / "a.tar", "0.img.jpg", "0.cap.txt", "1.jpg", "1.caption.txt", "2.jpg", "2.png", "2.txt"
+    )
+
+    assert captions_by_image(dataset) == {0: ["text 1"], 2: ["text 3"], 4: ["text 6"], 5: ["text 6"]}
+
+
+def test_repeated_members_of_a_tar_keep_their_own_texts(tmp_path: Path) -> None:
+    dataset = written_tar(tmp_path / "a.tar", "a.jpg", "a.txt", "a.jpg", "a.txt", "b.jpg", "b.jpg", "b.txt", "b.txt")
+
+    assert captions_by_image(dataset) == {0: ["text 1"], 2: ["text 3"], 4: ["text 6"], 5: ["text 7"]}
+    assert dataset.notes[0].startswith("4 names are in a tar more than once: a.tar, a.jpg (2 times), ")
+
+
+@pytest.mark.parametrize(
+    ("names", "note"),
+    [
+        (["a.jpg", "a.txt", "a.jpg"], "1 caption file may belong to one image or another: a.tar, a.txt"),
+        (["a.jpg", "a.txt", "a.txt"], "2 caption files may belong to one image or another: a.tar, a.txt, a.tar, a.txt"),
+    ],
+)
+def test_what_repeated_members_leave_open_is_named_and_not_decided(tmp_path: Path, names: list[str], note: str) -> None:
+    dataset = written_tar(tmp_path / "a.tar", *names, "b.jpg", "b.txt")
+
+    assert captions_by_image(dataset) == {3: ["text 4"]}
+    assert note in dataset.notes
+    assert any("no caption: a.tar, a.jpg" in note for note in dataset.notes)
+
+
+NAMES: Final = st.lists(
+    st.sampled_from(["k", "k.a", "k.b", "k.a.b", "2023.05.00", "2023.05.01", "./k", "d/k", "d.e/k", ".k"]).flatmap(
+        lambda stem: st.sampled_from([f"{stem}.jpg", f"{stem}.png", f"{stem}.txt", f"{stem}.json", f"{stem}.bak"])
+    ),
+    max_size=10,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(names=NAMES)
+def test_every_image_of_a_tar_that_is_captioned_is_in_its_data_set(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
+    folder = tmp_path_factory.mktemp("tar")
+    try:
+        dataset = written_tar(folder / "a.tar", *names)
+    except DatasetError:  # not one caption in it
+        return
+    build_manifest(str(folder / "a.tar"), str(folder / "manifest"))
+
+    captioned = pq.read_table(folder / "manifest")["image_id"].to_pylist()
+
+    assert sorted([*dataset.references(), *dataset.without_captions]) == sorted(captioned)
+    by_image = captions_by_image(dataset)
+    for number, captions in by_image.items():
+        # No image has the text of another one's name.
+        texts = [int(caption.removeprefix("text ")) for caption in captions]
+        stems = {name.rpartition(".")[0].removeprefix("./") for name in names if name.endswith((".jpg", ".png"))}
+        own = names[number].rpartition(".")[0].removeprefix("./")
+        assert all(names[text].rpartition(".")[0].removeprefix("./") not in stems - {own} for text in texts)
+
+
+# ---- one name for two images
+
+
+def test_captions_of_another_image_of_the_same_name_are_left_out_and_named(tmp_path: Path) -> None:
+    document = karpathy()
+    second = {**document["images"][0], "filepath": "second", "sentences": [{"raw": "another photograph"}]}
+    document["images"][0]["filepath"] = "first"
+    document["images"].append(second)
+    for folder in ("first", "second"):
+        put_images(tmp_path / folder, ["dog.jpg"])
+    (tmp_path / "dataset_coco.json").write_text(json.dumps(document), encoding="utf-8")
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references()["dog.jpg"] == REFERENCES["dog.jpg"]
+    assert (
+        "1 name stands for another image too, whose captions are left out: dog.jpg (dataset_coco.json images[4])"
+        in (dataset.notes)
+    )
 
 
 # ---- Parquet with images

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
+from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.evaluation import evaluate_captions, read_captions
+from imcap_ray.manifest import build_manifest
+from tests.small_data import jpeg, write_tar
 
 REFERENCES = {
     "train/a.jpg": ("train", ["a dog runs in the grass", "the dog runs"]),
@@ -203,3 +205,19 @@ def test_ids_may_be_numbers_and_captions_absent(tmp_path: Path) -> None:
 def test_captions_that_are_not_there_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such captions"):
         read_captions(str(tmp_path / "nowhere"))
+
+
+def test_captions_of_a_tar_are_scored_against_that_tar_whatever_its_members_are_called(tmp_path: Path) -> None:
+    names = [f"2023.05.{day:02}.{kind}" for day in range(3) for kind in ("jpg", "txt")]
+    names += ["k.left.jpg", "k.right.jpg", "k.txt", "a.jpg", "a.txt", "a.jpg", "a.txt", "alone.jpg"]
+    members = [
+        (name, jpeg(number) if "jpg" in name else f"a dog {number}".encode()) for number, name in enumerate(names)
+    ]
+    tar = str(write_tar(tmp_path / "a.tar", members))
+    build_manifest(tar, str(tmp_path / "manifest"))
+    image_ids = pq.read_table(tmp_path / "manifest")["image_id"].to_pylist()
+
+    report = evaluate_captions(write(tmp_path / "c.parquet", dict.fromkeys(image_ids, "a dog")), load_dataset(tar))
+
+    assert report.protocol.num_images == len(image_ids) - 1 == 7
+    assert "1 captioned image without references left aside" in report.protocol.notes
