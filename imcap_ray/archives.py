@@ -167,14 +167,14 @@ class ImageIds:
         self._keys.add(key)
         stem = tar_name.removesuffix(".tar")
         chosen = next(one for one in (own, f"{stem}/{own}", f"{stem}/{own}#{block_of(member)}") if self._is_new(one))
-        self._known.add(_digest(chosen))
+        self._known.add(digest(chosen))
         return chosen
 
     def _is_new(self, image_id: str) -> bool:
-        return _digest(image_id) not in self._known
+        return digest(image_id) not in self._known
 
 
-def _digest(image_id: str) -> bytes:
+def digest(image_id: str) -> bytes:
     """Twelve bytes in the place of an id of any length: among 100 million no two are the same by chance."""
     return hashlib.blake2b(image_id.encode(), digest_size=12).digest()
 

@@ -27,6 +27,7 @@ from imcap_ray.escaping import printable
 from imcap_ray.progress import LineSchedule, Pace
 
 if TYPE_CHECKING:
+    from imcap_ray.columns import ColumnOptions
     from imcap_ray.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.progress_counter import Progress
@@ -161,6 +162,28 @@ _outside_option = click.option(
     is_flag=True,
     help="Paths in tables and lists may lead out of the folder of the data; else they are refused.",
 )
+_image_column_option = click.option(
+    "--image-column",
+    metavar="NAME",
+    help="Parquet: the column of images (bytes, paths, or structs of both). Default: by its name and values.",
+)
+_caption_column_option = click.option(
+    "--caption-column", metavar="NAME", help="Parquet: the column of captions (text, or lists of it). Default: by name."
+)
+_id_column_option = click.option(
+    "--id-column", metavar="NAME", help="Parquet: the column of image ids. Default: by its name."
+)
+_dataset_column_options = _options(_image_column_option, _caption_column_option, _id_column_option)
+
+
+def _columns(options: Mapping[str, Any]) -> ColumnOptions:
+    from imcap_ray.columns import ColumnOptions
+
+    return ColumnOptions(
+        image=options.get("image_column"), caption=options.get("caption_column"), id=options.get("id_column")
+    )
+
+
 _output_options = _options(
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there."),
     click.option("-q", "--quiet", is_flag=True, help="Errors only."),
@@ -185,6 +208,8 @@ _output_options = _options(
     help="Share of images that may fail before the exit code is 3.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, say what would be done, and stop there.")
+@_image_column_option
+@_id_column_option
 @_outside_option
 @_cluster_options
 @_output_options
@@ -357,6 +382,7 @@ def _prepare_captioning(input: str, output: str, options: dict[str, Any]) -> tup
         "recursive": options["recursive"],
         "limit": options["limit"],
         "overwrite": options["overwrite"],
+        "columns": _columns(options),
         "allow_outside_paths": options["allow_outside_paths"],
     }
     return arguments, models
@@ -370,6 +396,8 @@ def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:
         return
     more = "" if plan.is_counted else " at least"
     _say(f"would caption {plan.input} into {plan.output}: {plan.num_images:,} images{more}, {plan.num_done:,} are done")
+    for note in plan.notes:
+        _say(note)
     work = f"{plan.num_blocks:,} block{'s' * (plan.num_blocks != 1)}"
     work += f", {plan.num_actors} actor{'s' * (plan.num_actors != 1)}"
     if plan.gpus_per_actor:
@@ -499,6 +527,7 @@ def _describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> st
 @click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
 @click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
 @click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; nothing is written.")
+@_dataset_column_options
 @_outside_option
 @_cluster_options
 @_output_options
@@ -533,11 +562,13 @@ def train(data: str, model: str, **options: Any) -> None:
         {"MODEL": model} | ({"--features": options["features"]} if options["features"] else {})
     )
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
-    dataset = load_dataset(data, allow_outside_paths=options["allow_outside_paths"])
+    dataset = load_dataset(data, columns=_columns(options), allow_outside_paths=options["allow_outside_paths"])
     for split in (TRAIN, VALIDATION):
         dataset.split(split)
     say, show = _counting_voice(options)
     say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
+    if dataset.columns_note:
+        say(f"{dataset.location}: {dataset.columns_note}")
     resources = connect(options["address"], verbose=options["verbose"])
     written = {"MODEL": model, "--features": options["features"] or storage.parent(storage.absolute(model))}
     require_visible(
@@ -578,6 +609,7 @@ def train(data: str, model: str, **options: Any) -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override a setting of the recipe."
 )
+@_dataset_column_options
 @_outside_option
 @_output_options
 def check(data: str, **options: Any) -> None:
@@ -597,7 +629,11 @@ def check(data: str, **options: Any) -> None:
 
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     dataset = load_dataset(
-        data, allow_outside_paths=options["allow_outside_paths"], look_for_files=False, refuse_leaks=False
+        data,
+        columns=_columns(options),
+        allow_outside_paths=options["allow_outside_paths"],
+        look_for_files=False,
+        refuse_leaks=False,
     )
     _, show = _counting_voice(options)
     found = check_dataset(
@@ -640,6 +676,7 @@ _tokenizer_option = click.option(
     help="Folder for scores.json, scores.md, and scores.parquet with each image's. Default: _imcap in CAPTIONS, if "
     "that is a folder.",
 )
+@_dataset_column_options
 @_outside_option
 @_output_options
 def evaluate(captions: str, references: str, **options: Any) -> None:
@@ -655,7 +692,7 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     from imcap_ray.evaluation import evaluate_captions
     from imcap_ray.manifest import write_table
 
-    dataset = load_dataset(references, allow_outside_paths=options["allow_outside_paths"])
+    dataset = load_dataset(references, columns=_columns(options), allow_outside_paths=options["allow_outside_paths"])
     report = evaluate_captions(
         captions, dataset, split=options["split"], tokenizer=options["tokenizer"], against=options["against"]
     )
@@ -688,6 +725,7 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     show_default=True,
     help="Photographs with where the model looked at each word, if the model of the captions can be loaded.",
 )
+@_dataset_column_options
 @_outside_option
 def report(captions: str, output: str | None, **options: Any) -> None:
     """Write one self-contained HTML file: photographs, captions, scores, failures.
@@ -696,7 +734,9 @@ def report(captions: str, output: str | None, **options: Any) -> None:
     imcap report captions/
     imcap report captions/ --references flickr8k/      captions beside people's, the worst first
     """
-    _say(write_captions_report(captions, output, **options))
+    columns = _columns(options)
+    options = {name: value for name, value in options.items() if not name.endswith("_column")}
+    _say(write_captions_report(captions, output, reference_columns=columns, **options))
 
 
 def write_captions_report(
@@ -704,6 +744,7 @@ def write_captions_report(
     output: str | None,
     *,
     references: str | None = None,
+    reference_columns: ColumnOptions | None = None,
     split: str | None = None,
     tokenizer: str = "ptb",
     max_images: int = 1000,
@@ -715,6 +756,7 @@ def write_captions_report(
     Photographs are taken from where `image_placer` lets them be, and from the references' folder. Captions that cannot
     be scored stand beside the references without scores, unless a split is named.
     """
+    from imcap_ray.columns import BY_NAME
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import captioned_folder, evaluate_captions
     from imcap_ray.image_sources import CaptionedImageSource
@@ -728,7 +770,11 @@ def write_captions_report(
         raise InputError(
             f"--output {output} is a folder: give the name of the page, as {output.rstrip('/')}/report.html"
         )
-    dataset = load_dataset(references, allow_outside_paths=allow_outside_paths) if references else None
+    dataset = None
+    if references:
+        dataset = load_dataset(
+            references, columns=reference_columns or BY_NAME, allow_outside_paths=allow_outside_paths
+        )
     images = CaptionedImageSource(
         captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
     )
@@ -784,6 +830,8 @@ def write_captions_report(
 def _introduce(dataset: CaptionedImages) -> None:
     """Say as what a data set was recognised, and what its reader noticed."""
     _say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}", err=True)
+    if dataset.columns_note:
+        _say(f"{dataset.location}: {dataset.columns_note}", err=True)
     for note in dataset.notes:
         _say(f"{dataset.location}: {note}", err=True)
 
@@ -1125,6 +1173,12 @@ _READ = {
 }
 """What a command reads, by the name that the user knows and that of the parameter."""
 
+_NO_PATHS = (
+    *("--set", "--split", "--tokenizer"),
+    *("--image-column", "--caption-column", "--id-column"),
+)
+"""Options of commands whose values are no paths, though a file or folder may be called the same."""
+
 _LOOK_SECONDS = 5.0
 
 
@@ -1172,10 +1226,15 @@ def _need(command: str, parameters: Mapping[str, Any]) -> tuple[str, float, floa
 
 def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:
     """The words of a command, with paths that exist here, or are written as such, made absolute: the job runs in
-    another folder. An option may be joined to its value by "="; a recipe's setting is no path."""
+    another folder. An option may be joined to its value by "="; the value of one of `_NO_PATHS` is no path."""
     for before, word in pairwise(["", *words]):
         option, joint, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if "--set" in (before, option) or storage.is_uri(value) or not (os.path.exists(value) or "/" in value):
+        if (
+            before in _NO_PATHS
+            or option in _NO_PATHS
+            or storage.is_uri(value)
+            or not (os.path.exists(value) or "/" in value)
+        ):
             yield word
         else:
             yield f"{option}{joint}{os.path.abspath(value)}"

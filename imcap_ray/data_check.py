@@ -35,7 +35,7 @@ from imcap_ray.escaping import printable
 from imcap_ray.image_sources import read_rows, root_of
 from imcap_ray.images import decode_image
 from imcap_ray.lookalikes import describe_look, find_lookalikes
-from imcap_ray.manifest import IMAGE_EXTENSIONS
+from imcap_ray.manifest import IMAGE_EXTENSIONS, image_columns_of
 from imcap_ray.tokenization import tokenize
 
 MAX_BAD_IMAGES: Final = 0.1
@@ -90,6 +90,8 @@ class DataCheck:
     images: dict[str, Any]
     """How many were read, their formats and sizes; empty if none was decoded."""
     findings: list[Finding]
+    columns: str = ""
+    """From which columns of Parquet tables the data are."""
 
     @property
     def spoils(self) -> bool:
@@ -103,6 +105,8 @@ class DataCheck:
     def to_text(self) -> str:
         """The check for people: what there is, then what is wrong, the worst first."""
         lines = [f"{self.location}: {self.format}", *(f"  {line}" for line in self._facts())]
+        if self.columns:
+            lines.insert(1, f"  {self.columns}")
         for title, spoils in (("would spoil a training:", True), ("worth a look:", False)):
             chosen = [finding for finding in self.findings if finding.spoils == spoils]
             if chosen:
@@ -159,6 +163,7 @@ def check_dataset(
         vocabulary=_measure_vocabulary(tokens, recipe),
         images=images,
         findings=sorted(findings, key=_badness),
+        columns=dataset.columns_note,
     )
 
 
@@ -265,6 +270,7 @@ def _look_at_all(
 ) -> Iterator[_Seen]:
     places = dataset.manifest(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
     root = root_of(places) if rows else ""
+    image_columns = image_columns_of(places)
     files = [place for place in places.to_pylist() if not place["table_path"]]
     packed = [place for place in places.to_pylist() if place["table_path"]]
 
@@ -274,10 +280,11 @@ def _look_at_all(
     def look_at(found: tuple[dict[str, Any], bytes | ImageError]) -> _Seen:
         return _look_at(rows[found[0]["manifest_id"]], found[1])
 
+    read_packed = read_rows(packed, root, image_columns=image_columns)
     # Threads, for Pillow decodes and hashlib hashes without the interpreter's lock; stores take time to answer, too.
     with ThreadPoolExecutor(_num_cores()) as pool:
         num_done = 0
-        for look, images in ((look_at_file, iter(files)), (look_at, read_rows(packed, root))):
+        for look, images in ((look_at_file, iter(files)), (look_at, read_packed)):
             while chunk := list(islice(images, _IMAGES_AT_A_TIME)):
                 yield from pool.map(look, chunk)
                 num_done += len(chunk)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -15,7 +15,7 @@ import pyarrow.dataset as pads
 from imcap_ray import archives, storage
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.images import MAX_FILE_BYTES, image_error_from_os_error
-from imcap_ray.manifest import folder_of, image_placer, is_tar, read_table_images
+from imcap_ray.manifest import folder_of, image_placer, is_tar, read_image_columns, read_table_images
 
 Row = dict[str, Any]
 
@@ -23,11 +23,14 @@ _THREADS: Final = 16
 _IMAGES_AT_A_TIME: Final = 64
 
 
-def read_rows(rows: Iterable[Row], root: str | None) -> Iterator[tuple[Row, bytes | ImageError]]:
+def read_rows(
+    rows: Iterable[Row], root: str | None, *, image_columns: Sequence[str] = ()
+) -> Iterator[tuple[Row, bytes | ImageError]]:
     """The bytes of each row of `MANIFEST_SCHEMA`, or why there are none; rows of tables and tars last.
 
     Args:
         root: where the images lie. None: whether that is gone is not asked.
+        image_columns: the columns that the manifest of the rows notes, see `manifest.read_image_columns`.
 
     Raises:
         ImcapError: `root` is gone.
@@ -42,7 +45,7 @@ def read_rows(rows: Iterable[Row], root: str | None) -> Iterator[tuple[Row, byte
         else:
             yield row, _read_file(row["image_path"], root)
     for (table_path, row_group), by_row in in_tables.items():
-        found = read_table_images(table_path, row_group=row_group, rows=set(by_row))
+        found = read_table_images(table_path, row_group=row_group, rows=set(by_row), image_columns=image_columns)
         yield from _read_table(by_row, found, table_path, root)
     for tar_path, by_block in in_tars.items():
         yield from _read_table(
@@ -96,6 +99,13 @@ class CaptionedImageSource:
             self._place(row, row["table_path"])
         return {row["image_id"]: row for row in found if row["table_path"]}
 
+    @cached_property
+    def _image_columns(self) -> list[str]:
+        return read_image_columns(self._manifest)
+
+    def _read_packed(self, places: list[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
+        return read_rows(places, None, image_columns=self._image_columns)
+
     def load(self, rows: Sequence[Row]) -> Iterator[bytes | ImageError]:
         """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
 
@@ -107,7 +117,7 @@ class CaptionedImageSource:
             for start in range(0, len(rows), _IMAGES_AT_A_TIME):
                 chunk = places[start : start + _IMAGES_AT_A_TIME]
                 packed = [place for place in chunk if place and place["table_path"]]
-                from_tables = {place["image_id"]: data for place, data in read_rows(packed, None)}
+                from_tables = {place["image_id"]: data for place, data in self._read_packed(packed)}
                 paths = [place["image_path"] for place in chunk if place and not place["table_path"]]
                 from_files = iter(threads.map(partial(_read_file, root=None), paths))
                 for place in chunk:

@@ -468,6 +468,11 @@ def _is_cut_and_filled(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8") and data.endswith(bytes(64)) and _ends_early(data)
 
 
+def has_image_signature(data: bytes) -> bool:
+    """Whether bytes begin like an image of a kind that is read here."""
+    return len(data) >= _SHORTEST_HEADER and _name(data, _READABLE) != ""
+
+
 def _name(data: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str:
     return next((name for position, mark, name in signatures if data.startswith(mark, position)), "")
 

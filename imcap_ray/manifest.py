@@ -18,6 +18,17 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from imcap_ray import archives, storage
+from imcap_ray.columns import (
+    BY_NAME,
+    ColumnOptions,
+    ImageColumn,
+    ImageColumns,
+    field_type,
+    holds_image_bytes,
+    is_string,
+    read_image_column,
+    require_column,
+)
 from imcap_ray.errors import InputError
 from imcap_ray.storage import ListedFile
 
@@ -104,6 +115,12 @@ them, or `_POSITION`, the table's name and the row's number."""
 _TABLE: Final = "table"
 _POSITION: Final = "position"
 
+_IMAGE_COLUMNS: Final = b"imcap_ray.image_columns"
+"""In the metadata of a manifest: a JSON list of the columns that the tables' images are read from, see
+`ImageColumns.names`. Earlier versions wrote none."""
+_ID_COLUMN: Final = b"imcap_ray.id_column"
+"""In the metadata of a manifest: the column that the user named for the ids; absent if none was named."""
+
 _READ_BYTES: Final = 2**20
 """Of a column that are asked for at once; else it would be read up to the end of the row group."""
 
@@ -111,43 +128,6 @@ _PICKLES: Final = "arrow_pickled_object"
 """In the name of Ray's type for columns of pickled objects."""
 
 _ID_COLUMNS: Final = ("image_id", "__key__", "key", "id")
-_BYTES_COLUMNS: Final = (
-    "image",
-    "image_bytes",
-    "img",
-    "jpg",
-    "jpeg",
-    "png",
-    "webp",
-    "bytes",
-    "content",
-    "data",
-)
-_PATH_COLUMNS: Final = (
-    "image_path",
-    "path",
-    "file_path",
-    "filepath",
-    "file_name",
-    "filename",
-    "image",
-    "file",
-    "uri",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class ImageColumn:
-    """Where a Parquet table keeps its images."""
-
-    name: str
-    kind: str
-    """`bytes`; `path`; `struct`: Hugging Face's struct of bytes and path."""
-
-    @property
-    def data(self) -> str:
-        """The column, or the field of it, that holds the bytes."""
-        return f"{self.name}.bytes" if self.kind == "struct" else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,45 +138,19 @@ class InputSummary:
     num_ignored: int
     """Files whose names are not those of images."""
     description: str
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the user should know about how images are found and named."""
+    image_column: str | None = field(default=None, compare=False)
+    """The column of Parquet tables that images are read from; several are separated by commas."""
+    id_column: str | None = field(default=None, compare=False)
+    """The column of Parquet tables that ids are read from; None if they are paths, names or numbers of rows."""
     changed: pa.Table = field(default_factory=MANIFEST_SCHEMA.empty_table, compare=False)
     """Rows of `MANIFEST_SCHEMA` as they are now, for images whose file has changed since the manifest was written."""
-
-
-def find_image_column(schema: pa.Schema, location: str) -> ImageColumn:
-    """The column that holds the images of a Parquet table; InputError naming the columns when there is none."""
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _is_binary(_field_type(f.type, "bytes"))]
-    binaries = [f.name for f in schema if _is_binary(f.type)]
-    strings = [f.name for f in schema if _is_string(f.type)]
-    for kind, found, known in (
-        ("struct", structs, _BYTES_COLUMNS),
-        ("bytes", binaries, _BYTES_COLUMNS),
-        ("path", strings, _PATH_COLUMNS),
-    ):
-        named = [name for name in known if name in found]
-        if named or (len(found) == 1 and kind != "path"):
-            return ImageColumn(name=(named or found)[0], kind=kind)
-    columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
-    raise InputError(
-        f"{location} has no column of images: expected bytes ({', '.join(_BYTES_COLUMNS)}), paths "
-        f"({', '.join(_PATH_COLUMNS)}) or a struct of bytes and path; got {columns}"
-    )
 
 
 def find_id_column(schema: pa.Schema) -> str | None:
     """The column of a Parquet table that holds the ids of its images, if it has one."""
     return next((name for name in _ID_COLUMNS if name in schema.names), None)
-
-
-def _is_binary(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
-
-
-def _field_type(struct: pa.StructType, name: str) -> pa.DataType:
-    return struct.field(name).type if struct.get_field_index(name) >= 0 else pa.null()
 
 
 def build_manifest(
@@ -207,9 +161,14 @@ def build_manifest(
     limit: int | None = None,
     allow_outside_paths: bool = False,
     output: str | None = None,
+    columns: ColumnOptions = BY_NAME,
     check: Callable[[], None] = lambda: None,
 ) -> InputSummary:
     """Write the manifest of the images at `location` (folder, image, Parquet or tars) to Parquet files in `folder`.
+
+    The images of a folder are its image files, those in its tars, and those in its Parquet tables. Tables that hold no
+    images themselves are an input of their own only where there are neither image files nor tars; next to these they
+    may describe them.
 
     Images that a manifest already in `folder` lists keep their `manifest_id`; new ones are added behind them. Those
     that are in another place now, in a table that was renamed for instance, get that place. Changed ones are reported
@@ -218,36 +177,29 @@ def build_manifest(
     Args:
         allow_outside_paths: whether paths in a table may lead out of `location`, or of a single table's folder.
         output: where the captions go, which must not be taken for tables of images.
+        columns: of the tables, as the user names them.
         check: called before anything is written; raises if nothing may be any more.
 
     Raises:
-        InputError: nothing there, nothing readable, no image among it, a path that leads where it may not, or ids that
-            new tables have made ambiguous.
+        InputError: nothing there, nothing readable, no image among it, a path that leads where it may not, ids that
+            new tables have made ambiguous, several columns or several kinds of files of which any could be meant, or
+            other columns than before.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
         raise InputError(f"no such input: {location}")
-    tables, ignored = _list_tables(location, recursive)
-    known, metadata = _KnownImages(folder), {}
-    if tables:
-        if output and storage.is_folder(location) and storage.is_inside(location, output):
-            raise InputError(f"OUTPUT {output} lies among the tables of INPUT {location}: choose a place beside it")
-        if is_tar(tables[0].location):
-            entries: Iterable[dict[str, Any]] = _tar_entries(tables)
-            description = f"WebDataset, {len(tables)} tar{'s' * (len(tables) != 1)}"
-        else:
-            places = _Places(location if storage.is_folder(location) else storage.parent(location), allow_outside_paths)
-            places.check([table.location for table in tables], limit)
-            ids = _choose_ids(location, tables, known.id_source)
-            metadata = {_ID_SOURCE: _POSITION if ids is None else _TABLE}
-            entries = _table_entries(tables, places, ids)
-            description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
-    else:
-        counter = _IgnoredFiles()
-        entries = _file_entries(location, recursive, counter)
-        description = "folder" if storage.is_folder(location) else "image"
+    known = _KnownImages(folder)
+    images = _InputImages(
+        location,
+        recursive=recursive,
+        limit=limit,
+        allow_outside_paths=allow_outside_paths,
+        output=output,
+        columns=columns,
+        known=known,
+    )
     next_id, num_images, changed = known.num_images, 0, []
-    entries = islice(entries, limit)
+    entries = islice(images.entries(), limit)
     while chunk := list(islice(entries, ROWS_PER_PART)):
         num_images += len(chunk)
         rows = pa.Table.from_pylist(chunk, schema=MANIFEST_SCHEMA.remove(0))
@@ -256,28 +208,319 @@ def build_manifest(
             changed.append(_with_ids(rows.filter(is_changed), ids[is_changed]))
         if is_moved.any():
             check()
-            update_manifest(folder, _with_ids(rows.filter(is_moved), ids[is_moved]))
+            moved = _with_ids(rows.filter(is_moved), ids[is_moved])
+            update_manifest(folder, moved.replace_schema_metadata(images.metadata))
         rows = rows.filter(ids < 0)
         if rows.num_rows:
             check()
             part = storage.join(folder, f"part-{next_id:012d}.parquet")
             new = _with_ids(rows, np.arange(next_id, next_id + rows.num_rows))
-            write_table(part, new.replace_schema_metadata(metadata))
+            write_table(part, new.replace_schema_metadata(images.metadata))
             next_id += rows.num_rows
-    if not tables:
-        ignored = counter.number
     if not num_images:
+        ignored = images.num_ignored
         seen = f"{ignored:,} other file{'s' * (ignored != 1)}" if ignored else "nothing"
         raise InputError(f"no images in {location}: found {seen} there; images are known by names like .jpg or .png")
+    changed_rows = pa.concat_tables(changed) if changed else MANIFEST_SCHEMA.empty_table()
     return InputSummary(
         num_images=num_images,
-        num_ignored=ignored,
-        description=description,
-        changed=pa.concat_tables(changed) if changed else MANIFEST_SCHEMA.empty_table(),
+        num_ignored=images.num_ignored,
+        description=images.description,
+        notes=tuple(images.notes),
+        image_column=images.image_column,
+        id_column=images.id_column,
+        changed=changed_rows.replace_schema_metadata(images.metadata),
     )
 
 
-def list_table_images(location: str, tables: list[ListedFile], *, base: str) -> Iterator[dict[str, Any]]:
+class Listing:
+    """The files of a location, sorted into image files, tars, Parquet tables and others.
+
+    What captionings have written below the location, and what is in `output`, is neither a table nor a tar of it.
+    """
+
+    def __init__(self, location: str, *, recursive: bool = True, output: str | None = None) -> None:
+        self.num_images = 0
+        self._location = location
+        self._recursive = recursive
+        self._output = output
+        self._packed: dict[str, list[ListedFile]] = {"tar": [], "parquet": []}
+        self._num_others = 0
+        self._run_folders: set[str] = set()
+        self.unreadable: list[str] = []
+        """Names of the tables that `find_image_tables` could not read."""
+
+    def images(self) -> Iterator[ListedFile]:
+        """The image files. The rest is known when all of them have been asked for."""
+        if storage.is_file(self._location):
+            file = storage.describe_file(self._location)
+            if _extension(file.name) in self._packed:
+                self._packed[_extension(file.name)].append(file)
+                return
+            files: Iterable[ListedFile] = [file]
+        else:
+            files = storage.list_files(self._location, recursive=self._recursive)
+        for file in files:
+            folder, _, name = file.name.rpartition("/")
+            if _is_image(file.name):
+                self.num_images += 1
+                yield file
+            elif (
+                _extension(name) in self._packed
+                and not name.startswith(("_", "."))
+                and not (self._output and storage.is_inside(self._output, file.location))
+            ):
+                self._packed[_extension(name)].append(file)
+            else:
+                self._num_others += 1
+            before, work, _ = f"/{folder}/".partition("/_imcap/")
+            if work and before:  # the location itself may be a table of captions, which names images
+                self._run_folders.add(before[1:])
+
+    def tars(self) -> list[ListedFile]:
+        """The tars, in the order of their names."""
+        return sorted(self._without_runs("tar"), key=lambda one: one.name)
+
+    def tables(self) -> list[ListedFile]:
+        """The Parquet tables."""
+        return self._without_runs("parquet")
+
+    def num_others(self) -> int:
+        """Number of files of other kinds."""
+        return self._num_others + sum(
+            len(files) - len(self._without_runs(kind)) for kind, files in self._packed.items()
+        )
+
+    def _without_runs(self, kind: str) -> list[ListedFile]:
+        return [file for file in self._packed[kind] if not self._is_of_run(file.name.rpartition("/")[0])]
+
+    def _is_of_run(self, folder: str) -> bool:
+        return folder in self._run_folders or "/_imcap/" in f"/{folder}/"
+
+    def find_image_tables(self, columns: ImageColumns) -> list[ListedFile]:
+        """The Parquet tables that are part of an input with image files or tars: those that hold images.
+
+        Raises:
+            InputError: there are tars too, or a table names images that are not among the image files.
+        """
+        tables = [table for table in self._readable_tables() if self._holds_images(table, columns)]
+        tars = self.tars()
+        if tables and tars:
+            raise InputError(
+                f"{self._location} holds images in {_count(tars, 'tar')} ({tars[0].name}) and in "
+                f"{_count(tables, 'Parquet table')} ({tables[0].name}), which may be the same images: give one of them "
+                "as the input, or a folder that holds only one kind"
+            )
+        return tables
+
+    def _readable_tables(self) -> Iterator[ListedFile]:
+        self.unreadable = []
+        for table in self.tables():
+            filesystem, path = storage.resolve(table.location)
+            try:
+                pq.read_metadata(path, filesystem=filesystem)
+            except (pa.ArrowException, OSError):
+                self.unreadable.append(table.name)
+            else:
+                yield table
+
+    def _holds_images(self, table: ListedFile, columns: ImageColumns) -> bool:
+        with _open_table(table.location) as opened:
+            column = columns.find(opened, table.location)
+        if column is None or (column.kind != "path" and holds_image_bytes(table.location, column) is False):
+            return False
+        first_row = 0
+        for _, num_rows, paths in _Places(self._location, True, columns).row_groups(table.location):
+            if paths is None:
+                return True
+            for row, path in enumerate(paths, first_row):
+                if path is None:
+                    return True
+                if self.num_images and path and not self._is_listed(path):
+                    raise InputError(
+                        f"{self._location} holds {self.num_images:,} image file{'s' * (self.num_images != 1)}, and its "
+                        f"table {table.name} names images that are not among them (row {row}: {path!r}): give "
+                        f"{table.location} as the input, or a folder without it"
+                    )
+            first_row += num_rows
+        return False
+
+    def _is_listed(self, path: str) -> bool:
+        """Whether a file that a table names would be among the image files, if it is there."""
+        is_below = storage.is_inside(self._location, path)
+        return _is_image(path) and (is_below if self._recursive else storage.parent(path) == self._location)
+
+
+def _count(files: Sequence[ListedFile], what: str) -> str:
+    return f"{len(files):,} {what}{'s' * (len(files) != 1)}"
+
+
+class _InputImages:
+    """The images of an input, listed one by one, and what is found out about them on the way."""
+
+    def __init__(
+        self,
+        location: str,
+        *,
+        recursive: bool,
+        limit: int | None,
+        allow_outside_paths: bool,
+        output: str | None,
+        columns: ColumnOptions,
+        known: _KnownImages,
+    ) -> None:
+        self.metadata: dict[bytes, bytes] = {}
+        """Of the parts of the manifest."""
+        self.notes: list[str] = []
+        self.image_column: str | None = None
+        self.id_column: str | None = None
+        self._location = location
+        self._is_folder = storage.is_folder(location)
+        self.description = "folder" if self._is_folder else "image"
+        self._num_ignored_tables = 0
+        self._listing = Listing(location, recursive=recursive, output=output)
+        self._recursive = recursive
+        self._limit = limit
+        self._output = output
+        self._options = columns
+        self._known = known
+        self._columns = ImageColumns(columns.image, known=known.image_columns, is_by_type=known.is_by_type)
+        folder = location if self._is_folder else storage.parent(location)
+        self._places = _Places(folder, allow_outside_paths, self._columns)
+
+    @property
+    def num_ignored(self) -> int:
+        """Files that were listed and are no part of the input."""
+        return self._listing.num_others() + self._num_ignored_tables
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """What a manifest says of each image: files first, then what is in tars and tables."""
+        for file in self._listing.images():
+            yield _entry(file.name, file.location, file)
+        listing = self._listing
+        num_images, tars, tables = listing.num_images, listing.tars(), listing.tables()
+        if (num_images or tars) and tables:
+            found = listing.find_image_tables(self._columns)
+            unreadable = listing.unreadable
+            without = [table.name for table in tables if table not in found and table.name not in unreadable]
+            for names, problem in ((without, "hold no images"), (unreadable, "cannot be read as Parquet")):
+                if names:
+                    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+                    self.notes.append(
+                        f"{self._location}: {len(names):,} of the tables {problem} and are ignored: {first}"
+                    )
+            self._num_ignored_tables = len(tables) - len(found)
+            tables = found
+        kinds = [self.description] if num_images else []
+        kinds += [f"WebDataset, {_count(tars, 'tar')}"] if tars else []
+        kinds += [f"Parquet, {_count(tables, 'file')}"] if tables else []
+        self.description = " and ".join(kinds)
+        if self._options.given() and not tables:
+            raise InputError(
+                f"{', '.join(self._options.given())}: for Parquet tables, but {self._location} has none with images"
+            )
+        if not tars and not tables:
+            return
+        if num_images:
+            self.notes.append(
+                f"{self._location}: the input is {num_images:,} image file{'s' * (num_images != 1)} and all images in "
+                + (_count(tars, "tar") if tars else _count(tables, "Parquet table"))
+            )
+        elif self._output and self._is_folder and storage.is_inside(self._location, self._output):
+            raise InputError(
+                f"OUTPUT {self._output} lies among the tables of INPUT {self._location}: choose a place beside it"
+            )
+        entries = _tar_entries(tars) if tars else self._table_entries(tables)
+        yield from self._with_ids_of_their_own(entries) if num_images else entries
+
+    def _table_entries(self, tables: list[ListedFile]) -> Iterator[dict[str, Any]]:
+        self._places.check([table.location for table in tables], self._limit)
+        id_columns = IdColumns(self._options.id, known=self._known)
+        ids = _choose_ids(self._location, tables, self._known.id_source, self._columns, id_columns)
+        self.metadata[_ID_SOURCE] = _POSITION.encode() if ids is None else _TABLE.encode()
+        if self._options.id:
+            self.metadata[_ID_COLUMN] = self._options.id.encode()
+        if self._columns.names:
+            self.metadata[_IMAGE_COLUMNS] = json.dumps(self._columns.names).encode()
+        self.image_column = ", ".join(column.name for column in self._columns.chosen)
+        self.id_column = ", ".join(id_columns.chosen) if ids is not None and id_columns.chosen else None
+        name = tables[0].location if len(tables) == 1 else f"{self._location}, {_count(tables, 'table')}"
+        self.notes.append(f"{name}: {_describe_columns(self._columns, self.id_column, has_ids=ids is not None)}")
+        return _table_entries(tables, self._places, ids)
+
+    def _with_ids_of_their_own(self, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The entries of tars and tables; InputError if one has the id of an image file. Takes 100 bytes a file."""
+        listing = Listing(self._location, recursive=self._recursive, output=self._output)
+        names = {archives.digest(file.name) for file in listing.images()}
+        for entry in entries:
+            if archives.digest(entry["image_id"]) in names:
+                raise InputError(
+                    f"{self._location}: {entry['image_id']!r} is an image file and also the id of an image in "
+                    f"{entry['table_path']}: caption the files and the tables or tars into an OUTPUT each"
+                )
+            yield entry
+
+
+class IdColumns:
+    """Chooses for each table the column of its ids.
+
+    Args:
+        name: the column that the user names.
+        known: the images of a manifest whose ids must stay the same.
+    """
+
+    def __init__(self, name: str | None = None, *, known: _KnownImages | None = None) -> None:
+        self.chosen: dict[str, None] = {}
+        self._name = name
+        self._known = known if known and known.id_source is not None else None
+        if self._known and name and self._known.id_source == _POSITION:
+            raise InputError(
+                f"--id-column {name}: the images known so far have the table's name and the row's number as ids: leave "
+                "it out, choose another OUTPUT, or give --overwrite to start again"
+            )
+
+    def find(self, schema: pa.Schema, location: str) -> str | None:
+        """The column, None if the table has none. InputError if the ids were of another column so far, or if the named
+        column is not there or cannot hold ids."""
+        name = self._name or find_id_column(schema)
+        if self._name is not None:
+            require_column(schema, self._name, location, option="--id-column")
+            kind = schema.field(self._name).type
+            if pa.types.is_nested(kind):
+                raise InputError(f"--id-column {name}: expected text or numbers, got {kind} in {location}")
+        if self._known:
+            before = self._known.id_column or find_id_column(schema)
+            if before != name:
+                raise InputError(
+                    f"{location}: the ids of the images known so far were those of {_column_or_none(before)}, and "
+                    f"would now be those of {_column_or_none(name)}: give --id-column as before, choose another "
+                    "OUTPUT, or give --overwrite to start again"
+                )
+        if name is not None:
+            self.chosen[name] = None
+        return name
+
+
+def _column_or_none(name: str | None) -> str:
+    return f"column {name}" if name else "no column"
+
+
+def _describe_columns(columns: ImageColumns, id_column: str | None, *, has_ids: bool) -> str:
+    """From which columns the images and the ids of tables are."""
+    images = ", ".join(map(str, columns.chosen))
+    if id_column:
+        ids = f"ids from column {id_column}"
+    elif not has_ids:
+        ids = "ids are the table's name and the row's number"
+    else:
+        is_paths = any(column.kind == "path" for column in columns.chosen)
+        ids = "ids are the paths" if is_paths else "ids are the names next to the bytes"
+    return f"images from column {images}, {ids}"
+
+
+def list_table_images(
+    tables: list[ListedFile], *, base: str, columns: ImageColumns, id_columns: IdColumns
+) -> Iterator[dict[str, Any]]:
     """What a manifest says of each row of Parquet tables, the ids being those that `build_manifest` gives them; but
     rows may share an id or a path, as where each caption has a row. Null is the id of a row without one.
 
@@ -287,14 +530,14 @@ def list_table_images(location: str, tables: list[ListedFile], *, base: str) -> 
     Raises:
         InputError: a table is not readable or has no column of images, or a path holds a secret.
     """
-    ids, kinds = _natural_ids([table.location for table in tables])
+    ids, kinds = _natural_ids([table.location for table in tables], columns, id_columns)
     if ids is not None and "name" in kinds and not _are_distinct(ids):  # a name beside bytes says nothing
         ids = None
-    return _table_entries(tables, _Places(base, allow_outside_paths=True), ids)
+    return _table_entries(tables, _Places(base, True, columns), ids)
 
 
 def update_manifest(folder: str, changed: pa.Table) -> None:
-    """Put rows of `MANIFEST_SCHEMA` in the place of those with their ids."""
+    """Put rows of `MANIFEST_SCHEMA` in the place of those with their ids; with the rows' metadata, if they have any."""
     changed = changed.sort_by("manifest_id")
     changed_ids = changed["manifest_id"].to_numpy()
     for part in storage.list_parquet(folder):
@@ -303,8 +546,9 @@ def update_manifest(folder: str, changed: pa.Table) -> None:
         if first < end:
             new, rows = changed.slice(first, end - first), read_table(part)
             old = rows.filter(pc.invert(pc.is_in(rows["manifest_id"], value_set=new["manifest_id"])))
-            joined = pa.concat_tables([old.replace_schema_metadata(), new]).sort_by("manifest_id")
-            write_table(part, joined.replace_schema_metadata(rows.schema.metadata))
+            joined = pa.concat_tables([old.replace_schema_metadata(), new.replace_schema_metadata()])
+            metadata = {**(rows.schema.metadata or {}), **(changed.schema.metadata or {})}
+            write_table(part, joined.sort_by("manifest_id").replace_schema_metadata(metadata))
 
 
 def read_table(location: str, columns: list[str] | None = None) -> pa.Table:
@@ -321,7 +565,33 @@ def write_table(location: str, table: pa.Table) -> None:
     storage.write_bytes(location, sink.getvalue().to_pybytes())
 
 
-def read_table_images(table_path: str, *, row_group: int, rows: set[int]) -> Iterator[tuple[int, bytes | None]]:
+def read_image_columns(manifest: str) -> list[str]:
+    """The columns that the tables of a manifest are read from, see `ImageColumns.names`; none in a manifest of earlier
+    versions, or without tables."""
+    names: dict[str, None] = {}
+    for part in storage.list_parquet(manifest):
+        filesystem, path = storage.resolve(part)
+        names |= dict.fromkeys(_image_columns(pq.read_metadata(path, filesystem=filesystem).metadata))
+    return list(names)
+
+
+def image_columns_of(rows: pa.Table) -> list[str]:
+    """The same for rows of a manifest that are in memory."""
+    return _image_columns(rows.schema.metadata)
+
+
+def with_image_columns(rows: pa.Table, names: Sequence[str]) -> pa.Table:
+    """Rows of `MANIFEST_SCHEMA` that note from which columns their tables are read."""
+    return rows.replace_schema_metadata({_IMAGE_COLUMNS: json.dumps(list(names))} if names else None)
+
+
+def _image_columns(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    return [str(name) for name in json.loads((metadata or {}).get(_IMAGE_COLUMNS, b"[]"))]
+
+
+def read_table_images(
+    table_path: str, *, row_group: int, rows: set[int], image_columns: Sequence[str] = ()
+) -> Iterator[tuple[int, bytes | None]]:
     """The bytes of some rows of a row group, with their numbers; None where the table holds none.
 
     Read are the pages up to the last of these rows, for a table cannot be entered in the middle of a row group; a page
@@ -331,7 +601,7 @@ def read_table_images(table_path: str, *, row_group: int, rows: set[int]) -> Ite
     filesystem, path = storage.resolve(table_path)
     with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
         refuse_pickles(table.schema_arrow, table_path)
-        column = find_image_column(table.schema_arrow, table_path)
+        column = read_image_column(table.schema_arrow, table_path, image_columns)
         start = 0
         for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
             for number, value in enumerate(_leaf(batch.column(0), "bytes"), start):
@@ -380,47 +650,12 @@ def refuse_pickles(schema: pa.Schema, location: str) -> None:
             )
 
 
-class _IgnoredFiles:
-    def __init__(self) -> None:
-        self.number = 0
-
-
 def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def _is_image(name: str) -> bool:
     return _extension(name) in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith(".")
-
-
-def _list_tables(location: str, recursive: bool) -> tuple[list[ListedFile], int]:
-    """The tars or else the Parquet files of an input, and the number of files beside them; none when it is a folder of
-    images. The tables beside tars tell about their images, as img2dataset writes them."""
-    if storage.is_file(location):
-        return ([storage.describe_file(location)] if _extension(location) in ("parquet", "tar") else []), 0
-    found: dict[str, list[ListedFile]] = {"tar": [], "parquet": []}
-    num_files = 0
-    for file in storage.list_files(location, recursive=recursive):
-        if _is_image(file.name):
-            return [], 0  # images are what an input is for: a table among them is not one
-        num_files += 1
-        if _extension(file.name) in found and not file.name.rpartition("/")[2].startswith(("_", ".")):
-            found[_extension(file.name)].append(file)
-    tables = found["tar"] or found["parquet"]
-    return tables, num_files - len(tables)
-
-
-def _file_entries(location: str, recursive: bool, ignored: _IgnoredFiles) -> Iterator[dict[str, Any]]:
-    found = (
-        [storage.describe_file(location)]
-        if storage.is_file(location)
-        else storage.list_files(location, recursive=recursive)
-    )
-    for file in found:
-        if _is_image(file.name):
-            yield _entry(file.name, file.location, file)
-        else:
-            ignored.number += 1
 
 
 def _entry(
@@ -437,7 +672,9 @@ def _entry(
     }
 
 
-def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> pa.ChunkedArray | None:
+def _choose_ids(
+    location: str, tables: list[ListedFile], source: str | None, columns: ImageColumns, id_columns: IdColumns
+) -> pa.ChunkedArray | None:
     """The ids of the tables' rows, None where these are known by table and number.
 
     Args:
@@ -446,7 +683,7 @@ def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> 
     """
     if source == _POSITION:
         return None
-    ids, kinds = _natural_ids([table.location for table in tables])
+    ids, kinds = _natural_ids([table.location for table in tables], columns, id_columns)
     if ids is None or _are_distinct(ids):
         return ids
     counts = pc.value_counts(ids.drop_null())
@@ -455,7 +692,7 @@ def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> 
         return None  # a name beside bytes may be the same for all images
     problem = "some rows have none" if repeated is None else f"{repeated!r} stands there more than once"
     if "id" in kinds:
-        raise InputError(f"{location}: image ids must be unique, but {problem}")
+        raise InputError(f"{location}: image ids must be unique, but {problem}; --id-column names the column of ids")
     raise InputError(
         f"{location}: its images were known by their paths so far, which new tables have made ambiguous ({problem}): "
         "choose another OUTPUT, or give --overwrite to start anew"
@@ -491,7 +728,7 @@ def _named_file(location: str) -> ListedFile:
 
 def _tar_entries(tars: list[ListedFile]) -> Iterator[dict[str, Any]]:
     ids = archives.ImageIds()
-    for tar in sorted(tars, key=lambda one: one.name):
+    for tar in tars:
         try:
             with archives.open_tar(tar.location) as opened:
                 for member in archives.list_files(opened):
@@ -521,9 +758,10 @@ def _open_table(table_path: str) -> Iterator[pq.ParquetFile]:
 class _Places:
     """Where the images are that tables only name, in the folder that their paths must not leave."""
 
-    def __init__(self, folder: str, allow_outside_paths: bool) -> None:
+    def __init__(self, folder: str, allow_outside_paths: bool, columns: ImageColumns) -> None:
         self._folder = folder
         self._allow_outside_paths = allow_outside_paths
+        self._columns = columns
 
     def check(self, tables: list[str], limit: int | None) -> None:
         """InputError for the first path in so many rows that leads where it may not."""
@@ -541,7 +779,7 @@ class _Places:
         in none.
         """
         with _open_table(table_path) as table:
-            column = find_image_column(table.schema_arrow, table_path)
+            column = self._columns.get(table, table_path)
             first_row = 0
             for row_group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(row_group).num_rows
@@ -570,7 +808,7 @@ def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> l
     if column.kind == "path":
         paths = table.read_row_group(row_group, columns=[column.name]).column(0).to_pylist()
         return [path or "" for path in paths]
-    if column.kind == "bytes" or not _is_string(_field_type(table.schema_arrow.field(column.name).type, "path")):
+    if column.kind == "bytes" or not is_string(field_type(table.schema_arrow.field(column.name).type, "path")):
         return None
     num_rows, num_missing = table.metadata.row_group(row_group).num_rows, _num_nulls(table, row_group, column.data)
     if num_missing == 0:
@@ -593,7 +831,9 @@ def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int |
     return None
 
 
-def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, set[str]]:
+def _natural_ids(
+    tables: list[str], columns: ImageColumns, id_columns: IdColumns
+) -> tuple[pa.ChunkedArray | None, set[str]]:
     """The ids the tables have of their own, None when they have none; and what they are: "id", of a column of ids;
     "path" of an image's file; "name" beside its bytes."""
     chunks: list[pa.Array] = []
@@ -601,8 +841,8 @@ def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, set[str]]:
     for table_path in tables:
         with _open_table(table_path) as table:
             schema = table.schema_arrow
-            column = find_image_column(schema, table_path)
-            id_column = find_id_column(schema)
+            column = columns.get(table, table_path)
+            id_column = id_columns.find(schema, table_path)
             if id_column is not None:
                 kinds.add("id")
             elif column.kind == "path":
@@ -631,15 +871,26 @@ class _KnownImages:
         self.num_images = 0
         self.id_source: str | None = None
         """`_TABLE` or `_POSITION` where these are rows of Parquet tables."""
+        self.id_column: str | None = None
+        """The column of ids that the user named."""
+        self.image_columns: list[str] = []
+        """See `ImageColumns.names`."""
         self._parts: list[tuple[str, str, str]] = []
         for part in storage.list_parquet(folder):
             filesystem, path = storage.resolve(part)
             metadata = pq.read_metadata(path, filesystem=filesystem)
             self.num_images += metadata.num_rows
             self.id_source = ((metadata.metadata or {}).get(_ID_SOURCE) or b"").decode() or self.id_source
+            self.id_column = ((metadata.metadata or {}).get(_ID_COLUMN) or b"").decode() or self.id_column
+            self.image_columns = list(dict.fromkeys([*self.image_columns, *_image_columns(metadata.metadata)]))
             column = MANIFEST_SCHEMA.get_field_index("image_id")
             ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
             self._parts.append((part, min(one.min for one in ranges), max(one.max for one in ranges)))
+
+    @property
+    def is_by_type(self) -> bool:
+        """Whether these are rows of tables, listed by a version that did not note the columns of images."""
+        return self.id_source is not None and not self.image_columns
 
     def find(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """For rows of a listing their `manifest_id`, -1 where they are new; whether they have changed since; whether

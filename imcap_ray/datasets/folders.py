@@ -91,16 +91,7 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
     """`photo.jpg` and `photo.txt`, a caption a line, in any folder below; those named after splits are the splits."""
     if source.is_file:
         return None
-    images: dict[str, list[str]] = defaultdict(list)  # by name without the ending
-    captions: dict[str, list[str]] = defaultdict(list)
-    for file in storage.list_files(source.base):
-        stem, _, extension = file.name.rpartition(".")
-        if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith("."):
-            continue
-        if extension.lower() in IMAGE_EXTENSIONS:
-            images[stem].append(file.name)
-        elif extension.lower() in CAPTION_EXTENSIONS:
-            captions[stem].append(file.name)
+    images, captions = _list_by_stem(source.base)
     pairs = {stem: captions[stem] for stem in images if stem in captions}
     if not pairs:
         return None
@@ -125,6 +116,27 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
     for stem in (stem for stem in captions if stem not in images):
         collector.odd("file has no image beside it", "files have no image beside them", captions[stem][0])
     return collector.to_dataset()
+
+
+def find_captioned_images(folder: str) -> list[str]:
+    """Names of the images below a folder that have a caption file next to them."""
+    images, captions = _list_by_stem(folder)
+    return [name for stem, names in images.items() if stem in captions for name in names]
+
+
+def _list_by_stem(folder: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The images and the caption files below a folder, by their names without the ending."""
+    images: dict[str, list[str]] = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
+    for file in storage.list_files(folder):
+        stem, _, extension = file.name.rpartition(".")
+        if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith("."):
+            continue
+        if extension.lower() in IMAGE_EXTENSIONS:
+            images[stem].append(file.name)
+        elif extension.lower() in CAPTION_EXTENSIONS:
+            captions[stem].append(file.name)
+    return images, captions
 
 
 def _read_all(source: Source, pairs: dict[str, list[str]]) -> Iterator[dict[str, bytes | None]]:

@@ -12,13 +12,14 @@ from typing import Final
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.datasets.folders import read_hugging_face, read_sidecars
+from imcap_ray.columns import BY_NAME, ColumnOptions, ImageColumns
+from imcap_ray.datasets.folders import find_captioned_images, read_hugging_face, read_sidecars
 from imcap_ray.datasets.json_files import read_json
-from imcap_ray.datasets.table import CaptionedImages, Source, examples
+from imcap_ray.datasets.table import CaptionedImages, Contents, Source, examples
 from imcap_ray.datasets.tables import read_parquet
 from imcap_ray.datasets.text_files import read_text_files
 from imcap_ray.datasets.webdataset import read_webdataset
-from imcap_ray.errors import DatasetError
+from imcap_ray.errors import DatasetError, InputError
 
 # Each returns None for what is not its own. The last is for folders that hold nothing but images and texts.
 _READERS: Final[tuple[Callable[[Source], CaptionedImages | None], ...]] = (
@@ -30,6 +31,9 @@ _READERS: Final[tuple[Callable[[Source], CaptionedImages | None], ...]] = (
     read_sidecars,
 )
 
+_PACKED_READERS: Final = (read_webdataset, read_parquet)
+"""Of images in tars and tables."""
+
 _EXPECTED: Final = (
     "Flickr8k as distributed (Flickr8k.token.txt beside the image folder), Kaggle's form (captions.txt beside "
     "Images/), Flickr30k (results.csv or results_20130124.token), Karpathy's or COCO's JSON, Hugging Face's "
@@ -39,11 +43,17 @@ _EXPECTED: Final = (
 
 
 def load_dataset(
-    location: str, *, allow_outside_paths: bool = False, look_for_files: bool = True, refuse_leaks: bool = True
+    location: str,
+    *,
+    columns: ColumnOptions = BY_NAME,
+    allow_outside_paths: bool = False,
+    look_for_files: bool = True,
+    refuse_leaks: bool = True,
 ) -> CaptionedImages:
     """The captioned images of a folder or file, its format recognised by looking.
 
     Args:
+        columns: of Parquet tables, as the user names them; an error where the data are in another format.
         allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
         look_for_files: whether to note how many of the images have no file, where they are on a local disk.
         refuse_leaks: whether an image in two splits is an error.
@@ -55,10 +65,17 @@ def load_dataset(
     location = storage.absolute(location)
     if not storage.exists(location):
         raise DatasetError(f"no such data set: {location}")
-    source = _open(location)
-    for read in _READERS:
-        dataset = read(source)
+    source = replace(_open(location), columns=columns)
+    in_other_folders = [(read, replace(source, is_deep=True)) for read in _PACKED_READERS if source.contents]
+    for read, place in (*((read, source) for read in _READERS), *in_other_folders):
+        dataset = read(place)
         if dataset is not None:
+            if source.contents and read in (*_PACKED_READERS, read_sidecars):
+                dataset = _with_other_images(dataset, source.contents)
+            if columns.given() and dataset.columns != columns:
+                raise DatasetError(
+                    f"{', '.join(columns.given())}: for Parquet tables, but {location} is {dataset.format}"
+                )
             _check_places(dataset, source.base, allow_outside_paths)
             if dataset.leaks and refuse_leaks:
                 raise _leaks(dataset)
@@ -70,11 +87,49 @@ def load_dataset(
 def _open(location: str) -> Source:
     if not storage.is_file(location):
         files = tuple(file.name for file in storage.list_files(location, recursive=False))
-        return Source(location, location, files)
+        return Source(location, location, files, contents=Contents(location))
     folder = storage.parent(location)
     # COCO's images lie beside the folder of its annotations.
     base = storage.parent(folder) if folder.endswith("/annotations") else folder
     return Source(location, base, (location[len(base) + 1 :],))
+
+
+def _with_other_images(dataset: CaptionedImages, contents: Contents) -> CaptionedImages:
+    """The same, with the images of the folder that are not among it: they have no captions.
+
+    Raises:
+        DatasetError: the folder holds captioned images of another kind too.
+    """
+    try:
+        packed = contents.tars
+        if contents.tables and (contents.images or packed):
+            columns = ImageColumns(dataset.columns.image)
+            packed = packed + [table.name for table in contents.listing.find_image_tables(columns)]
+    except InputError as error:
+        if dataset.packed or not dataset.columns_note:
+            raise DatasetError(str(error)) from error
+        packed = []  # the table names images elsewhere, and is what was read
+    paths = {*dataset.table["image_path"].to_pylist(), *dataset.left_out["image_path"].to_pylist()}
+    others = [file for file in contents.images if file.location not in paths]
+    captioned = find_captioned_images(contents.location) if packed and contents.images else []
+    if captioned:
+        raise DatasetError(
+            f"{dataset.location} holds captioned images of two kinds: {len(captioned):,} with a caption file next to "
+            f"them ({captioned[0]}), and those in {packed[0]}{', ...' if len(packed) > 1 else ''}: give a folder or a "
+            "file that holds one kind"
+        )
+    if not others:
+        return dataset
+    notes = dataset.notes
+    if dataset.packed:
+        count = len(others)
+        what = "image files are" if count != 1 else "image file is"
+        kind = "tars" if contents.tars else "tables"
+        names = examples((file.name for file in others), count)
+        notes = [*notes, f"{count:,} {what} next to the {kind} and without a caption: {names}"]
+    known = {*dataset.table["image_id"].to_pylist(), *dataset.left_out["image_id"].to_pylist()}
+    without_captions = dataset.without_captions | {file.name for file in others}
+    return replace(dataset, notes=notes, without_captions=without_captions - known)
 
 
 def _check_places(dataset: CaptionedImages, folder: str, allow_outside_paths: bool) -> None:

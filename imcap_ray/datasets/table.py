@@ -7,15 +7,18 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Final, NamedTuple
 
 import pyarrow as pa
 
 from imcap_ray import storage
+from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.datasets.encodings import decode_text
 from imcap_ray.errors import DatasetError
-from imcap_ray.manifest import MANIFEST_SCHEMA
+from imcap_ray.manifest import MANIFEST_SCHEMA, Listing, with_image_columns
+from imcap_ray.storage import ListedFile
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"
@@ -87,6 +90,12 @@ class CaptionedImages:
     """Images in two splits; `load_dataset` refuses them unless it is told not to."""
     without_captions: frozenset[str] = frozenset()
     """Ids of the images that are there and have no caption, as far as the format shows them."""
+    columns: ColumnOptions = BY_NAME
+    """The columns of Parquet tables that the user named."""
+    image_columns: tuple[str, ...] = ()
+    """The columns of Parquet tables that packed images are read from, see `columns.ImageColumns.names`."""
+    columns_note: str = ""
+    """From which columns of Parquet tables the data are, for people."""
 
     def split(self, name: str) -> pa.Table:
         """The rows of one split, or DatasetError naming those there are."""
@@ -114,7 +123,7 @@ class CaptionedImages:
         """Rows of its table that have images -> `MANIFEST_SCHEMA`, the ids being their numbers."""
         paths = rows["image_path"].to_pylist()
         places = [self.packed.get(path, _NOT_PACKED) for path in paths]
-        return pa.table(
+        manifest = pa.table(
             [
                 range(len(paths)),
                 rows["image_id"],
@@ -127,6 +136,39 @@ class CaptionedImages:
             ],
             schema=MANIFEST_SCHEMA,
         )
+        return with_image_columns(manifest, self.image_columns)
+
+
+class Contents:
+    """What a folder holds, as `imcap caption` sees it; listed when it is first asked for."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+
+    @cached_property
+    def _listed(self) -> tuple[Listing, list[ListedFile]]:
+        listing = Listing(self.location)
+        return listing, list(listing.images())
+
+    @property
+    def listing(self) -> Listing:
+        """The listing, complete."""
+        return self._listed[0]
+
+    @property
+    def images(self) -> list[ListedFile]:
+        """The image files."""
+        return self._listed[1]
+
+    @property
+    def tars(self) -> list[str]:
+        """Names of the tars."""
+        return [file.name for file in self.listing.tars()]
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the Parquet tables."""
+        return [file.name for file in self.listing.tables()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +180,12 @@ class Source:
     """The folder that names of images start at and must not lead out of."""
     files: tuple[str, ...]
     """Names of the files directly in the folder; of the one that was named."""
+    columns: ColumnOptions = BY_NAME
+    """The columns of Parquet tables that the user names."""
+    is_deep: bool = False
+    """Whether tars and tables are looked for in all folders below, and not only in the usual ones."""
+    contents: Contents | None = None
+    """Of the folder; None for a file."""
 
     @property
     def is_file(self) -> bool:
@@ -145,8 +193,18 @@ class Source:
         return self.base != self.location
 
     def files_ending(self, extension: str) -> list[str]:
-        """Names below `base` of the files with this ending, sorted, without hidden ones: directly in the folder, in
-        those that are named after splits, and in Hugging Face's `data`."""
+        """Names below `base` of the files with this ending, sorted, without hidden ones; see `usual_files_ending`.
+
+        If there are some in the usual folders, or `is_deep`, those in all other folders are among them: the same files
+        that `imcap caption` reads.
+        """
+        names = set() if self.is_deep else {*self.usual_files_ending(extension)}
+        if self.contents and (names or self.is_deep):
+            names.update(self.contents.tars if extension == "tar" else self.contents.tables)
+        return sorted(names)
+
+    def usual_files_ending(self, extension: str) -> list[str]:
+        """Those directly in the folder, in folders that are named after splits, and in Hugging Face's `data`."""
         names = list(self.files)
         if not self.is_file:
             for folder in (*SPLIT_NAMES, "data"):
@@ -167,7 +225,7 @@ class Collector:
         self.terms = terms
         self._paths: dict[str, str] = {}
         self._odd: dict[tuple[str, str], list[str]] = defaultdict(list)
-        self._without_captions: set[str] = set()
+        self.without_captions: set[str] = set()
         self._leaks: dict[str, Leak] = {}
 
     def odd(self, one: str, many: str, where: str) -> None:
@@ -176,7 +234,7 @@ class Collector:
 
     def without_caption(self, image_id: str, *, where: str) -> None:
         """Count an image that is there and has no caption."""
-        self._without_captions.add(image_id)
+        self.without_captions.add(image_id)
         self.odd("image has no caption", "images have no caption", where)
 
     def add(
@@ -281,7 +339,7 @@ class Collector:
             left_out=self._rows(left_out, {}, folder),
             packed=packed or {},
             leaks=leaks,
-            without_captions=frozenset(self._without_captions - self.captions.keys()),
+            without_captions=frozenset(self.without_captions - self.captions.keys()),
         )
 
     def _rows(self, image_ids: list[str], splits: Mapping[str, str], folder: str) -> pa.Table:

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from imcap_ray import __version__, storage
 from imcap_ray.captions import Caption, compute_batch_size, no_memory
+from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
 from imcap_ray.distributed.cluster import ClusterResources, connect, require
@@ -37,7 +38,7 @@ from imcap_ray.distributed.images import (
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError, StalledError
+from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError, OutputError, StalledError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
     DUPLICATE,
@@ -208,6 +209,12 @@ class CaptioningPlan:
     """Of the last run into this output, if there was one."""
     seconds: float | None
     """At that speed."""
+    notes: list[str]
+    """How the images are found and named."""
+    image_column: str | None
+    """The column of Parquet tables that images are read from; several are separated by commas."""
+    id_column: str | None
+    """The column of Parquet tables that ids are read from; None if they are paths, names or numbers of rows."""
 
 
 def load_captioner(
@@ -250,6 +257,7 @@ def plan_captioning(
     recursive: bool = True,
     limit: int | None = None,
     overwrite: bool = False,
+    columns: ColumnOptions = BY_NAME,
     allow_outside_paths: bool = False,
 ) -> CaptioningPlan:
     """What `caption_images` would do with these arguments. Nothing is written.
@@ -271,7 +279,10 @@ def plan_captioning(
             limit=min(limit or MAX_COUNTED, MAX_COUNTED),
             allow_outside_paths=allow_outside_paths,
             output=output,
+            columns=columns,
         )
+    if run and not overwrite:
+        _refuse_other_columns(folder, run, found)
     num_images, num_done = found.num_images, 0
     if run and not overwrite:  # then its manifest has been counted to its end
         num_images = max(num_images, folder.count_manifest())
@@ -289,7 +300,20 @@ def plan_captioning(
         gpus_per_actor=gpus,
         images_per_second=rate,
         seconds=num_new / rate if rate else None,
+        notes=list(found.notes),
+        image_column=found.image_column,
+        id_column=found.id_column,
     )
+
+
+def _refuse_other_columns(folder: CaptionsFolder, run: dict[str, Any], found: InputSummary) -> None:
+    """Raise OutputError if the rows of a folder were made from other columns, as far as run.json names them."""
+    for name, column in (("image_column", found.image_column), ("id_column", found.id_column)):
+        if name in run and run[name] and column and run[name] != column:
+            raise OutputError(
+                f"{folder.location} was made with --{name.replace('_', '-')} {run[name]}, now {column}: give that "
+                "column, choose another OUTPUT, or give --overwrite to start again"
+            )
 
 
 def _choose_actors(
@@ -327,6 +351,7 @@ def caption_images(
     limit: int | None = None,
     overwrite: bool = False,
     retry_failed: bool = False,
+    columns: ColumnOptions = BY_NAME,
     allow_outside_paths: bool = False,
     max_failure_rate: float = 0.1,
     echo: Callable[[str], None] = print,
@@ -346,6 +371,7 @@ def caption_images(
         batch_size: images that an actor takes at a time; None: as many as it computes together.
         overwrite: start anew; the old rows go when the new ones are complete.
         retry_failed: caption the images that failed before once more.
+        columns: of Parquet tables, as the user names them.
         allow_outside_paths: see `build_manifest`.
         on_progress: called about once a second with the progress and the number of images to do.
 
@@ -398,6 +424,7 @@ def caption_images(
                 limit=limit,
                 allow_outside_paths=allow_outside_paths,
                 output=output,
+                columns=columns,
                 check=check,
             ),
             check=check,
@@ -574,6 +601,10 @@ def _prepare(
     if found.num_ignored:
         files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
         echo(f"{run['input']}: {found.num_ignored:,} {files}: ignored")
+    for note in found.notes:
+        echo(note)
+    if found.image_column:
+        run |= {"image_column": found.image_column, "id_column": found.id_column}
     folder.write_run(run | {"state": "running"})
     num_changed = folder.forget_changed(found.changed)
     num_failed = folder.forget_failed() if retry_failed else 0

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -36,7 +36,7 @@ from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.images import DecodedImage, decode_image
-from imcap_ray.manifest import largest_row_group
+from imcap_ray.manifest import largest_row_group, read_image_columns
 from imcap_ray.progress import Pace
 
 IMAGES_PER_BLOCK = 64
@@ -119,6 +119,8 @@ class LoadImages:
     """Where the images lie; when that is gone too, a missing image is no fault of its own."""
     index: Any = None
     """An `ImageIndex`, where images that have come before need no pixels."""
+    image_columns: tuple[str, ...] = ()
+    """The columns that the manifest notes, see `manifest.read_image_columns`; `read_images` fills them in."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """The rows, `IMAGES_PER_BLOCK` at a time.
@@ -132,9 +134,8 @@ class LoadImages:
             yield _without_repeated(loaded, self.index) if self.index else loaded
 
     def _load(self, rows: pa.Table) -> Iterator[pa.Table]:
-        loaded = (
-            _load_row(row, data, image_size=self.image_size) for row, data in read_rows(rows.to_pylist(), self.root)
-        )
+        images = read_rows(rows.to_pylist(), self.root, image_columns=self.image_columns)
+        loaded = (_load_row(row, data, image_size=self.image_size) for row, data in images)
         while block := list(islice(loaded, IMAGES_PER_BLOCK)):
             yield pa.Table.from_pylist(block, schema=loaded_schema(self.image_size))
 
@@ -194,6 +195,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     Args:
         num_images: rows of the manifest that are to be read.
     """
+    load = replace(load, image_columns=tuple(read_image_columns(manifest)))
     cores = own_cores()
     cpus = cores or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
@@ -335,10 +337,9 @@ def map_images(
         min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
         check=check,
     )
+    load = LoadImages(image_size=image_size, root=root, index=index)
     with DataContext.current(context):
-        dataset: Dataset = read_images(
-            manifest, LoadImages(image_size=image_size, root=root, index=index), num_images=num_images
-        ).map_batches(
+        dataset: Dataset = read_images(manifest, load, num_images=num_images).map_batches(
             actor_class,
             fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter, actor_class.__name__)},
             batch_size=batch_size,

@@ -39,7 +39,7 @@ from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.images import decode_image
-from imcap_ray.manifest import build_manifest
+from imcap_ray.manifest import build_manifest, read_image_columns
 
 IMAGES_PER_ROUND: Final = 64
 """Of each core."""
@@ -200,10 +200,15 @@ def some_files(input: str, count: int) -> list[bytes]:
     """
     with TemporaryDirectory() as manifest:
         build_manifest(input, manifest)
+        image_columns = read_image_columns(manifest)
         images = pads.dataset(manifest, format="parquet")
         total = images.count_rows()
         rows = images.take([number * total // min(count, total) for number in range(min(count, total))]).to_pylist()
-    files = [data for _, data in read_rows(rows, input) if isinstance(data, bytes) and _is_whole(data)]
+    files = [
+        data
+        for _, data in read_rows(rows, input, image_columns=image_columns)
+        if isinstance(data, bytes) and _is_whole(data)
+    ]
     if not files:
         raise InputError(f"{input}: none of {len(rows)} of its {total} images can be read")
     return files

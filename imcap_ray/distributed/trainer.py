@@ -422,6 +422,8 @@ def prepare_training(
 
     work = storage.join(model, WORK_FOLDER)
     settings = _settings(data, recipe, encoder, seed)
+    if data.columns.image:
+        settings["image_column"] = data.columns.image
     if start_model:
         settings["start_from"] = start_model.fingerprint
     _refuse_another(model, work, settings)
@@ -472,7 +474,7 @@ def _cache(
             views = Views(flip=settings.flip, crops=settings.crops, min_crop_area=settings.min_crop_area)
         key = cache_key(
             images["image_id"],
-            location=data.location,
+            location=data.location + (f", column {data.columns.image}" if data.columns.image else ""),
             encoder=recipe.encoder,
             weights=encoder.weights,
             preprocessing=recipe.preprocessing,

@@ -19,6 +19,7 @@ import ray
 
 from imcap_ray.captioner import Captioner
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
+from imcap_ray.columns import ColumnOptions
 from imcap_ray.config import SearchConfig
 from imcap_ray.distributed import cluster, images
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
@@ -26,7 +27,7 @@ from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.images import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
-from imcap_ray.image_sources import read_rows
+from imcap_ray.image_sources import CaptionedImageSource, read_rows
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
@@ -179,6 +180,35 @@ def test_parquet_gives_the_same_captions_as_the_folder(run: Run, photographs: Pa
 
     found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
     assert found == {path.name: expected(path.read_bytes()) for path in paths}
+
+
+def test_the_column_that_is_named_is_captioned_noted_and_kept(run: Run, photographs: Path, tmp_path: Path) -> None:
+    paths = sorted(photographs.rglob("*.jpg"))[:20]
+    columns = {
+        "left": [path.read_bytes() for path in paths],
+        "right": [path.read_bytes() for path in reversed(paths)],
+        "sku": [path.name for path in paths],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=7)
+    lines: list[str] = []
+    named = ColumnOptions(image="right", id="sku")
+
+    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), columns=named, limit=10, echo=lines.append)
+    with pytest.raises(InputError, match="left .bytes. and right .bytes.: give --image-column to choose one"):
+        run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
+    with pytest.raises(InputError, match="read from column right, and would now be read from left"):
+        run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), columns=ColumnOptions(image="left", id="sku"))
+    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), columns=named)
+
+    found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
+    assert found == {
+        path.name: expected(other.read_bytes()) for path, other in zip(paths, reversed(paths), strict=True)
+    }
+    assert f"{tmp_path}/in.parquet: images from column right (bytes), ids from column sku" in lines
+    run_file = json.loads((tmp_path / "out" / "_imcap" / "run.json").read_text())
+    assert (run_file["image_column"], run_file["id_column"]) == ("right", "sku")
+    source = CaptionedImageSource(str(tmp_path / "out"))
+    assert list(source.load([{"image_id": paths[0].name, "image_path": ""}])) == [paths[-1].read_bytes()]
 
 
 def test_tars_give_the_same_captions_as_the_folder(run: Run, photographs: Path, tmp_path: Path) -> None:

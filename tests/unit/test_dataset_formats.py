@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imcap_ray.columns import ColumnOptions
 from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, ImageError, InputError
+from imcap_ray.evaluation import evaluate_captions
 from imcap_ray.image_sources import read_rows, root_of
-from imcap_ray.manifest import build_manifest
+from imcap_ray.manifest import build_manifest, image_columns_of
 from tests.small_data import jpeg, write_tar
 
 # name -> split and captions; what has no official split in a format gets its own by its name.
@@ -203,7 +205,8 @@ every_format = pytest.mark.parametrize("write", FORMATS, ids=lambda write: write
 def images_of(dataset: CaptionedImages) -> list[bytes | ImageError]:
     """What is read of the images, in the order of their ids."""
     rows = dataset.manifest(dataset.table)
-    found = {row["image_id"]: data for row, data in read_rows(rows.to_pylist(), root_of(rows))}
+    images = read_rows(rows.to_pylist(), root_of(rows), image_columns=image_columns_of(rows))
+    found = {row["image_id"]: data for row, data in images}
     return [found[image_id] for image_id in sorted(found)]
 
 
@@ -646,6 +649,156 @@ def test_the_tables_that_tell_of_tars_are_not_taken_for_the_data(tmp_path: Path)
     dataset = load_dataset(str(tmp_path))
 
     assert (dataset.format, dataset.references()) == ("WebDataset, 1 tar", {"a": ["x"]})
+
+
+def test_the_columns_of_a_data_set_are_those_that_a_captioning_run_reads(tmp_path: Path) -> None:
+    put_images(tmp_path)
+    columns = {
+        "thumbnail": [jpeg(number, width=12, height=12) for number in range(4)],
+        "phash": [bytes(8)] * 4,
+        "image_path": [*IMAGES],
+        "text": ["x"] * 4,
+        "id": list("abcd"),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+
+    dataset = load_dataset(str(tmp_path / "a.parquet"))
+
+    assert (
+        dataset.columns_note == "images from column image_path (paths), captions from column text, ids from column id"
+    )
+    assert images_of(dataset) == [jpeg(number) for number in range(4)]
+
+
+def test_the_columns_of_a_data_set_can_be_named(tmp_path: Path) -> None:
+    columns = {
+        "left": [jpeg(0), jpeg(1)],
+        "right": [jpeg(2), jpeg(3)],
+        "caption": ["no", "no"],
+        "title": [["x", "y"], ["z"]],
+        "id": ["a", "b"],
+        "sku": ["k", "m"],
+        "number": [1, 2],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+
+    with pytest.raises(DatasetError, match=r"left \(bytes\) and right \(bytes\): give --image-column"):
+        load_dataset(str(tmp_path))
+    dataset = load_dataset(str(tmp_path), columns=ColumnOptions(image="right", caption="title", id="sku"))
+
+    assert dataset.references() == {"k": ["x", "y"], "m": ["z"]}
+    assert images_of(dataset) == [jpeg(2), jpeg(3)]
+    assert dataset.columns_note == "images from column right (bytes), captions from column title, ids from column sku"
+    for options, message in (
+        (ColumnOptions(image="right", caption="words"), "--caption-column words: .*no such column"),
+        (ColumnOptions(image="right", caption="number"), "--caption-column number: expected text .*got int64"),
+    ):
+        with pytest.raises(DatasetError, match=message):
+            load_dataset(str(tmp_path), columns=options)
+
+
+def test_columns_are_for_tables(tmp_path: Path) -> None:
+    write_sidecars(tmp_path)
+
+    with pytest.raises(DatasetError, match="--caption-column title: for Parquet tables, but .* is a folder of images"):
+        load_dataset(str(tmp_path), columns=ColumnOptions(caption="title"))
+
+
+# ---- several kinds of files in one place
+
+
+def hugging_face_folder(folder: Path) -> None:
+    write_hugging_face_parquet(folder)
+    put_images(folder / "assets", ["example.png"])
+
+
+def tars_with_a_preview(folder: Path) -> None:
+    write_webdataset(folder)
+    put_images(folder, ["preview.jpg"])
+
+
+def tars_in_other_folders(folder: Path) -> None:
+    write_webdataset(folder / "shards")
+
+
+def tables_in_other_folders(folder: Path) -> None:
+    write_hugging_face_parquet(folder / "deep")
+
+
+def tables_in_usual_and_other_folders(folder: Path) -> None:
+    write_hugging_face_parquet(folder)
+    images = {"bytes": jpeg(7), "path": "more.jpg"}
+    (folder / "more").mkdir()
+    pq.write_table(pa.table({"image": [images], "caption": ["x"], "split": ["train"]}), folder / "more" / "m.parquet")
+
+
+def sidecars_of_which_some_are_missing(folder: Path) -> None:
+    write_sidecars(folder)
+    (folder / "dog.txt").unlink()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        hugging_face_folder,
+        tars_with_a_preview,
+        tars_in_other_folders,
+        tables_in_other_folders,
+        tables_in_usual_and_other_folders,
+        sidecars_of_which_some_are_missing,
+        write_metadata_parquet,
+    ],
+)
+def test_a_captioning_and_a_data_set_have_the_same_images_of_a_location(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path / "data")
+    build_manifest(str(tmp_path / "data"), str(tmp_path / "manifest"))
+
+    dataset = load_dataset(str(tmp_path / "data"))
+
+    captioned = pq.read_table(tmp_path / "manifest")["image_id"].to_pylist()
+    assert sorted([*dataset.references(), *dataset.without_captions]) == sorted(captioned)
+    pq.write_table(pa.table({"image_id": captioned, "caption": ["a dog"] * len(captioned)}), tmp_path / "c.parquet")
+    report = evaluate_captions(str(tmp_path / "c.parquet"), dataset)
+    assert report.protocol.num_images == len(dataset.references())
+
+
+@pytest.mark.parametrize(
+    ("write", "note"),
+    [
+        (hugging_face_folder, "1 image file is next to the tables and without a caption: assets/example.png"),
+        (tars_with_a_preview, "1 image file is next to the tars and without a caption: preview.jpg"),
+    ],
+)
+def test_a_picture_next_to_tars_and_tables_is_named(tmp_path: Path, write: Callable[[Path], None], note: str) -> None:
+    write(tmp_path)
+
+    assert note in load_dataset(str(tmp_path)).notes
+
+
+@pytest.mark.parametrize("write", [write_webdataset, write_hugging_face_parquet])
+@pytest.mark.parametrize("place", ["", "deep"])
+def test_captioned_images_of_two_kinds_are_refused_by_name(
+    tmp_path: Path, write: Callable[[Path], None], place: str
+) -> None:
+    write_sidecars(tmp_path)
+    write(tmp_path / place)
+
+    with pytest.raises(
+        DatasetError, match="captioned images of two kinds: 4 with a caption file next to them .*ball.png"
+    ):
+        load_dataset(str(tmp_path))
+
+
+def test_images_in_tars_and_in_tables_are_refused_in_every_command(tmp_path: Path) -> None:
+    write_webdataset(tmp_path / "data")
+    write_hugging_face_parquet(tmp_path / "data")
+
+    with pytest.raises(DatasetError, match="3 tars .*and in 3 Parquet tables"):
+        load_dataset(str(tmp_path / "data"))
+    with pytest.raises(InputError, match="3 tars .*and in 3 Parquet tables"):
+        build_manifest(str(tmp_path / "data"), str(tmp_path / "manifest"))
 
 
 # ---- whatever a file holds

@@ -13,19 +13,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import manifest, storage
+from imcap_ray.columns import ColumnOptions, ImageColumns
 from imcap_ray.datasets import load_dataset
 from imcap_ray.errors import InputError
+from imcap_ray.image_sources import read_rows
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
     MANIFEST_SCHEMA,
     InputSummary,
     build_manifest,
-    find_image_column,
     largest_row_group,
     open_captions,
+    read_image_columns,
     read_table_images,
+    update_manifest,
 )
-from tests.small_data import jpeg
+from tests.small_data import jpeg, write_tar
 
 IMAGES = [jpeg(number, width=20, height=20) for number in range(7)]
 
@@ -71,12 +74,11 @@ def hugging_face(images: Sequence[bytes | None], paths: Sequence[str | None]) ->
     return pa.array([{"bytes": data, "path": path} for data, path in zip(images, paths, strict=True)], kind)
 
 
-def captured_bytes(rows: list[dict[str, Any]]) -> list[bytes | None]:
-    """What the rows of tables point at."""
-    return [
-        dict(read_table_images(row["table_path"], row_group=row["row_group"], rows={row["row"]}))[row["row"]]
-        for row in rows
-    ]
+def captured_bytes(rows: list[dict[str, Any]], target: str = "") -> list[bytes | None]:
+    """What the rows of tables point at, read from the columns that the manifest `target` notes."""
+    names = read_image_columns(target) if target else ()
+    found = {row["image_id"]: data for row, data in read_rows(rows, None, image_columns=names)}
+    return [data if isinstance(data := found[row["image_id"]], bytes) else None for row in rows]
 
 
 # ---- a folder of images
@@ -433,15 +435,267 @@ def test_only_the_rows_asked_for_are_read(source: Path) -> None:
         ({"image": pa.large_binary(), "path": pa.string()}, ("image", "bytes")),
         ({"image": pa.string(), "caption": pa.string()}, ("image", "path")),
         ({"file_name": pa.large_string()}, ("file_name", "path")),
-        ({"photo": pa.struct([("bytes", pa.binary())]), "image": pa.binary()}, ("photo", "struct")),
+        ({"photo": pa.struct([("bytes", pa.binary())]), "image": pa.binary()}, ("image", "bytes")),
+        ({"image_path": pa.string(), "thumbnail": pa.binary()}, ("image_path", "path")),
+        ({"image_path": pa.string(), "phash": pa.binary(), "md5": pa.binary()}, ("image_path", "path")),
+        ({"Image": pa.binary(), "thumbnail": pa.binary()}, ("Image", "bytes")),
+        ({"path": pa.string(), "audio": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}, ("path", "path")),
     ],
 )
-def test_the_column_of_images_is_known_by_its_type_and_name(
-    columns: dict[str, pa.DataType], expected: tuple[str, str]
+def test_the_column_of_images_is_known_by_its_name_before_its_type(
+    tmp_path: Path, columns: dict[str, pa.DataType], expected: tuple[str, str]
 ) -> None:
-    column = find_image_column(pa.schema(columns), "a.parquet")
+    values = {"binary": jpeg(), "large_binary": jpeg(), "struct": {"bytes": jpeg()}}
+    table = pa.table(
+        {name: pa.array([values.get(str(kind).partition("<")[0], "a.jpg")], kind) for name, kind in columns.items()}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+
+    column = ImageColumns().get(pq.ParquetFile(tmp_path / "a.parquet"), str(tmp_path / "a.parquet"))
 
     assert (column.name, column.kind) == expected
+
+
+# ---- which columns
+
+PHASH = [bytes(8)] * 7
+THUMBNAILS = [jpeg(number, width=12, height=12) for number in range(10, 17)]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("thumbnail", THUMBNAILS),
+        ("phash", PHASH),
+        ("embedding", [bytes(512)] * 7),
+        ("audio", [{"bytes": b"RIFF" + bytes(100), "path": f"{number}.wav"} for number in range(7)]),
+    ],
+)
+def test_the_files_that_a_table_names_are_captioned_and_not_its_other_bytes(
+    source: Path, target: str, name: str, values: list[Any]
+) -> None:
+    paths = [f"{number}.jpg" for number in range(7)]
+    table = write_table(source / "photos.parquet", {name: values, "image_path": paths})
+
+    summary = build_manifest(str(table), target)
+
+    assert [row["image_path"] for row in read(target)] == [f"{source}/{path}" for path in paths]
+    assert summary.notes == (f"{table}: images from column image_path (paths), ids are the paths",)
+    assert (summary.image_column, summary.id_column) == ("image_path", None)
+
+
+@pytest.mark.parametrize("name", ["phash", "embedding", "md5", "audio"])
+def test_bytes_that_are_no_images_are_never_guessed(source: Path, target: str, name: str) -> None:
+    table = write_table(source / "a.parquet", {name: [bytes(600)] * 7, "caption": ["x"] * 7})
+
+    with pytest.raises(InputError, match=f"no column of images: .*--image-column.*; the values of {name} are not imag"):
+        build_manifest(str(table), target)
+
+    build_manifest(str(table), target, columns=ColumnOptions(image=name))
+    assert captured_bytes(read(target), target) == [bytes(600)] * 7
+
+
+def test_a_column_of_any_name_is_found_by_its_images(source: Path, target: str) -> None:
+    table = write_table(source / "a.parquet", {"phash": PHASH, "photo": pa.array([None, *IMAGES[1:]], pa.binary())})
+
+    summary = build_manifest(str(table), target)
+
+    assert summary.image_column == "photo"
+    assert captured_bytes(read(target), target) == [None, *IMAGES[1:]]
+
+
+def test_several_columns_of_images_are_refused_until_one_is_named(source: Path, target: str) -> None:
+    table = write_table(source / "a.parquet", {"left": IMAGES, "right": THUMBNAILS, "id": list("abcdefg")})
+
+    with pytest.raises(InputError, match=r"columns of images, left \(bytes\) and right \(bytes\): give --image-column"):
+        build_manifest(str(table), target)
+    assert not Path(target).exists()
+    summary = build_manifest(str(table), target, columns=ColumnOptions(image="right"))
+
+    assert summary.notes == (f"{table}: images from column right (bytes), ids from column id",)
+    assert captured_bytes(read(target), target) == THUMBNAILS
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            ColumnOptions(image="photo"),
+            r"--image-column photo: .*a.parquet has no such column; its columns are image \(bi",
+        ),
+        (ColumnOptions(image="number"), "--image-column number: expected bytes, paths, .* got int64 in .*a.parquet"),
+        (ColumnOptions(id="photo"), "--id-column photo: .*a.parquet has no such column"),
+        (ColumnOptions(id="words"), "--id-column words: expected text or numbers, got list<.*> in .*a.parquet"),
+        (
+            ColumnOptions(id="number"),
+            "image ids must be unique, but '1' stands there more than once; --id-column names",
+        ),
+    ],
+)
+def test_a_column_that_is_named_and_does_not_fit_is_refused(
+    source: Path, target: str, columns: ColumnOptions, message: str
+) -> None:
+    table = {"image": IMAGES[:2], "number": [1, 1], "words": [["a"], ["b"]]}
+
+    with pytest.raises(InputError, match=message):
+        build_manifest(str(write_table(source / "a.parquet", table)), target, columns=columns)
+    assert not Path(target).exists()
+
+
+def test_the_ids_are_those_of_the_column_that_is_named(source: Path, target: str) -> None:
+    table = write_table(source / "a.parquet", {"image": IMAGES[:2], "id": [1, 2], "sku": ["x", "y"]})
+
+    summary = build_manifest(str(table), target, columns=ColumnOptions(id="sku"))
+
+    assert ids(target) == ["x", "y"]
+    assert summary.id_column == "sku"
+
+
+def test_the_columns_of_an_input_stay_what_they_were(source: Path, target: str) -> None:
+    columns = {"image": IMAGES[:3], "photo": THUMBNAILS[:3], "id": list("abc"), "sku": list("xyz")}
+    table = str(write_table(source / "a.parquet", columns))
+    build_manifest(table, target, columns=ColumnOptions(image="photo", id="sku"))
+
+    with pytest.raises(InputError, match="read from column photo, and would now be read from image: give --image-col"):
+        build_manifest(table, target)
+    with pytest.raises(InputError, match="those of column sku, and would now be those of column id: give --id-column"):
+        build_manifest(table, target, columns=ColumnOptions(image="photo"))
+    assert build_manifest(table, target, columns=ColumnOptions(image="photo", id="sku")).num_images == 3
+    assert ids(target) == list("xyz")
+    assert captured_bytes(read(target), target) == THUMBNAILS[:3]
+
+
+def test_a_table_whose_column_has_another_name_now_is_read_from_that(source: Path, target: str) -> None:
+    write_table(source / "a.parquet", {"img": IMAGES[:2], "id": ["a", "b"]})
+    build_manifest(str(source), target)
+    write_table(source / "a.parquet", {"image": IMAGES[2:5], "id": ["a", "b", "c"]})
+
+    update_manifest(target, build_manifest(str(source), target).changed)
+
+    assert captured_bytes(read(target), target) == IMAGES[2:5]
+
+
+def test_tables_of_one_input_may_call_their_images_differently(source: Path, target: str) -> None:
+    write_table(source / "a.parquet", {"img": IMAGES[:2], "phash": PHASH[:2]})
+    write_table(source / "b.parquet", {"image": IMAGES[2:4], "md5": PHASH[:2]})
+    write_table(source / "c.parquet", {"photo": IMAGES[4:6]})
+
+    summary = build_manifest(str(source), target)
+
+    assert captured_bytes(read(target), target) == IMAGES[:6]
+    assert summary.image_column == "img, image, photo"
+
+
+def test_a_table_without_rows_decides_nothing(source: Path, target: str) -> None:
+    write_table(source / "a.parquet", {"photo": pa.array([], pa.binary())})
+    write_table(source / "b.parquet", {"photo": IMAGES[:2]})
+
+    assert build_manifest(str(source), target).num_images == 2
+    assert captured_bytes(read(target), target) == IMAGES[:2]
+
+
+def without_columns(target: str) -> None:
+    """Make a manifest one of a version that did not note its columns."""
+    for part in Path(target).iterdir():
+        table = pq.read_table(part)
+        metadata = {key: value for key, value in table.schema.metadata.items() if key == b"imcap_ray.id_source"}
+        pq.write_table(table.replace_schema_metadata(metadata), part)
+
+
+def test_the_manifest_of_an_earlier_version_is_read_as_it_was_and_grows(source: Path, target: str) -> None:
+    columns = {"photo": hugging_face(IMAGES[:2], ["a", "b"]), "id": ["a", "b"]}
+    write_table(source / "a.parquet", columns)
+    build_manifest(str(source), target)
+    without_columns(target)
+    write_table(source / "b.parquet", {"photo": hugging_face(IMAGES[2:4], ["c", "d"]), "id": ["c", "d"]})
+
+    assert build_manifest(str(source), target).num_images == 4
+    assert ids(target) == list("abcd")
+    assert captured_bytes(read(target), target) == IMAGES[:4]
+
+
+def test_the_manifest_of_an_earlier_version_that_chose_otherwise_is_refused(source: Path, target: str) -> None:
+    columns = {"thumbnail": THUMBNAILS[:3], "image_path": ["a.jpg", "b.jpg", "c.jpg"], "id": list("abc")}
+    table = str(write_table(source / "a.parquet", columns))
+    build_manifest(table, target, columns=ColumnOptions(image="thumbnail"))
+    without_columns(target)
+
+    with pytest.raises(InputError, match="read from column thumbnail, and would now be read from image_path: give"):
+        build_manifest(table, target)
+    build_manifest(table, target, columns=ColumnOptions(image="thumbnail"))
+    assert captured_bytes(read(target), target) == THUMBNAILS[:3]
+
+
+# ---- several kinds of files in one place
+
+
+def test_a_stray_picture_hides_no_table(source: Path, target: str) -> None:
+    (source / "assets").mkdir()
+    (source / "data").mkdir()
+    (source / "README.md").write_text("a card")
+    (source / "assets" / "example.png").write_bytes(IMAGES[6])
+    write_table(source / "data" / "t.parquet", {"image": hugging_face(IMAGES[:6], [None] * 6), "id": list("abcdef")})
+
+    summary = build_manifest(str(source), target)
+
+    assert summary == InputSummary(num_images=7, num_ignored=1, description="folder and Parquet, 1 file")
+    assert ids(target) == ["assets/example.png", *"abcdef"]
+    assert captured_bytes(read(target), target) == [IMAGES[6], *IMAGES[:6]]
+    assert f"{source}: the input is 1 image file and all images in 1 Parquet table" in summary.notes
+
+
+def test_a_preview_hides_no_tar(source: Path, target: str) -> None:
+    write_tar(source / "00000.tar", {"a.jpg": IMAGES[0], "a.txt": b"x", "b.jpg": IMAGES[1]})
+    (source / "preview.jpg").write_bytes(IMAGES[2])
+    write_table(source / "00000.parquet", {"key": ["a", "b"], "caption": ["x", "y"], "phash": PHASH[:2]})
+
+    summary = build_manifest(str(source), target)
+
+    assert ids(target) == ["preview.jpg", "a", "b"]
+    assert captured_bytes(read(target), target) == [IMAGES[2], *IMAGES[:2]]
+    assert f"{source}: 1 of the tables hold no images and are ignored: 00000.parquet" in summary.notes
+
+
+def test_images_in_tables_and_in_tars_of_one_place_are_refused_by_name(source: Path, target: str) -> None:
+    write_tar(source / "0.tar", {"a.jpg": IMAGES[0]})
+    write_table(source / "t.parquet", {"image": IMAGES})
+
+    with pytest.raises(InputError, match=r"images in 1 tar \(0.tar\) and in 1 Parquet table \(t.parquet\)"):
+        build_manifest(str(source), target)
+
+
+def test_a_table_that_names_other_images_than_those_next_to_it_is_refused_by_name(source: Path, target: str) -> None:
+    touch(source, "assets/example.png", "data/photos/a")
+    write_table(source / "data" / "t.parquet", {"path": ["../assets/example.png", "photos/a"]})
+
+    with pytest.raises(
+        InputError, match=r"1 image file, and its table data/t.parquet names images .*row 1: .*photos/a"
+    ):
+        build_manifest(str(source), target)
+    assert build_manifest(str(source / "data"), target, allow_outside_paths=True).num_images == 2
+
+
+def test_an_image_file_and_a_row_of_the_same_id_are_refused(source: Path, target: str) -> None:
+    (source / "a.jpg").write_bytes(IMAGES[0])
+    write_table(source / "t.parquet", {"image": hugging_face(IMAGES[1:3], ["a.jpg", "b.jpg"])})
+
+    with pytest.raises(InputError, match="'a.jpg' is an image file and also the id of an image in .*t.parquet"):
+        build_manifest(str(source), target)
+
+
+def test_what_runs_have_written_among_photographs_is_no_input(source: Path, target: str) -> None:
+    touch(source, "a.jpg")
+    part = {"image_id": ["x"], "image": [IMAGES[0]], "caption": ["x"]}
+    for name in ("captions", "earlier"):
+        (source / name / "_imcap" / "manifest").mkdir(parents=True)
+        write_table(source / name / "part.parquet", part)
+        write_table(source / name / "_imcap" / "manifest" / "part-0.parquet", part)
+    (source / "captions" / "_imcap").rename(source / "work")
+    (source / "work" / "manifest" / "part-0.parquet").unlink()
+
+    summary = build_manifest(str(source), target, output=str(source / "captions"))
+
+    assert (ids(target), summary.notes) == (["a.jpg"], ())
 
 
 # ---- inputs that cannot be captioned

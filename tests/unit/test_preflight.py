@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 import imcap_ray
 from imcap_ray import cli, storage
+from imcap_ray.columns import ColumnOptions
 from imcap_ray.config import load_recipe
 from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed import submission, trainer
-from imcap_ray.distributed.captioning import _identity, plan_captioning
+from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
@@ -206,6 +209,29 @@ def test_a_plan_knows_the_speed_of_the_last_run(tmp_path: Path, photographs: Pat
     plan = plan_captioning(str(photographs), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES)
 
     assert (plan.images_per_second, plan.seconds) == (13.0, 10.0)
+
+
+def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
+    table = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"left": [small_data.jpeg(0)], "right": [small_data.jpeg(1)], "id": ["a"]}), table)
+    folder = CaptionsFolder(str(tmp_path / "out"))
+
+    def plan(image: str | None) -> CaptioningPlan:
+        columns = ColumnOptions(image=image)
+        return plan_captioning(
+            str(table), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES, columns=columns
+        )
+
+    with pytest.raises(InputError, match="left .bytes. and right .bytes.: give --image-column"):
+        plan(None)
+    found = plan("left")
+    folder.write_run(_identity(str(table), EchoCaptioner()) | {"image_column": "left", "id_column": "id"})
+
+    assert (found.image_column, found.id_column) == ("left", "id")
+    assert found.notes == [f"{table}: images from column left (bytes), ids from column id"]
+    assert plan("left").image_column == "left"
+    with pytest.raises(OutputError, match="was made with --image-column left, now right: .*--overwrite"):
+        plan("right")
 
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: Path) -> None:

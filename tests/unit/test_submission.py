@@ -300,6 +300,15 @@ def test_paths_of_this_machine_are_absolute_for_a_job_and_nothing_else_is_change
     ]
 
 
+def test_the_name_of_a_column_or_a_split_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("image", "caption", "id", "test"):
+        (tmp_path / name).mkdir()
+    words = ["image", "--image-column", "image", "--caption-column=caption", "--id-column", "id", "--split", "test"]
+
+    assert list(_with_absolute_paths(words)) == [f"{tmp_path}/image", *words[1:]]
+
+
 @pytest.mark.parametrize("words", [[], ["--follow", "job", "demo"]])
 def test_submit_wants_a_command_or_a_job_to_follow(words: list[str]) -> None:
     result = CliRunner().invoke(main, ["submit", *words])

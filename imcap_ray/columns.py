@@ -1,0 +1,307 @@
+"""Schema and first values of Parquet tables -> the column that holds their images. Knows neither rows nor manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imcap_ray import storage
+from imcap_ray.errors import InputError
+from imcap_ray.images import has_image_signature
+
+BYTES_COLUMNS: Final = (
+    "image",
+    "image_bytes",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "bytes",
+    "content",
+    "data",
+)
+PATH_COLUMNS: Final = (
+    "image_path",
+    "path",
+    "file_path",
+    "filepath",
+    "file_name",
+    "filename",
+    "image",
+    "file",
+    "uri",
+)
+
+_VALUES_READ: Final = 8
+"""Values of a column that are looked at to see whether they are images."""
+_ROWS_READ: Final = 1024
+"""Rows of a row group in which these are looked for."""
+_ROW_GROUPS_READ: Final = 4
+_READ_BYTES: Final = 2**20
+
+_KINDS: Final = {"bytes": "bytes", "path": "paths", "struct": "bytes or paths"}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageColumn:
+    """Where a Parquet table keeps its images."""
+
+    name: str
+    kind: str
+    """`bytes`; `path`; `struct`: Hugging Face's struct of bytes and path."""
+
+    @property
+    def data(self) -> str:
+        """The column, or the field of it, that holds the bytes."""
+        return f"{self.name}.bytes" if self.kind == "struct" else self.name
+
+    def __str__(self) -> str:
+        return f"{self.name} ({_KINDS[self.kind]})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnOptions:
+    """The columns of Parquet tables that the user names; None: they are recognised by their names."""
+
+    image: str | None = None
+    caption: str | None = None
+    id: str | None = None
+
+    def given(self) -> list[str]:
+        """The options that were given, as the user types them."""
+        values = {"--image-column": self.image, "--caption-column": self.caption, "--id-column": self.id}
+        return [f"{option} {value}" for option, value in values.items() if value is not None]
+
+
+BY_NAME: Final = ColumnOptions()
+"""All columns are recognised by their names."""
+
+
+class ImageColumns:
+    """Chooses the column of images of each table of an input, once for all tables of one schema.
+
+    Args:
+        name: the column that the user names.
+        known: the columns that earlier rows of the same manifest were read from, see `names`.
+        is_by_type: whether these rows were read by the rule of `find_image_column_by_type`.
+    """
+
+    def __init__(self, name: str | None = None, *, known: Sequence[str] = (), is_by_type: bool = False) -> None:
+        self.names: list[str] = list(known)
+        """The columns chosen so far. The first of them that a table has is the column of its images; this is how other
+        processes find it again, see `read_image_column`."""
+        self.chosen: dict[ImageColumn, None] = {}
+        """What was chosen here, in its order."""
+        self._name = name
+        self._known = tuple(known)
+        self._is_by_type = is_by_type
+        self._by_schema: dict[tuple[tuple[str, pa.DataType], ...], ImageColumn | None] = {}
+
+    def get(self, table: pq.ParquetFile, location: str) -> ImageColumn:
+        """As `find`, but a table without images is an InputError that names its columns."""
+        column = self.find(table, location)
+        if column is None:
+            raise _no_images(table.schema_arrow, location)
+        return column
+
+    def find(self, table: pq.ParquetFile, location: str) -> ImageColumn | None:
+        """The column of images of a table, None if it has none.
+
+        A known name decides; other columns of bytes, or of structs with bytes, are taken only if exactly one of them
+        holds images by its first values.
+
+        Raises:
+            InputError: several columns could be meant, the column that the user names is not there, or the rows that
+                are known already were read from another column.
+        """
+        schema = table.schema_arrow
+        key = tuple(zip(schema.names, schema.types, strict=True))
+        if key in self._by_schema:
+            return self._by_schema[key]
+        column, is_certain = self._choose(schema, location)
+        if column is not None:
+            self._note(schema, column, location)
+        if is_certain:
+            self._by_schema[key] = column
+        return column
+
+    def _choose(self, schema: pa.Schema, location: str) -> tuple[ImageColumn | None, bool]:
+        """The column, and whether tables of the same schema have the same one."""
+        if self._name is not None:
+            return _named_column(schema, self._name, location), True
+        by_name = next(_columns_by_name(schema), None)
+        if by_name is not None:
+            return by_name, True
+        others = list(_other_columns(schema))
+        holds_images = {column: holds_image_bytes(location, column) for column in others}
+        found = [column for column in others if holds_images[column]]
+        if len(found) > 1:
+            raise InputError(
+                f"{location} has several columns of images, {' and '.join(map(str, found))}: give --image-column to "
+                "choose one"
+            )
+        if found:
+            return found[0], True
+        if len(others) == 1 and holds_images[others[0]] is None:  # not one value: nothing is read from it either
+            return others[0], False
+        return None, True
+
+    def _note(self, schema: pa.Schema, column: ImageColumn, location: str) -> None:
+        if self._is_by_type:
+            expected = find_image_column_by_type(schema, location).name
+        else:
+            expected = next((name for name in self.names if name in schema.names), column.name)
+        if expected != column.name:
+            if self._is_by_type or expected in self._known:
+                raise InputError(
+                    f"{location}: the images known so far were read from column {expected}, and would now be read from "
+                    f"{column.name}: give --image-column {expected}, choose another OUTPUT, or give --overwrite to "
+                    "start again"
+                )
+            raise InputError(
+                f"{location} has images in column {column.name}, and other tables have theirs in {expected}, which is "
+                "a column of this table too: give --image-column to choose one"
+            )
+        self.chosen[column] = None
+        if not self._is_by_type and column.name not in self.names:
+            self.names.append(column.name)
+
+
+def read_image_column(schema: pa.Schema, location: str, names: Sequence[str]) -> ImageColumn:
+    """The column of images of a table that is in a manifest.
+
+    Args:
+        names: `ImageColumns.names`; none if the manifest is of a version that did not note them.
+
+    Raises:
+        pa.ArrowInvalid: the table does not have this column any more.
+        InputError: without names: the table has no such column.
+    """
+    if not names:
+        return find_image_column_by_type(schema, location)
+    name = next((name for name in names if name in schema.names), None)
+    column = _column(schema, name) if name else None
+    if column is None:
+        raise pa.ArrowInvalid(f"{location} does not have the column of images {' or '.join(names)} any more")
+    return column
+
+
+def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
+    """The column of images by the rule of earlier versions, in which types came before names.
+
+    Raises:
+        InputError: there is none.
+    """
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and is_binary(field_type(f.type, "bytes"))]
+    binaries = [f.name for f in schema if is_binary(f.type)]
+    strings = [f.name for f in schema if is_string(f.type)]
+    for kind, found, known in (
+        ("struct", structs, BYTES_COLUMNS),
+        ("bytes", binaries, BYTES_COLUMNS),
+        ("path", strings, PATH_COLUMNS),
+    ):
+        named = [name for name in known if name in found]
+        if named or (len(found) == 1 and kind != "path"):
+            return ImageColumn(name=(named or found)[0], kind=kind)
+    raise _no_images(schema, location)
+
+
+def holds_image_bytes(location: str, column: ImageColumn) -> bool | None:
+    """Whether the first values of a column of bytes are images; None if there is no value to look at."""
+    values = list(islice(_first_values(location, column), _VALUES_READ))
+    return sum(map(has_image_signature, values)) * 2 >= len(values) if values else None
+
+
+def _first_values(location: str, column: ImageColumn) -> Iterator[bytes]:
+    filesystem, path = storage.resolve(location)
+    # With a buffer, because otherwise all values of a row group are read at once.
+    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
+        for row_group in range(min(table.num_row_groups, _ROW_GROUPS_READ)):
+            batches = table.iter_batches(batch_size=_VALUES_READ, row_groups=[row_group], columns=[column.data])
+            for batch in islice(batches, _ROWS_READ // _VALUES_READ):
+                values = batch.column(0)
+                if pa.types.is_struct(values.type):
+                    values = values.field("bytes")
+                yield from values.drop_null().to_pylist()
+
+
+def _columns_by_name(schema: pa.Schema) -> Iterator[ImageColumn]:
+    """Columns with a known name, the most likely first: structs, then bytes, then paths. Letters may be of any case."""
+    for kind, known in (("struct", BYTES_COLUMNS), ("bytes", BYTES_COLUMNS), ("path", PATH_COLUMNS)):
+        columns = [column for name in schema.names if (column := _column(schema, name)) and column.kind == kind]
+        for name in known:
+            yield from (column for column in columns if column.name == name)
+        for name in known:
+            yield from (column for column in columns if column.name.strip().lower() == name != column.name)
+
+
+def _other_columns(schema: pa.Schema) -> Iterator[ImageColumn]:
+    """Columns that hold bytes under a name of their own."""
+    for name in schema.names:
+        column = _column(schema, name)
+        if column and column.kind != "path":
+            yield column
+
+
+def _column(schema: pa.Schema, name: str) -> ImageColumn | None:
+    """A column that could hold images by its type."""
+    number = schema.get_field_index(name)  # -1 where there are several of this name
+    kind = schema.field(number).type if number >= 0 else pa.null()
+    if pa.types.is_struct(kind) and is_binary(field_type(kind, "bytes")):
+        return ImageColumn(name, "struct")
+    if is_binary(kind):
+        return ImageColumn(name, "bytes")
+    return ImageColumn(name, "path") if is_string(kind) else None
+
+
+def _named_column(schema: pa.Schema, name: str, location: str) -> ImageColumn:
+    require_column(schema, name, location, option="--image-column")
+    column = _column(schema, name)
+    if column is None:
+        raise InputError(
+            f"--image-column {name}: expected bytes, paths, or a struct of bytes and path, got "
+            f"{schema.field(name).type} in {location}"
+        )
+    return column
+
+
+def require_column(schema: pa.Schema, name: str, location: str, *, option: str) -> None:
+    """Raise InputError if a table does not have the column, once, that the user names."""
+    if schema.names.count(name) != 1:
+        problem = "no such column" if name not in schema.names else "several columns of this name"
+        raise InputError(f"{option} {name}: {location} has {problem}; its columns are {_describe(schema)}")
+
+
+def _no_images(schema: pa.Schema, location: str) -> InputError:
+    others = [column.name for column in _other_columns(schema) if column.name not in BYTES_COLUMNS]
+    no_images = f"; the values of {' and '.join(others)} are not images" if others else ""
+    return InputError(
+        f"{location} has no column of images: expected bytes ({', '.join(BYTES_COLUMNS)}), paths "
+        f"({', '.join(PATH_COLUMNS)}) or a struct of bytes and path, or another one named with --image-column; got "
+        f"{_describe(schema)}{no_images}"
+    )
+
+
+def _describe(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds bytes."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def field_type(struct: Any, name: str) -> pa.DataType:
+    """The type of a struct's field; null if it has no such field."""
+    return struct.field(name).type if struct.get_field_index(name) >= 0 else pa.null()
