@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -321,25 +322,33 @@ def write_table(location: str, table: pa.Table) -> None:
     storage.write_bytes(location, sink.getvalue().to_pybytes())
 
 
-def read_table_images(table_path: str, *, row_group: int, rows: set[int]) -> Iterator[tuple[int, bytes | None]]:
-    """The bytes of some rows of a row group, with their numbers; None where the table holds none.
+def read_table_images(
+    table_path: str, places: Iterable[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], bytes | None]]:
+    """The bytes in some rows of a table, each with its place (row group, row), sorted; None where the table holds none.
 
-    Read are the pages up to the last of these rows, for a table cannot be entered in the middle of a row group; a page
-    is in memory at a time. No other file is opened: where a struct of bytes and path has only a path, `build_manifest`
-    has made a row of that file.
+    A place that the table does not have is left out. Read are the pages up to the last of a row group's rows, because
+    a table cannot be entered in the middle of a row group; a page is in memory at a time. No other file is opened:
+    where a struct of bytes and path has only a path, `build_manifest` has made a row of that file.
     """
+    rows_of: dict[int, set[int]] = defaultdict(set)
+    for row_group, row in places:
+        rows_of[row_group].add(row)
     filesystem, path = storage.resolve(table_path)
     with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
         refuse_pickles(table.schema_arrow, table_path)
         column = find_image_column(table.schema_arrow, table_path)
-        start = 0
-        for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
-            for number, value in enumerate(_leaf(batch.column(0), "bytes"), start):
-                if number in rows:
-                    yield number, value.as_py()
-            start += len(batch)
-            if start > max(rows):
-                return
+        for row_group in sorted(rows_of):
+            if not 0 <= row_group < table.num_row_groups:
+                continue
+            rows, start = rows_of[row_group], 0
+            for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
+                for number, value in enumerate(_leaf(batch.column(0), "bytes"), start):
+                    if number in rows:
+                        yield (row_group, number), value.as_py()
+                start += len(batch)
+                if start > max(rows):
+                    break
 
 
 def is_tar(table_path: str) -> bool:

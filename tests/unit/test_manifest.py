@@ -73,10 +73,8 @@ def hugging_face(images: Sequence[bytes | None], paths: Sequence[str | None]) ->
 
 def captured_bytes(rows: list[dict[str, Any]]) -> list[bytes | None]:
     """What the rows of tables point at."""
-    return [
-        dict(read_table_images(row["table_path"], row_group=row["row_group"], rows={row["row"]}))[row["row"]]
-        for row in rows
-    ]
+    places = [(row["row_group"], row["row"]) for row in rows]
+    return [dict(read_table_images(row["table_path"], [place]))[place] for row, place in zip(rows, places, strict=True)]
 
 
 # ---- a folder of images
@@ -420,9 +418,9 @@ def test_files_are_in_no_row_group(source: Path, target: str) -> None:
 def test_only_the_rows_asked_for_are_read(source: Path) -> None:
     path = write_table(source / "a.parquet", {"image": IMAGES}, row_group_size=7)
 
-    found = dict(read_table_images(str(path), row_group=0, rows={1, 5}))
+    found = dict(read_table_images(str(path), [(0, 1), (0, 5)]))
 
-    assert found == {1: IMAGES[1], 5: IMAGES[5]}
+    assert found == {(0, 1): IMAGES[1], (0, 5): IMAGES[5]}
 
 
 @pytest.mark.parametrize(
@@ -522,7 +520,7 @@ def test_a_table_with_pickled_objects_is_refused_and_nothing_in_it_runs(
 
     for read_it in (
         lambda: build_manifest(str(path), target),
-        lambda: list(read_table_images(str(path), row_group=0, rows={0})),
+        lambda: list(read_table_images(str(path), [(0, 0)])),
         lambda: load_dataset(str(path)),
         lambda: open_captions(str(path)),
     ):
