@@ -379,6 +379,8 @@ def _print_plan(plan: CaptioningPlan, options: dict[str, Any]) -> None:
     else:
         speed = f"{plan.images_per_second:.1f} images/s, as the last run there"
         _say(f"{work}; about {_duration(plan.seconds)}{more} at {speed}")
+    for note in plan.notes:
+        _say(note)
 
 
 def _print_training_plan(plan: TrainingPlan, options: dict[str, Any]) -> None:

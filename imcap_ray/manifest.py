@@ -108,6 +108,16 @@ _POSITION: Final = "position"
 _READ_BYTES: Final = 2**20
 """Of a column that are asked for at once; else it would be read up to the end of the row group."""
 
+_IDS_AT_A_TIME: Final = 4096
+
+_UUID_BYTES: Final = 16
+
+_MAX_PATH_CHARACTERS: Final = 4096
+"""A longer text in a column of paths is no path: no system has longer ones."""
+
+_SHOWN_CHARACTERS: Final = 60
+"""Of such a text in the place of the path."""
+
 _PICKLES: Final = "arrow_pickled_object"
 """In the name of Ray's type for columns of pickled objects."""
 
@@ -159,6 +169,8 @@ class InputSummary:
     num_ignored: int
     """Files whose names are not those of images."""
     description: str
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the user should know about how the images are named."""
     changed: pa.Table = field(default_factory=MANIFEST_SCHEMA.empty_table, compare=False)
     """Rows of `MANIFEST_SCHEMA` as they are now, for images whose file has changed since the manifest was written."""
 
@@ -184,8 +196,9 @@ def find_image_column(schema: pa.Schema, location: str) -> ImageColumn:
 
 
 def find_id_column(schema: pa.Schema) -> str | None:
-    """The column of a Parquet table that holds the ids of its images, if it has one."""
-    return next((name for name in _ID_COLUMNS if name in schema.names), None)
+    """The column of a Parquet table that holds the ids of its images, if it has one; see `can_be_id`."""
+    types = dict(zip(schema.names, schema.types, strict=True))
+    return next((name for name in _ID_COLUMNS if name in types and can_be_id(types[name])), None)
 
 
 def _is_binary(kind: pa.DataType) -> bool:
@@ -193,7 +206,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def _field_type(struct: pa.StructType, name: str) -> pa.DataType:
@@ -230,6 +243,7 @@ def build_manifest(
         raise InputError(f"no such input: {location}")
     tables, ignored = _list_tables(location, recursive)
     known, metadata = _KnownImages(folder), {}
+    notes: tuple[str, ...] = ()
     if tables:
         if output and storage.is_folder(location) and storage.is_inside(location, output):
             raise InputError(f"OUTPUT {output} lies among the tables of INPUT {location}: choose a place beside it")
@@ -239,9 +253,10 @@ def build_manifest(
         else:
             places = _Places(location if storage.is_folder(location) else storage.parent(location), allow_outside_paths)
             places.check([table.location for table in tables], limit)
-            ids = _choose_ids(location, tables, known.id_source)
-            metadata = {_ID_SOURCE: _POSITION if ids is None else _TABLE}
-            entries = _table_entries(tables, places, ids)
+            natural_ids = _choose_ids(location, tables, known.id_source)
+            metadata = {_ID_SOURCE: _POSITION if natural_ids is None else _TABLE}
+            notes = _describe_ids(tables[0].location)
+            entries = _table_entries(tables, places, natural_ids)
             description = f"Parquet, {len(tables)} file{'s' * (len(tables) != 1)}"
     else:
         counter = _IgnoredFiles()
@@ -274,6 +289,7 @@ def build_manifest(
         num_images=num_images,
         num_ignored=ignored,
         description=description,
+        notes=notes,
         changed=pa.concat_tables(changed) if changed else MANIFEST_SCHEMA.empty_table(),
     )
 
@@ -288,8 +304,8 @@ def list_table_images(location: str, tables: list[ListedFile], *, base: str) -> 
     Raises:
         InputError: a table is not readable or has no column of images, or a path holds a secret.
     """
-    ids, kinds = _natural_ids([table.location for table in tables])
-    if ids is not None and "name" in kinds and not _are_distinct(ids):  # a name beside bytes says nothing
+    ids = _natural_ids(tables)
+    if ids is not None and "name" in ids.kinds and not ids.are_distinct():  # a name beside bytes says nothing
         ids = None
     return _table_entries(tables, _Places(base, allow_outside_paths=True), ids)
 
@@ -363,10 +379,9 @@ def largest_row_group(manifest: str) -> int:
     for part in storage.list_parquet(manifest):
         filesystem, path = storage.resolve(part)
         with filesystem.open_input_file(path) as stream:
-            metadata = pq.read_metadata(stream)
-        column = metadata.schema.names.index("row")
-        for number in range(metadata.num_row_groups):
-            largest = max(largest, metadata.row_group(number).column(column).statistics.max + 1)
+            rows = _range_of(pq.read_metadata(stream), "row")
+        greatest = rows[1] if rows else pc.max(read_table(part, ["row"])["row"]).as_py()
+        largest = max(largest, -1 if greatest is None else greatest + 1)
     return largest
 
 
@@ -446,7 +461,7 @@ def _entry(
     }
 
 
-def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> pa.ChunkedArray | None:
+def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> _NaturalIds | None:
     """The ids of the tables' rows, None where these are known by table and number.
 
     Args:
@@ -455,15 +470,15 @@ def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> 
     """
     if source == _POSITION:
         return None
-    ids, kinds = _natural_ids([table.location for table in tables])
-    if ids is None or _are_distinct(ids):
+    ids = _natural_ids(tables)
+    if ids is None or ids.are_distinct():
         return ids
-    counts = pc.value_counts(ids.drop_null())
+    counts = pc.value_counts(ids.values.drop_null())
     repeated = next((entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1), None)
-    if source is None and (repeated is None or "id" not in kinds):
+    if source is None and (repeated is None or "id" not in ids.kinds):
         return None  # a name beside bytes may be the same for all images
     problem = "some rows have none" if repeated is None else f"{repeated!r} stands there more than once"
-    if "id" in kinds:
+    if "id" in ids.kinds:
         raise InputError(f"{location}: image ids must be unique, but {problem}")
     raise InputError(
         f"{location}: its images were known by their paths so far, which new tables have made ambiguous ({problem}): "
@@ -471,15 +486,54 @@ def _choose_ids(location: str, tables: list[ListedFile], source: str | None) -> 
     )
 
 
-def _are_distinct(ids: pa.ChunkedArray) -> bool:
-    return not ids.null_count and pc.count_distinct(ids).as_py() == len(ids)
+def _describe_ids(table_path: str) -> tuple[str, ...]:
+    with _open_table(table_path) as table:
+        unused = describe_unused_ids(table.schema_arrow)
+    if not unused:
+        return ()
+    return (
+        f"{table_path}: the ids of images are not taken from {unused}: an id must be text, a number or bytes; images "
+        "are named by their paths, or by the table's name and the row's number",
+    )
 
 
-def _table_entries(tables: list[ListedFile], places: _Places, ids: pa.ChunkedArray | None) -> Iterator[dict[str, Any]]:
-    natural = iter(ids.to_pylist()) if ids is not None else None
+@dataclass(frozen=True, slots=True)
+class _NaturalIds:
+    """The ids that the rows of Parquet tables have of their own, null for a row without one."""
+
+    values: pa.ChunkedArray
+    """Of all tables, one after the other."""
+    num_rows: Mapping[str, int]
+    """By table."""
+    kinds: frozenset[str]
+    """`id`: of a column of ids; `path` of an image's file; `name` next to its bytes."""
+
+    def are_distinct(self) -> bool:
+        """Whether each row has an id of its own."""
+        return not self.values.null_count and pc.count_distinct(self.values).as_py() == len(self.values)
+
+    def by_table(self) -> dict[str, pa.ChunkedArray]:
+        """The ids of each table."""
+        ends = np.cumsum([*self.num_rows.values()])
+        return {
+            table: self.values.slice(end - count, count)
+            for (table, count), end in zip(self.num_rows.items(), ends, strict=True)
+        }
+
+
+def _table_entries(tables: list[ListedFile], places: _Places, ids: _NaturalIds | None) -> Iterator[dict[str, Any]]:
+    """What a manifest says of each row.
+
+    Raises:
+        InputError: a table has another number of rows than it has ids, because it has been rewritten since.
+    """
+    ids_of = ids.by_table() if ids is not None else {}
     for table in tables:
+        natural = iter(ids_of[table.location].to_pylist()) if ids is not None else None
         first_row = 0
         for row_group, num_rows, image_paths in places.row_groups(table.location):
+            if ids is not None and first_row + num_rows > ids.num_rows[table.location]:
+                raise _rewritten(table)
             for row in range(num_rows):
                 image_id = next(natural) if natural is not None else f"{table.name}#{first_row + row}"
                 image_path = image_paths[row] if image_paths is not None else None
@@ -488,6 +542,12 @@ def _table_entries(tables: list[ListedFile], places: _Places, ids: pa.ChunkedArr
                 else:
                     yield _entry(image_id, image_path, _named_file(image_path))
             first_row += num_rows
+        if ids is not None and first_row != ids.num_rows[table.location]:
+            raise _rewritten(table)
+
+
+def _rewritten(table: ListedFile) -> InputError:
+    return InputError(f"{table.location} was rewritten while it was listed: run the same command again")
 
 
 def _named_file(location: str) -> ListedFile:
@@ -565,6 +625,8 @@ class _Places:
                 first_row += num_rows
 
     def _place(self, path: str, table_path: str, row: int) -> str:
+        if not _can_be_path(path):
+            path = f"{path[:_SHOWN_CHARACTERS]}... ({len(path):,} characters)"
         return storage.place(
             path,
             base=storage.parent(table_path),
@@ -577,14 +639,14 @@ class _Places:
 def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> list[str | None] | None:
     """The path in each row of a row group that has no bytes, None in the others; None if there is no such row."""
     if column.kind == "path":
-        paths = table.read_row_group(row_group, columns=[column.name]).column(0).to_pylist()
+        paths = _texts(table.read_row_group(row_group, columns=[column.name]).column(0))
         return [path or "" for path in paths]
     if column.kind == "bytes" or not _is_string(_field_type(table.schema_arrow.field(column.name).type, "path")):
         return None
     num_rows, num_missing = table.metadata.row_group(row_group).num_rows, _num_nulls(table, row_group, column.data)
     if num_missing == 0:
         return None
-    paths = _leaf(table.read_row_group(row_group, columns=[f"{column.name}.path"]).column(0), "path").to_pylist()
+    paths = _texts(_leaf(table.read_row_group(row_group, columns=[f"{column.name}.path"]).column(0), "path"))
     if num_missing != num_rows:
         batches = table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data])
         has_bytes = [found for batch in batches for found in _leaf(batch.column(0), "bytes").is_valid().to_pylist()]
@@ -602,31 +664,108 @@ def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int |
     return None
 
 
-def _natural_ids(tables: list[str]) -> tuple[pa.ChunkedArray | None, set[str]]:
-    """The ids the tables have of their own, None when they have none; and what they are: "id", of a column of ids;
-    "path" of an image's file; "name" beside its bytes."""
+def _natural_ids(tables: list[ListedFile]) -> _NaturalIds | None:
+    """The ids the tables have of their own, None when one of them has none."""
     chunks: list[pa.Array] = []
-    kinds = set()
-    for table_path in tables:
-        with _open_table(table_path) as table:
+    num_rows, kinds = {}, set()
+    for listed in tables:
+        with _open_table(listed.location) as table:
             schema = table.schema_arrow
-            column = find_image_column(schema, table_path)
+            column = find_image_column(schema, listed.location)
             id_column = find_id_column(schema)
             if id_column is not None:
-                kinds.add("id")
+                kind = "id"
             elif column.kind == "path":
-                id_column = column.name
-                kinds.add("path")
+                id_column, kind = column.name, "path"
             elif column.kind == "struct" and schema.field(column.name).type.get_field_index("path") >= 0:
-                id_column = f"{column.name}.path"
-                kinds.add("name")
+                id_column, kind = f"{column.name}.path", "name"
             else:
-                return None, set()
-            values = table.read(columns=[id_column]).column(0)
-        if pa.types.is_struct(values.type):
-            values = pc.struct_field(values, "path")
-        chunks.extend(values.cast(pa.string()).chunks)
-    return pa.chunked_array(chunks, pa.string()), kinds
+                return None
+            kinds.add(kind)
+            num_rows[listed.location] = 0
+            for batch in table.iter_batches(batch_size=_IDS_AT_A_TIME, columns=[id_column]):
+                ids = id_texts(_leaf(batch.column(0), "path"))
+                if kind != "id":
+                    ids = _without_contents(ids, listed.name, num_rows[listed.location])
+                chunks.append(ids)
+                num_rows[listed.location] += len(ids)
+    return _NaturalIds(pa.chunked_array(chunks, pa.string()), num_rows, frozenset(kinds))
+
+
+def id_texts(values: pa.Array) -> pa.Array:
+    """Ids of any type that `can_be_id` as strings: numbers, times and the like as Arrow writes them, bytes as text if
+    they are printable UTF-8 and else in hexadecimal, as those of UUIDs are. Null stays null."""
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
+    if kind == pa.binary(_UUID_BYTES):
+        return pa.array([value and value.hex() for value in values.to_pylist()], pa.string())
+    if _is_bytes(kind):
+        return pa.array([value and _text_or_hex(value) for value in values.to_pylist()], pa.string())
+    return _valid_texts(values) if _is_string(kind) else values.cast(pa.string())
+
+
+def can_be_id(kind: pa.DataType) -> bool:
+    """Whether values of this type can name images: not those that are made of several values."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return not pa.types.is_nested(kind)
+
+
+def describe_unused_ids(schema: pa.Schema) -> str:
+    """The columns that are named like ids and cannot be ids, with their types, if the table has no others; else ""."""
+    if find_id_column(schema) is not None:
+        return ""
+    return ", ".join(f"{name} ({schema.field(name).type})" for name in _ID_COLUMNS if name in schema.names)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return _is_binary(kind) or bool(pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _text_or_hex(value: bytes) -> str:
+    with suppress(UnicodeDecodeError):
+        text = value.decode()
+        if text.isprintable():
+            return text
+    return value.hex()
+
+
+def _valid_texts(values: pa.Array) -> pa.Array:
+    """Strings as `pa.string`, with bytes that are not UTF-8 written as `\\xff`: Parquet's readers do not check them."""
+    values = values.cast(pa.string())
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        texts = values.cast(pa.binary()).to_pylist()
+        values = pa.array([text and text.decode("utf-8", "backslashreplace") for text in texts], pa.string())
+    return values
+
+
+def _texts(values: pa.ChunkedArray) -> list[str | None]:
+    return [text for chunk in values.chunks for text in _valid_texts(chunk).to_pylist()]
+
+
+def _without_contents(paths: pa.Array, table_name: str, first_row: int) -> pa.Array:
+    """Paths that serve as ids; where one is no path but content, as a data URI is, the table's name and the row's
+    number."""
+    if not any(path is not None and not _can_be_path(path) for path in paths.to_pylist()):
+        return paths
+    return pa.array(
+        [
+            path if path is None or _can_be_path(path) else f"{table_name}#{row}"
+            for row, path in enumerate(paths.to_pylist(), first_row)
+        ],
+        pa.string(),
+    )
+
+
+def _can_be_path(text: str) -> bool:
+    return len(text) <= _MAX_PATH_CHARACTERS and text[:5].lower() != "data:"
 
 
 class _KnownImages:
@@ -640,15 +779,13 @@ class _KnownImages:
         self.num_images = 0
         self.id_source: str | None = None
         """`_TABLE` or `_POSITION` where these are rows of Parquet tables."""
-        self._parts: list[tuple[str, str, str]] = []
+        self._parts: list[tuple[str, tuple[str, str] | None]] = []
         for part in storage.list_parquet(folder):
             filesystem, path = storage.resolve(part)
             metadata = pq.read_metadata(path, filesystem=filesystem)
             self.num_images += metadata.num_rows
             self.id_source = ((metadata.metadata or {}).get(_ID_SOURCE) or b"").decode() or self.id_source
-            column = MANIFEST_SCHEMA.get_field_index("image_id")
-            ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
-            self._parts.append((part, min(one.min for one in ranges), max(one.max for one in ranges)))
+            self._parts.append((part, _range_of(metadata, "image_id")))
 
     def find(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """For rows of a listing their `manifest_id`, -1 where they are new; whether they have changed since; whether
@@ -656,10 +793,10 @@ class _KnownImages:
         ids = np.full(rows.num_rows, -1, np.int64)
         is_changed, is_moved = np.zeros(rows.num_rows, bool), np.zeros(rows.num_rows, bool)
         least, greatest = pc.min_max(rows["image_id"]).as_py().values()
-        for part, first, last in self._parts:
+        for part, known_range in self._parts:
             if (ids >= 0).all():
                 break
-            if last < least or first > greatest:
+            if known_range and (known_range[1] < least or known_range[0] > greatest):
                 continue
             part_rows = read_table(part)
             found = pc.index_in(rows["image_id"], value_set=part_rows["image_id"]).to_numpy(zero_copy_only=False)
@@ -670,6 +807,16 @@ class _KnownImages:
             is_changed[here] = _differ(before, now, "size", "modified_ns")
             is_moved[here] = ~is_changed[here] & _differ(before, now, "image_path", "table_path", "row_group", "row")
         return ids, is_changed, is_moved
+
+
+def _range_of(metadata: pq.FileMetaData, name: str) -> tuple[Any, Any] | None:
+    """The least and the greatest value of a column of a manifest; None if the file does not have them: Parquet keeps
+    none of text longer than 4 KB."""
+    column = MANIFEST_SCHEMA.get_field_index(name)
+    ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
+    if not ranges or any(one is None or not one.has_min_max for one in ranges):
+        return None
+    return min(one.min for one in ranges), max(one.max for one in ranges)
 
 
 def _differ(one: pa.Table, other: pa.Table, *columns: str) -> npt.NDArray[np.bool_]:

@@ -12,7 +12,14 @@ from imcap_ray import storage
 from imcap_ray.datasets.records import SPLIT_FIELD, captions_in, has_caption_field, is_caption_field
 from imcap_ray.datasets.table import CaptionedImages, Collector, PackedImage, Source, split_in_name, split_in_path
 from imcap_ray.errors import DatasetError, InputError
-from imcap_ray.manifest import find_id_column, find_image_column, list_table_images, refuse_pickles
+from imcap_ray.manifest import (
+    describe_unused_ids,
+    find_id_column,
+    find_image_column,
+    id_texts,
+    list_table_images,
+    refuse_pickles,
+)
 from imcap_ray.storage import ListedFile
 
 ROWS_AT_A_TIME: Final = 10_000
@@ -33,12 +40,21 @@ def read_parquet(source: Source) -> CaptionedImages | None:
     columns = {column: None for schema in schemas.values() for column in schema.names}
     kinds = [_image_kind(schema) for schema in schemas.values()]
     has_images = None not in kinds
+    unused_ids = {name: unused for name, schema in schemas.items() if (unused := describe_unused_ids(schema))}
     if not has_caption_field(columns) or not (has_images or all(map(find_id_column, schemas.values()))):
+        first = next(iter(unused_ids.values()), "")
         raise DatasetError(
             f"{source.location}: expected a column of images (image with bytes, image_path, ...) or image_id, and one "
             f"of captions (captions, caption, text, ...); got {', '.join(columns)}"
+            + (f"; ids must be text, numbers or bytes, which {first} is not" if first else "")
         )
     collector = Collector(source, "Parquet" if set(kinds) <= {"path", None} else "Parquet with images")
+    for name, unused in unused_ids.items():
+        collector.odd(
+            "table has ids that are neither text nor numbers nor bytes, not used",
+            "tables have ids that are neither text nor numbers nor bytes, not used",
+            f"{name}, {unused}",
+        )
     packed: dict[str, PackedImage] = {}
     try:
         entries = list_table_images(source.location, [*tables.values()], base=source.base) if has_images else None
@@ -95,10 +111,10 @@ def _read_rows(table: ListedFile, schema: pa.Schema) -> Iterator[tuple[str, Mapp
         with filesystem.open_input_file(inner) as stream, pq.ParquetFile(stream) as file:
             columns = [*wanted.values(), *filter(None, [id_column])]
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
-                rows = pa.Table.from_batches([batch])
+                rows = pa.Table.from_batches([batch]).select([*wanted.values()])
                 rows.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
-                ids = rows[id_column].cast(pa.string()).to_pylist() if id_column else [None] * len(rows)
-                texts = rows.select([*wanted.values()]).rename_columns([*wanted]).to_pylist()
+                ids = id_texts(batch[id_column]).to_pylist() if id_column else [None] * len(rows)
+                texts = rows.rename_columns([*wanted]).to_pylist()
                 for image_id, row in zip(ids, texts, strict=True):
                     yield table.name, {**nowhere, **row, "image_id": image_id}
     except (pa.ArrowException, OSError) as error:

@@ -208,6 +208,8 @@ class CaptioningPlan:
     """Of the last run into this output, if there was one."""
     seconds: float | None
     """At that speed."""
+    notes: tuple[str, ...] = ()
+    """See `InputSummary`."""
 
 
 def load_captioner(
@@ -289,6 +291,7 @@ def plan_captioning(
         gpus_per_actor=gpus,
         images_per_second=rate,
         seconds=num_new / rate if rate else None,
+        notes=found.notes,
     )
 
 
@@ -571,6 +574,8 @@ def _prepare(
             folder.discard()
         raise
     check()
+    for note in found.notes:
+        echo(note)
     if found.num_ignored:
         files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
         echo(f"{run['input']}: {found.num_ignored:,} {files}: ignored")
