@@ -15,15 +15,68 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from itertools import chain, count
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from imcap_ray import storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _BUFFER_BYTES: Final = 2**20
 """Are read at once while the headers are looked through; over a network small members cost no request of their own."""
 
 DAMAGED: Final = (tarfile.TarError, OSError, EOFError)
 """What `list_files` raises for a tar that cannot be read, or not to its end."""
+
+_MAX_HEADER_BYTES: Final = 16 * 2**20
+"""Largest header that extends another one, with a long name for instance; tarfile reads it at once."""
+
+_EXTENDS_A_HEADER: Final = frozenset(
+    {
+        *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+        *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    }
+)
+
+_MALFORMED: Final = (ValueError, ArithmeticError, LookupError, TypeError, RecursionError)
+"""What tarfile raises for headers that make no sense, next to its own errors."""
+
+
+class _CheckedTarInfo(tarfile.TarInfo):
+    """A header; `ReadError` where tarfile itself would end the listing silently, read backwards, or fill the memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """The header in a block.
+
+        Raises:
+            ReadError: it is malformed, or only a part of a block.
+            HeaderError: the tar ends here.
+        """
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+            raise
+        except (tarfile.HeaderError, *_MALFORMED) as error:
+            raise tarfile.ReadError(str(error)) from error
+        if member.size < 0:
+            raise tarfile.ReadError(f"a header has a negative size: {member.size:,}")
+        if member.type in _EXTENDS_A_HEADER and member.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header has {member.size:,} bytes, expected at most 16 MiB")
+        return member
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
+        """The next header of a tar, with those that extend it; raises as `frombuf`."""
+        try:
+            return super().fromtarfile(tarfile)
+        except _MALFORMED as error:
+            raise _malformed(error) from error
+
+
+def _malformed(error: BaseException) -> tarfile.ReadError:
+    return tarfile.ReadError(f"a header is malformed: {error or type(error).__name__}")
 
 
 @contextmanager
@@ -33,14 +86,27 @@ def open_tar(location: str) -> Iterator[tarfile.TarFile]:
     with (
         filesystem.open_input_file(path) as file,
         io.BufferedReader(cast(Any, file), _BUFFER_BYTES) as buffered,
-        tarfile.open(fileobj=buffered, mode="r:") as tar,
+        tarfile.open(fileobj=buffered, mode="r:", tarinfo=_CheckedTarInfo) as tar,
     ):
         yield tar
 
 
 def list_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, in its order. One of `DAMAGED` when it ends early."""
-    return (member for member in tar if member.isreg() and not member.issparse())
+    """The regular files of a tar, in its order. One of `DAMAGED` when it ends early or a header is malformed."""
+    members, end = iter(tar), 0
+    while True:
+        try:
+            member = next(members, None)
+        except _MALFORMED as error:  # of a place that no file can have
+            raise _malformed(error) from error
+        if member is None:
+            return
+        # The size of an extended header replaces the one that `frombuf` has checked.
+        if member.size < 0 or member.offset_data <= end:
+            raise tarfile.ReadError(f"the header of {member.name!r} has a negative size or leads backwards")
+        end = member.offset_data
+        if member.isreg() and not member.issparse():
+            yield member
 
 
 def block_of(member: tarfile.TarInfo) -> int:
@@ -166,7 +232,9 @@ class ImageIds:
         own = name if key in self._keys else key
         self._keys.add(key)
         stem = tar_name.removesuffix(".tar")
-        chosen = next(one for one in (own, f"{stem}/{own}", f"{stem}/{own}#{block_of(member)}") if self._is_new(one))
+        at_block = f"{stem}/{own}#{block_of(member)}"
+        repeated = (f"{at_block}#{number}" for number in count(2))  # only where names are chosen to collide
+        chosen = next(one for one in chain((own, f"{stem}/{own}", at_block), repeated) if self._is_new(one))
         self._known.add(digest(chosen))
         return chosen
 
@@ -194,7 +262,7 @@ def read_files(
             start = block * tarfile.BLOCKSIZE
             header = file.read_at(tarfile.BLOCKSIZE, start - tarfile.BLOCKSIZE)
             try:
-                size = tarfile.TarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
+                size = _CheckedTarInfo.frombuf(header, tarfile.ENCODING, "surrogateescape").size
             except tarfile.TarError as error:
                 yield block, error
                 continue

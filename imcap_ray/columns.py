@@ -299,7 +299,7 @@ def is_binary(kind: pa.DataType) -> bool:
 
 def is_string(kind: pa.DataType) -> bool:
     """Whether a column of this type holds text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def field_type(struct: Any, name: str) -> pa.DataType:

@@ -13,14 +13,22 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from imcap_ray import archives, storage
-from imcap_ray.errors import ImageError, ImcapError
+from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.images import MAX_FILE_BYTES, image_error_from_os_error
-from imcap_ray.manifest import folder_of, image_placer, is_tar, read_image_columns, read_table_images
+from imcap_ray.manifest import (
+    MANIFEST_SCHEMA,
+    folder_of,
+    image_placer,
+    is_tar,
+    read_image_columns,
+    read_table_images,
+)
 
 Row = dict[str, Any]
 
 _THREADS: Final = 16
 _IMAGES_AT_A_TIME: Final = 64
+_BYTES_AT_A_TIME: Final = 32 * 2**20
 
 
 def read_rows(
@@ -28,29 +36,24 @@ def read_rows(
 ) -> Iterator[tuple[Row, bytes | ImageError]]:
     """The bytes of each row of `MANIFEST_SCHEMA`, or why there are none; rows of tables and tars last.
 
+    A table or tar that was rewritten after its rows were listed may hold another image at their place. These rows get
+    an ImageError `changed`, by its size and modification time, as far as both the row and the file system know them.
+
     Args:
-        root: where the images lie. None: whether that is gone is not asked.
+        root: the location of the images. None: it is not checked whether it still exists.
         image_columns: the columns that the manifest of the rows notes, see `manifest.read_image_columns`.
 
     Raises:
-        ImcapError: `root` is gone.
+        ImcapError: `root` no longer exists.
     """
-    in_tables: dict[tuple[str, int], dict[int, Row]] = defaultdict(dict)
-    in_tars: dict[str, dict[int, Row]] = defaultdict(dict)
+    in_tables: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if is_tar(row["table_path"]):
-            in_tars[row["table_path"]][row["row_group"]] = row
-        elif row["table_path"]:
-            in_tables[row["table_path"], row["row_group"]][row["row"]] = row
+        if row["table_path"]:
+            in_tables[row["table_path"]].append(row)
         else:
             yield row, _read_file(row["image_path"], root)
-    for (table_path, row_group), by_row in in_tables.items():
-        found = read_table_images(table_path, row_group=row_group, rows=set(by_row), image_columns=image_columns)
-        yield from _read_table(by_row, found, table_path, root)
-    for tar_path, by_block in in_tars.items():
-        yield from _read_table(
-            by_block, archives.read_files(tar_path, sorted(by_block), max_bytes=MAX_FILE_BYTES), tar_path, root
-        )
+    for table_path, of_table in in_tables.items():
+        yield from _TableReader(table_path, root, image_columns).read(of_table)
 
 
 def root_of(rows: pa.Table) -> str:
@@ -73,8 +76,9 @@ class CaptionedImageSource:
         self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
 
     def find(self, rows: Sequence[Row]) -> list[Row | None]:
-        """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`,
-        `row_group` and `row` as in `MANIFEST_SCHEMA`. None where the bytes were in a table that nothing names any more.
+        """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`; for
+        a row of a table all but `manifest_id` of `MANIFEST_SCHEMA`. None where the bytes were in a table that nothing
+        names any more.
 
         Raises:
             InputError: a path leads where it may not.
@@ -91,9 +95,9 @@ class CaptionedImageSource:
         parts = storage.list_parquet(self._manifest) if image_ids else []
         if not parts:
             return {}
-        columns = ["image_id", "image_path", "table_path", "row_group", "row"]
         filesystem = storage.resolve(self._manifest)[0]
         manifest = pads.dataset([storage.resolve(part)[1] for part in parts], filesystem=filesystem, format="parquet")
+        columns = [name for name in MANIFEST_SCHEMA.names[1:] if name in manifest.schema.names]
         found = manifest.to_table(columns=columns, filter=pads.field("image_id").isin(image_ids)).to_pylist()
         for row in found:
             self._place(row, row["table_path"])
@@ -130,6 +134,10 @@ class CaptionedImageSource:
 
 
 def _read_file(path: str, root: str | None) -> bytes | ImageError:
+    if path.rpartition("/data:")[1]:
+        return ImageError(
+            "unsupported_format", f"expected the path of a file, got a data URI; put the bytes into a column: {path}"
+        )
     try:
         return storage.read_bytes(path, max_bytes=MAX_FILE_BYTES)
     except OSError as error:
@@ -139,21 +147,117 @@ def _read_file(path: str, root: str | None) -> bytes | ImageError:
         return ImageError("out_of_memory", "not enough memory to read the file")
 
 
-def _read_table(
-    rows: dict[int, Row], found: Iterator[tuple[int, bytes | None | Exception]], path: str, root: str | None
-) -> Iterator[tuple[Row, bytes | ImageError]]:
-    """Rows of one table or tar by their numbers in it, with what is found there."""
-    left = dict(rows)
-    try:
-        for number, data in found:
-            yield left.pop(number), data if isinstance(data, bytes) else _explain(data, path)
-    except (OSError, pa.ArrowException) as error:
-        _require_reachable(root, error)
-        for row in left.values():
-            yield row, ImageError("read_error", f"cannot read the table: {storage.hide_secrets(str(error))}")
-    else:
-        for row in left.values():
-            yield row, ImageError("missing", "the table has no such row any more")
+Place = tuple[int, int]
+"""Row group and row in a table; block and 0 in a tar."""
+
+_END: Final[tuple[Place, bytes]] = ((2**63, 0), b"")
+"""Behind all rows of a table."""
+
+
+class _TableReader:
+    """Reads rows of one table or tar, as long as it is the file that was listed."""
+
+    def __init__(self, table_path: str, root: str | None, image_columns: Sequence[str]) -> None:
+        self._path = table_path
+        self._image_columns = image_columns
+        self._root = root
+        self._version = (0, 0)
+        self._has_changed = False
+        """Whether the file has been rewritten since the reader was opened."""
+
+    def read(self, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
+        """The rows, sorted by their places, with their bytes or why there are none.
+
+        Raises:
+            ImcapError: `root` no longer exists.
+        """
+        rows = sorted(rows, key=_place_of)
+        try:
+            self._version = self._find_version()
+        except OSError as error:
+            _require_reachable(self._root, error)
+            yield from ((row, _unreadable(error, self._path)) for row in rows)
+            return
+        # A row's bytes are passed on only after the file was found unchanged once they had been read. A few rows are
+        # checked together, because a store answers each question in a few hundredths of a second.
+        waiting: list[tuple[Row, bytes | ImageError]] = []
+        num_bytes = 0
+        for row, data in self._read_places(rows):
+            waiting.append((row, data))
+            num_bytes += len(data) if isinstance(data, bytes) else 0
+            if len(waiting) == _IMAGES_AT_A_TIME or num_bytes >= _BYTES_AT_A_TIME:
+                yield from self._confirm(waiting)
+                waiting, num_bytes = [], 0
+        yield from self._confirm(waiting)
+
+    def _find_version(self) -> tuple[int, int]:
+        file = storage.describe_regular_file(self._path)
+        return file.size, file.modified_ns
+
+    def _read_places(self, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
+        is_listed = [storage.is_same_version(self._path, _listed_version(row), self._version) for row in rows]
+        places = sorted({_place_of(row) for row, is_same in zip(rows, is_listed, strict=True) if is_same})
+        found = self._read_sorted(places)
+        place, data = next(found, _END)
+        for row, is_same in zip(rows, is_listed, strict=True):
+            while place < _place_of(row):
+                place, data = next(found, _END)
+            if not is_same:
+                yield row, self._changed()
+            elif place == _place_of(row):
+                yield row, data
+            else:
+                yield row, ImageError("changed", f"{self._path} does not have this row any more")
+
+    def _read_sorted(self, places: Sequence[Place]) -> Iterator[tuple[Place, bytes | ImageError]]:
+        """What is at those of these places that exist; after an error of the file that error for each of the others."""
+        if not places:
+            return
+        found: Iterator[tuple[Place, bytes | Exception | None]]
+        if is_tar(self._path):
+            blocks = archives.read_files(self._path, [block for block, _ in places], max_bytes=MAX_FILE_BYTES)
+            found = (((block, 0), data) for block, data in blocks)
+        else:
+            found = read_table_images(self._path, places, image_columns=self._image_columns)
+        last: Place = (-1, -1)
+        try:
+            for last, data in found:
+                yield last, data if isinstance(data, bytes) else _explain(data, self._path)
+        except (OSError, pa.ArrowException, InputError) as error:  # InputError: the table has other columns now
+            if not isinstance(error, InputError):
+                _require_reachable(self._root, error)
+            yield from ((place, _unreadable(error, self._path)) for place in places if place > last)
+
+    def _confirm(self, found: list[tuple[Row, bytes | ImageError]]) -> Iterator[tuple[Row, bytes | ImageError]]:
+        """What was found, if the file is still the one that was opened; else that it has changed."""
+        if found and not self._has_changed:
+            try:
+                self._has_changed = not storage.is_same_version(self._path, self._version, self._find_version())
+            except OSError as error:
+                _require_reachable(self._root, error)
+                self._has_changed = True
+        for row, data in found:
+            yield row, self._changed() if self._has_changed else data
+
+    def _changed(self) -> ImageError:
+        return ImageError(
+            "changed", f"{self._path} was rewritten after it was listed: the same command lists and captions it again"
+        )
+
+
+def _place_of(row: Row) -> Place:
+    return row["row_group"], row["row"]
+
+
+def _listed_version(row: Row) -> tuple[int, int]:
+    return row.get("size", -1), row.get("modified_ns", 0)
+
+
+def _unreadable(error: Exception, path: str) -> ImageError:
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return image_error_from_os_error(error, path)
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return ImageError("read_error", f"cannot read the table: {storage.hide_secrets(text)}")
 
 
 def _explain(error: Exception | None, path: str) -> ImageError:

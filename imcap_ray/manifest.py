@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from imcap_ray.columns import (
     ImageColumns,
     field_type,
     holds_image_bytes,
+    is_binary,
     is_string,
     read_image_column,
     require_column,
@@ -124,6 +126,16 @@ _ID_COLUMN: Final = b"imcap_ray.id_column"
 _READ_BYTES: Final = 2**20
 """Of a column that are asked for at once; else it would be read up to the end of the row group."""
 
+_IDS_AT_A_TIME: Final = 4096
+
+_UUID_BYTES: Final = 16
+
+_MAX_PATH_CHARACTERS: Final = 4096
+"""A longer text in a column of paths is no path: no system has longer ones."""
+
+_SHOWN_CHARACTERS: Final = 60
+"""Of such a text in the place of the path."""
+
 _PICKLES: Final = "arrow_pickled_object"
 """In the name of Ray's type for columns of pickled objects."""
 
@@ -149,8 +161,9 @@ class InputSummary:
 
 
 def find_id_column(schema: pa.Schema) -> str | None:
-    """The column of a Parquet table that holds the ids of its images, if it has one."""
-    return next((name for name in _ID_COLUMNS if name in schema.names), None)
+    """The column of a Parquet table that holds the ids of its images, if it has one; see `can_be_id`."""
+    types = dict(zip(schema.names, schema.types, strict=True))
+    return next((name for name in _ID_COLUMNS if name in types and can_be_id(types[name])), None)
 
 
 def build_manifest(
@@ -442,6 +455,8 @@ class _InputImages:
             self.metadata[_ID_COLUMN] = self._options.id.encode()
         if self._columns.names:
             self.metadata[_IMAGE_COLUMNS] = json.dumps(self._columns.names).encode()
+        if not self._options.id:
+            self.notes.extend(_describe_ids(tables[0].location))
         self.image_column = ", ".join(column.name for column in self._columns.chosen)
         self.id_column = ", ".join(id_columns.chosen) if ids is not None and id_columns.chosen else None
         name = tables[0].location if len(tables) == 1 else f"{self._location}, {_count(tables, 'table')}"
@@ -486,8 +501,8 @@ class IdColumns:
         if self._name is not None:
             require_column(schema, self._name, location, option="--id-column")
             kind = schema.field(self._name).type
-            if pa.types.is_nested(kind):
-                raise InputError(f"--id-column {name}: expected text or numbers, got {kind} in {location}")
+            if not can_be_id(kind):
+                raise InputError(f"--id-column {name}: expected text, numbers or bytes, got {kind} in {location}")
         if self._known:
             before = self._known.id_column or find_id_column(schema)
             if before != name:
@@ -530,8 +545,8 @@ def list_table_images(
     Raises:
         InputError: a table is not readable or has no column of images, or a path holds a secret.
     """
-    ids, kinds = _natural_ids([table.location for table in tables], columns, id_columns)
-    if ids is not None and "name" in kinds and not _are_distinct(ids):  # a name beside bytes says nothing
+    ids = _natural_ids(tables, columns, id_columns)
+    if ids is not None and "name" in ids.kinds and not ids.are_distinct():  # a name beside bytes says nothing
         ids = None
     return _table_entries(tables, _Places(base, True, columns), ids)
 
@@ -590,26 +605,32 @@ def _image_columns(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 
 
 def read_table_images(
-    table_path: str, *, row_group: int, rows: set[int], image_columns: Sequence[str] = ()
-) -> Iterator[tuple[int, bytes | None]]:
-    """The bytes of some rows of a row group, with their numbers; None where the table holds none.
+    table_path: str, places: Iterable[tuple[int, int]], *, image_columns: Sequence[str] = ()
+) -> Iterator[tuple[tuple[int, int], bytes | None]]:
+    """The bytes in some rows of a table, each with its place (row group, row), sorted; None where the table holds none.
 
-    Read are the pages up to the last of these rows, for a table cannot be entered in the middle of a row group; a page
-    is in memory at a time. No other file is opened: where a struct of bytes and path has only a path, `build_manifest`
-    has made a row of that file.
+    A place that the table does not have is left out. Read are the pages up to the last of a row group's rows, because
+    a table cannot be entered in the middle of a row group; a page is in memory at a time. No other file is opened:
+    where a struct of bytes and path has only a path, `build_manifest` has made a row of that file.
     """
+    rows_of: dict[int, set[int]] = defaultdict(set)
+    for row_group, row in places:
+        rows_of[row_group].add(row)
     filesystem, path = storage.resolve(table_path)
     with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
         refuse_pickles(table.schema_arrow, table_path)
         column = read_image_column(table.schema_arrow, table_path, image_columns)
-        start = 0
-        for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
-            for number, value in enumerate(_leaf(batch.column(0), "bytes"), start):
-                if number in rows:
-                    yield number, value.as_py()
-            start += len(batch)
-            if start > max(rows):
-                return
+        for row_group in sorted(rows_of):
+            if not 0 <= row_group < table.num_row_groups:
+                continue
+            rows, start = rows_of[row_group], 0
+            for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
+                for number, value in enumerate(_leaf(batch.column(0), "bytes"), start):
+                    if number in rows:
+                        yield (row_group, number), value.as_py()
+                start += len(batch)
+                if start > max(rows):
+                    break
 
 
 def is_tar(table_path: str) -> bool:
@@ -624,10 +645,9 @@ def largest_row_group(manifest: str) -> int:
     for part in storage.list_parquet(manifest):
         filesystem, path = storage.resolve(part)
         with filesystem.open_input_file(path) as stream:
-            metadata = pq.read_metadata(stream)
-        column = metadata.schema.names.index("row")
-        for number in range(metadata.num_row_groups):
-            largest = max(largest, metadata.row_group(number).column(column).statistics.max + 1)
+            rows = _range_of(pq.read_metadata(stream), "row")
+        greatest = rows[1] if rows else pc.max(read_table(part, ["row"])["row"]).as_py()
+        largest = max(largest, -1 if greatest is None else greatest + 1)
     return largest
 
 
@@ -674,7 +694,7 @@ def _entry(
 
 def _choose_ids(
     location: str, tables: list[ListedFile], source: str | None, columns: ImageColumns, id_columns: IdColumns
-) -> pa.ChunkedArray | None:
+) -> _NaturalIds | None:
     """The ids of the tables' rows, None where these are known by table and number.
 
     Args:
@@ -683,15 +703,15 @@ def _choose_ids(
     """
     if source == _POSITION:
         return None
-    ids, kinds = _natural_ids([table.location for table in tables], columns, id_columns)
-    if ids is None or _are_distinct(ids):
+    ids = _natural_ids(tables, columns, id_columns)
+    if ids is None or ids.are_distinct():
         return ids
-    counts = pc.value_counts(ids.drop_null())
+    counts = pc.value_counts(ids.values.drop_null())
     repeated = next((entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1), None)
-    if source is None and (repeated is None or "id" not in kinds):
+    if source is None and (repeated is None or "id" not in ids.kinds):
         return None  # a name beside bytes may be the same for all images
     problem = "some rows have none" if repeated is None else f"{repeated!r} stands there more than once"
-    if "id" in kinds:
+    if "id" in ids.kinds:
         raise InputError(f"{location}: image ids must be unique, but {problem}; --id-column names the column of ids")
     raise InputError(
         f"{location}: its images were known by their paths so far, which new tables have made ambiguous ({problem}): "
@@ -699,15 +719,54 @@ def _choose_ids(
     )
 
 
-def _are_distinct(ids: pa.ChunkedArray) -> bool:
-    return not ids.null_count and pc.count_distinct(ids).as_py() == len(ids)
+def _describe_ids(table_path: str) -> tuple[str, ...]:
+    with _open_table(table_path) as table:
+        unused = describe_unused_ids(table.schema_arrow)
+    if not unused:
+        return ()
+    return (
+        f"{table_path}: the ids of images are not taken from {unused}: an id must be text, a number or bytes; images "
+        "are named by their paths, or by the table's name and the row's number",
+    )
 
 
-def _table_entries(tables: list[ListedFile], places: _Places, ids: pa.ChunkedArray | None) -> Iterator[dict[str, Any]]:
-    natural = iter(ids.to_pylist()) if ids is not None else None
+@dataclass(frozen=True, slots=True)
+class _NaturalIds:
+    """The ids that the rows of Parquet tables have of their own, null for a row without one."""
+
+    values: pa.ChunkedArray
+    """Of all tables, one after the other."""
+    num_rows: Mapping[str, int]
+    """By table."""
+    kinds: frozenset[str]
+    """`id`: of a column of ids; `path` of an image's file; `name` next to its bytes."""
+
+    def are_distinct(self) -> bool:
+        """Whether each row has an id of its own."""
+        return not self.values.null_count and pc.count_distinct(self.values).as_py() == len(self.values)
+
+    def by_table(self) -> dict[str, pa.ChunkedArray]:
+        """The ids of each table."""
+        ends = np.cumsum([*self.num_rows.values()])
+        return {
+            table: self.values.slice(end - count, count)
+            for (table, count), end in zip(self.num_rows.items(), ends, strict=True)
+        }
+
+
+def _table_entries(tables: list[ListedFile], places: _Places, ids: _NaturalIds | None) -> Iterator[dict[str, Any]]:
+    """What a manifest says of each row.
+
+    Raises:
+        InputError: a table has another number of rows than it has ids, because it has been rewritten since.
+    """
+    ids_of = ids.by_table() if ids is not None else {}
     for table in tables:
+        natural = iter(ids_of[table.location].to_pylist()) if ids is not None else None
         first_row = 0
         for row_group, num_rows, image_paths in places.row_groups(table.location):
+            if ids is not None and first_row + num_rows > ids.num_rows[table.location]:
+                raise _rewritten(table)
             for row in range(num_rows):
                 image_id = next(natural) if natural is not None else f"{table.name}#{first_row + row}"
                 image_path = image_paths[row] if image_paths is not None else None
@@ -716,6 +775,12 @@ def _table_entries(tables: list[ListedFile], places: _Places, ids: pa.ChunkedArr
                 else:
                     yield _entry(image_id, image_path, _named_file(image_path))
             first_row += num_rows
+        if ids is not None and first_row != ids.num_rows[table.location]:
+            raise _rewritten(table)
+
+
+def _rewritten(table: ListedFile) -> InputError:
+    return InputError(f"{table.location} was rewritten while it was listed: run the same command again")
 
 
 def _named_file(location: str) -> ListedFile:
@@ -794,6 +859,8 @@ class _Places:
                 first_row += num_rows
 
     def _place(self, path: str, table_path: str, row: int) -> str:
+        if not _can_be_path(path):
+            path = f"{path[:_SHOWN_CHARACTERS]}... ({len(path):,} characters)"
         return storage.place(
             path,
             base=storage.parent(table_path),
@@ -806,14 +873,14 @@ class _Places:
 def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> list[str | None] | None:
     """The path in each row of a row group that has no bytes, None in the others; None if there is no such row."""
     if column.kind == "path":
-        paths = table.read_row_group(row_group, columns=[column.name]).column(0).to_pylist()
+        paths = _texts(table.read_row_group(row_group, columns=[column.name]).column(0))
         return [path or "" for path in paths]
     if column.kind == "bytes" or not is_string(field_type(table.schema_arrow.field(column.name).type, "path")):
         return None
     num_rows, num_missing = table.metadata.row_group(row_group).num_rows, _num_nulls(table, row_group, column.data)
     if num_missing == 0:
         return None
-    paths = _leaf(table.read_row_group(row_group, columns=[f"{column.name}.path"]).column(0), "path").to_pylist()
+    paths = _texts(_leaf(table.read_row_group(row_group, columns=[f"{column.name}.path"]).column(0), "path"))
     if num_missing != num_rows:
         batches = table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data])
         has_bytes = [found for batch in batches for found in _leaf(batch.column(0), "bytes").is_valid().to_pylist()]
@@ -831,33 +898,108 @@ def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int |
     return None
 
 
-def _natural_ids(
-    tables: list[str], columns: ImageColumns, id_columns: IdColumns
-) -> tuple[pa.ChunkedArray | None, set[str]]:
-    """The ids the tables have of their own, None when they have none; and what they are: "id", of a column of ids;
-    "path" of an image's file; "name" beside its bytes."""
+def _natural_ids(tables: list[ListedFile], columns: ImageColumns, id_columns: IdColumns) -> _NaturalIds | None:
+    """The ids the tables have of their own, None when one of them has none."""
     chunks: list[pa.Array] = []
-    kinds = set()
-    for table_path in tables:
-        with _open_table(table_path) as table:
+    num_rows, kinds = {}, set()
+    for listed in tables:
+        with _open_table(listed.location) as table:
             schema = table.schema_arrow
-            column = columns.get(table, table_path)
-            id_column = id_columns.find(schema, table_path)
+            column = columns.get(table, listed.location)
+            id_column = id_columns.find(schema, listed.location)
             if id_column is not None:
-                kinds.add("id")
+                kind = "id"
             elif column.kind == "path":
-                id_column = column.name
-                kinds.add("path")
+                id_column, kind = column.name, "path"
             elif column.kind == "struct" and schema.field(column.name).type.get_field_index("path") >= 0:
-                id_column = f"{column.name}.path"
-                kinds.add("name")
+                id_column, kind = f"{column.name}.path", "name"
             else:
-                return None, set()
-            values = table.read(columns=[id_column]).column(0)
-        if pa.types.is_struct(values.type):
-            values = pc.struct_field(values, "path")
-        chunks.extend(values.cast(pa.string()).chunks)
-    return pa.chunked_array(chunks, pa.string()), kinds
+                return None
+            kinds.add(kind)
+            num_rows[listed.location] = 0
+            for batch in table.iter_batches(batch_size=_IDS_AT_A_TIME, columns=[id_column]):
+                ids = id_texts(_leaf(batch.column(0), "path"))
+                if kind != "id":
+                    ids = _without_contents(ids, listed.name, num_rows[listed.location])
+                chunks.append(ids)
+                num_rows[listed.location] += len(ids)
+    return _NaturalIds(pa.chunked_array(chunks, pa.string()), num_rows, frozenset(kinds))
+
+
+def id_texts(values: pa.Array) -> pa.Array:
+    """Ids of any type that `can_be_id` as strings: numbers, times and the like as Arrow writes them, bytes as text if
+    they are printable UTF-8 and else in hexadecimal, as those of UUIDs are. Null stays null."""
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    kind = values.type
+    if kind == pa.binary(_UUID_BYTES):
+        return pa.array([value and value.hex() for value in values.to_pylist()], pa.string())
+    if _is_bytes(kind):
+        return pa.array([value and _text_or_hex(value) for value in values.to_pylist()], pa.string())
+    return _valid_texts(values) if is_string(kind) else values.cast(pa.string())
+
+
+def can_be_id(kind: pa.DataType) -> bool:
+    """Whether values of this type can name images: not those that are made of several values."""
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return not pa.types.is_nested(kind)
+
+
+def describe_unused_ids(schema: pa.Schema) -> str:
+    """The columns that are named like ids and cannot be ids, with their types, if the table has no others; else ""."""
+    if find_id_column(schema) is not None:
+        return ""
+    return ", ".join(f"{name} ({schema.field(name).type})" for name in _ID_COLUMNS if name in schema.names)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return is_binary(kind) or bool(pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _text_or_hex(value: bytes) -> str:
+    with suppress(UnicodeDecodeError):
+        text = value.decode()
+        if text.isprintable():
+            return text
+    return value.hex()
+
+
+def _valid_texts(values: pa.Array) -> pa.Array:
+    """Strings as `pa.string`, with bytes that are not UTF-8 written as `\\xff`: Parquet's readers do not check them."""
+    values = values.cast(pa.string())
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:
+        texts = values.cast(pa.binary()).to_pylist()
+        values = pa.array([text and text.decode("utf-8", "backslashreplace") for text in texts], pa.string())
+    return values
+
+
+def _texts(values: pa.ChunkedArray) -> list[str | None]:
+    return [text for chunk in values.chunks for text in _valid_texts(chunk).to_pylist()]
+
+
+def _without_contents(paths: pa.Array, table_name: str, first_row: int) -> pa.Array:
+    """Paths that serve as ids; where one is no path but content, as a data URI is, the table's name and the row's
+    number."""
+    if not any(path is not None and not _can_be_path(path) for path in paths.to_pylist()):
+        return paths
+    return pa.array(
+        [
+            path if path is None or _can_be_path(path) else f"{table_name}#{row}"
+            for row, path in enumerate(paths.to_pylist(), first_row)
+        ],
+        pa.string(),
+    )
+
+
+def _can_be_path(text: str) -> bool:
+    return len(text) <= _MAX_PATH_CHARACTERS and text[:5].lower() != "data:"
 
 
 class _KnownImages:
@@ -875,7 +1017,7 @@ class _KnownImages:
         """The column of ids that the user named."""
         self.image_columns: list[str] = []
         """See `ImageColumns.names`."""
-        self._parts: list[tuple[str, str, str]] = []
+        self._parts: list[tuple[str, tuple[str, str] | None]] = []
         for part in storage.list_parquet(folder):
             filesystem, path = storage.resolve(part)
             metadata = pq.read_metadata(path, filesystem=filesystem)
@@ -883,9 +1025,7 @@ class _KnownImages:
             self.id_source = ((metadata.metadata or {}).get(_ID_SOURCE) or b"").decode() or self.id_source
             self.id_column = ((metadata.metadata or {}).get(_ID_COLUMN) or b"").decode() or self.id_column
             self.image_columns = list(dict.fromkeys([*self.image_columns, *_image_columns(metadata.metadata)]))
-            column = MANIFEST_SCHEMA.get_field_index("image_id")
-            ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
-            self._parts.append((part, min(one.min for one in ranges), max(one.max for one in ranges)))
+            self._parts.append((part, _range_of(metadata, "image_id")))
 
     @property
     def is_by_type(self) -> bool:
@@ -898,10 +1038,10 @@ class _KnownImages:
         ids = np.full(rows.num_rows, -1, np.int64)
         is_changed, is_moved = np.zeros(rows.num_rows, bool), np.zeros(rows.num_rows, bool)
         least, greatest = pc.min_max(rows["image_id"]).as_py().values()
-        for part, first, last in self._parts:
+        for part, known_range in self._parts:
             if (ids >= 0).all():
                 break
-            if last < least or first > greatest:
+            if known_range and (known_range[1] < least or known_range[0] > greatest):
                 continue
             part_rows = read_table(part)
             found = pc.index_in(rows["image_id"], value_set=part_rows["image_id"]).to_numpy(zero_copy_only=False)
@@ -912,6 +1052,16 @@ class _KnownImages:
             is_changed[here] = _differ(before, now, "size", "modified_ns")
             is_moved[here] = ~is_changed[here] & _differ(before, now, "image_path", "table_path", "row_group", "row")
         return ids, is_changed, is_moved
+
+
+def _range_of(metadata: pq.FileMetaData, name: str) -> tuple[Any, Any] | None:
+    """The least and the greatest value of a column of a manifest; None if the file does not have them: Parquet keeps
+    none of text longer than 4 KB."""
+    column = MANIFEST_SCHEMA.get_field_index(name)
+    ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
+    if not ranges or any(one is None or not one.has_min_max for one in ranges):
+        return None
+    return min(one.min for one in ranges), max(one.max for one in ranges)
 
 
 def _differ(one: pa.Table, other: pa.Table, *columns: str) -> npt.NDArray[np.bool_]:

@@ -33,6 +33,7 @@ _LOST_ANSWER: Final = "Failed to flush response stream"
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 _TEMPORARY_LETTERS: Final = 60  # of the file's own name; 4 bytes each in UTF-8 leave room in the 255 that a name has
 _COPY_BYTES: Final = 16 * 2**20
+_SECOND_NS: Final = 10**9
 
 _FORBIDDEN: Final = re.compile(r"AWS Error ACCESS_DENIED|HTTP status (401|403)\b")
 _SECRET_NAMES: Final = (
@@ -291,10 +292,62 @@ def list_files(folder: str, *, recursive: bool = True) -> Iterator[ListedFile]:
 
 
 def describe_file(location: str) -> ListedFile:
-    """One file as a listing of its folder shows it."""
+    """One file as a listing of its folder shows it; with size and time 0 if there is no such file."""
     filesystem, path = resolve(location)
+    name = location.rpartition("/")[2]
+    if isinstance(filesystem, fs.LocalFileSystem):
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return ListedFile(location, name, 0, 0)
+        size = status.st_size if stat.S_ISREG(status.st_mode) else 0
+        return ListedFile(location, name, size, _int64_or_unknown(status.st_mtime_ns))
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec remembers what it has seen, and others write to the store
+        filesystem.handler.fs.invalidate_cache()
     info = filesystem.get_file_info(path)
-    return ListedFile(location, location.rpartition("/")[2], info.size or 0, info.mtime_ns or 0)
+    return ListedFile(location, name, info.size or 0, _int64_or_unknown(info.mtime_ns or 0))
+
+
+def describe_regular_file(location: str) -> ListedFile:
+    """As `describe_file`.
+
+    Raises:
+        OSError: there is no such file, or it is not a regular one, or the store does not answer.
+    """
+    filesystem, path = resolve(location)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        _require_regular(os.stat(path), location)
+        return describe_file(location)
+    try:
+        file = describe_file(location)
+        is_there = file.size > 0 or exists(location)
+    except OSError:
+        raise
+    except Exception as error:  # what a library under fsspec raises is its own affair
+        raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
+    if not is_there:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
+    return file
+
+
+def is_same_version(location: str, before: tuple[int, int], now: tuple[int, int]) -> bool:
+    """Whether two pairs of size and modification time (ns) can be of the same content of a file.
+
+    An unknown size (0 or less) or time (0) is not compared. The times of an object are the same if they differ by less
+    than a second and one of them has no fraction: some stores list milliseconds and report whole seconds otherwise.
+    """
+    (old_size, old_time), (size, time_) = before, now
+    if old_size > 0 and size > 0 and old_size != size:
+        return False
+    if not old_time or not time_ or old_time == time_:
+        return True
+    is_rounded = old_time % _SECOND_NS == 0 or time_ % _SECOND_NS == 0
+    return is_uri(location) and is_rounded and abs(old_time - time_) < _SECOND_NS
+
+
+def _int64_or_unknown(modified_ns: int) -> int:
+    """The time, or 0 where it does not fit into the 64 bits of a table: from 1677 to 2262."""
+    return modified_ns if -(2**63) <= modified_ns < 2**63 else 0
 
 
 def list_parquet(folder: str) -> list[str]:
@@ -344,7 +397,8 @@ def _list_local(path: str) -> list[tuple[str, bool, int, int]]:
                 found.append((entry.name, False, -1, 0))
                 continue
             if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-                found.append((entry.name, stat.S_ISDIR(status.st_mode), status.st_size, status.st_mtime_ns))
+                modified_ns = _int64_or_unknown(status.st_mtime_ns)
+                found.append((entry.name, stat.S_ISDIR(status.st_mode), status.st_size, modified_ns))
     return found
 
 
@@ -353,7 +407,7 @@ def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, 
         filesystem.handler.fs.invalidate_cache()
     entries = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
     return [
-        (entry.base_name, entry.type == fs.FileType.Directory, entry.size or 0, entry.mtime_ns or 0)
+        (entry.base_name, entry.type == fs.FileType.Directory, entry.size or 0, _int64_or_unknown(entry.mtime_ns or 0))
         for entry in entries
     ]
 
@@ -367,7 +421,8 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
     """The file's content.
 
     Args:
-        max_bytes: a longer file is not read.
+        max_bytes: never read more than this; a longer file is an error. So is anything but a regular file: a pipe may
+            never end, and a device may not.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -378,9 +433,8 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
     if "\0" in path:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
     if isinstance(filesystem, fs.LocalFileSystem):
-        if max_bytes is not None and os.path.getsize(path) > max_bytes:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
-        return Path(path).read_bytes()  # twice as fast as through pyarrow, and its errors have types
+        # Not through pyarrow: this is twice as fast, and its errors have types.
+        return Path(path).read_bytes() if max_bytes is None else _read_regular(path, location, max_bytes)
     try:
         return _read_remote(filesystem, path, max_bytes)
     except (OSError, MemoryError) as error:
@@ -393,6 +447,45 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
         raise kind(hide_secrets(str(error))) from None
     except Exception as error:  # what a library under fsspec raises is its own affair
         raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
+
+
+def _read_regular(path: str, location: str, max_bytes: int) -> bytes:
+    """The content of a local regular file. Its reported size is not relied on: files under /proc report 0, and a file
+    may grow while it is read."""
+    _require_regular(os.stat(path), location)  # before it is opened: opening a device may have effects
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        size = _require_regular(os.fstat(file.fileno()), location)
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
+        content: bytes | None = file.read(size + 1)
+        if content is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), location)
+        if len(content) <= size:
+            return content
+        longer = bytearray(content)
+        while len(longer) <= max_bytes and (content := file.read(min(_COPY_BYTES, max_bytes + 1 - len(longer)))):
+            longer += content
+    if len(longer) > max_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
+    return bytes(longer)
+
+
+def _require_regular(status: os.stat_result, location: str) -> int:
+    """The size of a regular file; OSError naming what is there instead."""
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), location)
+    kind = next((name for is_kind, name in _SPECIAL_FILES if is_kind(status.st_mode)), "a special file")
+    raise OSError(errno.EINVAL, f"expected a regular file, got {kind}", location)
+
+
+_SPECIAL_FILES: Final = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 
 def _read_remote(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:

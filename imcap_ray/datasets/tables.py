@@ -14,7 +14,7 @@ from imcap_ray.columns import ImageColumn, ImageColumns, require_column
 from imcap_ray.datasets.records import CAPTION_FIELDS, SPLIT_FIELD, captions_in, has_caption_field, is_caption_field
 from imcap_ray.datasets.table import CaptionedImages, Collector, PackedImage, Source, split_in_name, split_in_path
 from imcap_ray.errors import DatasetError, InputError
-from imcap_ray.manifest import IdColumns, list_table_images, refuse_pickles
+from imcap_ray.manifest import IdColumns, describe_unused_ids, id_texts, list_table_images, refuse_pickles
 from imcap_ray.storage import ListedFile
 
 ROWS_AT_A_TIME: Final = 10_000
@@ -43,6 +43,14 @@ def read_parquet(source: Source) -> CaptionedImages | None:
     collector = Collector(source, "Parquet")
     for name in without:
         collector.odd("table in a folder below has no captions", "tables in folders below have no captions", name)
+    unused_ids = {name: unused for name, schema in schemas.items() if (unused := describe_unused_ids(schema))}
+    if source.columns.id is None:
+        for name, unused in unused_ids.items():
+            collector.odd(
+                "table has ids that are neither text nor numbers nor bytes, not used",
+                "tables have ids that are neither text nor numbers nor bytes, not used",
+                f"{name}, {unused}",
+            )
     packed: dict[str, PackedImage] = {}
     try:
         found_columns = [_find_image_column(image_columns, table.location) for table in tables.values()]
@@ -51,9 +59,11 @@ def read_parquet(source: Source) -> CaptionedImages | None:
         captions = {name: _caption_columns(source.columns.caption, schema, name) for name, schema in schemas.items()}
         has_captions = source.columns.caption is not None or has_caption_field(columns)
         if not has_captions or not (has_images or has_ids):
+            first = next(iter(unused_ids.values()), "")
             raise DatasetError(
                 f"{source.location}: expected a column of images (image with bytes, image_path, ...) or image_id, and "
                 f"one of captions (captions, caption, text, ...); got {', '.join(columns)}"
+                + (f"; ids must be text, numbers or bytes, which {first} is not" if first else "")
             )
         if any(column and column.kind != "path" for column in found_columns):
             collector.format = "Parquet with images"
@@ -153,10 +163,10 @@ def _read_rows(
         with filesystem.open_input_file(inner) as stream, pq.ParquetFile(stream) as file:
             columns = [*wanted.values(), *filter(None, [id_column])]
             for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME, columns=columns):
-                rows = pa.Table.from_batches([batch])
+                rows = pa.Table.from_batches([batch]).select([*wanted.values()])
                 rows.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
-                ids = rows[id_column].cast(pa.string()).to_pylist() if id_column else [None] * len(rows)
-                texts = rows.select([*wanted.values()]).rename_columns([*wanted]).to_pylist()
+                ids = id_texts(batch[id_column]).to_pylist() if id_column else [None] * len(rows)
+                texts = rows.rename_columns([*wanted]).to_pylist()
                 for image_id, row in zip(ids, texts, strict=True):
                     yield table.name, {**nowhere, **row, "image_id": image_id}
     except (pa.ArrowException, OSError) as error:

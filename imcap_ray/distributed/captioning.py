@@ -209,12 +209,12 @@ class CaptioningPlan:
     """Of the last run into this output, if there was one."""
     seconds: float | None
     """At that speed."""
-    notes: list[str]
-    """How the images are found and named."""
-    image_column: str | None
-    """The column of Parquet tables that images are read from; several are separated by commas."""
-    id_column: str | None
-    """The column of Parquet tables that ids are read from; None if they are paths, names or numbers of rows."""
+    notes: tuple[str, ...] = ()
+    """See `InputSummary`."""
+    image_column: str | None = None
+    """See `InputSummary`."""
+    id_column: str | None = None
+    """See `InputSummary`."""
 
 
 def load_captioner(
@@ -300,7 +300,7 @@ def plan_captioning(
         gpus_per_actor=gpus,
         images_per_second=rate,
         seconds=num_new / rate if rate else None,
-        notes=list(found.notes),
+        notes=found.notes,
         image_column=found.image_column,
         id_column=found.id_column,
     )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from tests.small_data import jpeg, write_tar
 LONG = "deep/" * 60 + "name of more than a hundred letters.jpg"  # has headers before its own
 
 
-def read_manifest(folder: Path) -> list[dict[str, object]]:
+def read_manifest(folder: Path) -> list[dict[str, Any]]:
     return [row for part in sorted(folder.glob("*.parquet")) for row in read_table(str(part)).to_pylist()]
 
 
@@ -44,7 +45,8 @@ def test_every_file_is_found_again_by_its_block(tmp_path: Path, format: int) -> 
 def test_a_file_that_cannot_be_read_does_not_touch_the_others(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": b"x" * 5000, "c.jpg": jpeg(2), "d.jpg": jpeg(3)})
     build_manifest(str(path), str(tmp_path / "manifest"))
-    rows = read_manifest(tmp_path / "manifest")
+    # As from a store that knows neither sizes nor times: else the whole tar counts as rewritten.
+    rows = [row | {"size": -1, "modified_ns": 0} for row in read_manifest(tmp_path / "manifest")]
     with path.open("r+b") as file:
         file.seek(512 * (rows[2]["row_group"] - 1))
         file.write(b"no header any more")

@@ -267,7 +267,7 @@ def test_parquet_rows_without_an_image_or_a_caption_are_counted(tmp_path: Path) 
         ({"image_id": ["a"], "caption": ["x"], "split": ["odd"]}, "split must be train, validation, test, got 'odd'"),
         ({"image_id": ["a"], "words": ["x"]}, "expected a column of images .* of captions .*; got image_id, words"),
         ({"picture": ["a"], "caption": ["x"]}, "expected a column of images .* of captions .*; got picture, caption"),
-        ({"image_id": [["a"]], "caption": [{"text": "x"}]}, "is not readable Parquet of captions"),
+        ({"image_id": [["a"]], "caption": [{"text": "x"}]}, "ids must be text, numbers or bytes, which image_id .list"),
         ({"image_id": ["a"], "caption": [""]}, "Parquet, but not one caption in it"),
     ],
 )

@@ -228,7 +228,7 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
     folder.write_run(_identity(str(table), EchoCaptioner()) | {"image_column": "left", "id_column": "id"})
 
     assert (found.image_column, found.id_column) == ("left", "id")
-    assert found.notes == [f"{table}: images from column left (bytes), ids from column id"]
+    assert found.notes == (f"{table}: images from column left (bytes), ids from column id",)
     assert plan("left").image_column == "left"
     with pytest.raises(OutputError, match="was made with --image-column left, now right: .*--overwrite"):
         plan("right")

@@ -1,0 +1,383 @@
+"""A caption belongs to the bytes it was made from, whatever happens to the table or tar they were in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray import image_sources, storage
+from imcap_ray.distributed.captions_folder import CaptionsFolder
+from imcap_ray.errors import ImageError, InputError
+from imcap_ray.image_sources import CaptionedImageSource, Row, read_rows
+from imcap_ray.manifest import (
+    CAPTIONS_SCHEMA,
+    MANIFEST_SCHEMA,
+    build_manifest,
+    read_table,
+    update_manifest,
+    write_table,
+)
+from tests.small_data import jpeg, write_tar
+
+CONTENTS = {name: jpeg(number, width=20, height=20) for number, name in enumerate("abcdexyz")}
+CONTENTS["b"] = b"no image at all"
+"""What the image of each id is; `b` is broken."""
+
+RUN = "0123456789abcdef" * 2
+
+
+def write_input(folder: Path, kind: str, names: str) -> None:
+    """The images of these names, in this order, as a table or tar with another time than the one before."""
+    folder.mkdir(exist_ok=True)
+    path = folder / ("t.tar" if kind == "tar" else "t.parquet")
+    before = path.stat().st_mtime_ns if path.exists() else time.time_ns()
+    if kind == "tar":
+        write_tar(path, {f"{name}.jpg": CONTENTS[name] for name in names})
+    else:
+        images = [CONTENTS[name] for name in names]
+        struct = [{"bytes": image, "path": f"{name}.jpg"} for name, image in zip(names, images, strict=True)]
+        columns: dict[str, Any] = {"image": struct if kind == "struct" else images}
+        if kind != "positions":
+            columns["id"] = list(names)
+        pq.write_table(pa.table(columns), path, row_group_size=2)
+    os.utime(path, ns=(before + 10**9, before + 10**9))
+
+
+def manifest_rows(folder: str) -> list[Row]:
+    return [row for part in storage.list_parquet(folder) for row in read_table(part).to_pylist()]
+
+
+def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False, limit: int | None = None) -> None:
+    """What a captioning run does, without Ray: list, take out what is to be done again, read, write."""
+    if folder.read_run() is None:
+        folder.write_run({"input": str(source), "state": "running"})
+    found = build_manifest(str(source), folder.manifest, limit=limit)
+    folder.forget_changed(found.changed)
+    if retry_failed:
+        folder.forget_failed()
+    read_and_write(folder, manifest_rows(folder.manifest))
+
+
+def read_and_write(folder: CaptionsFolder, rows: list[Row]) -> None:
+    """Caption those of these rows that are not done: the caption names the content."""
+    done = set(folder.done_ids().tolist())
+    left = [row for row in rows if row["manifest_id"] not in done]
+    written = []
+    for row, data in read_rows(left, folder.location):
+        error = data if isinstance(data, ImageError) else None
+        if data == CONTENTS["b"]:
+            error = ImageError("not_an_image", "broken")
+        content = next((name for name, content in CONTENTS.items() if content == data), "")
+        written.append(
+            dict.fromkeys(CAPTIONS_SCHEMA.names)
+            | {"image_id": row["image_id"], "image_path": row["image_path"], "duplicate_of": ""}
+            | {"status": "failed" if error else "ok", "error_code": error.code if error else ""}
+            | {"caption": "" if error else content, "sha256": "", "manifest_id": row["manifest_id"]}
+        )
+    if not written:
+        return
+    name = f"{RUN}_{len(folder.parts()) + 1:06}.parquet"
+    write_table(
+        storage.join(folder.location, name),
+        pa.Table.from_pylist(written, schema=CAPTIONS_SCHEMA.insert(0, MANIFEST_SCHEMA.field(0))).remove_column(0),
+    )
+    ids = pa.array([row["manifest_id"] for row in written], pa.int64())
+    write_table(storage.join(folder.done, name), pa.table({"manifest_id": ids}))
+
+
+def results(folder: CaptionsFolder) -> dict[str, str]:
+    """By image id the name of the content that was captioned, or the error code."""
+    folder.check_accounts()
+    rows = [row for part in folder.parts() for row in read_table(part).to_pylist()]
+    return {row["image_id"]: row["caption"] or row["error_code"] for row in rows}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> CaptionsFolder:
+    return CaptionsFolder(str(tmp_path / "out"))
+
+
+KINDS = ["bytes", "struct", "tar"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_image_that_left_its_table_gets_no_other_images_caption(
+    source: Path, folder: CaptionsFolder, kind: str
+) -> None:
+    write_input(source, kind, "abcde")
+    caption(folder, source)
+    write_input(source, kind, "acde")
+
+    caption(folder, source, retry_failed=True)
+
+    assert results(folder) == {"a": "a", "b": "changed", "c": "c", "d": "d", "e": "e"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_run_whose_table_was_rewritten_mixes_nothing_up(
+    source: Path, folder: CaptionsFolder, kind: str
+) -> None:
+    write_input(source, kind, "axcde")
+    folder.write_run({"input": str(source), "state": "running"})
+    build_manifest(str(source), folder.manifest)
+    read_and_write(folder, manifest_rows(folder.manifest)[:1])
+    write_input(source, kind, "yecda")
+
+    caption(folder, source)
+
+    assert results(folder) == {"a": "a", "x": "changed", "c": "c", "d": "d", "e": "e", "y": "y"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_beyond_the_limit_of_a_resumed_run_are_changed_until_they_are_listed_again(
+    source: Path, folder: CaptionsFolder, kind: str
+) -> None:
+    write_input(source, kind, "axcde")
+    folder.write_run({"input": str(source), "state": "running"})
+    build_manifest(str(source), folder.manifest)
+    write_input(source, kind, "acdex")
+
+    caption(folder, source, limit=2)
+    limited = results(folder)
+    caption(folder, source)
+
+    assert limited == {"a": "a", "x": "changed", "c": "c", "d": "changed", "e": "changed"}
+    assert results(folder) == {name: name for name in "axcde"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_that_is_rewritten_during_a_run_is_captioned_by_the_next_one(
+    source: Path, folder: CaptionsFolder, kind: str
+) -> None:
+    write_input(source, kind, "acde")
+    folder.write_run({"input": str(source), "state": "running"})
+    build_manifest(str(source), folder.manifest)
+    write_input(source, kind, "edca")  # of the same size
+
+    read_and_write(folder, manifest_rows(folder.manifest))
+    during = results(folder)
+    caption(folder, source)
+
+    assert during == dict.fromkeys("acde", "changed")
+    assert results(folder) == {name: name for name in "acde"}
+
+
+def test_a_row_known_by_its_position_is_not_read_from_a_table_that_has_become_shorter(
+    source: Path, folder: CaptionsFolder
+) -> None:
+    write_input(source, "positions", "acdb")
+    caption(folder, source)
+    write_input(source, "positions", "xa")
+
+    caption(folder, source, retry_failed=True)
+
+    ids = {f"t.parquet#{number}": answer for number, answer in enumerate(["x", "a", "d", "changed"])}
+    assert results(folder) == ids
+
+
+def rows_of_table(tmp_path: Path, names: str, *, is_known: bool = True) -> list[Row]:
+    shutil.rmtree(tmp_path / "manifest", ignore_errors=True)
+    write_input(tmp_path / "in", "bytes", names)
+    build_manifest(str(tmp_path / "in"), str(tmp_path / "manifest"))
+    unknown = {} if is_known else {"size": -1, "modified_ns": 0}
+    return [row | unknown for row in manifest_rows(str(tmp_path / "manifest"))]
+
+
+def found(rows: Sequence[Row]) -> list[bytes | str]:
+    """What is read for each row, in their order; of an error its code."""
+    answers = {row["manifest_id"]: data for row, data in read_rows(rows, None)}
+    assert len(answers) == len(rows)
+    return [data.code if isinstance(data := answers[row["manifest_id"]], ImageError) else data for row in rows]
+
+
+def test_rows_at_one_place_are_each_answered(tmp_path: Path) -> None:
+    rows = rows_of_table(tmp_path, "acd")
+    twin = rows[1] | {"image_id": "twin", "manifest_id": 7}
+    stale = rows[1] | {"image_id": "stale", "manifest_id": 8, "modified_ns": 1}
+
+    assert found([*rows, twin, stale]) == [*(CONTENTS[name] for name in "acdc"), "changed"]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_table_with_fewer_row_groups_and_rows_than_before_is_no_crash(tmp_path: Path, is_known: bool) -> None:
+    rows = rows_of_table(tmp_path, "acdexyz", is_known=is_known)
+    write_input(tmp_path / "in", "bytes", "x")
+
+    first = CONTENTS["x"] if not is_known else "changed"
+    assert found(rows) == [first, *["changed"] * 6]
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_table_that_has_other_columns_now_fails_its_own_rows_only(tmp_path: Path, is_known: bool) -> None:
+    rows = rows_of_table(tmp_path, "ac", is_known=is_known)
+    (tmp_path / "single.jpg").write_bytes(CONTENTS["d"])
+    single = rows[0] | {"manifest_id": 9, "table_path": "", "image_path": str(tmp_path / "single.jpg")}
+    pq.write_table(pa.table({"number": [1, 2]}), tmp_path / "in" / "t.parquet")
+
+    code = "changed" if is_known else "read_error"
+    assert found([*rows, single]) == [code, code, CONTENTS["d"]]
+
+
+def test_a_table_that_is_gone_is_missing(tmp_path: Path) -> None:
+    rows = rows_of_table(tmp_path, "ac")
+    (tmp_path / "in" / "t.parquet").unlink()
+
+    assert found(rows) == ["missing", "missing"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "bytes"])
+def test_nothing_that_was_read_before_a_table_was_rewritten_is_passed_on_after(
+    tmp_path: Path, source: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table is rewritten in its place after some rows were read: those read after that are another table's."""
+    monkeypatch.setattr(image_sources, "_IMAGES_AT_A_TIME", 2)
+    write_input(source, kind, "acde")
+    build_manifest(str(source), str(tmp_path / "manifest"))
+    reading = read_rows(manifest_rows(str(tmp_path / "manifest")), None)
+
+    answers = [next(reading), next(reading)]
+    write_input(source, kind, "edca")
+    answers += list(reading)
+
+    codes = [data.code if isinstance(data, ImageError) else data for _, data in answers]
+    assert codes == [CONTENTS["a"], CONTENTS["c"], "changed", "changed"]
+
+
+def test_a_table_is_described_twice_and_opened_once_however_many_row_groups_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "in" / "t.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": [CONTENTS["a"]] * 60}), path, row_group_size=1)
+    build_manifest(str(path), str(tmp_path / "manifest"))
+    calls = {"opened": 0, "described": 0}
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            calls[name] += 1
+            return call(*arguments, **keywords)
+
+        return counted
+
+    monkeypatch.setattr(pq, "ParquetFile", counting("opened", pq.ParquetFile))
+    monkeypatch.setattr(storage, "describe_regular_file", counting("described", storage.describe_regular_file))
+
+    assert found(manifest_rows(str(tmp_path / "manifest"))) == [CONTENTS["a"]] * 60
+    assert calls == {"opened": 1, "described": 2}
+
+
+@pytest.mark.parametrize("before", ["shorter", "longer"])
+def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    from imcap_ray import manifest
+
+    read_ids = manifest._natural_ids
+    write_input(source, "bytes", "acd")
+    shutil.copy(source / "t.parquet", tmp_path / "new.parquet")
+    write_input(source, "bytes", "ac" if before == "shorter" else "acde")
+    pq.write_table(pa.table({"image": [CONTENTS["x"]], "id": ["x"]}), source / "u.parquet")
+
+    def rewritten_after(tables: list[Any]) -> Any:
+        ids = read_ids(tables)
+        shutil.copy(tmp_path / "new.parquet", source / "t.parquet")
+        return ids
+
+    monkeypatch.setattr(manifest, "_natural_ids", rewritten_after)
+
+    with pytest.raises(InputError, match="t.parquet was rewritten while it was listed: run the same command again"):
+        build_manifest(str(source), str(tmp_path / "manifest"))
+
+
+# ---- reports and exports
+
+
+def captioned(folder: CaptionsFolder, source: Path, names: str) -> tuple[CaptionedImageSource, list[Row]]:
+    write_input(source, "bytes", names)
+    caption(folder, source)
+    rows = [{"image_id": name, "image_path": ""} for name in names]
+    return CaptionedImageSource(folder.location), rows
+
+
+def read_all(images: Iterator[bytes | ImageError]) -> list[bytes | str]:
+    return [data.code if isinstance(data, ImageError) else data for data in images]
+
+
+def test_a_report_shows_no_image_of_a_table_that_was_rewritten_since(source: Path, folder: CaptionsFolder) -> None:
+    images, rows = captioned(folder, source, "acd")
+    assert read_all(images.load(rows)) == [CONTENTS[name] for name in "acd"]
+
+    write_input(source, "bytes", "dca")
+
+    assert read_all(images.load(rows)) == ["changed"] * 3
+
+
+def test_an_old_output_with_two_images_at_one_place_can_be_reported_and_exported(
+    source: Path, folder: CaptionsFolder
+) -> None:
+    """As earlier versions left it: `a` is where `c` is, by the table as it was once."""
+    images, rows = captioned(folder, source, "acd")
+    manifest = pa.Table.from_pylist(manifest_rows(folder.manifest), schema=MANIFEST_SCHEMA)
+    moved = manifest.slice(0, 1).to_pylist()[0] | {"row": 1, "modified_ns": 5}
+    update_manifest(folder.manifest, pa.Table.from_pylist([moved], schema=MANIFEST_SCHEMA))
+
+    assert read_all(images.load(rows)) == ["changed", CONTENTS["c"], CONTENTS["d"]]
+
+
+def test_a_manifest_without_sizes_and_times_is_read(source: Path, folder: CaptionsFolder) -> None:
+    images, rows = captioned(folder, source, "acd")
+    for part in storage.list_parquet(folder.manifest):
+        write_table(part, read_table(part).drop(["size", "modified_ns"]))
+
+    assert read_all(images.load(rows)) == [CONTENTS[name] for name in "acd"]
+
+
+# ---- which versions are the same
+
+
+@pytest.mark.parametrize(
+    ("location", "before", "now", "expected"),
+    [
+        ("/t", (5, 1_500), (5, 1_500), True),
+        ("/t", (5, 1_500), (6, 1_500), False),
+        ("/t", (5, 1_500), (5, 1_501), False),
+        ("/t", (5, 10**9), (5, 10**9 + 1), False),
+        ("/t", (-1, 0), (6, 1_500), True),
+        ("/t", (5, 0), (6, 1_500), False),
+        ("/t", (5, 1_500), (0, 0), True),
+        ("s3://b/t", (5, 3 * 10**9 + 123), (5, 3 * 10**9), True),  # listed with a fraction, asked for without
+        ("s3://b/t", (5, 3 * 10**9 + 123), (5, 3 * 10**9 + 124), False),
+        ("s3://b/t", (5, 3 * 10**9), (5, 4 * 10**9), False),
+    ],
+)
+def test_a_file_is_the_same_by_what_is_known_of_its_size_and_time(
+    location: str, before: tuple[int, int], now: tuple[int, int], expected: bool
+) -> None:
+    assert storage.is_same_version(location, before, now) == expected
+
+
+def test_a_table_in_a_store_that_was_rewritten_is_changed(tmp_path: Path) -> None:
+    place = "memory://rewritten-test/t.parquet"
+    for names in ("acd", "ac"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"image": [CONTENTS[name] for name in names], "id": list(names)}), sink)
+        storage.write_bytes(place, sink.getvalue().to_pybytes())
+        if names == "acd":
+            build_manifest(place, str(tmp_path / "manifest"))
+            rows = manifest_rows(str(tmp_path / "manifest"))
+            assert found(rows) == [CONTENTS[name] for name in "acd"]
+
+    assert found(rows) == ["changed"] * 3
