@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -120,7 +120,7 @@ class LoadImages:
     index: Any = None
     """An `ImageIndex`, where images that have come before need no pixels."""
     image_columns: tuple[str, ...] = ()
-    """The columns that the manifest notes, see `manifest.read_image_columns`; `read_images` fills them in."""
+    """The columns that the manifest notes, see `manifest.read_image_columns`."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """The rows, `IMAGES_PER_BLOCK` at a time.
@@ -195,7 +195,6 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     Args:
         num_images: rows of the manifest that are to be read.
     """
-    load = replace(load, image_columns=tuple(read_image_columns(manifest)))
     cores = own_cores()
     cpus = cores or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
@@ -337,7 +336,8 @@ def map_images(
         min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
         check=check,
     )
-    load = LoadImages(image_size=image_size, root=root, index=index)
+    image_columns = tuple(read_image_columns(manifest))
+    load = LoadImages(image_size=image_size, root=root, index=index, image_columns=image_columns)
     with DataContext.current(context):
         dataset: Dataset = read_images(manifest, load, num_images=num_images).map_batches(
             actor_class,

@@ -73,7 +73,7 @@ from imcap_ray.distributed.training_folder import (
 from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.image_sources import root_of
-from imcap_ray.manifest import write_table
+from imcap_ray.manifest import read_image_columns, write_table
 from imcap_ray.model_card import write_card
 from imcap_ray.trackers import Trackers, tracking
 from imcap_ray.training import FINETUNE, SCORE, kind_of, next_phase, num_epochs, phases, reads_pixels
@@ -776,7 +776,8 @@ def _read_features(cache: FeatureCache) -> ray.data.Dataset:
 
 def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
     """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it."""
-    load = LoadImages(image_size=encoder.image_size, root=manifest.root)
+    image_columns = tuple(read_image_columns(manifest.folder))
+    load = LoadImages(image_size=encoder.image_size, root=manifest.root, image_columns=image_columns)
     return (
         read_images(manifest.folder, load, num_images=manifest.num_images)
         .filter(expr=ray.data.expressions.col("error_code") == "")
