@@ -90,7 +90,7 @@ def test_an_id_column_of_structs_gives_way_to_the_next_one(tmp_path: Path) -> No
     found = build_manifest(str(path), str(tmp_path / "manifest"))
 
     assert [row["image_id"] for row in manifest_rows(tmp_path / "manifest")] == TEXTS
-    assert found.notes == ()
+    assert found.notes == (f"{path}: images from column image (bytes), ids from column key",)
 
 
 def test_captions_without_images_may_have_ids_of_bytes_and_no_structs(tmp_path: Path) -> None:

@@ -291,8 +291,8 @@ def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id
     write_input(source, "bytes", "ac" if before == "shorter" else "acde")
     pq.write_table(pa.table({"image": [CONTENTS["x"]], "id": ["x"]}), source / "u.parquet")
 
-    def rewritten_after(tables: list[Any]) -> Any:
-        ids = read_ids(tables)
+    def rewritten_after(*arguments: Any) -> Any:
+        ids = read_ids(*arguments)
         shutil.copy(tmp_path / "new.parquet", source / "t.parquet")
         return ids
 
