@@ -241,7 +241,7 @@ class _TableReader:
 
     def _changed(self) -> ImageError:
         return ImageError(
-            "changed", f"{self._path} was rewritten after it was listed: the same command lists and captions it again"
+            "changed", f"{self._path} was rewritten after this row was listed; the same command lists the table again"
         )
 
 

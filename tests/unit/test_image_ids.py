@@ -14,6 +14,8 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.datasets import load_dataset
+from imcap_ray.distributed.captioning import _prepare
+from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.errors import DatasetError, ImageError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.manifest import build_manifest, largest_row_group, read_table, write_table
@@ -191,3 +193,20 @@ def test_an_output_of_an_earlier_version_with_a_long_id_is_resumed(tmp_path: Pat
 
     assert build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest")).changed.num_rows == 0
     assert len(manifest_rows(tmp_path / "manifest")) == 2
+
+
+def test_a_run_says_once_that_ids_are_not_used(tmp_path: Path) -> None:
+    path = write_ids(tmp_path, pa.array([{"a": 1}] * 4))
+    lines: list[str] = []
+
+    _prepare(
+        CaptionsFolder(str(tmp_path / "out")),
+        {"input": str(path)},
+        build=build_manifest,
+        check=lambda: None,
+        retry_failed=False,
+        echo=lines.append,
+    )
+
+    assert len(lines) == 1
+    assert "the ids of images are not taken from id (struct<a: int64>)" in lines[0]
