@@ -31,11 +31,19 @@ from imcap_ray.config import (
     PreprocessingConfig,
     SearchConfig,
     from_mapping,
+    parse_json,
     to_mapping,
 )
 from imcap_ray.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
-from imcap_ray.encoders import Encoder, EncoderEnsemble, EncoderWeights, build_encoder, optimize_for_inference
-from imcap_ray.errors import ConfigError, ImageError, ModelError
+from imcap_ray.encoders import (
+    Encoder,
+    EncoderEnsemble,
+    EncoderWeights,
+    build_encoder,
+    difference,
+    optimize_for_inference,
+)
+from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import State, beam_search
 from imcap_ray.tokenization import tokenize
@@ -48,6 +56,10 @@ WEIGHTS_FILE: Final = "model.safetensors"
 VOCABULARY_FILE: Final = "vocabulary.json"
 METRICS_FILE: Final = "metrics.json"
 CARD_FILE: Final = "README.md"
+CHECKSUMS: Final = "sha256"
+"""What `config.json` holds of the weights and the vocabulary, by their files' names; folders of before lack it."""
+_MAX_BYTES: Final = {CONFIG_FILE: 2**20, VOCABULARY_FILE: 2**26, METRICS_FILE: 2**26, WEIGHTS_FILE: 2**34}
+"""Longest files that are read. Each is in memory as a whole."""
 SCALE_SUFFIX: Final = ".scale"
 """Behind the name of an int8 matrix (M, N): that of the bfloat16 factors (M) of its rows."""
 
@@ -175,25 +187,24 @@ class Captioner:
             ModelError: the folder is not whole, or the CNN's weights cannot be had or are others than in training.
         """
         folder = read_model_folder(model)
-        encoder_inside = any(name.startswith("encoder.") for name in folder.tensors)
-        encoder = build_encoder(
-            folder.encoder,
-            folder.preprocessing,
-            weights_path=None if encoder_inside else encoder_weights,
-            expected=folder.encoder_weights,
-            load_weights=not encoder_inside,
-        )
+        inside = below("encoder.", folder.tensors)
+        try:
+            encoder = build_encoder(
+                folder.encoder,
+                folder.preprocessing,
+                weights_path=None if inside else encoder_weights,
+                expected=folder.encoder_weights,
+                tensors=inside or None,
+            )
+        except InputError as error:
+            raise ModelError(f"{folder.location}: {error}") from error
         decoder = build_decoder(
             folder.decoder, num_channels=encoder.num_channels, vocabulary_size=folder.vocabulary_size
         )
-        try:
-            if encoder_inside:
-                encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
-                encoder.weights = folder.encoder_weights
-            decoder.load_state_dict(below("decoder.", folder.tensors))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}") from error
+        weights = below("decoder.", folder.tensors)
+        if reason := difference(decoder.state_dict(), weights):  # its features are others than in training
+            raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}")
+        decoder.load_state_dict(weights)
         return cls(
             encoder=encoder,
             decoder=decoder,
@@ -373,7 +384,8 @@ class ModelFolder:
     tensors: dict[str, Tensor]
     metrics: dict[str, Any]
     fingerprint: str
-    """sha256 over the configuration, the weights and the vocabulary: the same answers, the same fingerprint."""
+    """sha256 over the configuration without its checksums, the weights and the vocabulary: the same answers, the same
+    fingerprint."""
 
 
 def default_model_folder() -> str:
@@ -395,59 +407,129 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
     files = {}
     for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
         try:
-            files[name] = storage.read_bytes(storage.join(location, name))
-        except OSError as error:
-            raise ModelError(f"the model folder {location} lacks a readable {name}: {error}") from error
+            files[name] = storage.read_bytes(storage.join(location, name), max_bytes=_MAX_BYTES[name])
+        except (OSError, MemoryError) as error:
+            raise ModelError(f"the model folder {location} lacks a readable {name}: {error or 'no memory'}") from error
     try:
-        config = json.loads(files[CONFIG_FILE])
-        if config["format_version"] not in range(1, FORMAT_VERSION + 1):
-            raise ModelError(
-                f"{location} has model format {config['format_version']}, this imcap_ray reads 1 to {FORMAT_VERSION}"
-            )
+        config = parse_json(files[CONFIG_FILE])
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got {type(config).__name__}")
+        version, vocabulary_size = (_integer(config, name) for name in ("format_version", "vocabulary_size"))
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ModelError(f"{location} has model format {version}, this imcap_ray reads 1 to {FORMAT_VERSION}")
         sections: dict[str, Any] = {
-            "encoder": from_mapping(EncoderConfig, config["encoder"], section="encoder"),
-            "encoder_weights": EncoderWeights(**config["encoder_weights"]),
-            "preprocessing": from_mapping(PreprocessingConfig, config["preprocessing"], section="preprocessing"),
-            "decoder": from_mapping(DecoderConfig, config["decoder"], section="decoder"),
-            "search": from_mapping(SearchConfig, config["search"], section="search"),
+            name: from_mapping(config_class, config[name], section=name)
+            for name, config_class in (
+                ("encoder", EncoderConfig),
+                ("encoder_weights", EncoderWeights),
+                ("preprocessing", PreprocessingConfig),
+                ("decoder", DecoderConfig),
+                ("search", SearchConfig),
+            )
         }
-        vocabulary_size = int(config["vocabulary_size"])
-    except (ValueError, KeyError, TypeError, ConfigError) as error:
+    except KeyError as error:
+        raise ModelError(f"{location}: {CONFIG_FILE} is damaged or of another kind: {error} is missing") from error
+    except (ValueError, ConfigError) as error:
         raise ModelError(f"{location}: {CONFIG_FILE} is damaged or of another kind: {error}") from error
-    vocabulary = Vocabulary.from_json(files[VOCABULARY_FILE])
+    try:
+        vocabulary = Vocabulary.from_json(files[VOCABULARY_FILE])
+    except ModelError as error:
+        raise ModelError(f"{location}: {error}") from error
     if len(vocabulary) != vocabulary_size:
         raise ModelError(
             f"{location}: the vocabulary has {len(vocabulary)} tokens but the decoder was trained with "
             f"{vocabulary_size}: the folder mixes two trainings"
         )
-    try:
-        from safetensors.torch import load
-
-        tensors = _widen(load(files[WEIGHTS_FILE]))
-    except (safetensors.SafetensorError, RuntimeError) as error:  # the latter from a scale of another matrix
-        raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {error}") from error
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ModelError(f"{location}: {WEIGHTS_FILE} holds values that are no numbers, in {broken[0]} first")
-    metrics_location = storage.join(location, METRICS_FILE)
-    try:
-        metrics = json.loads(storage.read_bytes(metrics_location)) if storage.exists(metrics_location) else {}
-        if not isinstance(metrics, dict):
-            raise ValueError(f"expected an object, got {type(metrics).__name__}")
-    except ValueError as error:
-        raise ModelError(f"{location}: {METRICS_FILE} is damaged: {error}") from error
+    digests = {name: hashlib.sha256(data) for name, data in files.items()}
+    checksums = config.pop(CHECKSUMS, None)
+    if checksums is not None:
+        _require_checksums(location, checksums, digests)
+        # The fingerprint is that of a folder without checksums: captions that were made before there were any resume.
+        digests[CONFIG_FILE] = hashlib.sha256(_config_bytes(config))
+    tensors = _read_tensors(location, files.pop(WEIGHTS_FILE))
+    _require_decoder(location, sections["decoder"], tensors, vocabulary_size)
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
-        digest.update(hashlib.sha256(files[name]).digest())
+        digest.update(digests[name].digest())
     return ModelFolder(
         location=location,
         vocabulary=vocabulary,
         vocabulary_size=vocabulary_size,
         tensors=tensors,
-        metrics=metrics,
+        metrics=_read_metrics(location),
         fingerprint=digest.hexdigest(),
         **sections,
     )
+
+
+def _integer(config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if type(value) is not int:
+        raise ValueError(f"{name} must be an integer, got {repr(value)[:100]}")
+    return value
+
+
+def _config_bytes(config: Mapping[str, Any]) -> bytes:
+    return json.dumps(config, indent=2).encode()
+
+
+def _require_checksums(location: str, checksums: Any, digests: Mapping[str, Any]) -> None:
+    """Raise ModelError if a file is not the one that was saved."""
+    if not isinstance(checksums, dict):
+        raise ModelError(f"{location}: {CONFIG_FILE} is damaged: {CHECKSUMS} must be a section")
+    for name in (WEIGHTS_FILE, VOCABULARY_FILE):
+        if name in checksums and checksums[name] != digests[name].hexdigest():
+            raise ModelError(
+                f"{location}: {name} is damaged, or was changed: its sha256 is {digests[name].hexdigest()[:12]}..., "
+                f"{CONFIG_FILE} expects {str(checksums[name])[:12]}...: copy the folder again, or remove {CHECKSUMS!r} "
+                f"from {CONFIG_FILE} if the change is yours"
+            )
+
+
+def _read_tensors(location: str, data: bytes) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    try:
+        tensors = _widen(load(data))
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    except (safetensors.SafetensorError, RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:300] or "no memory"
+        raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {reason}") from error
+    if broken:
+        raise ModelError(f"{location}: {WEIGHTS_FILE} holds values that are no numbers, in {broken[0][:100]} first")
+    return tensors
+
+
+def _require_decoder(location: str, config: DecoderConfig, tensors: Mapping[str, Tensor], vocabulary_size: int) -> None:
+    """Raise ModelError unless the weights are those of this decoder, which takes no memory here."""
+    weights = below("decoder.", tensors)
+    projection = "project_features.0.weight" if config.name == "attention" else "project_features.weight"
+    shape = weights[projection].shape if projection in weights else ()
+    try:
+        with torch.device("meta"):
+            num_channels = shape[1] if len(shape) == 2 else 1
+            decoder = build_decoder(config, num_channels=num_channels, vocabulary_size=vocabulary_size)
+        reason = difference(decoder.state_dict(), weights)
+    except RuntimeError as error:  # a size that no machine can address
+        reason = " ".join(str(error).split())[:300]
+    if reason:
+        raise ModelError(f"{location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: decoder: {reason}")
+
+
+def _read_metrics(location: str) -> dict[str, Any]:
+    path = storage.join(location, METRICS_FILE)
+    if not storage.exists(path):
+        return {}
+    try:
+        metrics = parse_json(storage.read_bytes(path, max_bytes=_MAX_BYTES[METRICS_FILE]))
+        if not isinstance(metrics, dict):
+            raise ValueError(f"expected an object, got {type(metrics).__name__}")
+        history = metrics.get("history", [])
+        if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+            raise ValueError("history must be a list of objects")
+    except (ValueError, OSError, MemoryError) as error:
+        raise ModelError(f"{location}: {METRICS_FILE} is damaged: {error}") from error
+    return metrics
 
 
 def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
@@ -534,12 +616,14 @@ def save_model_folder(
         narrow[name], narrow[name + SCALE_SUFFIX] = _quantise(matrix)
     narrow = {name: tensor.contiguous().cpu() for name, tensor in narrow.items()}
     folder = storage.absolute(str(location))
-    storage.write_bytes(storage.join(folder, WEIGHTS_FILE), save(narrow))
-    storage.write_bytes(storage.join(folder, VOCABULARY_FILE), vocabulary.to_json().encode())
+    files = {WEIGHTS_FILE: save(narrow), VOCABULARY_FILE: vocabulary.to_json().encode()}
+    config[CHECKSUMS] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    for name, data in files.items():
+        storage.write_bytes(storage.join(folder, name), data)
     storage.write_bytes(storage.join(folder, METRICS_FILE), json.dumps(metrics, indent=2).encode())
     storage.write_bytes(storage.join(folder, CARD_FILE), card.encode())
     # The last file written is the one that makes it a model folder.
-    storage.write_bytes(storage.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
+    storage.write_bytes(storage.join(folder, CONFIG_FILE), _config_bytes(config))
 
 
 def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -557,6 +641,8 @@ def _widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     widened = {}
     for name, tensor in tensors.items():
         if (scale := tensors.get(name + SCALE_SUFFIX)) is not None:
+            if scale.shape != tensor.shape[:1] or tensor.dim() != 2:
+                raise ValueError(f"{name[:100]} and its scale have shapes that do not fit")
             widened[name] = tensor.float() * scale.float()[:, None]
         elif not name.endswith(SCALE_SUFFIX):
             widened[name] = tensor.float() if tensor.is_floating_point() else tensor

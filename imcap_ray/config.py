@@ -7,7 +7,11 @@ and model folders. Settings that change only the speed are arguments of the func
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
+import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -28,9 +32,27 @@ DEFAULT_MODEL = "flickr8k-lite2"
 """The model that comes with the package."""
 
 
+MAX_BEAM_SIZE = 1000
+"""Widest search; good captions need 3 to 5. A width beyond all reason fills the memory."""
+
+MAX_LENGTH = 1000
+"""Longest caption, in tokens."""
+
+MAX_LAYER_SIZE = 2**16
+"""Largest embedding or LSTM state: a matrix of that size takes 64 GiB."""
+
+_MAX_DEPTH = 50
+"""Deepest nesting of a JSON file."""
+
+
 def _require(condition: bool, name: str, expectation: str, value: object) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {expectation}, got {value!r}")
+        raise ConfigError(f"{name} must be {expectation}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +65,9 @@ class EncoderConfig:
     """`grid`: the last feature map, one region per cell; `penultimate`: one vector, the classifier's input."""
 
     def __post_init__(self) -> None:
+        # Of timm's other names some lead to a network or a disk: hf-hub:OWNER/NAME, local-dir:PATH.
+        is_plain = not self.name.startswith("timm:") or re.fullmatch(r"timm:[\w.-]+", self.name, re.ASCII)
+        _require(bool(is_plain), "encoder.name", "timm:NAME with a name that `timm.list_models()` lists", self.name)
         _require(self.layer in ("grid", "penultimate"), "encoder.layer", "'grid' or 'penultimate'", self.layer)
 
 
@@ -64,7 +89,13 @@ class PreprocessingConfig:
         for name in ("mean", "std"):
             value = getattr(self, name)
             _require(value is None or len(value) == 3, f"preprocessing.{name}", "three numbers", value)
+        _require(
+            self.mean is None or all(abs(x) <= 1e6 for x in self.mean), "preprocessing.mean", "-1e6 to 1e6", self.mean
+        )
         _require(self.std is None or all(x > 0 for x in self.std), "preprocessing.std", "above 0", self.std)
+        _require(
+            self.std is None or all(1e-6 <= x <= 1e6 for x in self.std), "preprocessing.std", "1e-6 to 1e6", self.std
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +130,9 @@ class DecoderConfig:
         _require(self.name in ("attention", "lstm"), "decoder.name", "'attention' or 'lstm'", self.name)
         _require(0 <= self.dropout < 1, "decoder.dropout", "in [0, 1)", self.dropout)
         for name in ("embedding_size", "hidden_size", "num_heads"):
-            _require(getattr(self, name) >= 1, f"decoder.{name}", "at least 1", getattr(self, name))
+            size = getattr(self, name)
+            _require(size >= 1, f"decoder.{name}", "at least 1", size)
+            _require(size <= MAX_LAYER_SIZE, f"decoder.{name}", f"at most {MAX_LAYER_SIZE:,}", size)
         _require(
             self.name != "attention" or self.hidden_size % self.num_heads == 0,
             "decoder.num_heads",
@@ -123,8 +156,11 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _require(self.beam_size >= 1, "search.beam_size", "at least 1", self.beam_size)
+        _require(self.beam_size <= MAX_BEAM_SIZE, "search.beam_size", f"at most {MAX_BEAM_SIZE:,}", self.beam_size)
         _require(self.max_length >= 1, "search.max_length", "at least 1", self.max_length)
+        _require(self.max_length <= MAX_LENGTH, "search.max_length", f"at most {MAX_LENGTH:,}", self.max_length)
         _require(self.length_penalty >= 0, "search.length_penalty", "at least 0", self.length_penalty)
+        _require(self.length_penalty <= 100, "search.length_penalty", "at most 100", self.length_penalty)
         _require(
             1 <= self.num_captions <= self.beam_size,
             "search.num_captions",
@@ -277,14 +313,18 @@ class Recipe:
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:
     """The dataclass with these values; an unknown name or a value of another type raises a ConfigError."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{section or 'the settings'} must be a section, got {values!r}")
+        raise ConfigError(f"{section or 'the settings'} must be a section, got {_shown(values)}")
     hints = get_type_hints(config_class)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
         place = f"{section}.{name}" if section else name
         if name not in hints:
-            raise ConfigError(f"unknown setting {place}: expected one of {', '.join(hints)}")
+            raise ConfigError(f"unknown setting {_shown(place)[1:-1]}: expected one of {', '.join(hints)}")
         arguments[name] = _convert(hints[name], value, place)
+    for one in dataclasses.fields(cast("Any", config_class)):
+        has_default = one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
+        if one.name not in arguments and not has_default:
+            raise ConfigError(f"{section}.{one.name} is missing")
     return config_class(**arguments)
 
 
@@ -294,19 +334,59 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     expected = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
     if isinstance(value, bool):
         matches = bool in expected
-    elif isinstance(value, int) and float in expected:
-        return float(value)
+    elif isinstance(value, int | float) and float in expected:
+        return _finite(value, place)
     elif isinstance(value, list):
         matches = any(get_origin(option) is tuple for option in expected) and all(
             type(item) in (int, float) for item in value
         )
-        value = tuple(float(item) for item in value) if matches else value
+        value = tuple(_finite(item, place) for item in value) if matches else value
     else:
         matches = type(value) in expected
     if not matches:
         names = " or ".join(getattr(option, "__name__", str(option)) for option in expected)
-        raise ConfigError(f"{place} must be {names}, got {value!r}")
+        raise ConfigError(f"{place} must be {names}, got {_shown(value)}")
     return value
+
+
+def _finite(value: float, place: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
+    _require(math.isfinite(number), place, "a finite number", value)
+    return number
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, an object repeats a key, or it is nested too deep.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repetition)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError("it is nested too deep")
+    return value
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it repeats the key {_shown(repeated)}")
+    return values
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -342,7 +422,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         )
     try:
         values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or a number of thousands of digits
         raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
     for dotted, value in (overrides or {}).items():
         section, _, name = dotted.partition(".")
@@ -358,5 +438,5 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise ConfigError(f"--set takes SECTION.NAME=VALUE, for example training.epochs=5, got {text!r}")
     try:
         return name, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return name, value

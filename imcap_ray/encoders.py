@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -301,6 +301,10 @@ class Encoder(nn.Module):
         self.weights = weights
         with torch.inference_mode():
             blank = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+        if blank.dim() != 3:
+            raise ModelError(
+                f"the CNN's features must be a map (B, F, H, W) or a vector (B, F), got {tuple(blank.squeeze(1).shape)}"
+            )
         self.num_regions, self.num_channels = blank.shape[1:]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -345,6 +349,7 @@ def build_encoder(
     *,
     weights_path: str | Path | None = None,
     expected: EncoderWeights | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
     load_weights: bool = True,
 ) -> Encoder:
     """The CNN of this name with its weights.
@@ -352,22 +357,41 @@ def build_encoder(
     Args:
         weights_path: a `.pth` or `.safetensors` file to use instead of the library's weights.
         expected: where the weights must come from, as a model folder remembers it; another file raises ModelError.
+        tensors: the weights themselves, where a model folder holds them: no file is read, and no network is asked.
         load_weights: False leaves the weights random: the caller fills them in.
+
+    Raises:
+        ConfigError: there is no CNN of this name.
+        ModelError: its weights cannot be had, or are those of another CNN.
     """
     preprocessing = resolve_preprocessing(config, preprocessing)
     assert preprocessing.image_size and preprocessing.mean and preprocessing.std
     architecture = ENCODERS.get(config.name)
     if architecture is None and not config.name.startswith("timm:"):
-        raise ConfigError(f"no encoder {config.name!r}: expected timm:NAME or one of {', '.join(ENCODERS)}")
+        raise ConfigError(f"no encoder {config.name[:100]!r}: expected timm:NAME or one of {', '.join(ENCODERS)}")
+    load_weights = load_weights and tensors is None
+    if load_weights and weights_path is None and expected is not None and not expected.portable:
+        raise ModelError(
+            f"the CNN's weights are not in the model folder, and no library has them ({expected.source[:100]}): "
+            "give the file: --encoder-weights FILE"
+        )
 
     if architecture is None:
-        from_hub = load_weights and weights_path is None
         name = config.name.removeprefix("timm:")
+        if tensors is not None:
+            _require_weights_of(_build_timm(name), config.layer, tensors)
+        from_hub = load_weights and weights_path is None
         cnn = _build_timm(name, pretrained=from_hub)(config.layer)
         weights = EncoderWeights(source=config.name, sha256="")
     else:
         cnn = architecture.build(config.layer)
         weights = EncoderWeights(source="random", sha256="")
+
+    if tensors is not None:
+        if reason := difference(cnn.state_dict(), tensors):
+            raise ModelError(f"the weights are not those of the CNN {config.name[:100]}: {reason}")
+        cnn.load_state_dict(tensors)
+        weights = expected or weights
 
     if load_weights and (architecture is not None or weights_path is not None):
         if weights_path is not None:
@@ -378,7 +402,10 @@ def build_encoder(
         else:
             assert architecture is not None
             source, path = architecture.find_weights()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError as error:
+            raise ModelError(f"the CNN's weights cannot be read: {error}") from error
         if expected is not None and expected.sha256 and digest != expected.sha256:
             raise ModelError(
                 f"the model was trained on the CNN weights {expected.source} (sha256 {expected.sha256[:12]}...), "
@@ -389,13 +416,42 @@ def build_encoder(
         weights = EncoderWeights(source=source, sha256=digest)
         _load_file(cnn, path, architecture.convert if architecture else None)
 
-    return Encoder(
-        cnn,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-        image_size=preprocessing.image_size,
-        weights=weights,
-    )
+    try:
+        return Encoder(
+            cnn,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            image_size=preprocessing.image_size,
+            weights=weights,
+        )
+    except (RuntimeError, AssertionError) as error:  # of a CNN that takes one size of image only, for one
+        size, reason = preprocessing.image_size, " ".join(str(error).split())[:300]
+        raise ModelError(f"{config.name[:100]} does not take an image of {size} x {size} pixels: {reason}") from error
+
+
+def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The first difference in the names and shapes of two sets of weights; "" where there is none."""
+    for name, tensor in expected.items():
+        if name not in found:
+            if name.endswith(".num_batches_tracked"):  # of batch normalisation; older files lack it
+                continue
+            return f"{name} is missing"
+        if found[name].shape != tensor.shape:
+            return f"{name} must have the shape {tuple(tensor.shape)}, got {tuple(found[name].shape)}"
+        if found[name].is_floating_point() != tensor.is_floating_point():
+            return f"{name} must hold numbers of type {tensor.dtype}, got {found[name].dtype}"
+    return next((f"{name[:100]} is not expected" for name in found if name not in expected), "")
+
+
+def _require_weights_of(build: Callable[[str], nn.Module], layer: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ModelError if the CNN has other weights, before it takes memory: some have billions of them."""
+    try:
+        with torch.device("meta"):
+            cnn = build(layer)
+    except ModelError:  # a few cannot be built like this; where the name is wrong, it shows again
+        return
+    if reason := difference(cnn.state_dict(), tensors):
+        raise ModelError(f"the weights are not those of the CNN: {reason}")
 
 
 @torch.inference_mode()
@@ -501,7 +557,11 @@ def _load_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]]
         elif set(tensors) != expected:
             tensors = convert(tensors)
         # The file's layers behind the one that features are read from are not needed.
-        cnn.load_state_dict({name: tensor for name, tensor in tensors.items() if name in expected})
+        tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
+        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ValueError(f"values that are not numbers, in {broken[0]} first")
+        cnn.load_state_dict(tensors)
     except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(f"{path} does not hold the weights of this CNN: {reason}") from error

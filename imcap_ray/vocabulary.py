@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from imcap_ray.config import parse_json
 from imcap_ray.errors import ModelError
 from imcap_ray.tokenization import TOKENIZERS, detokenize, tokenize
 
@@ -29,7 +30,7 @@ class Vocabulary:
         self._ids = {token: token_id for token_id, token in enumerate(self.tokens)}
         if len(self._ids) != len(self.tokens):
             repeated = [token for token, count in Counter(self.tokens).items() if count > 1]
-            raise ModelError(f"the vocabulary repeats {len(repeated)} tokens, the first is {repeated[0]!r}")
+            raise ModelError(f"the vocabulary repeats {len(repeated)} tokens, the first is {repeated[0][:100]!r}")
 
     @classmethod
     def build(cls, captions: Iterable[str], *, tokenizer: str = "ptb", min_count: int = 1) -> Vocabulary:
@@ -65,12 +66,15 @@ class Vocabulary:
     def from_json(cls, text: str | bytes) -> Vocabulary:
         """The vocabulary that `to_json` wrote."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
             tokens, tokenizer = values["tokens"], values["tokenizer"]
             if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
                 raise ValueError("tokens must be a list of strings")
+            for token in tokens:
+                token.encode()  # JSON may hold half of a character, which no caption can be written with
             if tokenizer not in TOKENIZERS:
-                raise ValueError(f"no tokenizer {tokenizer!r}")
+                raise ValueError(f"no tokenizer {repr(tokenizer)[:100]}")
             return cls(tokens, tokenizer=tokenizer)
         except (ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"vocabulary.json must hold `tokenizer` and `tokens`: {error!r}") from error
+            reason = repr(error)[:300]
+            raise ModelError(f"vocabulary.json must hold `tokenizer` and `tokens`: {reason}") from error

@@ -77,7 +77,34 @@ def _packed_12_bits(numbers: npt.NDArray[np.uint16]) -> bytes:
 
 
 def jpeg_with_segment(jpeg: bytes, marker: int, data: bytes) -> bytes:
-    return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data + jpeg[2:]
+    return jpeg[:2] + _segment(marker, data) + jpeg[2:]
+
+
+def jpeg_of_scans(num_scans: int, width: int = 96, height: int = 64) -> bytes:
+    """A grey progressive JPEG of one scan for its brightness, and others of a few bytes that add nothing to it."""
+    blocks = -(-width // 8) * -(-height // 8)
+    start = b"\xff\xd8" + _segment(0xDB, bytes([0, *[1] * 64]))
+    start += _segment(0xC2, struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0]))
+    start += _segment(0xC4, bytes([0x00, 1, *[0] * 15, 0]))  # of one bit: no change of brightness
+    start += _segment(0xC4, bytes([0x10, 1, *[0] * 15, 0xE0]))  # of one bit: nothing in the next 32,767 blocks or less
+    first = _segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bytes(-(-blocks // 8))
+    bits = "0".ljust(15, "1") * -(-blocks // 32767)
+    later = int(bits.ljust(-(-len(bits) // 8) * 8, "1"), 2).to_bytes(-(-len(bits) // 8), "big")
+    scan = _segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + later.replace(b"\xff", b"\xff\0")
+    return start + first + scan * (num_scans - 1) + JPEG_END
+
+
+def _segment(marker: int, data: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(data) + 2) + data
+
+
+def tiff_of_strips(num_strips: int) -> bytes:
+    """One pixel wide, a pixel in each strip, and all of them are the same byte."""
+    tags = [(256, 3, 1, 1), (257, 4, 1, num_strips), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
+    tags += [(273, 4, num_strips, 200), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, num_strips, 200 + 4 * num_strips)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    directory = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return directory.ljust(200, b"\0") + struct.pack("<I", 8) * num_strips + struct.pack("<I", 1) * num_strips
 
 
 @cache
@@ -126,6 +153,9 @@ def _readable() -> list[tuple[str, bytes, str]]:
         "jpeg_zeros_before_end_mark": jpeg[:-2] + bytes(5000) + JPEG_END,
         "jpeg_fill_bytes_before_end_mark": jpeg[:-2] + b"\xff" * 500 + JPEG_END,
         "jpeg_video_after_end": jpeg + video,
+        "jpeg_100_scans": jpeg_of_scans(100),
+        "jpeg_marks_of_scans_after_end": jpeg + b"\xff\xda\0\2" * 1000,
+        "jpeg_marks_of_scans_in_a_comment": jpeg_with_segment(jpeg, 0xFE, b"\xff\xda\0\2" * 1000),
         "jpeg_with_thumbnail": _jpeg_with_thumbnail(jpeg),
         "jpeg_with_thumbnail_video_after_end": _jpeg_with_thumbnail(jpeg) + video,
         "jpeg_1x1": encode(rgb.resize((1, 1)), "JPEG"),
@@ -339,6 +369,8 @@ def _damaged() -> list[tuple[str, bytes, str]]:
 
 def _too_large() -> list[tuple[str, bytes, str]]:
     png = encode(photo(), "PNG")
+    jpeg = encode(photo(), "JPEG")
+    gif = encode(photo(), "GIF")
     made = {
         "bomb_png": png_header(60_000, 60_000) + png_chunk(b"IDAT", zlib.compress(bytes(1000))),
         "bomb_png_tiny": png_header(30_000, 30_000) + png_chunk(b"IDAT", b""),
@@ -350,6 +382,17 @@ def _too_large() -> list[tuple[str, bytes, str]]:
         "bomb_ppm": b"P6 50000 50000 255\n",
         "bomb_png_text": _png_with_chunk(png, _png_text(50_000_000)),
         "bomb_png_texts": _png_with_chunk(png, 5 * _png_text(15_000_000)),
+        "jpeg_101_scans": jpeg_of_scans(101),
+        "jpeg_exif_in_many_parts": jpeg[:2] + _segment(0xE1, b"Exif\0\0abcd") * 100_000 + jpeg[2:],
+        "jpeg_fill_bytes": jpeg[:2] + b"\xff" * 100_000 + jpeg[2:],
+        "png_many_texts": png[:33] + png_chunk(b"tEXt", b"a\0b") * 100_000 + png[33:],
+        "png_many_profiles": png[:33]
+        + png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(15_000_000))) * 100
+        + png[33:],
+        "gif_many_comments": gif[:781] + b"!\xfe\1a\0" * 100_000 + gif[781:],
+        "ppm_many_comments": b"P3 900 900 255\n" + b"#\n" * 100_000,
+        "icns_many_icons": b"icns" + struct.pack(">I", 800_008) + b"abcd\0\0\0\x08" * 100_000,
+        "tiff_many_strips": tiff_of_strips(200_001),
         "bomb_png_colour_profile": encode(photo(), "PNG", icc_profile=bytes(50_000_000)),
     }
     return [(name, data, "too_large") for name, data in made.items()]

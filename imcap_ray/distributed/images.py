@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -30,7 +31,7 @@ from imcap_ray import storage
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
 from imcap_ray.distributed.fewer_actors import without_cluster_actors
-from imcap_ray.distributed.isolation import Isolated, is_repeated_work
+from imcap_ray.distributed.isolation import Isolated, is_repeated_work, process_ends_after
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
@@ -52,6 +53,12 @@ GOES_ON = "what is written is kept, the same command goes on"
 
 DECODE_MEMORY = 4 * 2**30
 """Bytes for images that may have killed a process before; the largest that are decoded take about 2 GiB."""
+
+DECODE_SECONDS = 300.0
+"""How long one image may be decoded before its process ends and the image is a failed row."""
+
+DECODE_SECONDS_VARIABLE = "IMCAP_DECODE_SECONDS"
+"""Environment variable for another limit; it must be set for the processes that decode."""
 
 
 def loaded_schema(image_size: int) -> pa.Schema:
@@ -134,13 +141,18 @@ class LoadImages:
             yield _without_repeated(loaded, self.index) if self.index else loaded
 
     def _load(self, rows: pa.Table) -> Iterator[pa.Table]:
+        seconds = _decode_seconds()
         images = read_rows(rows.to_pylist(), self.root, image_columns=self.image_columns)
-        loaded = (_load_row(row, data, image_size=self.image_size) for row, data in images)
+        loaded = (_load_row(row, data, image_size=self.image_size, seconds=seconds) for row, data in images)
         while block := list(islice(loaded, IMAGES_PER_BLOCK)):
             yield pa.Table.from_pylist(block, schema=loaded_schema(self.image_size))
 
     def _load_isolated(self, rows: pa.Table) -> Iterator[pa.Table]:
-        isolated = Isolated(lambda: lambda rows: pa.concat_tables(self._load(rows)), memory_limit=DECODE_MEMORY)
+        isolated = Isolated(
+            lambda: lambda rows: pa.concat_tables(self._load(rows)),
+            memory_limit=DECODE_MEMORY,
+            time_limit=_decode_seconds(),
+        )
         for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
             block = rows.slice(start, IMAGES_PER_BLOCK)
             parts = [self._blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
@@ -151,11 +163,20 @@ class LoadImages:
         return pa.Table.from_pylist(loaded, schema=loaded_schema(self.image_size))
 
 
-def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int) -> dict[str, Any]:
+def _decode_seconds() -> float:
+    try:
+        seconds = float(os.environ[DECODE_SECONDS_VARIABLE])
+    except (KeyError, ValueError):
+        return DECODE_SECONDS
+    return seconds if 0 < seconds < threading.TIMEOUT_MAX else DECODE_SECONDS
+
+
+def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int, seconds: float) -> dict[str, Any]:
     try:
         if isinstance(data, ImageError):
             raise data
-        image: DecodedImage = decode_image(data, image_size=image_size)
+        with process_ends_after(seconds):  # not around the reading: a slow store is no fault of the image
+            image: DecodedImage = decode_image(data, image_size=image_size)
     except ImageError as error:
         return _loaded_row(row, error_code=error.code, error_message=error.message)
     return _loaded_row(

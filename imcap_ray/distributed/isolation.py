@@ -2,14 +2,17 @@
 
 Ray tries work again for ever when its process dies, which is right for a node that vanished and wrong for an image
 whose decoder crashes. So work that comes a second time is handed to a process of its own, first as a whole, and if
-that dies too, row by row.
+that dies too, row by row. A decoder that does not return is made to die by `process_ends_after`, in C code as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +47,20 @@ def is_repeated_work() -> bool:
     )
 
 
+@contextlib.contextmanager
+def process_ends_after(seconds: float) -> Iterator[None]:
+    """End this process by SIGALRM if the block takes longer than this.
+
+    The kernel does it, whatever the process is doing. A thread of Python would wait for the lock that a decoder may
+    hold. It costs two system calls. No other timer of this kind (ITIMER_REAL) may be in use.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 class Isolated:
     """Work in a process of its own on this node, which may die without harm.
 
@@ -51,10 +68,14 @@ class Isolated:
         make: makes the work, in that process.
         memory_limit: bytes that the process may take; None: no limit. An image that needs more raises MemoryError
             there, before the node runs out of memory and kills what has nothing to do with it.
+        time_limit: seconds after which the work ends its process by `process_ends_after`, if it does; None: never.
     """
 
-    def __init__(self, make: Callable[[], Work], *, memory_limit: int | None = None) -> None:
+    def __init__(
+        self, make: Callable[[], Work], *, memory_limit: int | None = None, time_limit: float | None = None
+    ) -> None:
         self._arguments = (make, memory_limit, _visible_gpus())
+        self._time_limit = time_limit
         self._process: Any = None
 
     def __call__(self, rows: pa.Table) -> Iterator[tuple[pa.Table, pa.Table | ImageError]]:
@@ -67,18 +88,21 @@ class Isolated:
             row = rows.slice(number, 1)
             for _ in range(DEATHS_TO_BLAME):
                 done = self._try(row)
-                if not isinstance(done, ImageError):
+                if not isinstance(done, ImageError) or done.code == "too_large":  # time that it took by itself
                     break
             yield row, done
 
     def _try(self, rows: pa.Table) -> pa.Table | ImageError:
         if self._process is None:
             self._process = self._start()
+        start = time.monotonic()
         try:
             return ray.get(self._process.work.remote(rows))
         except (RayActorError, OutOfMemoryError) as error:
             self._process = None
             is_memory = isinstance(error, OutOfMemoryError) or NODE_OUT_OF_MEMORY in str(error)
+            if self._time_limit and not is_memory and time.monotonic() - start >= self._time_limit:
+                return ImageError("too_large", f"decoding took longer than {self._time_limit:g} s")
             code, reason = ("out_of_memory", "took too much memory") if is_memory else ("internal", "died")
             return ImageError(code, f"the process that worked on it alone {reason}, {DEATHS_TO_BLAME} times")
 

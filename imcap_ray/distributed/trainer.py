@@ -509,8 +509,8 @@ def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
 
 def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str | None) -> Encoder:
     """The CNN of a recipe, with the weights of the model where that has its own."""
-    if model and below("encoder.", model.tensors):
-        return _with_cnn(build_encoder(recipe.encoder, recipe.preprocessing, load_weights=False), model.tensors)
+    if model and (inside := below("encoder.", model.tensors)):
+        return _with_cnn(build_encoder(recipe.encoder, recipe.preprocessing, tensors=inside), model.tensors)
     expected = model.encoder_weights if model else None
     return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)
 

@@ -1,4 +1,4 @@
-"""Images that kill the process which decodes them."""
+"""Images that kill the process which decodes them, or keep it busy for ever."""
 
 from __future__ import annotations
 
@@ -39,16 +39,40 @@ def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
     else:  # one row group, so that a task has more than a block of it
         names = sorted(images)
         pq.write_table(pa.table({"id": names, "image": [images[name] for name in names]}), input)
-    command = [sys.executable, "-m", "imcap_ray", "caption", str(input), str(tmp_path / "out"), "--json"]
-    plugins = str(Path(__file__).parent / "plugins")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])}
 
-    done = subprocess.run(
-        [*command, "--model", str(model_dir)], capture_output=True, text=True, timeout=280, check=False, env=environment
-    )
+    done = caption(input, tmp_path / "out", model_dir)
 
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["counts"] == {"ok": 400, "failed": 3}
     rows = {row["image_id"]: row for row in read(tmp_path / "out")}
     assert len(rows) == 403
     assert {name: rows[name]["error_code"] for name in poison} == {name: code for name, (_, code) in poison.items()}
+
+
+def test_an_image_that_is_decoded_for_ever_is_a_row_and_the_others_are_captioned(
+    model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
+) -> None:
+    input = tmp_path / "in"
+    input.mkdir()
+    for number in range(40):
+        (input / f"{number:03}.jpg").write_bytes(encode(photo(40 + number, 50), "JPEG"))
+    (input / "020-endless.heic").write_bytes(HEIC + b"ENDLESS")
+
+    done = caption(input, tmp_path / "out", model_dir, IMCAP_DECODE_SECONDS="5")
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"] == {"ok": 40, "failed": 1}
+    rows = {row["image_id"]: row for row in read(tmp_path / "out")}
+    assert len(rows) == 41
+    endless = rows["020-endless.heic"]
+    assert (endless["error_code"], endless["error_message"]) == ("too_large", "decoding took longer than 5 s")
+
+
+def caption(input: Path, output: Path, model: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A captioning of its own Ray, whose HEIC images meet the plugin with the bugs."""
+    plugins = str(Path(__file__).parent / "plugins")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "imcap_ray", "caption", str(input), str(output), "--json", "--model", str(model)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=280, check=False, env=environment | variables
+    )

@@ -12,7 +12,7 @@ from imcap_ray.captioner import Captioner, load_captioner
 from imcap_ray.errors import ModelError
 from imcap_ray.images import decode_image
 from imcap_ray.vocabulary import START_ID
-from tests.small_data import IMAGE_SIZE, jpeg, write_model_folder
+from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 
 PIXELS = np.stack([decode_image(jpeg(number), image_size=IMAGE_SIZE).pixels for number in range(4)])
 
@@ -54,9 +54,8 @@ def test_a_step_is_the_normalised_mean_of_the_members_log_probabilities(folders:
 
 
 def test_models_that_do_not_fit_are_refused_with_what_differs(folders: dict[str, Path], tmp_path: Path) -> None:
-    other = write_model_folder(tmp_path / "other")
-    text = (other / "vocabulary.json").read_text()
-    (other / "vocabulary.json").write_text(text.replace('"dog"', '"hound"'))
+    words = tuple("hound" if word == "dog" else word for word in WORDS)
+    other = write_model_folder(tmp_path / "other", words=words)
 
     with pytest.raises(ModelError, match="cannot caption together: they differ in their vocabulary"):
         load_captioner([folders["attention"], other])

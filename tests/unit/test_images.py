@@ -7,6 +7,7 @@ import io
 import re
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,18 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
 from imcap_ray.images import DecodedImage, decode_image, image_error_from_os_error
-from tests.odd_images import JPEG_END, OK, encode, encode_frames, exif, grey_tiff, odd_images, photo, png_header
+from tests.odd_images import (
+    JPEG_END,
+    OK,
+    encode,
+    encode_frames,
+    exif,
+    grey_tiff,
+    jpeg_of_scans,
+    odd_images,
+    photo,
+    png_header,
+)
 
 SIZE = 48
 
@@ -146,6 +158,7 @@ def test_a_jpeg_decoded_at_a_reduced_scale_is_as_pillow_decodes_it(
     "name",
     [
         *("jpeg_text_after_end", "jpeg_zeros_after_end", "jpeg_video_after_end", "jpeg_with_thumbnail"),
+        *("jpeg_marks_of_scans_after_end", "jpeg_marks_of_scans_in_a_comment"),
         *("jpeg_text_before_end_mark", "jpeg_zeros_before_end_mark", "jpeg_fill_bytes_before_end_mark"),
     ],
 )
@@ -367,6 +380,23 @@ def test_too_many_pixels_are_refused_even_where_pillow_has_no_limit(monkeypatch:
 def test_pictures_that_pillow_only_warns_of_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert decode(encode(photo(40, 30), "PNG")).width == 40
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        pytest.param(jpeg_of_scans(50_000, 8000, 8000), "100 scans", id="jpeg_scans"),
+        pytest.param(b"\xff\xd8" + b"\xff\xe1\0\x0cExif\0\0abcd" * 2_000_000, "20,000 parts", id="jpeg_exif"),
+        pytest.param(b"P3 900 900 255\n" + b"#\n" * 5_000_000, "10,000 comments", id="ppm_comments"),
+    ],
+)
+def test_a_small_file_that_would_take_minutes_is_refused_at_once(data: bytes, part: str) -> None:
+    start = time.process_time()
+
+    error = error_of(data)
+
+    assert time.process_time() - start < 2
+    assert error.code == "too_large" and part in error.message
 
 
 def test_max_pixels_is_the_most_that_is_decoded() -> None:

@@ -1,7 +1,8 @@
-"""Stands in for a decoder with a bug, under the name of the one that is loaded for HEIC images: some crash it."""
+"""Stands in for a decoder with bugs, under the name of the one that is loaded for HEIC images: it crashes or hangs."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 
@@ -18,6 +19,8 @@ class _Image(ImageFile.ImageFile):
         data = self.fp.read()
         if b"SEGFAULT" in data:
             os.kill(os.getpid(), signal.SIGSEGV)
+        if b"ENDLESS" in data:
+            ctypes.PyDLL(None).sleep(3600)  # keeps Python's lock, so that no thread of this process can act
         if b"GREEDY" in data:
             hoard = bytearray(GREED)
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does with who takes it all
