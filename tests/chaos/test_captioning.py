@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
@@ -62,10 +61,13 @@ def test_every_image_is_one_row_whatever_dies(seed: int) -> None:
     assert sum(result["faults"].values()) >= 1, done.stderr
     for what in ("rows_lost", "rows_duplicated", "rows_wrong", "broken_files_read"):
         assert result[what] == 0, done.stderr
-    # What was noted as done is not computed again. An image more for each that a repeated task was in the middle of.
+    # Nothing is recomputed beyond the blocks in flight. Of two computations of one image, a fault between them lost the
+    # first: it killed the process, the node or the driver of an image that was not yet noted as done. Each fault loses
+    # an image at most once, so what is recomputed is at most what was in flight at the faults, summed over them. Copies
+    # of images whose index was killed are captioned for their own sake. `explain_recomputation` has the derivation.
+    assert result["captions_unexplained"] == 0, done.stderr
     recomputed = result["captions_computed"] - result["captions_needed"]
-    num_faults = sum(result["faults"].values())
-    assert recomputed <= result["captions_in_flight"] + 2 * COMPUTE_BATCH_SIZE * num_faults, done.stderr
+    assert recomputed <= result["captions_in_flight"] + result["captions_of_copies"], done.stderr
 
 
 @dataclass(frozen=True)

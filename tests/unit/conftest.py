@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from types import ModuleType
+
+import pytest
+
+from tests.documented import ROOT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+
+@pytest.fixture(scope="session")
+def benchmark() -> ModuleType:
+    """The program `jobs/benchmark.py` as a module."""
+    path = ROOT / "jobs" / "benchmark.py"
+    specification = importlib.util.spec_from_file_location("benchmark", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["benchmark"] = module  # dataclasses and pickle look there for their own module
+    specification.loader.exec_module(module)
+    return module
