@@ -87,6 +87,7 @@ def main() -> None:
 FAULTS = ("actor", "task", "index", "burst", "node", "driver", "orphan")
 TASK_NAMES = ("ray::Map", "ray::Read", "ray::Write", "ray::Stream", "ray::Repart")
 MAX_RESTARTS = 25
+HANG_SECONDS = 300
 SECONDS_PER_IMAGE = 0.01
 
 
@@ -376,11 +377,10 @@ def _run_seed(
                 if process.poll() is None and (injected := _inject(kind, process.pid, output, chance)):
                     result.faults[kind] += 1
                     faults += injected
-            try:
-                code = process.wait(timeout=600)
-            except subprocess.TimeoutExpired:
+            code = _wait_for_end(process, output)
+            if code is None:
                 _kill_group(process.pid)
-                raise SystemExit(f"seed {seed}: hangs after {dict(result.faults)}, see {output}.log") from None
+                raise SystemExit(f"seed {seed}: hangs after {dict(result.faults)}, see {output}.log")
             if code == 0:
                 break
             result.restarts += 1
@@ -455,6 +455,19 @@ def _wait_for_work(process: subprocess.Popen[bytes], output: Path, seconds: floa
     end = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < end:
         time.sleep(0.05)
+
+
+def _wait_for_end(process: subprocess.Popen[bytes], output: Path) -> int | None:
+    """The exit code, None for a run that hangs: one that has computed and noted nothing for `HANG_SECONDS`."""
+    before, deadline = None, 0.0
+    while process.poll() is None:
+        progress = _count_computed(output), len(list(Path(output, "_imcap", "done").glob("*.parquet")))
+        if progress != before:
+            before, deadline = progress, time.monotonic() + HANG_SECONDS
+        elif time.monotonic() > deadline:
+            return None
+        time.sleep(0.1)
+    return process.returncode
 
 
 def _inject(kind: str, driver: int, output: Path, chance: random.Random) -> list[Fault]:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.hang_guard import TIMEOUT_SECONDS
 from tests.odd_images import encode, photo
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
@@ -44,7 +45,12 @@ def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])}
 
     done = subprocess.run(
-        [*command, "--model", str(model_dir)], capture_output=True, text=True, timeout=280, check=False, env=environment
+        [*command, "--model", str(model_dir)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS["chaos"] - 50,
+        check=False,
+        env=environment,
     )
 
     assert done.returncode == 0, done.stderr

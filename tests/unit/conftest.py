@@ -8,10 +8,15 @@ import sys
 from types import ModuleType
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.documented import ROOT
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+# By default an example that takes more than 200 ms fails, which on a busy machine any may do.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 @pytest.fixture(scope="session")
