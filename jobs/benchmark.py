@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -87,13 +87,18 @@ def main() -> None:
 FAULTS = ("actor", "task", "index", "burst", "node", "driver", "orphan")
 TASK_NAMES = ("ray::Map", "ray::Read", "ray::Write", "ray::Stream", "ray::Repart")
 MAX_RESTARTS = 25
+HANG_SECONDS = 300
 SECONDS_PER_IMAGE = 0.01
 
 
 class SlowEcho:
-    """Stands in for a captioner: it says the hash of the pixels it sees, takes its time, and notes each image.
+    """Stands in for a captioner: captions an image with the hash of its pixels, takes its time, and logs each caption.
 
     What dies is processes, and a model would only make the hundredth run slower.
+
+    Args:
+        log: folder in which this process keeps a file of its own.
+        processes: those that this one works for: the driver, and the actor if the work is isolated.
     """
 
     image_size = 32
@@ -102,15 +107,144 @@ class SlowEcho:
     num_beam_steps = 0
     search = SearchConfig()
 
-    def __init__(self, log: str) -> None:
-        self._log = os.open(Path(log, f"{os.getpid()}-{time.time_ns()}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    def __init__(self, log: str, processes: tuple[int, ...]) -> None:
+        name = "-".join(map(str, (*processes, os.getppid(), os.getpid())))
+        self._log = os.open(Path(log, f"{name}@{time.time_ns()}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
     def caption_pixels(self, pixels: Any) -> list[list[Caption]]:
         """The hash of each image, with a confidence of its own."""
         time.sleep(SECONDS_PER_IMAGE * len(pixels))
         digests = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:16] for image in pixels]
-        os.write(self._log, "".join(f"{digest}\n" for digest in digests).encode())
+        os.write(self._log, "".join(f"{digest} {time.monotonic()}\n" for digest in digests).encode())
         return [[Caption(text=digest, logprob=-int(digest[:2], 16) / 64, num_tokens=4)] for digest in digests]
+
+
+@dataclass(frozen=True)
+class LoadSlowEcho:
+    """Makes a `SlowEcho`. Each process that hands this object to another one adds its own number."""
+
+    log: str
+    processes: tuple[int, ...] = ()
+
+    def __call__(self) -> SlowEcho:
+        return SlowEcho(self.log, self.processes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        is_known = self.processes[-1:] == (os.getpid(),)
+        return LoadSlowEcho, (self.log, self.processes if is_known else (*self.processes, os.getpid()))
+
+
+@dataclass(frozen=True)
+class Computed:
+    """One computation of a caption."""
+
+    caption: str
+    """The hash of the pixels, so it identifies the image."""
+    time: float
+    """On the machine's monotonic clock."""
+    processes: tuple[int, ...]
+    """The driver, the actor if its work is isolated, the raylet, and the process itself. Where one of them is killed,
+    the caption is lost unless it is noted as done."""
+
+    @property
+    def run(self) -> int:
+        """The run's driver."""
+        return self.processes[0]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A kill, or the end of a run with an error."""
+
+    kind: str
+    run: int
+    """The run's driver."""
+    time: float
+    """Just before the kill, on the machine's monotonic clock."""
+    noted: frozenset[str]
+    """Captions that were in parts noted as done by then."""
+    killed: int
+    """The process."""
+
+    def can_have_lost(self, computed: Computed) -> bool:
+        """Whether this was in flight, and a process that it needed was killed.
+
+        It may have been computed after the fault. A process outlives its driver or raylet by up to a second, because
+        Ray's workers check once a second whether their raylet is alive, and computes what it was handed before.
+        """
+        is_killed = self.run == computed.run and self.killed in computed.processes
+        return is_killed and computed.caption not in self.noted
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Which captions were in flight at the faults, and whether only these were computed again."""
+
+    in_flight: int
+    """Captions that the faults can have lost: computed, not noted as done, and of a process that was killed, or whose
+    driver or node was. Summed over the faults."""
+    by_orphans: int
+    """Of these, those that were computed after the fault, by processes that were about to end."""
+    copies: int
+    """Copies of an image that were captioned for their own sake after the index of known images was killed."""
+    unexplained: int
+    """Captions that were computed again although no fault can have lost them."""
+
+
+def explain_recomputation(
+    log: Sequence[Computed], faults: Sequence[Fault], runs: Sequence[int], copies: Mapping[str, int]
+) -> Recomputation:
+    """Check law 3, "nothing recomputed beyond the blocks in flight", image by image.
+
+    Take two successive computations a, b of one image. The first was in vain, so a fault lost it: one that killed the
+    process of a, its node or its driver, that came after a and before b, and at which the image was not yet noted as
+    done. Whatever is computed and not noted belongs to a block in flight: its actor has not returned it yet, or it
+    waits to be written, or its part is written but not noted. So b is unexplained if there is no such fault.
+
+    The bound on the sum follows. The faults of successive pairs of one image are different ones, because each is
+    between the two computations of its pair. So a fault accounts for at most one computation of each image that was in
+    flight at it, and
+
+        computed - needed <= sum over the faults of the images in flight + copies
+
+    What a process computes after its driver was killed counts as computed at that moment: only a driver hands out
+    blocks, so it belongs to one that was in flight. A count taken at the moment of the kill leaves these out.
+
+    Copies of an image are captioned once because an index of hashes knows the first. An index whose process is killed
+    is made again from what is noted as done, so each copy of an image that was not noted then may be captioned too.
+
+    Args:
+        runs: the drivers of all runs into the output, in order.
+        copies: how many images have the same pixels as another one, by caption.
+    """
+    order = {run: number for number, run in enumerate(runs)}
+
+    def moment_of(computed: Computed) -> tuple[int, float]:
+        ends = [fault.time for fault in faults if fault.can_have_lost(computed)]
+        return order[computed.run], min([computed.time, *ends])
+
+    in_flight = by_orphans = num_copies = unexplained = 0
+    for fault in faults:
+        lost = [computed for computed in log if fault.can_have_lost(computed)]
+        captions = {computed.caption for computed in lost}
+        in_flight += len(captions)
+        by_orphans += len(captions - {computed.caption for computed in lost if computed.time <= fault.time})
+    by_caption: dict[str, list[Computed]] = {}
+    for computed in sorted(log, key=moment_of):
+        by_caption.setdefault(computed.caption, []).append(computed)
+    for caption, computations in by_caption.items():
+        copies_left = copies.get(caption, 0)
+        for first, second in itertools.pairwise(computations):
+            before = [fault for fault in faults if (order[fault.run], fault.time) < moment_of(second)]
+            if any(fault.can_have_lost(first) for fault in before):
+                continue
+            ends_of_index = (fault for fault in before if fault.kind == "index" and fault.run == second.run)
+            if copies_left and any(caption not in fault.noted for fault in ends_of_index):
+                copies_left -= 1
+                num_copies += 1
+            else:
+                unexplained += 1
+    return Recomputation(in_flight=in_flight, by_orphans=by_orphans, copies=num_copies, unexplained=unexplained)
 
 
 @dataclass
@@ -133,7 +267,10 @@ class ChaosResult:
     captions_needed: int = 0
     captions_computed: int = 0
     captions_in_flight: int = 0
-    """Computed and not yet noted as done, summed over the moments of the faults: what may be computed again."""
+    """See `Recomputation`, as for the next three."""
+    captions_by_orphans: int = 0
+    captions_of_copies: int = 0
+    captions_unexplained: int = 0
     error_lines: list[str] = field(default_factory=list)
 
     def add(self, other: ChaosResult) -> None:
@@ -174,18 +311,20 @@ def chaos(seeds: int, first_seed: int, images: int, nodes: str, as_json: bool) -
         calm = Path(folder, "calm")
         if _start_run(source, calm, num_nodes=1).wait():
             raise SystemExit("the undisturbed run failed:\n" + Path(f"{calm}.log").read_text(errors="replace")[-2000:])
-        expected, needed = _read_rows(calm), _count_computed(calm)
+        expected, needed, copies = _read_rows(calm), _count_computed(calm), _count_copies(calm)
         for seed in range(first_seed, first_seed + seeds):
             num_nodes = {"1": 1, "3": 3}.get(nodes) or (3 if seed % 3 == 2 else 1)
             start = time.time()
-            result = _run_seed(seed, source, Path(folder, f"seed{seed}"), expected, needed, num_nodes)
+            result = _run_seed(seed, source, Path(folder, f"seed{seed}"), expected, needed, copies, num_nodes)
             total.add(result)
             click.echo(
                 f"seed {seed}, {num_nodes} node{'s' * (num_nodes > 1)}, {time.time() - start:.0f} s: "
                 f"{', '.join(f'{count} {kind}' for kind, count in sorted(result.faults.items())) or 'no fault'}; "
                 f"{result.rows_lost} lost, {result.rows_duplicated} duplicated, {result.rows_wrong} wrong, "
                 f"{result.broken_files_read} broken, {result.captions_computed - needed} recomputed, "
-                f"{result.captions_in_flight} in flight" + "".join(f"\n  {line}" for line in result.error_lines),
+                f"{result.captions_in_flight} in flight ({result.captions_by_orphans} by orphans), "
+                f"{result.captions_of_copies} of copies, {result.captions_unexplained} unexplained"
+                + "".join(f"\n  {line}" for line in result.error_lines),
                 err=True,
             )
     if as_json:
@@ -215,40 +354,45 @@ def write_chaos_images(folder: Path, count: int) -> None:
 
 
 def _run_seed(
-    seed: int, source: Path, output: Path, expected: dict[str, Any], needed: int, num_nodes: int
+    seed: int,
+    source: Path,
+    output: Path,
+    expected: dict[str, Any],
+    needed: int,
+    copies: Mapping[str, int],
+    num_nodes: int,
 ) -> ChaosResult:
     chance = random.Random(seed)
     result = ChaosResult(seeds=1, rows_expected=len(expected), captions_needed=needed)
     budget = chance.randint(1, 6)
-    sessions: list[int] = []
+    runs: list[int] = []
+    faults: list[Fault] = []
     with _reader(output) as broken:
         for _ in range(MAX_RESTARTS):
-            computed_before, done_before = _count_computed(output), _count_done(output)
             process = _start_run(source, output, num_nodes=num_nodes)
-            sessions.append(process.pid)
+            runs.append(process.pid)
             while process.poll() is None and sum(result.faults.values()) < budget:
                 _wait_for_work(process, output, chance.uniform(0.1, 4.0))
                 kind = chance.choice(FAULTS)
-                in_flight = _count_computed(output) - computed_before - (_count_done(output) - done_before)
-                if process.poll() is None and _inject(kind, process.pid, chance):
+                if process.poll() is None and (injected := _inject(kind, process.pid, output, chance)):
                     result.faults[kind] += 1
-                    result.captions_in_flight += max(0, in_flight)
-            try:
-                code = process.wait(timeout=600)
-            except subprocess.TimeoutExpired:
+                    faults += injected
+            code = _wait_for_end(process, output)
+            if code is None:
                 _kill_group(process.pid)
-                raise SystemExit(f"seed {seed}: hangs after {dict(result.faults)}, see {output}.log") from None
+                raise SystemExit(f"seed {seed}: hangs after {dict(result.faults)}, see {output}.log")
             if code == 0:
                 break
             result.restarts += 1
             if code > 0:
+                faults.append(_make_fault("end", process.pid, output, process.pid, lambda: None))
                 result.errors += 1
                 lines = Path(f"{output}.log").read_text(errors="replace").splitlines()
                 result.error_lines += [line for line in lines if line.startswith(("Error", "Traceback"))][-1:]
         else:
             raise SystemExit(f"seed {seed}: not done after {MAX_RESTARTS} starts, see {output}.log")
-        for session in sessions:
-            _kill_group(session)
+        for run in runs:
+            _kill_group(run)
         result.broken_files_read = len(broken)
     rows = [row for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     counts = Counter(row["image_id"] for row in rows)
@@ -256,6 +400,11 @@ def _run_seed(
     result.rows_duplicated = sum(counts.values()) - len(counts)
     result.rows_wrong = sum(_comparable(row) != expected.get(row["image_id"]) for row in rows)
     result.captions_computed = _count_computed(output)
+    recomputation = explain_recomputation(_read_computed(output), faults, runs, copies)
+    result.captions_in_flight = recomputation.in_flight
+    result.captions_by_orphans = recomputation.by_orphans
+    result.captions_of_copies = recomputation.copies
+    result.captions_unexplained = recomputation.unexplained
     return result
 
 
@@ -283,7 +432,7 @@ def chaos_run(source: str, output: str, num_nodes: int) -> None:
         summary = caption_images(
             source,
             output,
-            load_captioner=partial(SlowEcho, str(log)),
+            load_captioner=LoadSlowEcho(str(log)),
             resources=connect(cluster.address if cluster else "local"),
             num_actors=2,
             max_failure_rate=1.0,
@@ -308,17 +457,29 @@ def _wait_for_work(process: subprocess.Popen[bytes], output: Path, seconds: floa
         time.sleep(0.05)
 
 
-def _inject(kind: str, driver: int, chance: random.Random) -> bool:
-    """Kill something of this run; whether there was something to kill."""
+def _wait_for_end(process: subprocess.Popen[bytes], output: Path) -> int | None:
+    """The exit code, None for a run that hangs: one that has computed and noted nothing for `HANG_SECONDS`."""
+    before, deadline = None, 0.0
+    while process.poll() is None:
+        progress = _count_computed(output), len(list(Path(output, "_imcap", "done").glob("*.parquet")))
+        if progress != before:
+            before, deadline = progress, time.monotonic() + HANG_SECONDS
+        elif time.monotonic() > deadline:
+            return None
+        time.sleep(0.1)
+    return process.returncode
+
+
+def _inject(kind: str, driver: int, output: Path, chance: random.Random) -> list[Fault]:
+    """Kill something of this run; the faults, none if there was nothing to kill."""
+    make = partial(_make_fault, kind, driver, output)
     if kind == "driver":
-        _kill_group(driver)
-        return True
-    if kind == "orphan":  # what it started lives on for a while, and works on while the next start is at it
-        os.kill(driver, signal.SIGKILL)
-        return True
+        return [make(driver, partial(_kill_group, driver))]
+    if kind == "orphan":  # what it started works on for a moment, and its files meet those of the next start
+        return [make(driver, partial(os.kill, driver, signal.SIGKILL))]
     if kind == "burst":
-        killed = [_inject(chance.choice(("actor", "task", "index")), driver, chance) for _ in range(4)]
-        return any(killed)
+        killed = [_inject(chance.choice(("actor", "task", "index")), driver, output, chance) for _ in range(4)]
+        return [fault for faults in killed for fault in faults]
     processes = _processes_of(driver)
     is_victim = {
         "actor": lambda words: "CaptionImages" in words,
@@ -328,12 +489,31 @@ def _inject(kind: str, driver: int, chance: random.Random) -> bool:
     }[kind]
     victims = [pid for pid, words in processes.items() if is_victim(words)]
     if not victims:
-        return False
+        return []
+    victim = chance.choice(sorted(victims))
     try:
-        os.kill(chance.choice(sorted(victims)), signal.SIGKILL)
+        return [make(victim, partial(os.kill, victim, signal.SIGKILL))]
     except ProcessLookupError:
-        return False
-    return True
+        return []
+
+
+def _make_fault(kind: str, run: int, output: Path, killed: int, kill: Callable[[], None]) -> Fault:
+    """Kill a process and describe that.
+
+    The notes are listed just before, which is quick, and the parts that they name are read afterwards. What is noted in
+    between counts as in flight, and so it was.
+    """
+    notes = [path.name for path in Path(output, "_imcap", "done").glob("*.parquet")]
+    start = time.monotonic()
+    kill()
+    noted: set[str] = set()
+    for name in notes:
+        try:
+            rows = pq.read_table(output / name, columns=["caption", "status"])
+        except FileNotFoundError:
+            continue  # a note that is pending
+        noted.update(rows.filter(pc.equal(rows["status"], "ok"))["caption"].to_pylist())
+    return Fault(kind=kind, run=run, time=start, noted=frozenset(noted), killed=killed)
 
 
 def _processes_of(session: int) -> dict[int, str]:
@@ -401,19 +581,24 @@ def _comparable(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(str(value) for value in row.values())
 
 
-def _count_done(output: Path) -> int:
-    """Captions in parts that are noted as done."""
-    count = 0
-    for note in Path(output, "_imcap", "done").glob("*.parquet"):
-        try:
-            count += pq.read_table(output / note.name, columns=["status"])["status"].to_pylist().count("ok")
-        except FileNotFoundError:
-            continue  # not yet there, or taken back
-    return count
+def _count_copies(output: Path) -> Counter[str]:
+    """Images with the same pixels as another one, by their caption."""
+    rows = [row for path in output.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    return Counter(row["caption"] for row in rows if row["status"] == "duplicate")
 
 
 def _count_computed(output: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in Path(f"{output}.computed").glob("*"))
+
+
+def _read_computed(output: Path) -> list[Computed]:
+    found = []
+    for path in Path(f"{output}.computed").glob("*"):
+        processes = tuple(int(process) for process in path.name.partition("@")[0].split("-"))
+        for line in path.read_text().splitlines():
+            caption, seconds = line.split()
+            found.append(Computed(caption=caption, time=float(seconds), processes=processes))
+    return found
 
 
 # ---- captioning: against the limit, and against other ways to do it

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from tests import small_data
+from tests.hang_guard import TIMEOUT_SECONDS
 
 if TYPE_CHECKING:
     from imcap_ray.captioner import Captioner
     from tests.flaky_s3 import S3Store
-
-TIMEOUT_SECONDS: Final = {"unit": 60, "integration": 300, "end_to_end": 450, "chaos": 450}
-"""Three times what a test takes and more, with another file's tests beside it on two cores."""
 
 _VARIABLES: Final = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_MODE")
 

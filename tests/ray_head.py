@@ -16,6 +16,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.hang_guard import HANG_SECONDS
+
 TOKEN = "0123456789abcdef" * 4
 
 
@@ -39,7 +41,7 @@ def running_head(*, num_cpus: int) -> Iterator[tuple[Path, str, str]]:
     with open(folder / "head.log", "w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder / "user")
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + HANG_SECONDS
             while not _answers(f"{dashboard}/api/version"):
                 log.seek(0)
                 assert process.poll() is None and time.monotonic() < deadline, log.read()
@@ -48,7 +50,7 @@ def running_head(*, num_cpus: int) -> Iterator[tuple[Path, str, str]]:
         finally:
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=30)
+                process.wait(timeout=HANG_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

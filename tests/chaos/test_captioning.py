@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from imcap_ray.captions import COMPUTE_BATCH_SIZE
+from tests.hang_guard import HANG_SECONDS, TIMEOUT_SECONDS
 from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
@@ -54,7 +54,7 @@ def test_every_image_is_one_row_whatever_dies(seed: int) -> None:
         "--json",
     ]
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=430, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS["chaos"] - 50, check=False)
 
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -62,10 +62,13 @@ def test_every_image_is_one_row_whatever_dies(seed: int) -> None:
     assert sum(result["faults"].values()) >= 1, done.stderr
     for what in ("rows_lost", "rows_duplicated", "rows_wrong", "broken_files_read"):
         assert result[what] == 0, done.stderr
-    # What was noted as done is not computed again. An image more for each that a repeated task was in the middle of.
+    # Nothing is recomputed beyond the blocks in flight. Of two computations of one image, a fault between them lost the
+    # first: it killed the process, the node or the driver of an image that was not yet noted as done. Each fault loses
+    # an image at most once, so what is recomputed is at most what was in flight at the faults, summed over them. Copies
+    # of images whose index was killed are captioned for their own sake. `explain_recomputation` has the derivation.
+    assert result["captions_unexplained"] == 0, done.stderr
     recomputed = result["captions_computed"] - result["captions_needed"]
-    num_faults = sum(result["faults"].values())
-    assert recomputed <= result["captions_in_flight"] + 2 * COMPUTE_BATCH_SIZE * num_faults, done.stderr
+    assert recomputed <= result["captions_in_flight"] + result["captions_of_copies"], done.stderr
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,6 @@ def assert_complete(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
     first = nodes.cluster.add_node(num_cpus=4)
     process = nodes.start(num_files=2)
@@ -117,7 +119,7 @@ def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
     begun = process.stdout.readline()
 
     joined = nodes.cluster.add_node(num_cpus=4)
-    process.communicate(timeout=500)
+    process.communicate(timeout=TIMEOUT_SECONDS["chaos"] - 50)
 
     assert begun == f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 2 actors\n"
     assert process.returncode == 0
@@ -126,33 +128,31 @@ def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_node_that_is_gone_for_good_leaves_work_and_cpus_to_the_others(
     nodes: Nodes, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "20")
     two = [nodes.cluster.add_node(num_cpus=4) for _ in range(2)]
     process = nodes.start(num_files=3)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + HANG_SECONDS
     while len(nodes.asked()) < len(two):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
 
     nodes.cluster.remove_node(two[1], allow_graceful=False)
     (nodes.root / "nodes" / "go on").touch()
-    output, _ = process.communicate(timeout=380)
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS["chaos"] - HANG_SECONDS - 50)
 
     assert process.returncode == 0, output
     assert output.startswith(f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 6 actors\n")
     assert_complete(read(nodes.root / "captions"))
 
 
-@pytest.mark.timeout(600)
 def test_captioning_spreads_over_four_nodes(nodes: Nodes, read: Read) -> None:
     four = [nodes.cluster.add_node(num_cpus=2) for _ in range(4)]
 
     process = nodes.start(num_files=len(four))  # no image is captioned before every node is asked for one
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS["chaos"] - 50)
 
     assert process.returncode == 0
     assert output.startswith(f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 6 actors\n")

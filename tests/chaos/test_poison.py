@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.hang_guard import TIMEOUT_SECONDS
 from tests.odd_images import encode, photo
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
@@ -74,5 +75,10 @@ def caption(input: Path, output: Path, model: Path, **variables: str) -> subproc
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "imcap_ray", "caption", str(input), str(output), "--json", "--model", str(model)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=280, check=False, env=environment | variables
+        command,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS["chaos"] - 50,
+        check=False,
+        env=environment | variables,
     )

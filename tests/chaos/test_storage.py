@@ -17,13 +17,14 @@ import pytest
 
 from imcap_ray import storage
 from tests.flaky_s3 import S3Store
+from tests.hang_guard import HANG_SECONDS
 
 Read = Callable[[Path], list[dict[str, Any]]]
 
 
 def imcap(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "imcap_ray", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False, **options)
 
 
 def one_line(text: str) -> str:
@@ -126,7 +127,7 @@ def test_a_store_that_goes_away_is_one_clear_error_and_the_same_command_goes_on(
     while process.poll() is None and not storage.exists(f"{s3.uri}/out/_imcap/owner"):
         time.sleep(0.1)
     s3.proxy.is_down = True
-    _, lost = process.communicate(timeout=250)
+    _, lost = process.communicate(timeout=HANG_SECONDS)
     s3.proxy.is_down = False
 
     again = imcap(*command)

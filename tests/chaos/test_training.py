@@ -19,8 +19,10 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests import small_data
+from tests.hang_guard import HANG_SECONDS, TIMEOUT_SECONDS
 
-pytestmark = pytest.mark.timeout(450, func_only=True)  # a test's own time, without the undisturbed training's
+# A test's own time, without the undisturbed training's.
+pytestmark = pytest.mark.timeout(TIMEOUT_SECONDS["chaos"], func_only=True)
 
 EPOCHS: Final = 24
 EPOCHS_ON_TWO_NODES: Final = 8
@@ -101,7 +103,7 @@ class Workplace:
         return (self.root / name / "model.safetensors").read_bytes()
 
 
-def wait_until(condition: Callable[[], object], explain: Callable[[], str], *, seconds: float = 240) -> None:
+def wait_until(condition: Callable[[], object], explain: Callable[[], str], *, seconds: float = HANG_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {explain()}"
@@ -195,7 +197,6 @@ def test_a_training_on_two_nodes_survives_the_loss_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600, func_only=True)
 def test_a_training_goes_on_with_fewer_workers_and_takes_up_a_node_that_joins(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

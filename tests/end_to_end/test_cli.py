@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import small_data
+from tests.hang_guard import HANG_SECONDS
 from tests.odd_images import encode, photo
 
 
@@ -41,7 +42,7 @@ def photographs(tmp_path: Path, flickr8k: Path) -> Path:
 
 def imcap(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "imcap_ray", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG_SECONDS, check=False, **options)
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -111,7 +112,11 @@ def test_a_ray_that_does_not_start_is_one_line(photographs: Path, model_dir: Pat
     words = ["caption", photographs, tmp_path / "captions", "--model", model_dir]
 
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_RAY, *map(str, words)], capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", WITHOUT_RAY, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
+        check=False,
     )
 
     assert (done.returncode, done.stdout) == (2, "")
@@ -232,12 +237,12 @@ def test_an_interrupted_run_leaves_an_output_that_the_same_command_finishes(
         # Where the tests run in the background of a shell, Ctrl-C is ignored and children inherit that.
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG_SECONDS
     while not list(output.glob("*.parquet")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, kind)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=HANG_SECONDS)
     interrupted = process.returncode
     state = json.loads((output / "_imcap" / "run.json").read_text())["state"]
     again = imcap("caption", photographs, output, "--model", model_dir)

@@ -23,8 +23,7 @@ from click.testing import CliRunner, Result
 from imcap_ray.cli import main
 from tests import small_data
 from tests.documented import ROOT, Shown, shown_commands
-
-pytestmark = pytest.mark.timeout(400)
+from tests.hang_guard import TIMEOUT_SECONDS
 
 LOCAL = ("caption", "train", "check", "evaluate", "report", "export", "model", "status", "demo", "bench")
 MEASURES = "bench"
@@ -161,7 +160,11 @@ def test_a_measurement_runs_as_it_is_shown_on_fewer_images(shown: Shown, folder:
     words = [str(ROOT / word) if word.startswith("jobs/") else word for word in words]
 
     done = subprocess.run(
-        [*words, *FEW[_name(shown)], "--json"], capture_output=True, text=True, timeout=350, check=False
+        [*words, *FEW[_name(shown)], "--json"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS["end_to_end"] - 50,
+        check=False,
     )
 
     assert done.returncode == 0, done.stdout + done.stderr

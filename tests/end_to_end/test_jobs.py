@@ -19,9 +19,8 @@ from imcap_ray.manifest import open_captions
 from tests import small_data
 from tests.documented import shown_commands
 from tests.flaky_s3 import make_bucket, s3_environment
+from tests.hang_guard import TIMEOUT_SECONDS
 from tests.ray_head import TOKEN, running_head
-
-pytestmark = pytest.mark.timeout(400)
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +37,13 @@ class Head:
         environment |= {"RAY_AUTH_TOKEN": TOKEN} | ({"RAY_AUTH_MODE": "token"} if program == "ray" else {})
         command = [str(Path(sys.executable).parent / program), *arguments]
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=350, cwd=ROOT, check=False
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_SECONDS["end_to_end"] - 50,
+            cwd=ROOT,
+            check=False,
         )
 
 

@@ -31,6 +31,7 @@ from imcap_ray.image_sources import CaptionedImageSource, read_rows
 from imcap_ray.images import decode_image
 from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
+from tests.hang_guard import HANG_SECONDS
 from tests.odd_images import OK, encode, odd_images, photo
 from tests.small_data import write_tar
 
@@ -296,10 +297,14 @@ def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
     load_images = LoadImages(image_size=32, root=str(photographs))
 
     def load(rows: pa.Table) -> pa.Table:
-        begin = time.time()
+        begin = time.monotonic()
+        (tmp_path / f"{begin}.begun").touch()
         (loaded,) = load_images(rows)
-        time.sleep(1)
-        (tmp_path / f"{begin}.span").write_text(json.dumps([begin, time.time()]))
+        # As many as there are cores meet here, however long their processes take to start.
+        while len(list(tmp_path.glob("*.begun"))) < cores and time.monotonic() < begin + HANG_SECONDS:
+            time.sleep(0.05)
+        time.sleep(1)  # in which one too many would begin
+        (tmp_path / f"{begin}.span").write_text(json.dumps([begin, time.monotonic()]))
         return loaded
 
     load.image_size = 32
@@ -319,7 +324,7 @@ def test_only_on_a_cluster_ray_data_has_actors_of_its_own(
 
     if not is_private:
         monkeypatch.setattr(images, "own_cores", lambda: None)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while actors := ray.util.list_named_actors(all_namespaces=True):
         assert time.monotonic() < deadline, f"{actors} do not end"
         for actor in actors:

@@ -57,7 +57,6 @@ def plain_caption(decoder: Decoder, features: Tensor, search: SearchConfig) -> t
     return tuple(winner[1][1:-1])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
 def test_captions_are_those_of_the_plain_path_on_development_images(kind: str) -> None:
     rows: list[dict[str, Any]] = load_dataset(FLICKR8K).split(VALIDATION).slice(0, NUM_IMAGES).to_pylist()

@@ -17,9 +17,8 @@ import ray
 
 from imcap_ray.distributed.submission import submit
 from imcap_ray.errors import ClusterError
+from tests.hang_guard import HANG_SECONDS
 from tests.ray_head import TOKEN, free_ports, running_head
-
-pytestmark = pytest.mark.timeout(240)
 
 # A package of the same name in place of imcap_ray: what travels, how it is called and what comes back are the same.
 STAND_IN = """
@@ -95,7 +94,11 @@ class Head:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"HOME": str(self.folder / "nobody"), "RAY_ADDRESS": "http://127.0.0.1:9", **variables}
         return subprocess.run(
-            [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, timeout=150
+            [sys.executable, "-c", program, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
         )
 
     def submit(self, *command: str, **variables: str) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def test_ctrl_c_stops_the_job(head):
     assert head.submit("wait", RAY_AUTH_TOKEN=TOKEN, JOB="interrupted")["exit_code"] == 130
     job = urllib.request.Request(f"{head.dashboard}/api/jobs/interrupted", headers={"Authorization": f"Bearer {TOKEN}"})
     status = "RUNNING"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while status == "RUNNING" and time.monotonic() < deadline:
         with urllib.request.urlopen(job, timeout=10) as answer:
             status = json.load(answer)["status"]

@@ -21,9 +21,9 @@ from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.trainer import TrainingResult, prepare_training, train
 from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from tests import small_data
+from tests.hang_guard import HANG_SECONDS
 
 pytestmark = [
-    pytest.mark.timeout(400),
     pytest.mark.filterwarnings("ignore::UserWarning:ray.*"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
@@ -239,7 +239,8 @@ def test_workers_tell_each_other_values_of_any_length(tmp_path: Path) -> None:
         for rank, value in enumerate(values)
     ]
 
-    assert [json.loads(worker.communicate(timeout=200)[0].splitlines()[-1]) for worker in workers] == [values, values]
+    outputs = [worker.communicate(timeout=HANG_SECONDS)[0] for worker in workers]
+    assert [json.loads(output.splitlines()[-1]) for output in outputs] == [values, values]
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(run: Callable[..., TrainingResult]) -> None:

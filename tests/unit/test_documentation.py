@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -26,17 +24,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("captions", "flickr8k"):
         (tmp_path / name).mkdir()
     yield tmp_path
-
-
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = ROOT / "jobs" / "benchmark.py"
-    specification = importlib.util.spec_from_file_location("benchmark", path)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["benchmark"] = module  # dataclasses look there for their own module
-    specification.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.line)

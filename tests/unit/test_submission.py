@@ -142,11 +142,11 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str
         return runner.addresses[0][1]
 
     def serve(dashboard: Dashboard) -> str:
-        return f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(start(dashboard), loop).result(10)}"
+        return f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(start(dashboard), loop).result()}"
 
     yield serve
     for runner in runners:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10)
     loop.close()
