@@ -48,6 +48,9 @@ SHARD_BYTES: Final = 10**9
 COLUMNS: Final = tuple(name for name in CAPTIONS_SCHEMA.names if not name.startswith("error_"))
 """Of a row in JSON and CSV. An exported row has no error."""
 
+NAMED_UNREAD: Final = 3
+"""How many of the images that a store failed to deliver the error names."""
+
 NAMED_IMAGES: Final = 20
 """How many of the images that are gone the summary names; all of them are counted."""
 
@@ -99,6 +102,9 @@ class ExportSummary:
     """Rows whose image is gone, may not be read, or has other bytes than those that were captioned."""
     images_without: list[str] = field(default_factory=list)
     """The first of these, each with the reason."""
+    images_unread: list[str] = field(default_factory=list)
+    """The first of the images that a store failed to deliver, each with the reason: the export fails at its end."""
+    num_unread: int = 0
 
     def describe(self) -> str:
         """One line for people."""
@@ -145,7 +151,8 @@ def export_captions(
         InputError: no captions table, nothing in it to export, ids or names that stand for two images, an id that
             leads out of `output`. Nothing is written then.
         OutputError: `output` exists, or is no place for an export.
-        ImcapError: none of the images can be read.
+        ImcapError: none of the images can be read, or a store failed to deliver some of them: what it delivered is
+            written.
     """
     captions, output = storage.absolute(captions), storage.absolute(output)
     table = _CaptionsTable(captions, min_confidence)
@@ -178,6 +185,14 @@ def export_captions(
                 raise ImcapError(
                     f"none of the {total:,} images can be read, the first is {summary.images_without[0]}: is the "
                     "disk or the share there?"
+                )
+            if summary.num_unread:
+                more = summary.num_unread - len(summary.images_unread)
+                unread = ", ".join(summary.images_unread) + (f" and {more:,} more" if more else "")
+                raise ImcapError(
+                    f"{summary.num_unread:,} of {total:,} images are not in {output} because they could not be read: "
+                    f"{unread}; {summary.num_exported:,} images were exported, the same command with --overwrite tries "
+                    "again"
                 )
     return summary
 
@@ -532,11 +547,23 @@ def _write_sidecar(path: str, caption: str, *, existing: Existing) -> bool:
 def _with_images(
     rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary
 ) -> Iterator[tuple[Row, bytes]]:
-    """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`."""
+    """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`.
+
+    Raises:
+        ImcapError: the store, or the disk of the run's input, is gone.
+    """
     while chunk := list(islice(rows, _BATCH_ROWS)):
-        for row, data in zip(chunk, images.load(chunk), strict=True):
+        locations: list[str] = []
+        for number, (row, data) in enumerate(zip(chunk, images.load(chunk), strict=True)):
             if isinstance(data, ImageError):
                 reason = _REASONS.get(data.code, data.message)
+                if data.code in ("missing", "read_error"):
+                    locations = locations or images.locate(chunk)
+                    images.require_reachable(locations[number], data)
+                    if data.code == "read_error" and storage.is_uri(locations[number]):
+                        summary.num_unread += 1
+                        if len(summary.images_unread) < NAMED_UNREAD:
+                            summary.images_unread.append(f"{row['image_id']} ({reason})")
             elif row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
                 reason = "changed since it was captioned"
             else:

@@ -15,7 +15,7 @@ import pyarrow.dataset as pads
 from imcap_ray import archives, storage
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.images import MAX_FILE_BYTES, image_error_from_os_error
-from imcap_ray.manifest import folder_of, image_placer, is_tar, read_table_images
+from imcap_ray.manifest import folder_of, image_placer, is_tar, read_run, read_table_images
 
 Row = dict[str, Any]
 
@@ -68,6 +68,7 @@ class CaptionedImageSource:
     def __init__(self, captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False) -> None:
         self._place = image_placer(captions, folders=folders, allow_outside_paths=allow_outside_paths)
         self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
+        self._input = str((read_run(captions) or {}).get("input", ""))
 
     def find(self, rows: Sequence[Row]) -> list[Row | None]:
         """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`,
@@ -117,6 +118,22 @@ class CaptionedImageSource:
                         yield from_tables[place["image_id"]]
                     else:
                         yield next(from_files)
+
+    def locate(self, rows: Sequence[Row]) -> list[str]:
+        """The file, table or tar that holds the image of each row; "" where nothing names it."""
+        return [(place["table_path"] or place["image_path"]) if place else "" for place in self.find(rows)]
+
+    def require_reachable(self, location: str, error: ImageError) -> None:
+        """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is gone.
+
+        Args:
+            location: of the image, see `locate`.
+            error: why it could not be read.
+        """
+        if storage.is_uri(location):
+            _require_reachable(location, error)
+        elif self._input and storage.is_inside(self._input, location):
+            _require_reachable(self._input, error)
 
 
 def _read_file(path: str, root: str | None) -> bytes | ImageError:
