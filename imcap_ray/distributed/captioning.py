@@ -260,9 +260,13 @@ def plan_captioning(
     input, output = storage.absolute(input), storage.absolute(output)
     actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
     folder = CaptionsFolder(output)
+    identity = _identity(input, captioner or load_captioner())
+    if folder.is_being_replaced():  # by the new rows, which the run would begin with putting in place
+        folder = folder.next()
+        overwrite = overwrite and not folder.is_of(identity)
     run = folder.read_run() or {}
     if not overwrite:
-        folder.claim(_identity(input, captioner or load_captioner()))
+        folder.claim(identity)
     with TemporaryDirectory() as manifest:
         found = build_manifest(
             input,

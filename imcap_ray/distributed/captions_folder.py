@@ -1,7 +1,8 @@
 """The folder of a captioning run: whose it is, what is done in it, and rows that are changed or taken out later.
 
     OUTPUT/*.parquet          the parts: rows of `CAPTIONS_SCHEMA`
-    OUTPUT/_imcap/run.json    settings, versions, counts, state
+    OUTPUT/_imcap/run.json    settings, versions, counts, state: running, failed, interrupted, complete; replacing while
+                              the rows of next/ are put in the place of the old
                   heartbeat.json  when the run last said that it lives, and how fast it is
                   manifest/   every image of the input with its number
                   done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
@@ -35,10 +36,13 @@ from imcap_ray import storage
 from imcap_ray.errors import ImcapError, OutputError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
+    COMPLETE,
     DUPLICATE,
     FAILED,
     MANIFEST_SCHEMA,
+    NEXT_FOLDER,
     OK,
+    REPLACING,
     is_part,
     read_table,
     update_manifest,
@@ -69,10 +73,15 @@ QUERY_MEMORY: Final = "1GB"
 
 
 class CaptionsFolder:
-    """The output of a captioning run, at a path or URI."""
+    """The output of a captioning run, at a path or URI.
 
-    def __init__(self, location: str) -> None:
+    Args:
+        moving_to: the folder whose rows these replace. Parts of this one may be there already.
+    """
+
+    def __init__(self, location: str, *, moving_to: str | None = None) -> None:
         self.location = location
+        self._moving_to = moving_to
         self.work = storage.join(location, WORK_FOLDER)
         self.manifest = storage.join(self.work, "manifest")
         self.done = storage.join(self.work, "done")
@@ -148,7 +157,11 @@ class CaptionsFolder:
     def parts(self) -> list[str]:
         """The Parquet files of captions that are noted as done."""
         noted = {_name(path) for path in self._done_files()}
-        return [path for path in self._own_parts() if _name(path) in noted]
+        parts = self._own_parts()
+        if self._moving_to:
+            names = {_name(path) for path in parts}  # a store copies a part, and then removes the first
+            parts += [path for path in CaptionsFolder(self._moving_to)._own_parts() if _name(path) not in names]
+        return [path for path in parts if _name(path) in noted]
 
     def _own_parts(self) -> list[str]:
         return [path for path in storage.list_parquet(self.location) if is_part(path)]
@@ -308,17 +321,24 @@ class CaptionsFolder:
 
     def next(self) -> CaptionsFolder:
         """Where `--overwrite` makes the new rows; readers of the old ones do not see them."""
-        return CaptionsFolder(storage.join(self.work, "next"))
+        return CaptionsFolder(storage.join(self.work, NEXT_FOLDER), moving_to=self.location)
+
+    def is_being_replaced(self) -> bool:
+        """Whether the rows of `next` are complete, and some of them may have been put in the place of the old."""
+        return self.next()._is_complete()
 
     def finish_replacement(self) -> bool:
         """Finish putting the new in the place of the old, if a dead run was at it; whether it was."""
-        is_pending = self.next()._is_complete()
+        is_pending = self.is_being_replaced()
         if is_pending:
             self.replace_by_next()
         return is_pending
 
     def replace_by_next(self) -> None:
-        """Put the finished new rows in the place of the old: first these appear, then those go.
+        """Put the finished new rows in the place of the old: first these appear, then those are removed.
+
+        From before the first step until after the last run.json has the state `replacing`, and `open_captions` refuses
+        the folder: it may hold rows of both.
 
         Raises:
             ImcapError: another run has begun to do the same.
@@ -328,6 +348,8 @@ class CaptionsFolder:
         # the second is done, for then there is no new any more, and all would be taken for old.
         check = partial(require_owner, self.work, self.take_over())
         run, kept = new.read_run() or {}, {_name(path) for path in new._done_files()}
+        check()
+        self.write_run(run | {"output": self.location, "state": REPLACING})
         for path in new._own_parts():
             check()
             storage.move(path, storage.join(self.location, _name(path)))
@@ -351,7 +373,7 @@ class CaptionsFolder:
 
     def _is_complete(self) -> bool:
         run = self.read_run()
-        return run is not None and run.get("state") == "complete"
+        return run is not None and run.get("state") == COMPLETE
 
     def _done_files(self) -> list[str]:
         return [path for path in storage.list_parquet(self.done) if not path.endswith(PENDING_SUFFIX)]

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -11,11 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from imcap_ray import storage
+from imcap_ray.cli import main
 from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
-from imcap_ray.errors import ImcapError, OutputError
-from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, build_manifest, read_table, write_table
+from imcap_ray.distributed.status import CaptioningStatus, read_status
+from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, build_manifest, open_captions, read_table, write_table
 
 IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
 
@@ -445,6 +450,99 @@ def test_the_new_takes_the_place_of_the_old_whenever_it_is_interrupted(tmp_path:
     assert np.array_equal(folder.done_ids(), [0, 1])
 
 
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@contextmanager
+def killed_at_step(number: int, *, when: str) -> Iterator[list[str]]:
+    """End the block before or after its step of this number, or when a store has copied a part but not yet removed the
+    first; gives the steps."""
+    originals = {name: getattr(storage, name) for name in ("move", "remove", "write_bytes")}
+    steps: list[str] = []
+
+    def step(name: str, *arguments: Any) -> None:
+        steps.append(name)
+        if len(steps) < number:
+            originals[name](*arguments)
+            return
+        if when == "after":
+            originals[name](*arguments)
+        elif when == "copied" and name == "move":
+            shutil.copy(*arguments)
+        elif when == "copied" and name == "remove" and Path(arguments[0]).is_dir():  # half of a folder
+            for path in sorted(path for path in Path(arguments[0]).rglob("*") if path.is_file())[::2]:
+                path.unlink()
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        for name in originals:
+            patch.setattr(storage, name, partial(step, name))
+        yield steps
+
+
+OLD_CAPTIONS = {"a": "says a", "b": "says b", "c": "says c"}
+NEW_CAPTIONS = {"a": "says x", "d": "says y"}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "copied"])
+def test_readers_never_see_two_generations_whenever_a_replacement_is_killed(tmp_path: Path, when: str) -> None:
+    num_steps, refused = 99, 0
+    number = 0
+    while (number := number + 1) <= num_steps:
+        location = tmp_path / str(number)
+        folder = replacing(location)
+        folder.write_run((folder.read_run() or {}) | {"state": "complete"})
+        with killed_at_step(number, when=when) as steps:
+            folder.replace_by_next()
+        num_steps = len(steps) if len(steps) < number else num_steps
+
+        state = (folder.read_run() or {})["state"]
+        in_folder = [one for path in storage.list_parquet(str(location)) for one in read_table(path).to_pylist()]
+        found = {one["image_id"]: one["caption"] for one in in_folder}
+        if state == "complete":
+            assert len(in_folder) == len(found), number
+            assert found in (OLD_CAPTIONS, NEW_CAPTIONS), number
+        try:
+            rows_read = open_captions(str(location)).to_table().to_pylist()
+        except InputError as error:
+            assert re.search("may hold rows of two runs.*the same command finishes it", str(error))
+            refused += 1
+        else:
+            assert state == "complete"
+            assert {one["image_id"]: one["caption"] for one in rows_read} == found
+        status = read_status(str(location))
+        assert isinstance(status, CaptioningStatus)
+        assert (status.num_done, status.num_images) == (2, 2), number
+        assert status.state in ("replacing", "complete")
+        if status.state == "complete":
+            assert found == NEW_CAPTIONS
+
+        folder.recover()
+
+        assert rows(folder) == {"a": ("ok", "says x", ""), "d": ("ok", "says y", "")}
+        folder.check_accounts()
+        assert (folder.read_run() or {})["state"] == "complete"
+        assert open_captions(str(location)).count_rows() == 2
+    assert refused > 10
+
+
+def test_a_replacement_that_an_earlier_version_was_killed_in_is_refused_by_readers(tmp_path: Path) -> None:
+    folder = replacing(tmp_path)
+    folder.write_run(IDENTITY | {"state": "complete"})
+    new = folder.next()
+    storage.move(new.parts()[0], str(tmp_path / f"{OTHER}_000000.parquet"))
+
+    for command in ("report", "evaluate", "export"):
+        arguments = {"evaluate": [str(tmp_path)], "export": [str(tmp_path / "o"), "--to", "jsonl"]}.get(command, [])
+        result = CliRunner().invoke(main, [command, str(tmp_path), *arguments])
+        assert result.exit_code == 2
+    with pytest.raises(InputError, match="may hold rows of two runs"):
+        open_captions(str(tmp_path))
+    with pytest.raises(InputError, match="may hold rows of two runs"):
+        open_captions(str(tmp_path / f"{OTHER}_000000.parquet"))
+
+
 def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
     folder = replacing(tmp_path)
     folder.next().write_run(IDENTITY | {"state": "failed"})
@@ -452,6 +550,7 @@ def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
     folder.recover()
 
     assert set(rows(folder)) == {"a", "b", "c"}
+    assert open_captions(str(tmp_path)).count_rows() == 3
     assert folder.next().is_of(IDENTITY)
 
 
