@@ -734,10 +734,13 @@ def write_captions_report(
         captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
     )
     not_shown: dict[str, str] = {}
+    changed: set[str] = set()
 
     def load_images(rows: Sequence[dict[str, Any]]) -> Iterator[bytes | ImageError]:
         for row, data in zip(rows, images.load(rows), strict=True):
-            if isinstance(data, ImageError):
+            if isinstance(data, ImageError) and data.code == "changed":
+                changed.add(row["image_id"])
+            elif isinstance(data, ImageError):
                 not_shown[row["image_id"]] = data.message
             yield data
 
@@ -753,18 +756,21 @@ def write_captions_report(
         _introduce(dataset)
     columns = scores.image_scores if scores else {}
     folder = captioned_folder(captions, dataset) if dataset else ""
+
+    def below(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values by the ids that their images have in the captions; those of the captioned folder come first."""
+        inside = {name.removeprefix(folder): value for name, value in values.items() if name.startswith(folder)}
+        return {name: value for name, value in values.items() if not name.startswith(folder)} | inside
+
     run = read_run(captions) or {}
     model = read_model_of_run(run, with_attention=num_attended > 0)
     write_report(
         table,
         output,
         load_images=load_images,
-        references={name.removeprefix(folder): of for name, of in dataset.references().items()} if dataset else None,
+        references=below(dataset.references()) if dataset else None,
         evaluation=json.loads(scores.to_json()) if scores else None,
-        image_scores={
-            name.removeprefix(folder): float(score)
-            for name, score in zip(columns["image_id"], columns["cider_d"], strict=True)
-        }
+        image_scores=below(dict(zip(columns["image_id"], map(float, columns["cider_d"]), strict=True)))
         if scores
         else None,
         history=model.history,
@@ -775,6 +781,9 @@ def write_captions_report(
         score_note=score_note,
         max_images=max_images,
     )
+    if changed:
+        photographs = f"{len(changed):,} photograph{'s' * (len(changed) != 1)}"
+        _say(f"not shown: {photographs} changed since captioning, the first is {min(changed)}", err=True)
     if not_shown:
         first = min(not_shown)
         photographs = f"photograph{'s' * (len(not_shown) != 1)}"

@@ -3,6 +3,7 @@ tables or tars."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,24 +101,27 @@ class CaptionedImageSource:
     def load(self, rows: Sequence[Row]) -> Iterator[bytes | ImageError]:
         """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
 
+        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`.
+
         Raises:
             InputError: as `find`.
         """
         places = self.find(rows)
         with ThreadPoolExecutor(_THREADS) as threads:  # a disk, or a store, is waited for
             for start in range(0, len(rows), _IMAGES_AT_A_TIME):
+                captioned = rows[start : start + _IMAGES_AT_A_TIME]
                 chunk = places[start : start + _IMAGES_AT_A_TIME]
                 packed = [place for place in chunk if place and place["table_path"]]
                 from_tables = {place["image_id"]: data for place, data in read_rows(packed, None)}
                 paths = [place["image_path"] for place in chunk if place and not place["table_path"]]
                 from_files = iter(threads.map(partial(_read_file, root=None), paths))
-                for place in chunk:
+                for row, place in zip(captioned, chunk, strict=True):
                     if place is None:
                         yield ImageError("missing", "its bytes were in a table")
                     elif place["table_path"]:
-                        yield from_tables[place["image_id"]]
+                        yield _as_captioned(row, from_tables[place["image_id"]])
                     else:
-                        yield next(from_files)
+                        yield _as_captioned(row, next(from_files))
 
     def locate(self, rows: Sequence[Row]) -> list[str]:
         """The file, table or tar that holds the image of each row; "" where nothing names it."""
@@ -134,6 +138,14 @@ class CaptionedImageSource:
             _require_reachable(location, error)
         elif self._input and storage.is_inside(self._input, location):
             _require_reachable(self._input, error)
+
+
+def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
+    """The data, or an error if it is not what was captioned. Rows without a hash, as of a table made by hand, pass."""
+    expected = row.get("sha256")
+    if expected and isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != expected:
+        return ImageError("changed", "changed since it was captioned")
+    return data
 
 
 def _read_file(path: str, root: str | None) -> bytes | ImageError:
