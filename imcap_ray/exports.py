@@ -349,8 +349,8 @@ def _survey(table: _CaptionsTable, names: _Names, summary: ExportSummary, images
     shared = names.first_shared("image_id")
     if shared:
         raise InputError(
-            f"{table.location}: image ids must be unique, but {shared[0]!r} stands there more than once; is a run that "
-            "overwrites it still going on?"
+            f"{table.location}: image ids must be unique, but {shared[0]!r} is there more than once; if a part was "
+            "copied there, the same `imcap caption` command removes the copy"
         )
     shared = names.first_shared("name") if summary.format == "sidecar" else None
     if shared:

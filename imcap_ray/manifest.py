@@ -267,7 +267,7 @@ def build_manifest(
         rows = rows.filter(ids < 0)
         if rows.num_rows:
             check()
-            part = storage.join(folder, f"part-{next_id:012d}.parquet")
+            part = storage.join(folder, manifest_part(next_id))
             new = _with_ids(rows, np.arange(next_id, next_id + rows.num_rows))
             write_table(part, new.replace_schema_metadata(metadata))
             next_id += rows.num_rows
@@ -282,6 +282,11 @@ def build_manifest(
         description=description,
         changed=pa.concat_tables(changed) if changed else MANIFEST_SCHEMA.empty_table(),
     )
+
+
+def manifest_part(first_id: int) -> str:
+    """The name of the manifest's file whose first image has this number."""
+    return f"part-{first_id:012d}.parquet"
 
 
 def list_table_images(location: str, tables: list[ListedFile], *, base: str) -> Iterator[dict[str, Any]]:

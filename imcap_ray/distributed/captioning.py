@@ -557,16 +557,18 @@ def _prepare(
     retry_failed: bool,
     echo: Callable[[str], None],
 ) -> int:
-    """Bring the folder and its manifest up to date; how many of the images that were done are to be done again.
+    """Bring the folder and its manifest up to date; how many images or parts that were done need work again.
 
     Args:
         check: raises if this run may not write any more: listing may take hours.
     """
     is_fresh = folder.read_run() is None
+    num_copied = 0
     if is_fresh:
         folder.write_run(run | {"state": "running"})  # whose it is, before anything else lies there
-    else:
-        folder.recover()
+    elif num_copied := folder.recover():
+        parts = f"{num_copied:,} part{'s' * (num_copied != 1)}"
+        echo(f"{folder.location}: removed {parts} that repeated images of other parts")
     try:
         found = build(run["input"], folder.manifest)
     except InputError:
@@ -584,7 +586,7 @@ def _prepare(
     for number, what in ((num_changed, "changed since"), (num_failed, "failed before")):
         if number:
             echo(f"{number:,} image{'s' * (number != 1)} {what}: to be captioned again")
-    return num_changed + num_failed
+    return num_changed + num_failed + num_copied
 
 
 def describe_bound(progress: Progress, resources: ClusterResources, *, num_actors: int, gpus_per_actor: float) -> str:

@@ -16,7 +16,9 @@ half done is finished, or taken back, by `recover`. Knows nothing of Ray but how
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +46,7 @@ from imcap_ray.manifest import (
     OK,
     REPLACING,
     is_part,
+    manifest_part,
     read_table,
     update_manifest,
     write_table,
@@ -212,8 +215,11 @@ class CaptionsFolder:
 
     # --- after a crash ---
 
-    def recover(self) -> None:
-        """Finish or take back what a dead run was doing, so that what lies here is whole."""
+    def recover(self) -> int:
+        """Finish or undo what a dead run was doing, so that what is here is complete.
+
+        Copies of parts, as synchronisation tools make them, are removed. Returns how many parts were removed for that.
+        """
         self.finish_replacement()
         for folder in (self.location, self.work, self.manifest, self.done):
             storage.remove_temporary(folder)
@@ -231,6 +237,60 @@ class CaptionsFolder:
                         storage.remove(place)
         if storage.exists(self._forget):
             self._forget_now()
+        self._remove_copied_manifests()
+        return self._remove_copied_parts()
+
+    def _remove_copied_parts(self) -> int:
+        """Leave each image in one part at most; how many parts were removed.
+
+        Of parts with the same rows the first by name stays. Where parts of different rows share images, one of them is
+        older than the other, and nothing tells which: all their images are taken out, to be captioned again.
+        """
+        ids = self.done_ids()
+        repeated = ids[1:][ids[1:] == ids[:-1]]
+        if not repeated.size:
+            return 0
+        parts, num_parts = {_name(path): path for path in self._own_parts()}, 0
+        kept: dict[bytes, str] = {}
+        sharing: dict[str, npt.NDArray[np.int64]] = {}
+        for note in sorted(self._done_files()):
+            noted = read_table(note)["manifest_id"].to_numpy()
+            if not np.isin(noted, repeated).any():
+                continue
+            rows = _rows_of(parts[_name(note)])
+            if rows in kept:
+                storage.remove(parts[_name(note)])
+                storage.remove(note)
+                num_parts += 1
+            else:
+                kept[rows] = note
+                sharing[note] = noted
+        if sharing:
+            noted_once, counts = np.unique(np.concatenate(list(sharing.values())), return_counts=True)
+            shared = noted_once[counts > 1]
+            mixed = [noted for noted in sharing.values() if np.isin(noted, shared).any()]
+            if mixed:
+                num_parts += len(mixed)
+                self._take_out(self._manifest_rows(np.unique(np.concatenate(mixed))))
+        return num_parts
+
+    def _manifest_rows(self, ids: npt.NDArray[np.int64]) -> pa.Table:
+        """manifest_id and image_id of these images."""
+        manifest = _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA)
+        return manifest.to_table(
+            columns=["manifest_id", "image_id"], filter=pc.field("manifest_id").isin(pa.array(ids))
+        )
+
+    def _remove_copied_manifests(self) -> None:
+        """Remove files of the manifest that list the images of another one, under a name that `build_manifest` does not
+        give."""
+        paths = storage.list_parquet(self.manifest)
+        names = {_name(path) for path in paths}
+        for path in paths:
+            if not re.fullmatch(r"part-\d{12}\.parquet", _name(path)):
+                first = pc.min(read_table(path, ["manifest_id"])["manifest_id"]).as_py()
+                if first is not None and manifest_part(first) in names:
+                    storage.remove(path)
 
     # --- rows taken out and changed ---
 
@@ -461,6 +521,17 @@ def _leave_out(path: str, column: str, values: pa.ChunkedArray) -> None:
         storage.remove(path)
     elif kept.num_rows < table.num_rows:
         write_table(path, kept)
+
+
+def _rows_of(part: str) -> bytes:
+    """What tells the rows of a part from others: of which images they are, of which bytes, and whether they failed.
+
+    Not the captions: a copy may be of before duplicates got theirs, which then get them again.
+    """
+    rows = read_table(part, ["image_id", "sha256", "status"]).sort_by("image_id").combine_chunks()
+    is_failed = pc.equal(rows["status"], FAILED).to_pylist()
+    text = json.dumps([rows["image_id"].to_pylist(), rows["sha256"].to_pylist(), is_failed])
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _is_whole(path: str) -> bool:

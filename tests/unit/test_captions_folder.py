@@ -242,6 +242,130 @@ def test_files_of_others_are_left_alone_and_those_of_killed_writers_are_not(tmp_
     assert [path.name for path in Path(folder.done).iterdir()] == [f"{RUN}_000000.parquet"]
 
 
+def copy_part(folder: CaptionsFolder, name: str, *, to: str, rows: list[dict[str, Any]] | None = None) -> None:
+    """What a synchronisation tool does: another copy of a part and of its note, or of older ones."""
+    for path in (storage.join(folder.location, name), storage.join(folder.done, name)):
+        shutil.copy(path, Path(path).with_name(to))
+    if rows is not None:
+        names = read_table(storage.list_parquet(folder.manifest)[0])["image_id"].to_pylist()
+        write_table(storage.join(folder.location, to), pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA))
+        ids = pa.table({"manifest_id": pa.array([names.index(one["image_id"]) for one in rows], pa.int64())})
+        write_table(storage.join(folder.done, to), ids)
+
+
+@pytest.mark.parametrize("to", [f"{RUN}_000007.parquet", f"{OTHER}_000001.parquet"])
+def test_a_copy_of_a_part_and_its_note_is_removed(tmp_path: Path, to: str) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x"), row("b", content="y")], [row("c", content="z")])
+    before = rows(folder)
+    copy_part(folder, f"{RUN}_000000.parquet", to=to)
+    copy_part(folder, f"{RUN}_000001.parquet", to=f"{OTHER}_000002.parquet")
+
+    assert folder.recover() == 2
+
+    assert rows(folder) == before
+    assert folder.done_ids().tolist() == [0, 1, 2]
+    assert {path.name for path in tmp_path.glob("*.parquet")} == {f"{RUN}_000000.parquet", f"{RUN}_000001.parquet"}
+    folder.check_accounts()
+    assert folder.recover() == 0
+
+
+def test_a_copy_under_a_name_that_is_no_parts_is_left_alone_and_does_not_count(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x"), row("b", content="y")])
+    before = rows(folder)
+    copy_part(folder, f"{RUN}_000000.parquet", to=f"{RUN}_000000 (1).parquet")
+
+    folder.recover()
+
+    assert rows(folder) == before
+    assert folder.done_ids().tolist() == [0, 1]
+    assert folder.count_rows()[0] == {"ok": 2}
+    assert (tmp_path / f"{RUN}_000000 (1).parquet").exists()
+
+
+def test_an_older_copy_without_the_answers_of_duplicates_gets_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x")], [row("b", "duplicate", content="x", duplicate_of="a")])
+    older = f"{'0' * 32}_000000.parquet"  # its name comes first
+    copy_part(folder, f"{RUN}_000001.parquet", to=older, rows=[row("b", "duplicate", content="x")])
+
+    assert folder.recover() == 1
+    folder.settle_duplicates()
+
+    assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a")}
+
+
+@pytest.mark.parametrize(
+    ("older", "left"),
+    [
+        ([row("a", content="x"), row("b", content="z"), row("c")], {"e", "f"}),  # of all of a part, and more
+        ([row("c", "failed")], {"a", "b", "e", "f"}),  # was captioned since
+        ([row("b", content="x"), row("c", content="x")], {"e", "f"}),  # some of each
+    ],
+)
+def test_images_of_parts_that_share_some_are_captioned_again(
+    tmp_path: Path, older: list[dict[str, Any]], left: set[str]
+) -> None:
+    parts = [row("a", content="x"), row("b", content="y")], [row("c", content="z"), row("d")], [row("e"), row("f")]
+    folder = write_folder(tmp_path, *parts)
+    copy_part(folder, f"{RUN}_000000.parquet", to=f"{OTHER}_000000.parquet", rows=older)
+
+    assert folder.recover() in (2, 3)
+
+    assert set(rows(folder)) == left
+    assert sorted(rows(folder)) == sorted(done_names(folder))
+    assert folder.recover() == 0
+
+
+def test_a_kill_while_copies_are_removed_loses_nothing(tmp_path: Path) -> None:
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        folder = write_folder(tmp_path / str(number), [row("a", content="x")], [row("b")])
+        copy_part(folder, f"{RUN}_000000.parquet", to=f"{OTHER}_000000.parquet")
+        with killed_at_step(number, when="before") as steps:
+            folder.recover()
+        is_over = len(steps) < number
+
+        folder.recover()
+
+        assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("ok", "says b", "")}
+        assert sorted(done_names(folder)) == ["a", "b"]
+    assert number == 3
+
+
+def test_a_kill_while_parts_that_share_images_are_taken_out_leaves_none_of_them(tmp_path: Path) -> None:
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        folder = write_folder(tmp_path / str(number), [row("a", content="x"), row("b", content="y")], [row("c")])
+        older = [row("a", content="z"), row("c")]
+        copy_part(folder, f"{RUN}_000000.parquet", to=f"{OTHER}_000000.parquet", rows=older)
+        with killed_at_step(number, when="before") as steps:
+            folder.recover()
+        is_over = len(steps) < number
+
+        folder.recover()
+
+        assert rows(folder) == {}
+        assert not len(folder.done_ids())
+    assert number > 6
+
+
+def test_a_copy_of_a_manifest_file_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(b"1")
+    folder = write_folder(tmp_path / "out", [row("a.jpg"), row("b.jpg")])
+    storage.remove(folder.manifest)
+    build_manifest(str(tmp_path / "in"), folder.manifest)
+    (original,) = storage.list_parquet(folder.manifest)
+    shutil.copy(original, original.replace(".parquet", " (conflicted copy).parquet"))
+
+    folder.recover()
+
+    assert storage.list_parquet(folder.manifest) == [original]
+    folder.check_accounts()
+
+
 def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x"), row("b", "duplicate", content="x")])
     stray = tmp_path / f"{OTHER}_000000.parquet"
