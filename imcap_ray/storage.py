@@ -31,6 +31,11 @@ MOST_S3_ATTEMPTS: Final = 16
 """A larger AWS_MAX_ATTEMPTS counts as this, because the waits double: 16 attempts wait 14 minutes, 20 would wait 4
 hours."""
 
+_CHECKSUM_VARIABLE: Final = "AWS_REQUEST_CHECKSUM_CALCULATION"
+_CHUNK_HEADER: Final = re.compile(rb"[0-9a-fA-F]+(;chunk-signature=[0-9a-f]+)?\r\n")
+"""What an upload that is encoded as `aws-chunked` begins with."""
+_READ_BACK_ATTEMPTS: Final = 3
+
 _FIRST_WAIT_SECONDS: Final = 0.05
 _REACHABLE_SECONDS: Final = 11.0
 _REACHABLE_TIMEOUT_SECONDS: Final = 3.0
@@ -211,6 +216,9 @@ class _S3(fs.S3FileSystem):  # type: ignore[misc]
     """
 
     def __init__(self, *, attempts: int, timeout_seconds: float, place: dict[str, str]) -> None:
+        if "endpoint_override" in place:
+            # Else the AWS library adds a checksum behind each upload, in an encoding that not every store decodes.
+            os.environ.setdefault(_CHECKSUM_VARIABLE, "when_required")
         super().__init__(
             retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts - 1),  # it counts retries
             connect_timeout=timeout_seconds,
@@ -219,9 +227,43 @@ class _S3(fs.S3FileSystem):  # type: ignore[misc]
             **place,
         )
         self._arguments: dict[str, Any] = {"attempts": attempts, "timeout_seconds": timeout_seconds, "place": place}
+        self._is_checked = "endpoint_override" not in place
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(_S3, **self._arguments), ()
+
+    def check_first_upload(self, path: str, size: int) -> None:
+        """Raise InputError if the store keeps the first object that was written otherwise than it was written.
+
+        Only sizes are compared: an object of the same size may be another process's by now. Stores that are not AWS are
+        asked, once in each process.
+        """
+        if self._is_checked:
+            return
+        try:
+            for attempt in range(_READ_BACK_ATTEMPTS):
+                stored = self.get_file_info(path)
+                if stored.size == size:
+                    self._is_checked = True
+                    return
+                time.sleep(attempt / 2)  # a store may need a moment to show it
+            with self.open_input_stream(path) as stream:
+                begins = bytes(stream.read(100))
+        except FileNotFoundError:  # another process has removed it
+            return
+        except OSError as error:
+            if not _is_forbidden(error):
+                raise
+            self._is_checked = True  # who may write need not be allowed to read
+            return
+        reason = "ask who runs it whether uploads with checksums are supported"
+        if _CHUNK_HEADER.match(begins):
+            reason = f"it does not decode aws-chunked uploads; set {_CHECKSUM_VARIABLE}=when_required"
+        endpoint = hide_secrets(self._arguments["place"]["endpoint_override"])
+        raise InputError(
+            f"the store at {endpoint} stored something else than was written to s3://{path}, {stored.size:,} bytes "
+            f"instead of {size:,}: {reason}"
+        )
 
     def without_retries(self, *, timeout_seconds: float) -> _S3:
         """The same store, which is asked once."""
@@ -471,7 +513,11 @@ def _is_forbidden(error: BaseException) -> bool:
 
 
 def write_bytes(location: str, data: bytes | memoryview) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        InputError: the store keeps something else than was written.
+    """
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
         with _replacing_local(Path(path)) as file:
@@ -479,6 +525,8 @@ def write_bytes(location: str, data: bytes | memoryview) -> None:
     else:  # object stores show an upload when it is complete
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
+        if isinstance(filesystem, _S3):
+            filesystem.check_first_upload(path, memoryview(data).nbytes)
 
 
 @contextmanager
@@ -495,10 +543,13 @@ def replacing(location: str) -> Iterator[BinaryIO]:
         return
     with TemporaryFile() as temporary:
         yield temporary
+        size = temporary.seek(0, os.SEEK_END)
         temporary.seek(0)
         try:
             with filesystem.open_output_stream(path) as stream:
                 shutil.copyfileobj(temporary, stream, _COPY_BYTES)
+            if isinstance(filesystem, _S3):
+                filesystem.check_first_upload(path, size)
         except BaseException:  # Ctrl-C too
             with suppress(OSError):
                 filesystem.delete_file(path)

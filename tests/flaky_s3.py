@@ -24,6 +24,7 @@ Fault = Literal["reset", "cut", "hang"] | int
 _STARTUP_SECONDS: Final = 60.0
 _XML: Final = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>planted</Message></Error>'
 _CODES: Final = {400: "ExpiredToken", 403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
+_OF_CHUNKS: Final = ("content-encoding", "x-amz-trailer", "x-amz-decoded-content-length", "x-amz-content-sha256")
 _OF_ONE_CONNECTION: Final = ("connection", "transfer-encoding", "content-length", "expect", "date", "server")
 
 
@@ -86,6 +87,7 @@ class FlakyProxy:
         fault     how they fail
         is_down   every connection is reset
         forbidden requests for a path that ends with it are answered 403
+        decodes_chunks  whether what the AWS library encodes as aws-chunked is decoded, as not every store does
         broken    requests for a path that ends with it fail
 
     `num_requests` and `num_faults` count.
@@ -100,6 +102,7 @@ class FlakyProxy:
         self.fault: Fault = fault
         self.is_down = False
         self.forbidden: str | None = None
+        self.decodes_chunks = True
         self.broken: str | None = None
         self.num_requests = 0
         self.num_faults = 0
@@ -182,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             connection = http.client.HTTPConnection(self.server.proxy.target, timeout=30)
             try:
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in _OF_ONE_CONNECTION}
+                left_out = _OF_ONE_CONNECTION if self.server.proxy.decodes_chunks else _OF_ONE_CONNECTION + _OF_CHUNKS
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in left_out}
                 connection.request(self.command, self.path, body, headers)
                 response = connection.getresponse()
                 content = response.read()

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.errors import ImcapError
+from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.exports import ExportSummary, export_captions
 from imcap_ray.image_sources import CaptionedImageSource
 from imcap_ray.manifest import CAPTIONS_SCHEMA
@@ -187,6 +187,61 @@ def test_a_store_that_no_longer_listens_is_not_reachable(s3: S3Store) -> None:
 
 def test_a_bucket_that_does_not_exist_is_not_reachable(s3: S3Store) -> None:
     assert not storage.is_reachable(f"{s3.uri}-other")
+
+
+CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
+
+
+def test_a_store_that_does_not_decode_chunks_gets_whole_files(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CHECKSUMS, raising=False)
+    s3.proxy.decodes_chunks = False
+
+    storage.write_bytes(f"{s3.uri}/a/1.txt", b"hello")
+    storage.write_bytes(f"{s3.uri}/a/2.txt", bytes(8_000_000))
+    storage.write_bytes(f"{s3.uri}/a/3.txt", b"")
+    with storage.replacing(f"{s3.uri}/a/4.txt") as file:
+        file.write(bytes(3_000_000))
+    with pickle.loads(pickle.dumps(storage.resolve(s3.uri)[0])).open_output_stream(f"{s3.uri[5:]}/a/5.txt") as stream:
+        stream.write(b"from another process")
+
+    sizes = {file.name: file.size for file in storage.list_files(f"{s3.uri}/a")}
+    assert sizes == {"1.txt": 5, "2.txt": 8_000_000, "3.txt": 0, "4.txt": 3_000_000, "5.txt": 20}
+    assert storage.read_bytes(f"{s3.uri}/a/1.txt") == b"hello"
+    storage.remove(f"{s3.uri}/a")
+    assert not storage.exists(f"{s3.uri}/a/1.txt")
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_store_that_keeps_chunks_as_they_come_is_an_error_that_names_the_setting(
+    s3: S3Store, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
+) -> None:
+    monkeypatch.setenv(CHECKSUMS, "when_supported")
+    s3.proxy.decodes_chunks = False
+    content = bytes(3500)
+
+    with pytest.raises(
+        InputError,
+        match=rf"the store at {s3.proxy.url} stored something else than was written to {s3.uri}/a.txt, [\d,]+ bytes "
+        rf"instead of 3,500: it does not decode aws-chunked uploads; set {CHECKSUMS}=when_required",
+    ):
+        if is_streamed:
+            with storage.replacing(f"{s3.uri}/a.txt") as file:
+                file.write(content)
+        else:
+            storage.write_bytes(f"{s3.uri}/a.txt", content)
+
+
+def test_a_store_that_decodes_chunks_is_asked_once_for_what_was_written(
+    s3: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHECKSUMS, "when_supported")
+    storage.write_bytes(f"{s3.uri}/a.txt", b"hello")
+    before = s3.proxy.num_requests
+
+    storage.write_bytes(f"{s3.uri}/b.txt", b"hello")
+
+    assert s3.proxy.num_requests - before == 1
+    assert storage.read_bytes(f"{s3.uri}/a.txt") == b"hello"
 
 
 @pytest.fixture
