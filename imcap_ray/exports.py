@@ -101,9 +101,6 @@ class ExportSummary:
     """Rows whose image is gone, may not be read, or has other bytes than those that were captioned."""
     images_without: list[str] = field(default_factory=list)
     """The first of these, each with the reason."""
-    images_unread: list[str] = field(default_factory=list)
-    """The first of the images that a store failed to deliver, each with the reason: the export fails at its end."""
-    num_unread: int = 0
 
     def describe(self) -> str:
         """One line for people."""
@@ -173,8 +170,9 @@ def export_captions(
             summary.num_kept = total - summary.num_exported
         else:
             key = partial(webdataset_key, keep_extension=names.first_shared("name") is not None)
+            unread = _Unread()
             summary.num_exported = _write_shards(
-                _with_images(rows, images, summary),
+                _with_images(rows, images, summary, unread),
                 output,
                 format=format,
                 shard_images=shard_images,
@@ -185,13 +183,11 @@ def export_captions(
                     f"none of the {total:,} images can be read, the first is {summary.images_without[0]}: is the "
                     "disk or the share there?"
                 )
-            if summary.num_unread:
-                more = summary.num_unread - len(summary.images_unread)
-                unread = ", ".join(summary.images_unread) + (f" and {more:,} more" if more else "")
+            if unread.number:
                 raise ImcapError(
-                    f"{summary.num_unread:,} of {total:,} images are not in {output} because they could not be read: "
-                    f"{unread}; {summary.num_exported:,} images were exported, the same command with --overwrite tries "
-                    "again"
+                    f"{unread.number:,} of {total:,} images are not in {output} because they could not be read: "
+                    f"{unread.describe()}; {summary.num_exported:,} images were exported, the same command with "
+                    "--overwrite tries again"
                 )
     return summary
 
@@ -543,8 +539,21 @@ def _write_sidecar(path: str, caption: str, *, existing: Existing) -> bool:
 # --- images with their captions
 
 
+@dataclass(slots=True)
+class _Unread:
+    """Images that a store failed to deliver. An export without them fails at its end."""
+
+    number: int = 0
+    first: list[str] = field(default_factory=list)
+    """Some of them, each with the reason."""
+
+    def describe(self) -> str:
+        more = self.number - len(self.first)
+        return ", ".join(self.first) + (f" and {more:,} more" if more else "")
+
+
 def _with_images(
-    rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary
+    rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary, unread: _Unread
 ) -> Iterator[tuple[Row, bytes]]:
     """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`.
 
@@ -560,9 +569,9 @@ def _with_images(
                     locations = locations or images.locate(chunk)
                     images.require_reachable(locations[number], data)
                     if data.code == "read_error" and storage.is_uri(locations[number]):
-                        summary.num_unread += 1
-                        if len(summary.images_unread) < NAMED_UNREAD:
-                            summary.images_unread.append(f"{row['image_id']} ({reason})")
+                        unread.number += 1
+                        if len(unread.first) < NAMED_UNREAD:
+                            unread.first.append(f"{row['image_id']} ({reason})")
                 summary.left_out_without_image += 1
                 if len(summary.images_without) < NAMED_IMAGES:
                     summary.images_without.append(f"{row['image_id']} ({reason})")
