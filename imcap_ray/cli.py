@@ -255,9 +255,10 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     two runs write to one OUTPUT          the later one takes over, the earlier one stops
 
     OUTPUT/*.parquet can be read at any moment: parts appear when they are complete. While a run goes on a duplicate may
-    lack its caption, and a part from before a crash may be taken back by the next run; at the end of --overwrite new
-    and old parts lie side by side for as long as it takes to move them. OUTPUT/_imcap/run.json says complete when all
-    is settled; heartbeat.json there is written every 30 s until then.
+    lack its caption, and a part from before a crash may be taken back by the next run; at the end of --overwrite the
+    folder holds new and old parts for as long as it takes to move them. The state in OUTPUT/_imcap/run.json is then
+    "replacing", and imcap's other commands refuse the folder. It is "complete" when all is settled; heartbeat.json
+    there is written every 30 s until then.
 
     Memory by the image: 16 bytes for each that is done on the driver, 8 in Ray's filter, and 29 bits for the hashes of
     all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
@@ -779,10 +780,13 @@ def write_captions_report(
         captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
     )
     not_shown: dict[str, str] = {}
+    changed: set[str] = set()
 
     def load_images(rows: Sequence[dict[str, Any]]) -> Iterator[bytes | ImageError]:
         for row, data in zip(rows, images.load(rows), strict=True):
-            if isinstance(data, ImageError):
+            if isinstance(data, ImageError) and data.code == "changed":
+                changed.add(row["image_id"])
+            elif isinstance(data, ImageError):
                 not_shown[row["image_id"]] = data.message
             yield data
 
@@ -798,18 +802,21 @@ def write_captions_report(
         _introduce(dataset)
     columns = scores.image_scores if scores else {}
     folder = captioned_folder(captions, dataset) if dataset else ""
+
+    def below(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values by the ids that their images have in the captions; those of the captioned folder come first."""
+        inside = {name.removeprefix(folder): value for name, value in values.items() if name.startswith(folder)}
+        return {name: value for name, value in values.items() if not name.startswith(folder)} | inside
+
     run = read_run(captions) or {}
     model = read_model_of_run(run, with_attention=num_attended > 0)
     write_report(
         table,
         output,
         load_images=load_images,
-        references={name.removeprefix(folder): of for name, of in dataset.references().items()} if dataset else None,
+        references=below(dataset.references()) if dataset else None,
         evaluation=json.loads(scores.to_json()) if scores else None,
-        image_scores={
-            name.removeprefix(folder): float(score)
-            for name, score in zip(columns["image_id"], columns["cider_d"], strict=True)
-        }
+        image_scores=below(dict(zip(columns["image_id"], map(float, columns["cider_d"]), strict=True)))
         if scores
         else None,
         history=model.history,
@@ -820,6 +827,9 @@ def write_captions_report(
         score_note=score_note,
         max_images=max_images,
     )
+    if changed:
+        photographs = f"{len(changed):,} photograph{'s' * (len(changed) != 1)}"
+        _say(f"not shown: {photographs} changed since captioning, the first is {min(changed)}", err=True)
     if not_shown:
         first = min(not_shown)
         photographs = f"photograph{'s' * (len(not_shown) != 1)}"
@@ -882,13 +892,14 @@ def export(captions: str, output: str, **options: Any) -> None:
 
     from imcap_ray.exports import SHARD_IMAGES, export_captions
     from imcap_ray.image_sources import CaptionedImageSource
-    from imcap_ray.manifest import read_run
+    from imcap_ray.manifest import read_run, refuse_replacement
 
     format = options["format"]
     for option, formats in (("existing", ["sidecar"]), ("shard_size", ["hf", "webdataset"])):
         if options[option] is not None and format not in formats:
             raise InputError(f"--{option.replace('_', '-')} is for {' and '.join(formats)}, not for {format}")
     say, show = _counting_voice(options)
+    refuse_replacement(captions)
     if (read_run(captions) or {}).get("state", "complete") != "complete":
         say(f"{captions}: the run that writes these captions is not complete; what is there is exported")
     summary = export_captions(
@@ -1074,12 +1085,14 @@ _STATES = {
     "silent": "no sign of life for {}: it was killed or its machine is gone; the same command goes on",
     "interrupted": "interrupted; the same command goes on",
     "failed": "stopped by an error; the same command goes on",
+    "replacing": "all new rows are written and are replacing the old ones; if the run was killed, the same command "
+    "finishes it",
 }
 
 
 def _describe_captioning(status: CaptioningStatus) -> list[str]:
     state = _STATES.get(status.state, status.state).format(_duration(status.last_sign_seconds or 0))
-    if status.is_replacing:
+    if status.is_replacing and status.state != "replacing":
         state = f"{state} (--overwrite; the old rows stand until it is complete)"
     share = f" ({status.num_done / status.num_images:.0%})" if status.num_images else ""
     progress = f"{status.num_done:,} of {status.num_images:,} images{share}"

@@ -61,11 +61,11 @@ def evaluate_captions(
 ) -> EvaluationReport:
     """Score the captions table at `location` against a data set.
 
-    An image is looked up by its id; where the captions were made from a folder above the images by its file name, and
-    where from one of the data's own folders with that before its id.
-    Captions of images that the data set has without a caption are left aside and counted. With a split the captions of
-    other images are left aside too; without one there must be none, and the captions must be of all images of one
-    split, or of all images.
+    An image is looked up by its id, with the folder before it where one of the data's own folders was captioned. Where
+    no id is known, it is looked up by its file name, if only one captioned image and one of the data set has that name.
+    Captions of images that the data set has without a caption are left aside. With a split the captions of other images
+    are left aside too; without one there must be none, and the captions must be of all images of one split, or of all
+    images. The notes count the captioned images without references.
 
     Args:
         against: another captions table, of the same images at least, to be compared with.
@@ -74,12 +74,10 @@ def evaluate_captions(
         DatasetError: the captions are of other images, or some of the split's images have none.
     """
     captions = _match(location, read_captions(location), references)
-    aside = []
     if split is None:
-        num_aside = _refuse_strangers(location, captions, references)
-        if num_aside:
-            aside = [f"{num_aside:,} captioned image{'s' * (num_aside != 1)} without references left aside"]
+        _refuse_strangers(location, captions, references)
         split = _split_of(captions, references)
+    num_strangers = _strangers(captions, references).length()
     wanted = references.split(split) if split else references.table
     captions = _of_all(captions, wanted, location, f"{split or 'captioned'} images of {references.location}")
     other = None
@@ -95,14 +93,16 @@ def evaluate_captions(
         image_ids=wanted["image_id"].to_pylist(),
         split=split or "",
         tokenizer=tokenizer,
-        notes="; ".join([*_notes(location, split), *aside]),
+        notes="; ".join(_notes(location, split, num_strangers)),
         confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
         against=other,
     )
 
 
-def _notes(location: str, split: str | None) -> Iterator[str]:
+def _notes(location: str, split: str | None, num_strangers: int) -> Iterator[str]:
     """What a reader of the scores has to know: how the captions were sought, and of what images they are."""
+    if num_strangers:
+        yield f"{num_strangers:,} captioned image{'s have' if num_strangers != 1 else ' has'} no references"
     run = read_run(location) or {}
     if isinstance(search := run.get("search"), dict):
         yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
@@ -149,24 +149,41 @@ def captioned_folder(location: str, references: CaptionedImages) -> str:
 
 
 def _match(location: str, captions: pa.Table, references: CaptionedImages) -> pa.Table:
-    """The captions under the data set's image ids: their own; with the folder before them that was captioned, where
-    that is one of the data's; or their file names."""
-    ids = captions["image_id"]
-    if not pc.any(pc.is_in(ids, value_set=references.table["image_id"])).as_py():
-        if folder := captioned_folder(location, references):
-            with_folder = pc.binary_join_element_wise(folder, ids, "")
-            if pc.any(pc.is_in(with_folder, value_set=references.table["image_id"])).as_py():
-                return captions.set_column(0, "image_id", with_folder)
-        names = pc.replace_substring_regex(ids, "(?s)^.*/", "")
-        if pc.count_distinct(names, mode="all").as_py() == captions.num_rows:
-            return captions.set_column(0, "image_id", names)
-    return captions
+    """The captions under the data set's image ids: with the folder before them that was captioned, where that is one of
+    the data's; their own; or their file names, where one captioned image and one of the data set has that name."""
+    ids, known = captions["image_id"], references.table["image_id"]
+    if folder := captioned_folder(location, references):
+        with_folder = pc.binary_join_element_wise(folder, ids, "")
+        if pc.any(pc.is_in(with_folder, value_set=known)).as_py():
+            return captions.set_column(0, "image_id", with_folder)
+    if pc.any(pc.is_in(ids, value_set=known)).as_py():
+        return captions
+    names = _file_names(ids)
+    of_one_image = pc.and_(
+        pc.is_in(names, value_set=_distinct(names)), pc.is_in(names, value_set=_distinct(_file_names(known)))
+    )
+    return captions.set_column(0, "image_id", pc.if_else(of_one_image, names, ids))
 
 
-def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedImages) -> int:
-    """Raise DatasetError if a captioned image is not in the data set; how many are in it without a caption."""
-    has_references = pc.is_in(captions["image_id"], value_set=references.table["image_id"])
-    others = captions["image_id"].filter(pc.invert(has_references))
+def _file_names(ids: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.replace_substring_regex(ids, "(?s)^.*/", "")
+
+
+def _distinct(names: pa.ChunkedArray) -> pa.Array:
+    """The names that occur once."""
+    counts = pc.value_counts(names)
+    return counts.field("values").filter(pc.equal(counts.field("counts"), 1))
+
+
+def _strangers(captions: pa.Table, references: CaptionedImages) -> pa.ChunkedArray:
+    """Ids of captioned images that have no references."""
+    is_known = pc.is_in(captions["image_id"], value_set=references.table["image_id"])
+    return captions["image_id"].filter(pc.invert(is_known))
+
+
+def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedImages) -> None:
+    """Raise DatasetError if a captioned image is not in the data set, not even without a caption."""
+    others = _strangers(captions, references)
     is_there = pc.is_in(others, value_set=pa.array(sorted(references.without_captions), pa.string()))
     strangers = others.filter(pc.invert(is_there))
     if len(strangers):
@@ -174,7 +191,6 @@ def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedIm
             f"{location} does not match {references.location}: {len(strangers):,} of {captions.num_rows:,} captioned "
             f"images have no references there, the first is {strangers[0]}; --split leaves others than a split's aside"
         )
-    return len(others)
 
 
 def _split_of(captions: pa.Table, references: CaptionedImages) -> str | None:

@@ -48,6 +48,9 @@ SHARD_BYTES: Final = 10**9
 COLUMNS: Final = tuple(name for name in CAPTIONS_SCHEMA.names if not name.startswith("error_"))
 """Of a row in JSON and CSV. An exported row has no error."""
 
+NAMED_UNREAD: Final = 3
+"""How many of the images that a store failed to deliver the error names."""
+
 NAMED_IMAGES: Final = 20
 """How many of the images that are gone the summary names; all of them are counted."""
 
@@ -151,7 +154,8 @@ def export_captions(
         InputError: no captions table, nothing in it to export, ids or names that stand for two images, an id that
             leads out of `output`. Nothing is written then.
         OutputError: `output` exists, or is no place for an export.
-        ImcapError: none of the images can be read.
+        ImcapError: none of the images can be read, or a store failed to deliver some of them: what it delivered is
+            written.
     """
     captions, output = storage.absolute(captions), storage.absolute(output)
     table = _CaptionsTable(captions, min_confidence)
@@ -173,8 +177,9 @@ def export_captions(
             summary.num_kept = total - summary.num_exported
         else:
             key = partial(webdataset_key, keep_extension=names.first_shared("name") is not None)
+            unread = _Unread()
             summary.num_exported = _write_shards(
-                _with_images(rows, images, summary),
+                _with_images(rows, images, summary, unread),
                 output,
                 format=format,
                 shard_images=shard_images,
@@ -184,6 +189,12 @@ def export_captions(
                 raise ImcapError(
                     f"none of the {total:,} images can be read, the first is {summary.images_without[0]}: is the "
                     "disk or the share there?"
+                )
+            if unread.number:
+                raise ImcapError(
+                    f"{unread.number:,} of {total:,} images are not in {output} because they could not be read: "
+                    f"{unread.describe()}; {summary.num_exported:,} images were exported, the same command with "
+                    "--overwrite tries again"
                 )
     return summary
 
@@ -341,8 +352,8 @@ def _survey(table: _CaptionsTable, names: _Names, summary: ExportSummary, images
     shared = names.first_shared("image_id")
     if shared:
         raise InputError(
-            f"{table.location}: image ids must be unique, but {shared[0]!r} stands there more than once; is a run that "
-            "overwrites it still going on?"
+            f"{table.location}: image ids must be unique, but {shared[0]!r} is there more than once; if a part was "
+            "copied there, the same `imcap caption` command removes the copy"
         )
     shared = names.first_shared("name") if summary.format == "sidecar" else None
     if shared:
@@ -535,22 +546,44 @@ def _write_sidecar(path: str, caption: str, *, existing: Existing) -> bool:
 # --- images with their captions
 
 
+@dataclass(slots=True)
+class _Unread:
+    """Images that a store failed to deliver. An export without them fails at its end."""
+
+    number: int = 0
+    first: list[str] = field(default_factory=list)
+    """Some of them, each with the reason."""
+
+    def describe(self) -> str:
+        more = self.number - len(self.first)
+        return ", ".join(self.first) + (f" and {more:,} more" if more else "")
+
+
 def _with_images(
-    rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary
+    rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary, unread: _Unread
 ) -> Iterator[tuple[Row, bytes]]:
-    """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`."""
+    """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`.
+
+    Raises:
+        ImcapError: the store, or the disk of the run's input, is gone.
+    """
     while chunk := list(islice(rows, _BATCH_ROWS)):
-        for row, data in zip(chunk, images.load(chunk), strict=True):
+        locations: list[str] = []
+        for number, (row, data) in enumerate(zip(chunk, images.load(chunk), strict=True)):
             if isinstance(data, ImageError):
                 reason = _REASONS.get(data.code, data.message)
-            elif row["sha256"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
-                reason = "changed since it was captioned"
+                if data.code in ("missing", "read_error"):
+                    locations = locations or images.locate(chunk)
+                    images.require_reachable(locations[number], data)
+                    if data.code == "read_error" and storage.is_uri(locations[number]):
+                        unread.number += 1
+                        if len(unread.first) < NAMED_UNREAD:
+                            unread.first.append(f"{row['image_id']} ({reason})")
+                summary.left_out_without_image += 1
+                if len(summary.images_without) < NAMED_IMAGES:
+                    summary.images_without.append(f"{row['image_id']} ({reason})")
             else:
                 yield row, data
-                continue
-            summary.left_out_without_image += 1
-            if len(summary.images_without) < NAMED_IMAGES:
-                summary.images_without.append(f"{row['image_id']} ({reason})")
 
 
 AddImage = Callable[[Row, bytes], None]

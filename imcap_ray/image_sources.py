@@ -3,6 +3,7 @@ tables or tars."""
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from imcap_ray.manifest import (
     image_placer,
     is_tar,
     read_image_columns,
+    read_run,
     read_table_images,
 )
 
@@ -74,6 +76,7 @@ class CaptionedImageSource:
     def __init__(self, captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False) -> None:
         self._place = image_placer(captions, folders=folders, allow_outside_paths=allow_outside_paths)
         self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
+        self._input = str((read_run(captions) or {}).get("input", ""))
 
     def find(self, rows: Sequence[Row]) -> list[Row | None]:
         """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`; for
@@ -113,24 +116,51 @@ class CaptionedImageSource:
     def load(self, rows: Sequence[Row]) -> Iterator[bytes | ImageError]:
         """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
 
+        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`.
+
         Raises:
             InputError: as `find`.
         """
         places = self.find(rows)
         with ThreadPoolExecutor(_THREADS) as threads:  # a disk, or a store, is waited for
             for start in range(0, len(rows), _IMAGES_AT_A_TIME):
+                captioned = rows[start : start + _IMAGES_AT_A_TIME]
                 chunk = places[start : start + _IMAGES_AT_A_TIME]
                 packed = [place for place in chunk if place and place["table_path"]]
                 from_tables = {place["image_id"]: data for place, data in self._read_packed(packed)}
                 paths = [place["image_path"] for place in chunk if place and not place["table_path"]]
                 from_files = iter(threads.map(partial(_read_file, root=None), paths))
-                for place in chunk:
+                for row, place in zip(captioned, chunk, strict=True):
                     if place is None:
                         yield ImageError("missing", "its bytes were in a table")
                     elif place["table_path"]:
-                        yield from_tables[place["image_id"]]
+                        yield _as_captioned(row, from_tables[place["image_id"]])
                     else:
-                        yield next(from_files)
+                        yield _as_captioned(row, next(from_files))
+
+    def locate(self, rows: Sequence[Row]) -> list[str]:
+        """The file, table or tar that holds the image of each row; "" where nothing names it."""
+        return [(place["table_path"] or place["image_path"]) if place else "" for place in self.find(rows)]
+
+    def require_reachable(self, location: str, error: ImageError) -> None:
+        """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is gone.
+
+        Args:
+            location: of the image, see `locate`.
+            error: why it could not be read.
+        """
+        if storage.is_uri(location):
+            _require_reachable(location, error)
+        elif self._input and storage.is_inside(self._input, location):
+            _require_reachable(self._input, error)
+
+
+def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
+    """The data, or an error if it is not what was captioned. Rows without a hash, as of a table made by hand, pass."""
+    expected = row.get("sha256")
+    if expected and isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != expected:
+        return ImageError("changed", "changed since it was captioned")
+    return data
 
 
 def _read_file(path: str, root: str | None) -> bytes | ImageError:

@@ -77,6 +77,13 @@ OK: Final = "ok"
 FAILED: Final = "failed"
 DUPLICATE: Final = "duplicate"
 
+COMPLETE: Final = "complete"
+REPLACING: Final = "replacing"
+"""States of a run in run.json: all rows are there; rows of `--overwrite` are being put in the place of the old."""
+
+NEXT_FOLDER: Final = "next"
+"""Below the run's own folder: what `--overwrite` makes, until it takes the place of the old."""
+
 IMAGE_EXTENSIONS: Final = frozenset(
     [
         "avif",
@@ -226,7 +233,7 @@ def build_manifest(
         rows = rows.filter(ids < 0)
         if rows.num_rows:
             check()
-            part = storage.join(folder, f"part-{next_id:012d}.parquet")
+            part = storage.join(folder, manifest_part(next_id))
             new = _with_ids(rows, np.arange(next_id, next_id + rows.num_rows))
             write_table(part, new.replace_schema_metadata(images.metadata))
             next_id += rows.num_rows
@@ -244,6 +251,11 @@ def build_manifest(
         id_column=images.id_column,
         changed=changed_rows.replace_schema_metadata(images.metadata),
     )
+
+
+def manifest_part(first_id: int) -> str:
+    """The name of the manifest's file whose first image has this number."""
+    return f"part-{first_id:012d}.parquet"
 
 
 class Listing:
@@ -1087,7 +1099,7 @@ def open_captions(location: str) -> pads.Dataset:
     Where a run has written into the folder, what else lies there is left out.
 
     Raises:
-        InputError: nothing there, or no captions table.
+        InputError: nothing there, no captions table, or rows of two runs because one is replacing those of the other.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
@@ -1099,12 +1111,29 @@ def open_captions(location: str) -> pads.Dataset:
         captions = pads.dataset([storage.resolve(path)[1] for path in files], filesystem=filesystem, format="parquet")
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{location} is not readable Parquet: {error}") from error
+    refuse_replacement(location)  # after the files were listed: a replacement that began since removes some of them
     refuse_pickles(captions.schema, location)
     missing = {"image_id", "caption"} - set(captions.schema.names)
     if missing:
         found = ", ".join(captions.schema.names) or "no Parquet file"
         raise InputError(f"{location} is no captions table: expected the columns image_id and caption, got {found}")
     return captions
+
+
+def refuse_replacement(captions: str) -> None:
+    """Raise InputError if a run is replacing the rows of this folder by new ones, or was when it was killed.
+
+    Earlier versions did not write the state `replacing`; what they left is known by a complete run in `next`.
+    """
+    run = read_run(captions)
+    if run is None:
+        return
+    new = read_run(storage.join(folder_of(captions), "_imcap", NEXT_FOLDER)) or {}
+    if run.get("state") == REPLACING or new.get("state") == COMPLETE:
+        raise InputError(
+            f"{folder_of(captions)} may hold rows of two runs, because `imcap caption --overwrite` is replacing the "
+            "old rows by the new ones: wait until it has finished; if it was killed, the same command finishes it"
+        )
 
 
 def folder_of(captions: str) -> str:

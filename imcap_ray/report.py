@@ -9,7 +9,7 @@ import base64
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -40,6 +40,9 @@ COLLAPSE_MIN_IMAGES: Final = 20
 # are 16 MB in base64, which leaves 4 MB of the 20 for the text of the page.
 _THUMBNAIL_TRIES: Final = ((256, 82), (256, 65), (256, 45), (192, 45), (128, 40), (64, 40))
 THUMBNAIL_BYTES: Final = 12_000
+
+CHANGED: Final = "changed since it was captioned"
+"""In the place of the thumbnail of an image whose bytes are not those that were captioned."""
 
 # Of the cards, failed images may always take a quarter; more where the others leave room.
 _FAILED_SHARE: Final = 0.25
@@ -97,13 +100,15 @@ def write_report(
     A pyarrow dataset is read batch by batch: what is kept of it is its distinct captions and nine bytes per
     image. An earlier report at `path`, which may be a URI, stands until the new one is whole.
 
+    References and scores are found by image_id, or by the file name where one captioned image and one of theirs has it.
+
     Args:
-        load_images: the files' bytes for rows of `captions`, in their order; an `ImageError` where there are none: the
-            card then says so. Never called for failed rows.
-        references: human captions by image_id, or by the file's name, shown beside the caption.
+        load_images: the files' bytes for rows of `captions`, in their order; an `ImageError` where there are none, or
+            other ones than were captioned (code `changed`): the card then says so. Never called for failed rows.
+        references: human captions by image_id, shown next to the caption.
         evaluation: an `EvaluationReport` as a dict. Further lines of its table may stand under "rows", as
             `{"name": ..., "bleu_1": ..., "cider_d": ...}`, with what scores there are.
-        image_scores: CIDEr-D by image_id, or by the file's name, to sort the cards by.
+        image_scores: CIDEr-D by image_id, to sort the cards by.
         history: a line for each epoch of the model's training: `phase`, `train_loss`, `cider_d`.
         attend: where the model looked; asked for `num_attended` images from the least to the most confident.
         attention_note: why there is no `attend`, where that needs saying.
@@ -123,7 +128,11 @@ def write_report(
     if missing:
         raise InputError(f"this is not a captions table: it lacks the columns {', '.join(missing)}")
 
-    summary = _summarise(captions, image_scores or {})
+    references, image_scores = references or {}, image_scores or {}
+    if references or image_scores:
+        names = _names_of_one_image(captions, references.keys() | image_scores.keys())
+        references, image_scores = _ByImage(references, names), _ByImage(image_scores, names)
+    summary = _summarise(captions, image_scores, references)
     shown = _positions_shown(summary, max_images=max_images)
     rows = sorted(_filled(captions.take(pa.array(shown, pa.int64()))).to_pylist(), key=lambda row: row["image_id"])
     attended, note = _attended(rows, num_attended, load_images=load_images, attend=attend)
@@ -136,7 +145,7 @@ def write_report(
         protocol=_protocol(evaluation or {}),
         curve=curve_of_confidence((evaluation or {}).get("confidence_curve", ())),
         lengths=histogram_of_lengths(summary.captions),
-        image_scores=histogram_of_scores((image_scores or {}).values()),
+        image_scores=histogram_of_scores(image_scores.values()),
         losses=curve_of_epochs(history, "train_loss"),
         validation=curve_of_epochs(history, "cider_d"),
         attended=attended,
@@ -147,7 +156,7 @@ def write_report(
         statuses_shown=[s for s in (OK, DUPLICATE, FAILED) if any(row["status"] == s for row in rows)],
         has_references=bool(references),
         has_scores=bool(image_scores),
-        cards=_cards(rows, load_images=load_images, references=references or {}, image_scores=image_scores or {}),
+        cards=_cards(rows, load_images=load_images, references=references, image_scores=image_scores),
     )
     page.enable_buffering()
     _replace(storage.absolute(str(path)), page)
@@ -165,6 +174,8 @@ class _Summary:
     confidences: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     scores: np.ndarray[Any, np.dtype[np.float32]] = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     """Like the confidences NaN where there is none."""
+    num_without_references: int = 0
+    """Only counted where there are references."""
 
     @property
     def num_images(self) -> int:
@@ -185,13 +196,18 @@ class _Summary:
         return (caption, count / num_ok) if count / num_ok > COLLAPSE_SHARE else None
 
 
-def _summarise(captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float]) -> _Summary:
+def _batches(captions: pa.Table | ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    if isinstance(captions, pa.Table):
+        yield from captions.select(columns).to_batches()
+    else:
+        yield from captions.to_batches(columns=columns)
+
+
+def _summarise(
+    captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float], references: Mapping[str, Sequence[str]]
+) -> _Summary:
     columns = ["image_id", "status", "caption", "confidence", "error_code", "error_message"]
-    batches = (
-        captions.select(columns).to_batches()
-        if isinstance(captions, pa.Table)
-        else captions.to_batches(columns=columns)
-    )
+    batches = _batches(captions, columns)
     summary = _Summary()
     failed, confidences, scores = [summary.failed], [summary.confidences], [summary.scores]
     for batch in batches:
@@ -202,8 +218,11 @@ def _summarise(captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float
         is_failed = pc.equal(status, FAILED)
         failed.append(is_failed.to_numpy(zero_copy_only=False))
         confidences.append(_numbers(batch["confidence"].to_pylist()))
-        of_images = (_of_image(image_id, image_scores) for image_id in batch["image_id"].to_pylist())
+        image_ids = batch["image_id"].to_pylist() if image_scores or references else []
+        of_images = map(image_scores.get, image_ids)
         scores.append(_numbers(of_images if image_scores else [None] * len(batch)))
+        if references:
+            summary.num_without_references += sum(image_id not in references for image_id in image_ids)
         failures = batch.filter(is_failed)
         for code, message in zip(failures["error_code"], failures["error_message"], strict=True):
             summary.error_codes[code.as_py()] += 1
@@ -258,42 +277,82 @@ def _cards(
     """The rows, each with what only its card needs: thumbnail, references, the other captions."""
 
     images = load_images([row for row in rows if row["status"] != FAILED])
-    for row, thumbnail in _with_thumbnails(rows, images):
+    for row, thumbnail, reason in _with_thumbnails(rows, images):
         yield {
             **row,
             "thumbnail": thumbnail,
+            "no_thumbnail": reason,
+            "duplicate_of": row["duplicate_of"] if reason != CHANGED else "",  # it is not the same file any more
             "confidence": _confidence(row),
             "error_message": _clip(row["error_message"]),
             "other_captions": [c for c in row["captions"] or () if c != row["caption"]],
-            "references": _of_image(row["image_id"], references) or (),
-            "score": _of_image(row["image_id"], image_scores),
+            "references": references.get(row["image_id"], ()),
+            "score": image_scores.get(row["image_id"]),
         }
 
 
-def _with_thumbnails(rows: Sequence[Row], images: Iterator[bytes | ImageError]) -> Iterator[tuple[Row, str | None]]:
-    """The rows with the data URIs of their thumbnails, where there is an image for each that has not failed."""
+def _with_thumbnails(
+    rows: Sequence[Row], images: Iterator[bytes | ImageError]
+) -> Iterator[tuple[Row, str | None, str]]:
+    """The rows with the data URIs of their thumbnails, or why there is none, where there is an image for each that has
+    not failed."""
     left = iter(rows)
     with ThreadPoolExecutor() as threads:  # Pillow works without the interpreter's lock
         while chunk := list(islice(left, _THUMBNAILS_AT_A_TIME)):
             data = [None if row["status"] == FAILED else next(images) for row in chunk]
-            yield from zip(chunk, threads.map(_thumbnail_of, data), strict=True)
+            for row, (thumbnail, reason) in zip(chunk, threads.map(_thumbnail_of, data), strict=True):
+                yield row, thumbnail, reason
 
 
-def _thumbnail_of(data: bytes | ImageError | None) -> str | None:
-    if data is None or isinstance(data, ImageError):
-        return None
+def _thumbnail_of(data: bytes | ImageError | None) -> tuple[str | None, str]:
+    if data is None:
+        return None, ""
     try:
-        return _thumbnail(data).uri
-    except ImageError:
-        return None
+        if isinstance(data, ImageError):
+            raise data
+        return _thumbnail(data).uri, ""
+    except ImageError as error:
+        return None, CHANGED if error.code == "changed" else "no picture"
 
 
 Value = TypeVar("Value")
 
 
-def _of_image(image_id: str, values: Mapping[str, Value]) -> Value | None:
-    """The image's own value, or its file name's: captions may be of a folder above that of the references."""
-    return values.get(image_id, values.get(image_id.rpartition("/")[2]))
+class _ByImage(Mapping[str, Value]):
+    """What there is of captioned images, by their id, or by their file name where only one image has it: captions may
+    be of a folder above that of the references."""
+
+    def __init__(self, values: Mapping[str, Value], names: Set[str]) -> None:
+        self._values = values
+        self._names = names
+
+    def __getitem__(self, image_id: str) -> Value:
+        if image_id in self._values:
+            return self._values[image_id]
+        name = image_id.rpartition("/")[2]
+        if name not in self._names:
+            raise KeyError(image_id)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+def _names_of_one_image(captions: pa.Table | ds.Dataset, image_ids: Iterable[str]) -> Set[str]:
+    """Those of the ids that are file names which no other of them, and only one captioned image, has."""
+    known = Counter(image_id.rpartition("/")[2] for image_id in image_ids)
+    names = {image_id for image_id in image_ids if known.get(image_id) == 1}
+    captioned = Counter[str]()
+    for batch in _batches(captions, ["image_id"]):
+        captioned.update(
+            name
+            for name in (image_id.rpartition("/")[2] for image_id in _filled(batch)["image_id"].to_pylist())
+            if name in names
+        )
+    return {name for name in names if captioned[name] == 1}
 
 
 def _attended(
@@ -305,7 +364,7 @@ def _attended(
     if attend is None or not count or not candidates:
         return [], ""
     places = np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))
-    found, reason = [], "none of their photographs can be read"
+    found, reason = [], "none of their photographs can be read as it was captioned"
     chosen = [candidates[place] for place in places]
     for row, data in zip(chosen, load_images(chosen), strict=True):
         if isinstance(data, ImageError):

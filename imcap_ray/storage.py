@@ -22,9 +22,24 @@ from pyarrow import fs
 
 from imcap_ray.errors import InputError
 
-S3_ATTEMPTS: Final = 7
-"""How often a request to S3 is tried, unless AWS_MAX_ATTEMPTS says otherwise. The waits between double from half a
-second, and sum up to 25 seconds on average: a short outage, or a store that throttles, costs a run only time."""
+S3_ATTEMPTS: Final = 11
+"""How often a request to S3 is tried, unless AWS_MAX_ATTEMPTS gives another number. The first retry is immediate, and
+the waits before the others double from 50 ms to 12.8 s: 25.6 seconds in total. A short outage, or a store that
+throttles, costs a run only time."""
+
+MOST_S3_ATTEMPTS: Final = 16
+"""A larger AWS_MAX_ATTEMPTS counts as this, because the waits double: 16 attempts wait 14 minutes, 20 would wait 4
+hours."""
+
+_CHECKSUM_VARIABLE: Final = "AWS_REQUEST_CHECKSUM_CALCULATION"
+_CHUNK_HEADER: Final = re.compile(rb"[0-9a-fA-F]+(;chunk-signature=[0-9a-f]+)?\r\n")
+"""What an upload that is encoded as `aws-chunked` begins with."""
+_READ_BACK_ATTEMPTS: Final = 3
+
+_FIRST_WAIT_SECONDS: Final = 0.05
+_REACHABLE_SECONDS: Final = 11.0
+_REACHABLE_TIMEOUT_SECONDS: Final = 3.0
+_REACHABLE_PAUSE_SECONDS: Final = 0.25
 
 # pyarrow gives the answer of S3 as much room as the object needs. Where an error's text is longer than that, neither
 # pyarrow nor the AWS library knows what the error was, and neither tries again.
@@ -192,27 +207,68 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
 class _S3(fs.S3FileSystem):  # type: ignore[misc]
     """S3 that tries again, in whatever process it arrives: pyarrow's own pickling forgets the number of attempts.
 
+    The AWS library's "standard" strategy takes 5 of 500 tokens for each retry and is never given any back here: after
+    100 retries in a process it would not try again. The "default" strategy counts the retries of each request alone.
+
     Args:
+        attempts: of each request, the first one included.
         timeout_seconds: without a connection, or without a byte.
         place: pyarrow's arguments that say where the store is.
     """
 
     def __init__(self, *, attempts: int, timeout_seconds: float, place: dict[str, str]) -> None:
+        if "endpoint_override" in place:
+            # Else the AWS library adds a checksum behind each upload, in an encoding that not every store decodes.
+            os.environ.setdefault(_CHECKSUM_VARIABLE, "when_required")
         super().__init__(
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+            retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts - 1),  # it counts retries
             connect_timeout=timeout_seconds,
             request_timeout=timeout_seconds,
             allow_delayed_open=True,  # a small object in one request instead of the three of a multipart upload
             **place,
         )
         self._arguments: dict[str, Any] = {"attempts": attempts, "timeout_seconds": timeout_seconds, "place": place}
+        self._is_checked = "endpoint_override" not in place
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(_S3, **self._arguments), ()
 
-    def in_a_hurry(self) -> _S3:
-        """The same store, given up after a few seconds."""
-        return _S3(**self._arguments | {"attempts": 3, "timeout_seconds": 3.0})
+    def check_first_upload(self, path: str, size: int) -> None:
+        """Raise InputError if the store keeps the first object that was written otherwise than it was written.
+
+        Only sizes are compared: an object of the same size may be another process's by now. Stores that are not AWS are
+        asked, once in each process.
+        """
+        if self._is_checked:
+            return
+        try:
+            for attempt in range(_READ_BACK_ATTEMPTS):
+                stored = self.get_file_info(path)
+                if stored.size == size:
+                    self._is_checked = True
+                    return
+                time.sleep(attempt / 2)  # a store may need a moment to show it
+            with self.open_input_stream(path) as stream:
+                begins = bytes(stream.read(100))
+        except FileNotFoundError:  # another process has removed it
+            return
+        except OSError as error:
+            if not _is_forbidden(error):
+                raise
+            self._is_checked = True  # who may write need not be allowed to read
+            return
+        reason = "ask who runs it whether uploads with checksums are supported"
+        if _CHUNK_HEADER.match(begins):
+            reason = f"it does not decode aws-chunked uploads; set {_CHECKSUM_VARIABLE}=when_required"
+        endpoint = hide_secrets(self._arguments["place"]["endpoint_override"])
+        raise InputError(
+            f"the store at {endpoint} stored something else than was written to s3://{path}, {stored.size:,} bytes "
+            f"instead of {size:,}: {reason}"
+        )
+
+    def without_retries(self, *, timeout_seconds: float) -> _S3:
+        """The same store, which is asked once."""
+        return _S3(**self._arguments | {"attempts": 1, "timeout_seconds": timeout_seconds})
 
 
 def _open_s3(bucket: str) -> _S3:
@@ -226,7 +282,7 @@ def _s3_attempts() -> int:
     value = os.environ.get("AWS_MAX_ATTEMPTS") or str(S3_ATTEMPTS)
     if not value.isdigit() or int(value) < 1:
         raise InputError(f"AWS_MAX_ATTEMPTS must be a whole number of at least 1, got {value!r}")
-    return int(value)
+    return min(int(value), MOST_S3_ATTEMPTS)
 
 
 @lru_cache(maxsize=1)
@@ -495,7 +551,8 @@ def _read_remote(filesystem: fs.FileSystem, path: str, max_bytes: int | None) ->
         except OSError as error:
             if _LOST_ANSWER not in str(error):
                 raise
-            time.sleep(2**attempt / 4)
+            if attempt > 1:
+                time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 2))
     return _read_once(filesystem, path, max_bytes)
 
 
@@ -507,8 +564,9 @@ def _read_once(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> b
 
 
 def is_reachable(location: str) -> bool:
-    """Whether the store still answers: asked after a read has failed, it tells a file that is broken from a store that
-    is gone. S3 has less than 15 seconds for its answer.
+    """Whether the store still answers. Asked after a read has failed, it tells a broken file from a store that is gone.
+
+    S3 is asked again and again for some 11 seconds, and one answer is enough: a store that throttles is not gone.
 
     Args:
         location: any URI of the store; on a local disk the input itself, a folder or a file. A folder that is empty
@@ -523,12 +581,23 @@ def is_reachable(location: str) -> bool:
                 return any(True for _ in entries)
         filesystem, path = resolve(location)
         if isinstance(filesystem, _S3):
-            bucket = path.partition("/")[0]
-            return bool(filesystem.in_a_hurry().get_file_info(bucket).type != fs.FileType.NotFound)
+            return _has_bucket(filesystem, path.partition("/")[0])
         filesystem.get_file_info(path)
     except Exception as error:  # whatever it was, the store did not answer
         return _is_forbidden(error)
     return True
+
+
+def _has_bucket(filesystem: _S3, bucket: str) -> bool:
+    impatient = filesystem.without_retries(timeout_seconds=_REACHABLE_TIMEOUT_SECONDS)
+    deadline = time.monotonic() + _REACHABLE_SECONDS
+    while True:
+        try:
+            return bool(impatient.get_file_info(bucket).type != fs.FileType.NotFound)
+        except OSError as error:
+            if _is_forbidden(error) or time.monotonic() > deadline - _REACHABLE_TIMEOUT_SECONDS:
+                raise
+        time.sleep(_REACHABLE_PAUSE_SECONDS)
 
 
 def _is_forbidden(error: BaseException) -> bool:
@@ -537,7 +606,11 @@ def _is_forbidden(error: BaseException) -> bool:
 
 
 def write_bytes(location: str, data: bytes | memoryview) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        InputError: the store keeps something else than was written.
+    """
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
         with _replacing_local(Path(path)) as file:
@@ -545,6 +618,8 @@ def write_bytes(location: str, data: bytes | memoryview) -> None:
     else:  # object stores show an upload when it is complete
         with filesystem.open_output_stream(path) as stream:
             stream.write(data)
+        if isinstance(filesystem, _S3):
+            filesystem.check_first_upload(path, memoryview(data).nbytes)
 
 
 @contextmanager
@@ -561,10 +636,13 @@ def replacing(location: str) -> Iterator[BinaryIO]:
         return
     with TemporaryFile() as temporary:
         yield temporary
+        size = temporary.seek(0, os.SEEK_END)
         temporary.seek(0)
         try:
             with filesystem.open_output_stream(path) as stream:
                 shutil.copyfileobj(temporary, stream, _COPY_BYTES)
+            if isinstance(filesystem, _S3):
+                filesystem.check_first_upload(path, size)
         except BaseException:  # Ctrl-C too
             with suppress(OSError):
                 filesystem.delete_file(path)

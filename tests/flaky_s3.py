@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ Fault = Literal["reset", "cut", "hang"] | int
 _STARTUP_SECONDS: Final = 60.0
 _XML: Final = '<?xml version="1.0"?><Error><Code>{code}</Code><Message>planted</Message></Error>'
 _CODES: Final = {400: "ExpiredToken", 403: "AccessDenied", 500: "InternalError", 503: "SlowDown"}
+_OF_CHUNKS: Final = ("content-encoding", "x-amz-trailer", "x-amz-decoded-content-length", "x-amz-content-sha256")
 _OF_ONE_CONNECTION: Final = ("connection", "transfer-encoding", "content-length", "expect", "date", "server")
 
 
@@ -79,10 +81,14 @@ class FlakyProxy:
     All may be changed while it runs:
 
         every     each so-many-th request fails; None for none
+        rate      the share of requests that fail, drawn at random
+        each_once each request (its method, path and range) fails the first time
         fail_next so many fail from now on
         fault     how they fail
         is_down   every connection is reset
         forbidden requests for a path that ends with it are answered 403
+        decodes_chunks  whether what the AWS library encodes as aws-chunked is decoded, as not every store does
+        broken    requests for a path that ends with it fail
 
     `num_requests` and `num_faults` count.
     """
@@ -90,12 +96,18 @@ class FlakyProxy:
     def __init__(self, target: str, *, every: int | None = None, fault: Fault = 500) -> None:
         self.target = target.removeprefix("http://")
         self.every = every
+        self.rate = 0.0
+        self.each_once = False
         self.fail_next = 0
         self.fault: Fault = fault
         self.is_down = False
         self.forbidden: str | None = None
+        self.decodes_chunks = True
+        self.broken: str | None = None
         self.num_requests = 0
         self.num_faults = 0
+        self._random = random.Random(0)
+        self._seen: set[tuple[str, ...]] = set()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _Handler)
@@ -116,8 +128,8 @@ class FlakyProxy:
         self._server.server_close()
         self._thread.join()
 
-    def fault_of_next_request(self, path: str) -> Fault | None:
-        """Counts the request, and tells how it is to fail, if it is."""
+    def fault_of_next_request(self, path: str, *request: str) -> Fault | None:
+        """Count the request, and return how it is to fail, if it is to. `request` is what tells it from others."""
         with self._lock:
             self.num_requests += 1
             fault: Fault | None = None
@@ -125,13 +137,22 @@ class FlakyProxy:
                 fault = "reset"
             elif self.forbidden is not None and path.partition("?")[0].endswith(self.forbidden):
                 fault = 403
+            elif self.broken is not None and path.partition("?")[0].endswith(self.broken):
+                fault = self.fault
             elif self.fail_next:
                 self.fail_next -= 1
                 fault = self.fault
-            elif self.every is not None and self.num_requests % self.every == 0:
+            elif self._is_drawn():
+                fault = self.fault
+            elif self.each_once and (path, *request) not in self._seen:
+                self._seen.add((path, *request))
                 fault = self.fault
             self.num_faults += fault is not None
             return fault
+
+    def _is_drawn(self) -> bool:
+        is_nth = self.every is not None and self.num_requests % self.every == 0
+        return is_nth or self._random.random() < self.rate
 
     def hang(self) -> None:
         """Returns when the proxy is closed."""
@@ -154,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _pass_on(self) -> None:
         body = self._body()
-        fault = self.server.proxy.fault_of_next_request(self.path)
+        fault = self.server.proxy.fault_of_next_request(self.path, self.command, self.headers.get("Range", ""))
         if fault == "hang":
             self.server.proxy.hang()
         if fault in ("reset", "hang"):
@@ -164,7 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             connection = http.client.HTTPConnection(self.server.proxy.target, timeout=30)
             try:
-                headers = {k: v for k, v in self.headers.items() if k.lower() not in _OF_ONE_CONNECTION}
+                left_out = _OF_ONE_CONNECTION if self.server.proxy.decodes_chunks else _OF_ONE_CONNECTION + _OF_CHUNKS
+                headers = {k: v for k, v in self.headers.items() if k.lower() not in left_out}
                 connection.request(self.command, self.path, body, headers)
                 response = connection.getresponse()
                 content = response.read()

@@ -268,9 +268,13 @@ def plan_captioning(
     input, output = storage.absolute(input), storage.absolute(output)
     actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
     folder = CaptionsFolder(output)
+    identity = _identity(input, captioner or load_captioner())
+    if folder.is_being_replaced():  # by the new rows, which the run would begin with putting in place
+        folder = folder.next()
+        overwrite = overwrite and not folder.is_of(identity)
     run = folder.read_run() or {}
     if not overwrite:
-        folder.claim(_identity(input, captioner or load_captioner()))
+        folder.claim(identity)
     with TemporaryDirectory() as manifest:
         found = build_manifest(
             input,
@@ -580,16 +584,18 @@ def _prepare(
     retry_failed: bool,
     echo: Callable[[str], None],
 ) -> int:
-    """Bring the folder and its manifest up to date; how many of the images that were done are to be done again.
+    """Bring the folder and its manifest up to date; how many images or parts that were done need work again.
 
     Args:
         check: raises if this run may not write any more: listing may take hours.
     """
     is_fresh = folder.read_run() is None
+    num_copied = 0
     if is_fresh:
         folder.write_run(run | {"state": "running"})  # whose it is, before anything else lies there
-    else:
-        folder.recover()
+    elif num_copied := folder.recover():
+        parts = f"{num_copied:,} part{'s' * (num_copied != 1)}"
+        echo(f"{folder.location}: removed {parts} that repeated images of other parts")
     try:
         found = build(run["input"], folder.manifest)
     except InputError:
@@ -611,7 +617,7 @@ def _prepare(
     for number, what in ((num_changed, "changed since"), (num_failed, "failed before")):
         if number:
             echo(f"{number:,} image{'s' * (number != 1)} {what}: to be captioned again")
-    return num_changed + num_failed
+    return num_changed + num_failed + num_copied
 
 
 def describe_bound(progress: Progress, resources: ClusterResources, *, num_actors: int, gpus_per_actor: float) -> str:

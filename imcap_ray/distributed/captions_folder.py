@@ -1,7 +1,8 @@
 """The folder of a captioning run: whose it is, what is done in it, and rows that are changed or taken out later.
 
     OUTPUT/*.parquet          the parts: rows of `CAPTIONS_SCHEMA`
-    OUTPUT/_imcap/run.json    settings, versions, counts, state
+    OUTPUT/_imcap/run.json    settings, versions, counts, state: running, failed, interrupted, complete; replacing while
+                              the rows of next/ are put in the place of the old
                   heartbeat.json  when the run last said that it lives, and how fast it is
                   manifest/   every image of the input with its number
                   done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
@@ -15,7 +16,9 @@ half done is finished, or taken back, by `recover`. Knows nothing of Ray but how
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,11 +38,15 @@ from imcap_ray import storage
 from imcap_ray.errors import ImcapError, OutputError
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
+    COMPLETE,
     DUPLICATE,
     FAILED,
     MANIFEST_SCHEMA,
+    NEXT_FOLDER,
     OK,
+    REPLACING,
     is_part,
+    manifest_part,
     read_table,
     update_manifest,
     write_table,
@@ -69,10 +76,15 @@ QUERY_MEMORY: Final = "1GB"
 
 
 class CaptionsFolder:
-    """The output of a captioning run, at a path or URI."""
+    """The output of a captioning run, at a path or URI.
 
-    def __init__(self, location: str) -> None:
+    Args:
+        moving_to: the folder whose rows these replace. Parts of this one may be there already.
+    """
+
+    def __init__(self, location: str, *, moving_to: str | None = None) -> None:
         self.location = location
+        self._moving_to = moving_to
         self.work = storage.join(location, WORK_FOLDER)
         self.manifest = storage.join(self.work, "manifest")
         self.done = storage.join(self.work, "done")
@@ -148,7 +160,11 @@ class CaptionsFolder:
     def parts(self) -> list[str]:
         """The Parquet files of captions that are noted as done."""
         noted = {_name(path) for path in self._done_files()}
-        return [path for path in self._own_parts() if _name(path) in noted]
+        parts = self._own_parts()
+        if self._moving_to:
+            names = {_name(path) for path in parts}  # a store copies a part, and then removes the first
+            parts += [path for path in CaptionsFolder(self._moving_to)._own_parts() if _name(path) not in names]
+        return [path for path in parts if _name(path) in noted]
 
     def _own_parts(self) -> list[str]:
         return [path for path in storage.list_parquet(self.location) if is_part(path)]
@@ -199,8 +215,11 @@ class CaptionsFolder:
 
     # --- after a crash ---
 
-    def recover(self) -> None:
-        """Finish or take back what a dead run was doing, so that what lies here is whole."""
+    def recover(self) -> int:
+        """Finish or undo what a dead run was doing, so that what is here is complete.
+
+        Copies of parts, as synchronisation tools make them, are removed. Returns how many parts were removed for that.
+        """
         self.finish_replacement()
         for folder in (self.location, self.work, self.manifest, self.done):
             storage.remove_temporary(folder)
@@ -218,6 +237,60 @@ class CaptionsFolder:
                         storage.remove(place)
         if storage.exists(self._forget):
             self._forget_now()
+        self._remove_copied_manifests()
+        return self._remove_copied_parts()
+
+    def _remove_copied_parts(self) -> int:
+        """Leave each image in one part at most; how many parts were removed.
+
+        Of parts with the same rows the first by name stays. Where parts of different rows share images, one of them is
+        older than the other, and nothing tells which: all their images are taken out, to be captioned again.
+        """
+        ids = self.done_ids()
+        repeated = ids[1:][ids[1:] == ids[:-1]]
+        if not repeated.size:
+            return 0
+        parts, num_parts = {_name(path): path for path in self._own_parts()}, 0
+        kept: dict[bytes, str] = {}
+        sharing: dict[str, npt.NDArray[np.int64]] = {}
+        for note in sorted(self._done_files()):
+            noted = read_table(note)["manifest_id"].to_numpy()
+            if not np.isin(noted, repeated).any():
+                continue
+            rows = _rows_of(parts[_name(note)])
+            if rows in kept:
+                storage.remove(parts[_name(note)])
+                storage.remove(note)
+                num_parts += 1
+            else:
+                kept[rows] = note
+                sharing[note] = noted
+        if sharing:
+            noted_once, counts = np.unique(np.concatenate(list(sharing.values())), return_counts=True)
+            shared = noted_once[counts > 1]
+            mixed = [noted for noted in sharing.values() if np.isin(noted, shared).any()]
+            if mixed:
+                num_parts += len(mixed)
+                self._take_out(self._manifest_rows(np.unique(np.concatenate(mixed))))
+        return num_parts
+
+    def _manifest_rows(self, ids: npt.NDArray[np.int64]) -> pa.Table:
+        """manifest_id and image_id of these images."""
+        manifest = _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA)
+        return manifest.to_table(
+            columns=["manifest_id", "image_id"], filter=pc.field("manifest_id").isin(pa.array(ids))
+        )
+
+    def _remove_copied_manifests(self) -> None:
+        """Remove files of the manifest that list the images of another one, under a name that `build_manifest` does not
+        give."""
+        paths = storage.list_parquet(self.manifest)
+        names = {_name(path) for path in paths}
+        for path in paths:
+            if not re.fullmatch(r"part-\d{12}\.parquet", _name(path)):
+                first = pc.min(read_table(path, ["manifest_id"])["manifest_id"]).as_py()
+                if first is not None and manifest_part(first) in names:
+                    storage.remove(path)
 
     # --- rows taken out and changed ---
 
@@ -308,17 +381,24 @@ class CaptionsFolder:
 
     def next(self) -> CaptionsFolder:
         """Where `--overwrite` makes the new rows; readers of the old ones do not see them."""
-        return CaptionsFolder(storage.join(self.work, "next"))
+        return CaptionsFolder(storage.join(self.work, NEXT_FOLDER), moving_to=self.location)
+
+    def is_being_replaced(self) -> bool:
+        """Whether the rows of `next` are complete, and some of them may have been put in the place of the old."""
+        return self.next()._is_complete()
 
     def finish_replacement(self) -> bool:
         """Finish putting the new in the place of the old, if a dead run was at it; whether it was."""
-        is_pending = self.next()._is_complete()
+        is_pending = self.is_being_replaced()
         if is_pending:
             self.replace_by_next()
         return is_pending
 
     def replace_by_next(self) -> None:
-        """Put the finished new rows in the place of the old: first these appear, then those go.
+        """Put the finished new rows in the place of the old: first these appear, then those are removed.
+
+        From before the first step until after the last run.json has the state `replacing`, and `open_captions` refuses
+        the folder: it may hold rows of both.
 
         Raises:
             ImcapError: another run has begun to do the same.
@@ -328,6 +408,8 @@ class CaptionsFolder:
         # the second is done, for then there is no new any more, and all would be taken for old.
         check = partial(require_owner, self.work, self.take_over())
         run, kept = new.read_run() or {}, {_name(path) for path in new._done_files()}
+        check()
+        self.write_run(run | {"output": self.location, "state": REPLACING})
         for path in new._own_parts():
             check()
             storage.move(path, storage.join(self.location, _name(path)))
@@ -351,7 +433,7 @@ class CaptionsFolder:
 
     def _is_complete(self) -> bool:
         run = self.read_run()
-        return run is not None and run.get("state") == "complete"
+        return run is not None and run.get("state") == COMPLETE
 
     def _done_files(self) -> list[str]:
         return [path for path in storage.list_parquet(self.done) if not path.endswith(PENDING_SUFFIX)]
@@ -439,6 +521,17 @@ def _leave_out(path: str, column: str, values: pa.ChunkedArray) -> None:
         storage.remove(path)
     elif kept.num_rows < table.num_rows:
         write_table(path, kept)
+
+
+def _rows_of(part: str) -> bytes:
+    """What tells the rows of a part from others: of which images they are, of which bytes, and whether they failed.
+
+    Not the captions: a copy may be of before duplicates got theirs, which then get them again.
+    """
+    rows = read_table(part, ["image_id", "sha256", "status"]).sort_by("image_id").combine_chunks()
+    is_failed = pc.equal(rows["status"], FAILED).to_pylist()
+    text = json.dumps([rows["image_id"].to_pylist(), rows["sha256"].to_pylist(), is_failed])
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _is_whole(path: str) -> bool:

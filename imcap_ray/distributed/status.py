@@ -19,11 +19,11 @@ from imcap_ray.distributed.training_folder import (
     read_metrics,
 )
 from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.manifest import COMPLETE, REPLACING
 
 RUNNING: Final = "running"
 SILENT: Final = "silent"
 """Said to be running, without a sign of life: it was killed, or its machine is gone."""
-COMPLETE: Final = "complete"
 STARTING: Final = "starting"
 
 SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
@@ -39,7 +39,8 @@ class CaptioningStatus:
     input: str
     model: str
     state: str
-    """running, silent, interrupted, failed or complete."""
+    """running, silent, interrupted, failed, complete, or replacing: the new rows of `--overwrite` are complete, and are
+    being put in the place of the old."""
     is_replacing: bool
     """Whether these are the new rows of `--overwrite`, which readers do not see yet."""
     num_images: int
@@ -106,9 +107,11 @@ def _captioning_status(
     is_alive = last_sign is not None and last_sign < SILENT_SECONDS
     if state == RUNNING or (is_of_newer_run and is_alive):
         state = RUNNING if is_alive else SILENT
+    if is_replacing and state == COMPLETE:
+        state = REPLACING
     counts, error_counts = _count_rows(folder)
     num_images, num_done = folder.count_manifest(), sum(counts.values())
-    source = heartbeat if state == RUNNING else run if state == COMPLETE else {}
+    source = heartbeat if state == RUNNING else run if state in (COMPLETE, REPLACING) else {}
     rate = source.get("images_per_second")
     return CaptioningStatus(
         output=output,

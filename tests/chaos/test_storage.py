@@ -139,3 +139,18 @@ def test_a_store_that_goes_away_is_one_clear_error_and_the_same_command_goes_on(
     assert {row["image_id"]: row["status"] for row in rows} == dict.fromkeys(
         (path.name for path in photographs.iterdir()), "ok"
     )
+
+
+def test_a_store_that_does_not_decode_chunks_gets_captions_and_exports_as_they_are(
+    photographs: Path, model_dir: Path, s3: S3Store
+) -> None:
+    s3.proxy.decodes_chunks = False
+    environment = {name: value for name, value in os.environ.items() if name != "AWS_REQUEST_CHECKSUM_CALCULATION"}
+    out, lines = f"{s3.uri}/out", f"{s3.uri}/captions.jsonl"
+
+    captioned = imcap("caption", photographs, out, "--model", model_dir, "--limit", 8, env=environment)
+    exported = imcap("export", out, lines, "--to", "jsonl", env=environment)
+
+    assert (captioned.returncode, exported.returncode) == (0, 0), captioned.stderr + exported.stderr
+    assert {row["status"] for row in rows_at(out)} == {"ok"}
+    assert len([json.loads(line) for line in storage.read_bytes(lines).splitlines()]) == 8

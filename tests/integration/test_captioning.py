@@ -604,6 +604,25 @@ def test_a_folder_with_other_things_is_no_output(run: Run, photographs: Path, tm
         run(str(photographs), str(tmp_path / "out"))
 
 
+def test_copies_of_parts_and_their_notes_do_not_disturb_the_next_run(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    output, lines = tmp_path / "out", list[str]()
+    run(str(photographs), str(output))
+    rows = read(output)
+    for part in list(output.glob("*.parquet")):
+        copy = part.name.replace(part.name[:32], "f" * 32)
+        for path in (part, output / "_imcap" / "done" / part.name):
+            path.with_name(copy).write_bytes(path.read_bytes())
+
+    summary = run(str(photographs), str(output), echo=lines.append)
+
+    assert read(output) == rows
+    assert (summary.num_images, summary.num_new, summary.counts) == (100, 0, {"ok": 100})
+    assert not [line for line in lines if line.startswith("captioning")]
+    assert any("that repeated images of other parts" in line for line in lines)
+
+
 def test_a_folder_without_images_leaves_no_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("no image")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -11,11 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
 from imcap_ray import storage
+from imcap_ray.cli import main
 from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
-from imcap_ray.errors import ImcapError, OutputError
-from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, build_manifest, read_table, write_table
+from imcap_ray.distributed.status import CaptioningStatus, read_status
+from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, build_manifest, open_captions, read_table, write_table
 
 IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
 
@@ -237,6 +242,130 @@ def test_files_of_others_are_left_alone_and_those_of_killed_writers_are_not(tmp_
     assert [path.name for path in Path(folder.done).iterdir()] == [f"{RUN}_000000.parquet"]
 
 
+def copy_part(folder: CaptionsFolder, name: str, *, to: str, rows: list[dict[str, Any]] | None = None) -> None:
+    """What a synchronisation tool does: another copy of a part and of its note, or of older ones."""
+    for path in (storage.join(folder.location, name), storage.join(folder.done, name)):
+        shutil.copy(path, Path(path).with_name(to))
+    if rows is not None:
+        names = read_table(storage.list_parquet(folder.manifest)[0])["image_id"].to_pylist()
+        write_table(storage.join(folder.location, to), pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA))
+        ids = pa.table({"manifest_id": pa.array([names.index(one["image_id"]) for one in rows], pa.int64())})
+        write_table(storage.join(folder.done, to), ids)
+
+
+@pytest.mark.parametrize("to", [f"{RUN}_000007.parquet", f"{OTHER}_000001.parquet"])
+def test_a_copy_of_a_part_and_its_note_is_removed(tmp_path: Path, to: str) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x"), row("b", content="y")], [row("c", content="z")])
+    before = rows(folder)
+    copy_part(folder, f"{RUN}_000000.parquet", to=to)
+    copy_part(folder, f"{RUN}_000001.parquet", to=f"{OTHER}_000002.parquet")
+
+    assert folder.recover() == 2
+
+    assert rows(folder) == before
+    assert folder.done_ids().tolist() == [0, 1, 2]
+    assert {path.name for path in tmp_path.glob("*.parquet")} == {f"{RUN}_000000.parquet", f"{RUN}_000001.parquet"}
+    folder.check_accounts()
+    assert folder.recover() == 0
+
+
+def test_a_copy_under_a_name_that_is_no_parts_is_left_alone_and_does_not_count(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x"), row("b", content="y")])
+    before = rows(folder)
+    copy_part(folder, f"{RUN}_000000.parquet", to=f"{RUN}_000000 (1).parquet")
+
+    folder.recover()
+
+    assert rows(folder) == before
+    assert folder.done_ids().tolist() == [0, 1]
+    assert folder.count_rows()[0] == {"ok": 2}
+    assert (tmp_path / f"{RUN}_000000 (1).parquet").exists()
+
+
+def test_an_older_copy_without_the_answers_of_duplicates_gets_them(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a", content="x")], [row("b", "duplicate", content="x", duplicate_of="a")])
+    older = f"{'0' * 32}_000000.parquet"  # its name comes first
+    copy_part(folder, f"{RUN}_000001.parquet", to=older, rows=[row("b", "duplicate", content="x")])
+
+    assert folder.recover() == 1
+    folder.settle_duplicates()
+
+    assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a")}
+
+
+@pytest.mark.parametrize(
+    ("older", "left"),
+    [
+        ([row("a", content="x"), row("b", content="z"), row("c")], {"e", "f"}),  # of all of a part, and more
+        ([row("c", "failed")], {"a", "b", "e", "f"}),  # was captioned since
+        ([row("b", content="x"), row("c", content="x")], {"e", "f"}),  # some of each
+    ],
+)
+def test_images_of_parts_that_share_some_are_captioned_again(
+    tmp_path: Path, older: list[dict[str, Any]], left: set[str]
+) -> None:
+    parts = [row("a", content="x"), row("b", content="y")], [row("c", content="z"), row("d")], [row("e"), row("f")]
+    folder = write_folder(tmp_path, *parts)
+    copy_part(folder, f"{RUN}_000000.parquet", to=f"{OTHER}_000000.parquet", rows=older)
+
+    assert folder.recover() in (2, 3)
+
+    assert set(rows(folder)) == left
+    assert sorted(rows(folder)) == sorted(done_names(folder))
+    assert folder.recover() == 0
+
+
+def test_a_kill_while_copies_are_removed_loses_nothing(tmp_path: Path) -> None:
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        folder = write_folder(tmp_path / str(number), [row("a", content="x")], [row("b")])
+        copy_part(folder, f"{RUN}_000000.parquet", to=f"{OTHER}_000000.parquet")
+        with killed_at_step(number, when="before") as steps:
+            folder.recover()
+        is_over = len(steps) < number
+
+        folder.recover()
+
+        assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("ok", "says b", "")}
+        assert sorted(done_names(folder)) == ["a", "b"]
+    assert number == 3
+
+
+def test_a_kill_while_parts_that_share_images_are_taken_out_leaves_none_of_them(tmp_path: Path) -> None:
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        folder = write_folder(tmp_path / str(number), [row("a", content="x"), row("b", content="y")], [row("c")])
+        older = [row("a", content="z"), row("c")]
+        copy_part(folder, f"{RUN}_000000.parquet", to=f"{OTHER}_000000.parquet", rows=older)
+        with killed_at_step(number, when="before") as steps:
+            folder.recover()
+        is_over = len(steps) < number
+
+        folder.recover()
+
+        assert rows(folder) == {}
+        assert not len(folder.done_ids())
+    assert number > 6
+
+
+def test_a_copy_of_a_manifest_file_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        (tmp_path / "in" / f"{name}.jpg").write_bytes(b"1")
+    folder = write_folder(tmp_path / "out", [row("a.jpg"), row("b.jpg")])
+    storage.remove(folder.manifest)
+    build_manifest(str(tmp_path / "in"), folder.manifest)
+    (original,) = storage.list_parquet(folder.manifest)
+    shutil.copy(original, original.replace(".parquet", " (conflicted copy).parquet"))
+
+    folder.recover()
+
+    assert storage.list_parquet(folder.manifest) == [original]
+    folder.check_accounts()
+
+
 def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x"), row("b", "duplicate", content="x")])
     stray = tmp_path / f"{OTHER}_000000.parquet"
@@ -445,6 +574,99 @@ def test_the_new_takes_the_place_of_the_old_whenever_it_is_interrupted(tmp_path:
     assert np.array_equal(folder.done_ids(), [0, 1])
 
 
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@contextmanager
+def killed_at_step(number: int, *, when: str) -> Iterator[list[str]]:
+    """End the block before or after its step of this number, or when a store has copied a part but not yet removed the
+    first; gives the steps."""
+    originals = {name: getattr(storage, name) for name in ("move", "remove", "write_bytes")}
+    steps: list[str] = []
+
+    def step(name: str, *arguments: Any) -> None:
+        steps.append(name)
+        if len(steps) < number:
+            originals[name](*arguments)
+            return
+        if when == "after":
+            originals[name](*arguments)
+        elif when == "copied" and name == "move":
+            shutil.copy(*arguments)
+        elif when == "copied" and name == "remove" and Path(arguments[0]).is_dir():  # half of a folder
+            for path in sorted(path for path in Path(arguments[0]).rglob("*") if path.is_file())[::2]:
+                path.unlink()
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+        for name in originals:
+            patch.setattr(storage, name, partial(step, name))
+        yield steps
+
+
+OLD_CAPTIONS = {"a": "says a", "b": "says b", "c": "says c"}
+NEW_CAPTIONS = {"a": "says x", "d": "says y"}
+
+
+@pytest.mark.parametrize("when", ["before", "after", "copied"])
+def test_readers_never_see_two_generations_whenever_a_replacement_is_killed(tmp_path: Path, when: str) -> None:
+    num_steps, refused = 99, 0
+    number = 0
+    while (number := number + 1) <= num_steps:
+        location = tmp_path / str(number)
+        folder = replacing(location)
+        folder.write_run((folder.read_run() or {}) | {"state": "complete"})
+        with killed_at_step(number, when=when) as steps:
+            folder.replace_by_next()
+        num_steps = len(steps) if len(steps) < number else num_steps
+
+        state = (folder.read_run() or {})["state"]
+        in_folder = [one for path in storage.list_parquet(str(location)) for one in read_table(path).to_pylist()]
+        found = {one["image_id"]: one["caption"] for one in in_folder}
+        if state == "complete":
+            assert len(in_folder) == len(found), number
+            assert found in (OLD_CAPTIONS, NEW_CAPTIONS), number
+        try:
+            rows_read = open_captions(str(location)).to_table().to_pylist()
+        except InputError as error:
+            assert re.search("may hold rows of two runs.*the same command finishes it", str(error))
+            refused += 1
+        else:
+            assert state == "complete"
+            assert {one["image_id"]: one["caption"] for one in rows_read} == found
+        status = read_status(str(location))
+        assert isinstance(status, CaptioningStatus)
+        assert (status.num_done, status.num_images) == (2, 2), number
+        assert status.state in ("replacing", "complete")
+        if status.state == "complete":
+            assert found == NEW_CAPTIONS
+
+        folder.recover()
+
+        assert rows(folder) == {"a": ("ok", "says x", ""), "d": ("ok", "says y", "")}
+        folder.check_accounts()
+        assert (folder.read_run() or {})["state"] == "complete"
+        assert open_captions(str(location)).count_rows() == 2
+    assert refused > 10
+
+
+def test_a_replacement_that_an_earlier_version_was_killed_in_is_refused_by_readers(tmp_path: Path) -> None:
+    folder = replacing(tmp_path)
+    folder.write_run(IDENTITY | {"state": "complete"})
+    new = folder.next()
+    storage.move(new.parts()[0], str(tmp_path / f"{OTHER}_000000.parquet"))
+
+    for command in ("report", "evaluate", "export"):
+        arguments = {"evaluate": [str(tmp_path)], "export": [str(tmp_path / "o"), "--to", "jsonl"]}.get(command, [])
+        result = CliRunner().invoke(main, [command, str(tmp_path), *arguments])
+        assert result.exit_code == 2
+    with pytest.raises(InputError, match="may hold rows of two runs"):
+        open_captions(str(tmp_path))
+    with pytest.raises(InputError, match="may hold rows of two runs"):
+        open_captions(str(tmp_path / f"{OTHER}_000000.parquet"))
+
+
 def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
     folder = replacing(tmp_path)
     folder.next().write_run(IDENTITY | {"state": "failed"})
@@ -452,6 +674,7 @@ def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
     folder.recover()
 
     assert set(rows(folder)) == {"a", "b", "c"}
+    assert open_captions(str(tmp_path)).count_rows() == 3
     assert folder.next().is_of(IDENTITY)
 
 

@@ -179,6 +179,42 @@ def test_a_file_name_that_stands_for_two_images_matches_none(tmp_path: Path, ref
         evaluate_captions(captions, references)
 
 
+def test_a_file_name_that_two_images_of_the_data_have_matches_none(tmp_path: Path, references: CaptionedImages) -> None:
+    ids = pa.array(["a.jpg", "b.jpg", "c.jpg", "other/c.jpg"])
+    data = CaptionedImages("the data set", "Parquet", references.table.set_column(0, "image_id", ids))
+    captions = write(tmp_path / "a.parquet", {"in/a.jpg": "a dog", "in/b.jpg": "a cat", "in/c.jpg": "a child"})
+
+    with pytest.raises(DatasetError, match="1 of 3 captioned images have no references there, the first is in/c.jpg"):
+        evaluate_captions(captions, data)
+
+
+def test_captions_of_a_folder_are_not_those_of_an_image_of_the_same_name_above_it(
+    tmp_path: Path, references: CaptionedImages
+) -> None:
+    ids = pa.array(["c.jpg", "d.jpg", "test/c.jpg", "test/d.jpg"])
+    data = CaptionedImages(str(tmp_path), "Parquet", references.table.set_column(0, "image_id", ids))
+    captions = tmp_path / "captions"
+    (captions / "_imcap").mkdir(parents=True)
+    (captions / "_imcap" / "run.json").write_text(json.dumps({"input": str(tmp_path / "test")}))
+    below = {image_id.removeprefix("test/"): caption for image_id, caption in of_split("test").items()}
+    write(captions / "a.parquet", below)
+
+    report = evaluate_captions(str(captions), data)
+
+    assert report.protocol.split == "test"
+    assert report.scores.bleu_1 == pytest.approx(1.0)
+
+
+def test_captioned_images_without_references_are_counted_when_a_split_is_named(
+    tmp_path: Path, references: CaptionedImages
+) -> None:
+    captions = write(tmp_path / "a.parquet", PERFECT | {"stranger.jpg": "a dog", "other.jpg": "a cat"})
+
+    report = evaluate_captions(captions, references, split="test")
+
+    assert "2 captioned images have no references" in report.protocol.notes
+
+
 def test_a_split_without_images_is_refused(tmp_path: Path, references: CaptionedImages) -> None:
     with pytest.raises(DatasetError, match="has no validation images: it has 2 train, 2 test"):
         evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references, split="validation")
@@ -220,4 +256,4 @@ def test_captions_of_a_tar_are_scored_against_that_tar_whatever_its_members_are_
     report = evaluate_captions(write(tmp_path / "c.parquet", dict.fromkeys(image_ids, "a dog")), load_dataset(tar))
 
     assert report.protocol.num_images == len(image_ids) - 1 == 7
-    assert "1 captioned image without references left aside" in report.protocol.notes
+    assert "1 captioned image has no references" in report.protocol.notes

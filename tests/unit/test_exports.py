@@ -324,7 +324,7 @@ def test_an_id_that_stands_for_two_images_is_refused(format: str, tmp_path: Path
     rows = write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
     folder = write_captions(tmp_path / "captions", rows, rows[1:])
 
-    with pytest.raises(InputError, match=r"'b\.jpg' stands there more than once"):
+    with pytest.raises(InputError, match=r"'b\.jpg' is there more than once"):
         export(folder, tmp_path / "out", format)
 
     assert not (tmp_path / "out").exists()
@@ -660,6 +660,20 @@ def test_a_disk_that_is_gone_is_an_error_and_the_earlier_export_stands(
 
     assert refused.value.exit_code == 1
     assert files_below(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("format", WITH_IMAGES)
+def test_an_input_that_is_gone_ends_the_export_though_other_images_are_there(format: str, tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "other", ["a.jpg"]) + write_images(tmp_path / "images", ["b.jpg", "c.jpg"])
+    folder = write_captions(tmp_path / "captions", rows)
+    run = {"input": str(tmp_path / "images"), "state": "complete"}
+    storage.write_bytes(f"{folder}/_imcap/run.json", json.dumps(run).encode())
+    (tmp_path / "images").rename(tmp_path / "unmounted")
+
+    with pytest.raises(ImcapError, match="images cannot be read any more: no such file") as refused:
+        export(folder, tmp_path / "out", format)
+
+    assert refused.value.exit_code == 1
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)

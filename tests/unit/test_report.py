@@ -18,9 +18,12 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
+from imcap_ray.cli import main
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
+from imcap_ray.image_sources import CaptionedImageSource
 from imcap_ray.manifest import CAPTIONS_SCHEMA
 from imcap_ray.metrics import SHARES, ConfidencePoint, EvaluationReport, Protocol, Scores
 from imcap_ray.report import LoadImages, write_report
@@ -502,6 +505,60 @@ def test_references_are_found_by_the_name_of_the_file_too(report: Report) -> Non
     page = report(ok("photographs/1.jpg"), references={"1.jpg": ["a brown dog"]})
 
     assert "Reference, by people a brown dog" in page.text
+
+
+def test_references_of_a_file_name_that_two_captioned_images_have_stand_under_neither(report: Report) -> None:
+    references = {"001.jpg": ["a brown dog"], "2.jpg": ["a cat"]}
+    scores = {"001.jpg": 1.25, "2.jpg": 2.5}
+
+    page = report(ok("a/001.jpg"), ok("b/001.jpg"), ok("b/2.jpg"), references=references, image_scores=scores)
+
+    assert "a brown dog" not in page.text and "Reference, by people a cat" in page.text
+    assert [card["data-score"] for card in page.with_class("card")] == ["", "", "2.5"]
+    assert "2 of the 3 images have no references" in page.text
+
+
+def test_references_of_a_file_name_that_two_of_them_have_stand_under_their_own_image_only(report: Report) -> None:
+    references = {"001.jpg": ["a brown dog"], "a/001.jpg": ["a cat"]}
+
+    page = report(ok("a/001.jpg"), ok("b/001.jpg"), references=references)
+
+    assert "a brown dog" not in page.text and page.text.count("by people a cat") == 1
+    assert "1 of the 2 images have no references" in page.text
+
+
+def test_no_caption_stands_under_a_photograph_that_changed_since(tmp_path: Path) -> None:
+    rows = []
+    for number, name in enumerate(["changed.jpg", "same.jpg", "twin.jpg", "unknown.jpg"]):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data := encoded(Image.new("RGB", (40, 30), (50 * number, 90, 200))))
+        rows.append(ok(name, image_path=str(path), sha256=hashlib.sha256(data).hexdigest(), confidence=0.1 * number))
+    rows[2] |= {"status": "duplicate", "duplicate_of": "same.jpg"}
+    rows[3]["sha256"] = ""  # of an output that has no hashes
+    for name in ("changed.jpg", "twin.jpg"):
+        (tmp_path / "in" / name).write_bytes(RED)
+    pq.write_table(table(*rows), tmp_path / "captions.parquet")
+    attended: list[bytes] = []
+
+    def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
+        attended.append(image)
+        return [("dog", np.ones((2, 2)))]
+
+    images = CaptionedImageSource(str(tmp_path / "captions.parquet"), allow_outside_paths=True)
+    path = tmp_path / "report.html"
+    write_report(table(*rows), path, load_images=images.load, attend=attend, num_attended=4)
+
+    page = Page(path)
+    assert page.text.count("changed since it was captioned") == 2
+    assert [image["alt"] for image in page.all("img")] == ["Photograph same.jpg", "Photograph unknown.jpg"]
+    assert attended and RED not in attended
+
+    (tmp_path / "in" / "same.jpg").unlink()
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "captions.parquet"), "--allow-outside-paths"])
+    assert result.exit_code == 0
+    assert "not shown: 2 photographs changed since captioning, the first is changed.jpg" in result.output
+    assert "1 photograph cannot be shown, the first is same.jpg" in result.output
 
 
 HISTORY = [
