@@ -23,7 +23,7 @@ from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.batches import FixedBatches
-from imcap_ray.captions import Caption, no_memory
+from imcap_ray.captions import Caption, no_memory, not_finite
 from imcap_ray.config import (
     DEFAULT_MODEL,
     DecoderConfig,
@@ -35,6 +35,7 @@ from imcap_ray.config import (
     to_mapping,
 )
 from imcap_ray.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
+from imcap_ray.devices import choose_device, require_cuda
 from imcap_ray.encoders import (
     Encoder,
     EncoderEnsemble,
@@ -75,7 +76,8 @@ def search_captions(
     *,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[list[Caption]]:
-    """For each image of `features` (B, R, F) its `search.num_captions` best captions, the best first.
+    """For each image of `features` (B, R, F) its `search.num_captions` best captions, the best first; none where the
+    decoder computes no finite probability.
 
     Args:
         on_step: called at every position that is computed.
@@ -115,10 +117,6 @@ class WordAttention:
     """(rows, columns) of the grid that the CNN lays over the image; they sum to 1."""
 
 
-def _device(wanted: str | torch.device | None) -> torch.device:
-    return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 class Captioner:
     """A CNN, an LSTM and a vocabulary: loaded once, used often.
 
@@ -136,7 +134,7 @@ class Captioner:
         device: str | torch.device | None = None,
         fingerprint: str = "",
     ) -> None:
-        self.device = _device(device)
+        self.device = torch.device(device) if device else choose_device(gpus=0)
         self.image_size = encoder.image_size
         """Pixels on each side of what `caption_pixels` takes."""
         self._trained_encoder = encoder.eval()
@@ -147,6 +145,10 @@ class Captioner:
         self._batches = FixedBatches(encoder.image_size, self.device)
         self.num_beam_steps = 0
         """Positions that searches have computed so far."""
+
+    def require_gpu(self) -> None:
+        """Raise ImcapError if CUDA cannot be used in this process."""
+        require_cuda()
 
     @property
     def compute_batch_size(self) -> int:
@@ -234,8 +236,8 @@ class Captioner:
         found = iter(self.caption_pixels(np.stack(pixels))) if pixels else iter(())
         captions: list[Caption | ImageError] = []
         for number in range(len(images)):
-            best = [errors[number]] if number in errors else next(found)[:1]
-            captions.extend(best or [no_memory()])
+            answer = errors[number] if number in errors else next(found)
+            captions.append(answer if isinstance(answer, ImageError) else answer[0] if answer else no_memory())
         return captions
 
     def read_pixels(self, image: str | Path | bytes) -> np.ndarray[Any, Any]:
@@ -257,12 +259,13 @@ class Captioner:
             encoded.append(features[:count].cpu())
         return torch.cat(encoded)
 
-    def caption_pixels(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[list[Caption]]:
+    def caption_pixels(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[list[Caption] | ImageError]:
         """The `search.num_captions` best captions of each image of uint8 pixels (B, 3, S, S), the best first.
 
         An image for which memory runs out, though it is computed alone, has none: `no_memory` is the error to report.
+        One for which the model computes numbers that are not finite has the error.
         """
-        captions: list[list[Caption]] = []
+        captions: list[list[Caption] | ImageError] = []
         for found, count in self._batches.compute(pixels, self._search):
             captions.extend([[] for _ in range(count)] if found is None else found[:count])
         return captions
@@ -284,6 +287,8 @@ class Captioner:
         pixels = self.read_pixels(image)[None]
         if caption is None:
             captions = self.caption_pixels(pixels)[0]
+            if isinstance(captions, ImageError):
+                raise captions
             if not captions:
                 raise no_memory()
             caption = captions[0].text
@@ -301,10 +306,14 @@ class Captioner:
         features: Tensor = self.encoder(chunk)
         return features
 
-    def _search(self, chunk: Tensor) -> list[list[Caption]]:
-        return search_captions(
-            self.decoder, self.vocabulary, self._encode(chunk), self.search, on_step=self._count_step
-        )
+    def _search(self, chunk: Tensor) -> list[list[Caption] | ImageError]:
+        features = self._encode(chunk)
+        found = search_captions(self.decoder, self.vocabulary, features, self.search, on_step=self._count_step)
+        is_finite = torch.isfinite(features).flatten(1).all(1).tolist()
+        return [
+            not_finite("features") if not good else captions or not_finite("words' probabilities")
+            for good, captions in zip(is_finite, found, strict=True)
+        ]
 
     def _count_step(self) -> None:
         self.num_beam_steps += 1

@@ -43,3 +43,8 @@ class Caption:
 def no_memory() -> ImageError:
     """The error of an image that a captioner has no caption for."""
     return ImageError("out_of_memory", "not enough memory to caption the image, even alone")
+
+
+def not_finite(what: str) -> ImageError:
+    """The error of an image for which a model computes NaN or infinity: its features, for instance."""
+    return ImageError("internal", f"the {what} of the image are not finite numbers")

@@ -292,9 +292,9 @@ def _print_caption(image: str, options: dict[str, Any]) -> None:
         raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
     captioner = load_captioner(options["models"], search=_search(options), encoder_weights=options["encoder_weights"])
     try:
-        captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0]
-        if not captions:
-            raise no_memory()
+        captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0] or no_memory()
+        if isinstance(captions, ImageError):
+            raise captions
     except ImageError as error:
         raise InputError(f"{image}: {error.message} ({error.code})") from error
     if options["as_json"]:

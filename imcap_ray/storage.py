@@ -10,7 +10,9 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,6 +51,7 @@ _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 _TEMPORARY_LETTERS: Final = 60  # of the file's own name; 4 bytes each in UTF-8 leave room in the 255 that a name has
 _COPY_BYTES: Final = 16 * 2**20
 _SECOND_NS: Final = 10**9
+_LISTINGS_AT_A_TIME: Final = 16
 
 _FORBIDDEN: Final = re.compile(r"AWS Error ACCESS_DENIED|HTTP status (401|403)\b")
 _SECRET_NAMES: Final = (
@@ -404,6 +407,43 @@ def is_same_version(location: str, before: tuple[int, int], now: tuple[int, int]
 def _int64_or_unknown(modified_ns: int) -> int:
     """The time, or 0 where it does not fit into the 64 bits of a table: from 1677 to 2262."""
     return modified_ns if -(2**63) <= modified_ns < 2**63 else 0
+
+
+def describe_files(locations: Iterable[str]) -> dict[str, ListedFile]:
+    """Size and time of these files, as a listing shows them; -1 and 0 for a file that is missing or cannot be asked.
+
+    A store is asked for listings of the files' folders, a thousand files a request, and never for a file that is the
+    only one of its folder: that would be a request for each, and its size and time stay unknown.
+    """
+    found = {}
+    in_folders: dict[str, dict[str, str]] = defaultdict(dict)
+    for location in locations:
+        if is_uri(location):
+            in_folders[parent(location)][location.rpartition("/")[2]] = location
+        size, modified_ns = (-1, 0) if is_uri(location) else _size_and_time(location)
+        found[location] = ListedFile(location, location.rpartition("/")[2], size, modified_ns)
+    with ThreadPoolExecutor(_LISTINGS_AT_A_TIME) as threads:
+        folders = [folder for folder, names in in_folders.items() if len(names) > 1]
+        for folder, listed in zip(folders, threads.map(_list_or_nothing, folders), strict=True):
+            for name, is_folder, size, modified_ns in listed:
+                if not is_folder and (file := in_folders[folder].get(name)):
+                    found[file] = ListedFile(file, name, size, modified_ns)
+    return found
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # missing; a name with a zero byte
+        return -1, 0
+    return status.st_size, _int64_or_unknown(status.st_mtime_ns)
+
+
+def _list_or_nothing(folder: str) -> list[tuple[str, bool, int, int]]:
+    try:
+        return _list_remote(*resolve(folder))
+    except Exception:  # a store may let its files be read and not be listed, and a library under fsspec raises anything
+        return []
 
 
 def list_parquet(folder: str) -> list[str]:

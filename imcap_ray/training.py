@@ -298,6 +298,8 @@ class Optimization:
             update = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(trained, multi_avg_fn=update)
         self.trained = trained
+        self.loss = torch.zeros(())
+        """What the last step has lowered, on its device. Where it is not finite, the weights are not either."""
 
     def step(self, batch: CaptionBatch) -> tuple[Tensor, int]:
         """One optimizer step; the summed cross-entropy in nats, without smoothing and weights, and its tokens' number.
@@ -322,6 +324,7 @@ class Optimization:
         if smoothing:
             of_all_words = log_probs.mean(dim=-1) * (batch.targets != PADDING_ID)
             loss = loss - smoothing * of_all_words.sum() / batch.num_tokens
+        self.loss = loss.detach()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.gradient_clip:
             nn.utils.clip_grad_norm_(self._parameters, self.config.gradient_clip)
@@ -352,7 +355,7 @@ class Optimization:
             step: where the schedule stands: another number of workers takes another number of steps for an epoch.
         """
         self.trained.load_state_dict(state["trained"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(_without_unused(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])  # type: ignore[arg-type]
         self.scheduler.last_epoch = step
         rates = zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
@@ -360,6 +363,17 @@ class Optimization:
             group["lr"] = peak * factor(step)
         if self.average is not None:
             self.average.load_state_dict(state["average"])  # type: ignore[arg-type]
+
+
+def _without_unused(state: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state without the parameters that never had a gradient, where it has more than the optimizer:
+    earlier versions kept the layers of a CNN behind its features among those to be trained."""
+    groups = []
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        used = [number for number in saved["params"] if number in state["state"]]
+        has_more = len(saved["params"]) > len(group["params"]) == len(used)
+        groups.append({**saved, "params": used} if has_more else saved)
+    return {**state, "param_groups": groups}
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:

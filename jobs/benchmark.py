@@ -70,7 +70,7 @@ from imcap_ray.distributed.speed import (
     write_table,
 )
 from imcap_ray.encoders import build_encoder, optimize_for_inference
-from imcap_ray.errors import ImcapError
+from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16
@@ -110,6 +110,9 @@ class SlowEcho:
     def __init__(self, log: str, processes: tuple[int, ...]) -> None:
         name = "-".join(map(str, (*processes, os.getppid(), os.getpid())))
         self._log = os.open(Path(log, f"{name}@{time.time_ns()}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+
+    def require_gpu(self) -> None:
+        """It computes on none."""
 
     def caption_pixels(self, pixels: Any) -> list[list[Caption]]:
         """The hash of each image, with a confidence of its own."""
@@ -713,7 +716,7 @@ class RecipeCaptioner:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Captions of a batch of pixels."""
         captions = self._captioner.caption_pixels(np.stack(list(batch["pixels"])))
-        return {"caption": [best[0].text for best in captions]}
+        return {"caption": ["" if isinstance(best, ImageError) else best[0].text for best in captions]}
 
 
 def _caption_by_ray_recipe(source: str, output: str, *, load: Callable[[], Captioner]) -> float:
@@ -817,6 +820,9 @@ class InstantEcho:
     compute_batch_size = 16
     num_beam_steps = 0
     search = SearchConfig()
+
+    def require_gpu(self) -> None:
+        """It computes on none."""
 
     def caption_pixels(self, pixels: Any) -> list[list[Caption]]:
         """The mean brightness of each image."""
@@ -1251,7 +1257,7 @@ def large_photographs(data: str, images: int, model: str | None, as_json: bool) 
                 milliseconds[way].append(1000 * (time.perf_counter() - before))
         for way, images_of_chunk in pixels.items():
             for row, best in zip(chunk, captioner.caption_pixels(np.stack(images_of_chunk)), strict=True):
-                captions[way][row["image_id"]] = best[0].text
+                captions[way][row["image_id"]] = "" if isinstance(best, ImageError) else best[0].text
     same = sum(captions["reduced"][name] == text for name, text in captions["whole"].items())
     references = {row["image_id"]: row["captions"] for row in rows}
     medians = {way: float(np.median(values)) for way, values in milliseconds.items()}

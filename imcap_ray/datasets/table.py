@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -16,7 +17,7 @@ import pyarrow as pa
 from imcap_ray import storage
 from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.datasets.encodings import decode_text
-from imcap_ray.errors import DatasetError
+from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.manifest import MANIFEST_SCHEMA, Listing, with_image_columns
 from imcap_ray.storage import ListedFile
 
@@ -45,6 +46,8 @@ SPLIT_NAMES: Final[Mapping[str, str]] = {
 NUM_EXAMPLES: Final = 3
 """So many of what is odd are named, the rest is counted."""
 
+_REQUESTS_AT_A_TIME: Final = 16
+
 _LINE_ENDS_AND_TABS: Final = re.compile(r"[\t\r\n]+")
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
@@ -67,6 +70,7 @@ class Leak(NamedTuple):
 
 
 _NOT_PACKED: Final = PackedImage("", -1, -1)
+_UNKNOWN: Final = ListedFile("", "", -1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,8 @@ class CaptionedImages:
     packed: Mapping[str, PackedImage] = field(default_factory=dict)
     """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name, or
     the table's and the row's number."""
+    tables: Mapping[str, ListedFile] = field(default_factory=dict)
+    """By location, the tables and tars of `packed` as they were when they were read."""
     leaks: list[Leak] = field(default_factory=list)
     """Images in two splits; `load_dataset` refuses them unless it is told not to."""
     without_captions: frozenset[str] = frozenset()
@@ -120,9 +126,18 @@ class CaptionedImages:
         return dict(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
 
     def manifest(self, rows: pa.Table) -> pa.Table:
-        """Rows of its table that have images -> `MANIFEST_SCHEMA`, the ids being their numbers."""
+        """Rows of its table that have images -> `MANIFEST_SCHEMA`, the ids being their numbers.
+
+        Size and time of tables and tars are those from when the data set was read; of files, those from now.
+        """
         paths = rows["image_path"].to_pylist()
         places = [self.packed.get(path, _NOT_PACKED) for path in paths]
+        listed = storage.describe_files(
+            path for path, place in zip(paths, places, strict=True) if place is _NOT_PACKED and path
+        )
+        listed |= self.tables
+        listed |= describe_tables({place.table_path for place in places if place.table_path} - self.tables.keys())
+        files = [listed.get(place.table_path or path, _UNKNOWN) for path, place in zip(paths, places, strict=True)]
         manifest = pa.table(
             [
                 range(len(paths)),
@@ -131,8 +146,8 @@ class CaptionedImages:
                 [place.table_path for place in places],
                 [place.row_group for place in places],
                 [place.row for place in places],
-                [-1] * len(paths),
-                [0] * len(paths),
+                [file.size for file in files],
+                [file.modified_ns for file in files],
             ],
             schema=MANIFEST_SCHEMA,
         )
@@ -338,6 +353,7 @@ class Collector:
             self.terms,
             left_out=self._rows(left_out, {}, folder),
             packed=packed or {},
+            tables=describe_tables({place.table_path for place in (packed or {}).values()}),
             leaks=leaks,
             without_captions=frozenset(self.without_captions - self.captions.keys()),
         )
@@ -352,6 +368,21 @@ class Collector:
             ],
             schema=DATASET_SCHEMA,
         )
+
+
+def describe_tables(locations: Iterable[str]) -> dict[str, ListedFile]:
+    """Size and time of these tables and tars; -1 and 0 for one that cannot be asked."""
+
+    def describe(location: str) -> ListedFile:
+        try:
+            file = storage.describe_file(location)
+        except (OSError, InputError):
+            return _UNKNOWN
+        return file if file.size else _UNKNOWN  # a file that is missing is described as empty, and no table is
+
+    chosen = sorted(locations)
+    with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as threads:
+        return dict(zip(chosen, threads.map(describe, chosen), strict=True))
 
 
 def split_of(image_id: str) -> str:

@@ -80,20 +80,32 @@ class ImageCaptioner(Protocol):
     def num_beam_steps(self) -> int:
         """Positions that its searches have computed so far."""
 
-    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
-        """For uint8 pixels (B, 3, S, S) the captions of each image, the best first; none where memory runs out."""
+    def require_gpu(self) -> None:
+        """Raise ImcapError if it computes with a GPU where there is one, and cannot use the one of this process."""
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> Sequence[list[Caption] | ImageError]:
+        """For uint8 pixels (B, 3, S, S) the captions of each image, the best first; none where memory runs out, or the
+        error of an image that has none for another reason."""
 
 
 class CaptionImages:
     """Loaded images -> their captions. One lives in each actor of the pool.
 
     An actor that takes the place of a dead one leaves the captioner to a process that may die again.
+
+    Args:
+        gpus: reserved for this actor.
+
+    Raises:
+        ImcapError: it has a GPU that cannot be used.
     """
 
-    def __init__(self, *, load_captioner: Callable[[], ImageCaptioner], reporter: BatchReporter) -> None:
+    def __init__(
+        self, *, load_captioner: Callable[[], ImageCaptioner], reporter: BatchReporter, gpus: float = 0.0
+    ) -> None:
         self._reporter = reporter
-        self._isolated = Isolated(partial(_CaptionRows, load_captioner)) if is_repeated_work() else None
-        self._caption = None if self._isolated else _CaptionRows(load_captioner)
+        self._isolated = Isolated(partial(_CaptionRows, load_captioner, gpus)) if is_repeated_work() else None
+        self._caption = None if self._isolated else _CaptionRows(load_captioner, gpus)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A table of `loaded_schema` -> `CAPTIONS_SCHEMA` with manifest_id."""
@@ -113,8 +125,10 @@ class CaptionImages:
 
 
 class _CaptionRows:
-    def __init__(self, load_captioner: Callable[[], ImageCaptioner]) -> None:
+    def __init__(self, load_captioner: Callable[[], ImageCaptioner], gpus: float) -> None:
         self.captioner = load_captioner()
+        if gpus:
+            self.captioner.require_gpu()
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         captions = iter(self.captioner.caption_pixels(stack_pixels(rows, self.captioner.image_size)))
@@ -124,10 +138,9 @@ class _CaptionRows:
                 done.append(_empty_row(row, FAILED))
             elif row["is_repeated"]:  # its caption comes from its twin, when all are done
                 done.append(_empty_row(row, DUPLICATE))
-            elif found := next(captions):
-                done.append(_captioned_row(row, found))
             else:
-                done.append(_blamed_row(row, no_memory()))
+                found = next(captions) or no_memory()
+                done.append(_blamed_row(row, found) if isinstance(found, ImageError) else _captioned_row(row, found))
         return pa.Table.from_pylist(done, schema=_NUMBERED_SCHEMA)
 
 
@@ -459,7 +472,7 @@ def caption_images(
                 }
             ),
             actor_class=CaptionImages,
-            actor_arguments={"load_captioner": load_captioner},
+            actor_arguments={"load_captioner": load_captioner, "gpus": gpus},
             image_size=captioner.image_size,
             gpus_per_actor=gpus,
             batch_size=batch_size or compute_batch_size(on_gpu=gpus > 0),

@@ -1,11 +1,13 @@
-"""Images -> cached features of a frozen CNN, by Ray Data. A cache is resumed like a captioning run."""
+"""Images -> cached features of a frozen CNN, by Ray Data. A cache is resumed like a captioning run, image by image; an
+image whose file has changed is encoded again."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Final
@@ -20,13 +22,16 @@ from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.batches import FixedBatches
-from imcap_ray.captions import compute_batch_size, no_memory
+from imcap_ray.captions import compute_batch_size, no_memory, not_finite
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
-from imcap_ray.distributed.images import BatchReporter, map_images, stack_pixels
+from imcap_ray.devices import choose_device
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
+from imcap_ray.distributed.feature_folder import SEAL, FeatureFolder
+from imcap_ray.distributed.images import BatchReporter, map_images, origin_of, repeating, stack_pixels
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.distributed.seals import find_damage, seal
+from imcap_ray.distributed.seals import find_damage, seal, sealed_names
 from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
-from imcap_ray.errors import DatasetError, ImcapError
+from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import FAILED, OK, write_table
 from imcap_ray.training import augmentation
@@ -37,11 +42,11 @@ FEATURES_SCHEMA: Final = pa.schema(
         ("features", pa.large_binary()),  # float16 (views, R, F); b"" where the image cannot be read
         ("error_code", pa.string()),
         ("error_message", pa.string()),
+        ("origin", pa.string()),  # of what file, in what state, see `origin_of`; earlier versions wrote none
     ]
 )
 
-_WORK_FOLDER: Final = "_imcap"
-_SEAL: Final = "_imcap/seal.json"
+_ROWS_AT_A_TIME: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,20 +90,25 @@ class FeatureCache:
     num_images: int
     failures: list[dict[str, str]]
     """Images without features: image_id, error_code, error_message."""
-
+    parts: list[str] = field(default_factory=list)
+    """Names of the Parquet files that have the features of each other image once."""
     notes: list[str] = field(default_factory=list)
-    """What was damaged and is made anew."""
+    """What was damaged, has changed or is unknown."""
+    use: FeatureFolder | None = None
+    """Keeps the parts from being removed by other trainings, as long as it gives signs of life."""
 
     def files(self) -> list[str]:
-        """The Parquet files, sorted."""
-        return storage.list_parquet(self.folder)
+        """The Parquet files; rows of images without features may be among theirs."""
+        return [storage.join(self.folder, name) for name in self.parts]
 
 
 class EncodeImages:
     """Loaded images -> their features. One lives in each actor of the pool."""
 
-    def __init__(self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(
+        self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter, gpus: float = 0.0
+    ) -> None:
+        device = choose_device(gpus)
         self._encoder = optimize_for_inference(load_encoder(), device).to(device).eval()
         self._batches = FixedBatches(self._encoder.image_size, device)
         self._views = views
@@ -108,24 +118,30 @@ class EncodeImages:
         """A table of `loaded_schema` -> `FEATURES_SCHEMA` with manifest_id."""
         with self._reporter.batch() as counts:
             encoded = iter(self._encode(stack_pixels(rows, self._encoder.image_size)))
-            done = rows.select(["manifest_id", "image_id", "error_code", "error_message"]).to_pylist()
+            done = rows.select(["manifest_id", "image_id", "error_code", "error_message", "origin"]).to_pylist()
             for row in done:
-                features = None if row["error_code"] else next(encoded)
-                row["features"] = b"" if features is None else features.tobytes()
-                if features is None and not row["error_code"]:
-                    error = no_memory()
-                    row["error_code"], row["error_message"] = error.code, error.message
-                counts[FAILED if features is None else OK] += 1
+                row["features"] = b""
+                if not row["error_code"]:
+                    features = next(encoded)
+                    if isinstance(features, ImageError):
+                        row["error_code"], row["error_message"] = features.code, features.message
+                    else:
+                        row["features"] = features.tobytes()
+                counts[FAILED if row["error_code"] else OK] += 1
             self._reporter.tell_batch_size(self._batches.size)
             return pa.Table.from_pylist(done, FEATURES_SCHEMA.insert(0, rows.schema.field("manifest_id")))
 
-    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float16] | None]:
-        """Of each image of pixels (B, 3, S, S) float16 features (views, R, F); None where memory runs out."""
+    def _encode(self, pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float16] | ImageError]:
+        """For each image of pixels (B, 3, S, S) its float16 features (views, R, F), or why it has none."""
         if not self._views.count:
             yield from itertools.repeat(np.empty(0, np.float16), len(pixels))
             return
-        for features, count in self._batches.compute(pixels, self._encode_views):
-            yield from itertools.repeat(None, count) if features is None else features[:count].numpy()
+        for computed, count in self._batches.compute(pixels, self._encode_views):
+            if computed is None:
+                yield from itertools.repeat(no_memory(), count)
+                continue
+            for features in computed[:count].numpy():
+                yield features if np.isfinite(features).all() else not_finite("features")
 
     @torch.inference_mode()
     def _encode_views(self, pixels: Tensor) -> Tensor:
@@ -156,10 +172,6 @@ def cache_key(
     return digest.hexdigest()[:16]
 
 
-def _told_total(on_progress: Callable[[Progress, int], None], total: int, progress: Progress) -> None:
-    on_progress(progress, total)
-
-
 def cache_features(
     manifest: pa.Table,
     folder: str,
@@ -170,111 +182,211 @@ def cache_features(
     gpus_per_actor: float,
     on_progress: Callable[[Progress, int], None],
     can_grow: bool = False,
+    training: str = "",
+    echo: Callable[[str], None] = lambda line: None,
+    check: Callable[[], None] = lambda: None,
 ) -> FeatureCache:
     """Features of each image of a table of `MANIFEST_SCHEMA`, in Parquet files in `folder`.
 
-    Images that an earlier call has written are not encoded again, unless their file is damaged: what is in the files
-    counts, not what a work folder says of them.
+    Images that an earlier call has written are encoded again only if their part is damaged, if their file, table or tar
+    has changed since, or if they failed: what is in the parts counts, not what a work folder says of them. While
+    another training encodes in this folder, this one waits for it.
 
     Args:
         on_progress: called about once a second with the progress and the number of images to do.
+        training: see `FeatureFolder`.
+        echo: called with a line if another training has to be waited for.
+        check: raises if this training may not write any more.
 
     Raises:
         DatasetError: not one image could be read.
-        ImcapError: encoding failed; the same call goes on from there.
+        ImcapError: encoding failed; the same call resumes from there.
     """
-    shape = (views.count, encoder.num_regions, encoder.num_channels)
-    cache = FeatureCache(folder, shape, manifest.num_rows, [])
-    damage = find_damage(folder, seal_name=_SEAL)
-    if damage:
-        if _SEAL not in damage:
-            cache.notes.extend(f"{folder}/{name} {what}, its images are encoded anew" for name, what in damage.items())
-        done = _keep_whole_parts(folder, damage)
-        left = manifest.filter(
-            pa.compute.invert(pa.compute.is_in(manifest["image_id"], pa.array(sorted(done), pa.string())))
-        )
-        if left.num_rows:
-            _encode(
-                left,
-                folder,
+    use = FeatureFolder(folder, training)
+    use.beat()
+    with (
+        repeating(use.try_to_beat, seconds=HEARTBEAT_SECONDS),
+        use.encoding(echo=echo, check=check),
+    ):
+        return complete_cache(
+            manifest,
+            use,
+            encode=partial(
+                _encode,
+                use=use,
                 encoder=encoder,
                 views=views,
                 num_actors=num_actors,
                 gpus_per_actor=gpus_per_actor,
-                on_progress=partial(_told_total, on_progress, left.num_rows),
+                on_progress=on_progress,
                 can_grow=can_grow,
-            )
-            done = _keep_whole_parts(folder, {})
-        if len(done) != manifest.num_rows:
-            raise ImcapError(
-                f"{folder} holds features of {len(done):,} images, expected {manifest.num_rows:,}: "
-                "does another training write there? The same command makes what is missing"
-            )
-        seal(folder, [path.rpartition("/")[2] for path in cache.files()], seal_name=_SEAL)
-    for path in cache.files():
-        filesystem, inner = storage.resolve(path)
-        failed = pq.read_table(
-            inner,
-            filesystem=filesystem,
-            columns=["image_id", "error_code", "error_message"],
-            filters=pa.compute.field("error_code") != "",
+                check=check,
+            ),
+            shape=(views.count, encoder.num_regions, encoder.num_channels),
         )
-        cache.failures.extend(failed.to_pylist())
-    if len(cache.failures) == cache.num_images:
-        storage.remove(folder)  # or the images would be taken for unreadable when they are back
-        first = cache.failures[0]
+
+
+def complete_cache(
+    manifest: pa.Table, use: FeatureFolder, *, encode: Callable[[pa.Table], None], shape: tuple[int, int, int]
+) -> FeatureCache:
+    """Encode what the folder lacks of the images of a manifest, and seal the parts that have all of them."""
+    folder, notes = use.location, []
+    origins = {row["image_id"]: origin_of(row) for batch in manifest.to_batches() for row in batch.to_pylist()}
+    damage = find_damage(folder, seal_name=SEAL)
+    if SEAL not in damage:
+        notes = [f"{folder}/{name} {what}, its images are encoded anew" for name, what in damage.items()]
+        for name in damage:  # a part that no seal names is taken to be intact
+            storage.remove(storage.join(folder, name))
+    sealed = sealed_names(folder, seal_name=SEAL)
+    found = _survey(folder, origins, sealed)
+    notes += found.describe(manifest)
+    left = manifest.filter(
+        pa.compute.invert(pa.compute.is_in(manifest["image_id"], pa.array(sorted(found.images), pa.string())))
+    )
+    if left.num_rows:
+        encode(left)
+        found = _survey(folder, origins, [*sealed, *found.whole, *found.mixed])
+    unknown = origins.keys() - found.images - found.failed.keys()
+    if unknown:
+        raise ImcapError(
+            f"{folder} has features of {len(found.images):,} images, expected {manifest.num_rows:,}: "
+            "the same command encodes what is missing"
+        )
+    failures = [found.failed[image_id] for image_id in origins if image_id not in found.images]
+    if not found.images:
+        first = failures[0]
         raise DatasetError(
-            f"none of the {cache.num_images:,} images can be read, the first is {first['image_id']}: "
+            f"none of the {manifest.num_rows:,} images can be read, the first is {first['image_id']}: "
             f"{first['error_message']} ({first['error_code']})"
         )
-    return cache
+    parts = sorted(found.whole) + [_copy_rows(folder, name, rows) for name, rows in found.mixed.items()]
+    if damage or set(parts) != set(sealed):
+        seal(folder, parts, seal_name=SEAL)
+    use.remove_all_but(parts)
+    return FeatureCache(folder, shape, manifest.num_rows, failures, parts, notes, use)
 
 
-def _keep_whole_parts(folder: str, damage: Mapping[str, str]) -> set[str]:
-    """Remove the files that are damaged, unreadable, or hold an image a second time; the ids of those in the others."""
-    done: set[str] = set()
-    for path in storage.list_parquet(folder):
-        filesystem, inner = storage.resolve(path)
+@dataclass(slots=True)
+class _Survey:
+    """What the parts of a folder have of some images."""
+
+    images: set[str] = field(default_factory=set)
+    """Those whose features are there and up to date."""
+    whole: set[str] = field(default_factory=set)
+    """Parts, by name, all of whose features are of these images."""
+    mixed: dict[str, list[int]] = field(default_factory=dict)
+    """Parts, by name, some of whose features are: the numbers of these rows."""
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By image, the row of one that has failed."""
+    changed: set[str] = field(default_factory=set)
+    """Images of which there are features that are out of date."""
+    of_earlier_version: set[str] = field(default_factory=set)
+    """Images of which there are features of unknown origin."""
+
+    def describe(self, manifest: pa.Table) -> list[str]:
+        """Why images that were encoded before are encoded again, and which changes are not noticed, for people."""
+        of_earlier_version = len(self.of_earlier_version - self.images)
+        changed = len(self.changed - self.images - self.of_earlier_version)
+        unknown = manifest.filter(pa.compute.equal(manifest["size"], -1))["image_path"].to_pylist()
+        counts = (
+            (changed, "changed since encoding: encoded again"),
+            (of_earlier_version, "encoded by an earlier version, which did not record their files: encoded again"),
+            (
+                sum(map(storage.is_uri, unknown)),
+                "without a known size and time in the store: a change to them is not noticed",
+            ),
+        )
+        return [f"{count:,} image{'s' * (count != 1)} {what}" for count, what in counts if count]
+
+
+def _survey(folder: str, origins: Mapping[str, str], first: Iterable[str]) -> _Survey:
+    """What the folder's parts have of the images with these origins.
+
+    Args:
+        first: names of parts that are preferred where several have an image.
+    """
+    found = _Survey()
+    names = [path.rpartition("/")[2] for path in storage.list_parquet(folder)]
+    preferred = [name for name in dict.fromkeys(first) if name in names]
+    for name in dict.fromkeys([*preferred, *names]):
+        filesystem, path = storage.resolve(storage.join(folder, name))
         try:
-            ids = pq.read_table(inner, filesystem=filesystem, columns=["image_id"])["image_id"].to_pylist()
+            schema = pq.read_schema(path, filesystem=filesystem)
+            has_origin = "origin" in schema.names
+            columns = ["image_id", "error_code", "error_message", *["origin"] * has_origin]
+            rows = pq.read_table(path, filesystem=filesystem, columns=columns).to_pylist()
         except (pa.ArrowException, OSError):
-            ids = []
-        if path.rpartition("/")[2] in damage or not ids or not done.isdisjoint(ids):
-            storage.remove(path)
-        else:
-            done.update(ids)
-    return done
+            continue
+        numbers, num_features = [], 0
+        for number, row in enumerate(rows):
+            image_id = row["image_id"]
+            is_current = has_origin and origins.get(image_id) == row["origin"]
+            if row["error_code"]:
+                if is_current:
+                    found.failed[image_id] = row
+                continue
+            num_features += 1
+            if not is_current:
+                (found.changed if has_origin else found.of_earlier_version).add(image_id)
+            elif image_id not in found.images:
+                found.images.add(image_id)
+                numbers.append(number)
+        if numbers and len(numbers) == num_features:
+            found.whole.add(name)
+        elif numbers:
+            found.mixed[name] = numbers
+    return found
+
+
+def _copy_rows(folder: str, name: str, numbers: list[int]) -> str:
+    """Write a part of these rows of a part; its name."""
+    copy, wanted, start = f"{uuid.uuid4().hex}_000000.parquet", pa.array(numbers), 0
+    filesystem, path = storage.resolve(storage.join(folder, name))
+    with (
+        filesystem.open_input_file(path) as stream,
+        pq.ParquetFile(stream) as part,
+        storage.replacing(storage.join(folder, copy)) as file,
+        pq.ParquetWriter(file, FEATURES_SCHEMA, compression="zstd") as writer,
+    ):
+        for batch in part.iter_batches(batch_size=_ROWS_AT_A_TIME):
+            is_wanted = pa.compute.is_in(pa.array(range(start, start + len(batch))), wanted)
+            start += len(batch)
+            kept = pa.Table.from_batches([batch]).filter(is_wanted)
+            if kept.num_rows:
+                writer.write_table(kept.cast(FEATURES_SCHEMA))
+    return copy
 
 
 def _encode(
     manifest: pa.Table,
-    folder: str,
     *,
+    use: FeatureFolder,
     encoder: Encoder,
     views: Views,
     num_actors: int,
     gpus_per_actor: float,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[Progress, int], None],
     can_grow: bool,
+    check: Callable[[], None],
 ) -> None:
-    """Add files with the features of these rows' images to the folder."""
-    work = storage.join(folder, _WORK_FOLDER)
-    storage.remove(work)
-    write_table(storage.join(work, "manifest", "part-0.parquet"), manifest)
+    """Add parts with the features of these rows' images to the folder."""
+    write_table(storage.join(use.work, "manifest", "part-0.parquet"), manifest)
     map_images(
-        storage.join(work, "manifest"),
-        folder,
-        work=work,
+        storage.join(use.work, "manifest"),
+        use.location,
+        work=use.work,
         root=root_of(manifest),
         schema=FEATURES_SCHEMA,
         actor_class=EncodeImages,
         # Through the object store, so that weights from a file of this machine reach every node.
-        actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "views": views},
+        actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "views": views, "gpus": gpus_per_actor},
         image_size=encoder.image_size,
         num_images=manifest.num_rows,
         num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,
         batch_size=2 * compute_batch_size(on_gpu=gpus_per_actor > 0),
-        on_progress=on_progress,
+        on_progress=lambda progress: on_progress(progress, manifest.num_rows),
         can_grow=can_grow,
+        check=check,
     )
+    storage.remove(use.work)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 import math
 import os
 import threading
@@ -76,8 +78,16 @@ def loaded_schema(image_size: int) -> pa.Schema:
             ("error_code", pa.string()),  # "" where there are pixels, or is_repeated
             ("error_message", pa.string()),
             ("is_repeated", pa.bool_()),  # the same bytes have come before; then there are no pixels
+            ("origin", pa.string()),  # see `origin_of`
         ]
     )
+
+
+def origin_of(row: Mapping[str, Any]) -> str:
+    """A short digest of an image's id, its place, and the size and time of its file, table or tar, as a manifest's row
+    has them. What is kept of an image is out of date when this is another."""
+    names = ("image_id", "image_path", "table_path", "row_group", "row", "size", "modified_ns")
+    return hashlib.blake2b(json.dumps([row[name] for name in names]).encode(), digest_size=12).hexdigest()
 
 
 class BatchReporter:
@@ -128,6 +138,8 @@ class LoadImages:
     """An `ImageIndex`, where images that have come before need no pixels."""
     image_columns: tuple[str, ...] = ()
     """The columns that the manifest notes, see `manifest.read_image_columns`."""
+    failures: Any = None
+    """A `FailureLog`, to be sent the images that cannot be read."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """The rows, `IMAGES_PER_BLOCK` at a time.
@@ -138,6 +150,8 @@ class LoadImages:
         # In the order in which they are read, for a repeated task has to return the same blocks as the first.
         rows = rows.sort_by([(name, "ascending") for name in ("table_path", "row_group", "row", "manifest_id")])
         for loaded in self._load_isolated(rows) if is_repeated_work() else self._load(rows):
+            if self.failures:
+                _report_failures(loaded, self.failures)
             yield _without_repeated(loaded, self.index) if self.index else loaded
 
     def _load(self, rows: pa.Table) -> Iterator[pa.Table]:
@@ -192,7 +206,15 @@ def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int,
 def _loaded_row(row: dict[str, Any], **values: Any) -> dict[str, Any]:
     loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
     nothing = {"pixels": None, "width": 0, "height": 0, "format": "", "sha256": ""}
+    loaded["origin"] = origin_of(row)
     return {**loaded, **nothing, "error_code": "", "error_message": "", "is_repeated": False, **values}
+
+
+def _report_failures(loaded: pa.Table, log: Any) -> None:
+    failed = loaded.select(["image_id", "error_code", "error_message"])
+    failed = failed.filter(pa.compute.not_equal(failed["error_code"], ""))
+    if failed.num_rows:
+        log.add.remote({row["image_id"]: f"{row['error_message']} ({row['error_code']})" for row in failed.to_pylist()})
 
 
 def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:

@@ -22,6 +22,19 @@ def seal(folder: str, names: Iterable[str], *, seal_name: str = SEAL_FILE) -> No
     storage.write_bytes(storage.join(folder, seal_name), json.dumps(hashes, indent=2).encode())
 
 
+def sealed_names(folder: str, *, seal_name: str = SEAL_FILE) -> list[str]:
+    """Names of the files that the seal of a folder names; none where it is missing or unreadable.
+
+    Raises:
+        ImcapError: a seal is there and cannot be read.
+    """
+    try:
+        sealed = json.loads(_read(storage.join(folder, seal_name)))
+    except (FileNotFoundError, ValueError):
+        return []
+    return [str(name) for name in sealed] if isinstance(sealed, dict) else []
+
+
 def find_damage(folder: str, *, seal_name: str = SEAL_FILE) -> dict[str, str]:
     """What is wrong with the files of a sealed folder, by name; empty where each is as it was sealed.
 

@@ -252,14 +252,14 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
     decoder = _Alone.options(runtime_env=runtime_environment(gpus=0))  # type: ignore[attr-defined]
-    workers = [decoder.remote(files, models) for _ in range(resources.physical_cores)]
+    workers = [decoder.remote(files, models, on_gpu=False) for _ in range(resources.physical_cores)]
     decode = _measure(workers, rounds, lambda worker: worker.decode.remote())
     if gpus:
         for worker in workers:  # they hold the CPUs that the next ones need
             ray.kill(worker)
         variables = runtime_environment(gpus=1)
         captioner = _Alone.options(num_gpus=1, runtime_env=variables)  # type: ignore[attr-defined]
-        workers = [captioner.remote(files, models) for _ in range(gpus)]
+        workers = [captioner.remote(files, models, on_gpu=True) for _ in range(gpus)]
     sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_MULTIPLES]
     rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in sizes}
     best = max(rates, key=lambda size: rates[size].median)
@@ -283,13 +283,15 @@ def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Ra
 class _Alone:
     """One core, or one GPU, that does one thing only. Its methods say of how many images it was, and the seconds."""
 
-    def __init__(self, images: list[bytes], models: Sequence[str]) -> None:
+    def __init__(self, images: list[bytes], models: Sequence[str], *, on_gpu: bool) -> None:
         import torch
 
         from imcap_ray.captioner import load_captioner
 
         self._images = images
         self._captioner = load_captioner(models)
+        if on_gpu:
+            self._captioner.require_gpu()
         self._pixels = torch.from_numpy(np.stack([self._decode(image) for image in images]))
 
     def _decode(self, image: bytes) -> Any:

@@ -10,11 +10,11 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ from imcap_ray.captions import Caption
 from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
+from imcap_ray.devices import require_cuda
 from imcap_ray.distributed.captions_folder import is_owner, require_owner
 from imcap_ray.distributed.checkpoints import (
     HISTORY_FILE,
@@ -40,13 +41,15 @@ from imcap_ray.distributed.checkpoints import (
     checkpoint_name,
     newest_checkpoint,
 )
+from imcap_ray.distributed.failure_log import describe_failures
 from imcap_ray.distributed.seals import seal
-from imcap_ray.distributed.training_folder import write_metrics
+from imcap_ray.distributed.training_folder import VALIDATION_ADVICE, read_validation_ids, write_metrics, write_stop
 from imcap_ray.encoders import FINETUNED, Encoder
 from imcap_ray.errors import ConfigError
 from imcap_ray.metrics import HALF, confidence_curve, score
 from imcap_ray.tokenization import scoring_tokenizer
 from imcap_ray.training import (
+    CROSS_ENTROPY,
     FINETUNE,
     SELF_CRITICAL,
     CaptionBatch,
@@ -80,6 +83,16 @@ SHUFFLE_BUFFER_IMAGES: Final = 1024
 RESIDENT_SHARE: Final = 0.4
 """Of a node's available memory, the file cache with it, what the features of its workers may fill to be kept there."""
 
+STEPS_BETWEEN_CHECKS: Final = 50
+"""The workers ask each other so often whether a loss is not finite; each time they wait for the device."""
+
+_LOWER: Final = {
+    CROSS_ENTROPY: "lower training.learning_rate",
+    FINETUNE: "lower finetune.learning_rate and finetune.encoder_learning_rate",
+    SELF_CRITICAL: "lower self_critical.learning_rate",
+}
+"""What to do when a phase of this kind diverges."""
+
 BatchSource = Callable[..., Iterator[tuple[Tensor, list[str]]]]
 """Called with batch_size and seed: one epoch of shuffled batches, what the phase reads of images and their ids."""
 
@@ -92,6 +105,8 @@ def train_worker(config: dict[str, Any]) -> None:
     recipe = from_mapping(Recipe, config["recipe"])
     work, seed, phase = config["work"], config["seed"], config["phase"]
     kind, settings = kind_of(phase), phases(recipe)[phase]
+    if config["gpus"]:
+        require_cuda()
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
@@ -145,14 +160,23 @@ def train_worker(config: dict[str, Any]) -> None:
             torch.load(io.BytesIO(state), map_location=device, weights_only=True), step=done * steps_per_epoch
         )
 
+    def stops(problem: str) -> bool:
+        """Whether any worker has a problem. All ask at the same place, or they would wait for each other."""
+        problems = [one for one in share(problem, world_size, device) if one]
+        if problems and rank == 0:
+            write_stop(work, problems[0])
+        return bool(problems)
+
     inputs = _Inputs.of(config)
-    source = _choose_source(num_images, inputs, workers_on_node=ray.train.get_context().get_local_world_size())
+    workers_on_node = ray.train.get_context().get_local_world_size()
+    fits = _fits_in_memory(num_images, inputs, estimate_available_memory() / workers_on_node)  # type: ignore[no-untyped-call]
+    source = _keep_shard(inputs) if agree(fits, world_size, device) else partial(_stream_shard, inputs)
+    expected = read_validation_ids(work)
+    assert expected is not None  # the driver has written it
     # Every worker is handed all validation images, for an equal split would drop some; it keeps each n-th batch.
-    validation = [
-        batch
-        for number, batch in enumerate(_read_shard(VALIDATION, inputs, batch_size=64))
-        if number % world_size == rank
-    ]
+    validation, problem = _read_validation(inputs, set(expected), lambda number: number % world_size == rank)
+    if stops(problem):
+        return
     encoder.to(device)
     if kind == SELF_CRITICAL:  # the CNN stays as it is, and so do its features
         validation = [(_encode(encoder, pixels.to(device)).unsqueeze(1), ids) for pixels, ids in validation]
@@ -162,15 +186,20 @@ def train_worker(config: dict[str, Any]) -> None:
         start = time.time()
         epoch_seed = seed * 1_000_003 + epoch * 1009 + rank
         torch.manual_seed(epoch_seed)  # dropout, views, crops and samples differ between workers and epochs
-        averages = _run_epoch(optimization, make, source(batch_size=local_batch_size, seed=epoch_seed))
+        batches = source(batch_size=local_batch_size, seed=epoch_seed)
+        learnt = _run_epoch(optimization, make, batches, partial(_first_of, world_size, device))
+        if stops(_describe_learning_problem(learnt, optimization, epoch, kind)):
+            return
         hypotheses = _caption(optimization.kept, vocabulary, validation, recipe, device)
         hypotheses = _gather(hypotheses, world_size, device)
+        if stops(_describe_missing_captions([one for one in expected if one not in hypotheses], epoch, kind)):
+            return
         metrics: dict[str, Any] = {}
         if rank == 0:
             references = {image_id: captions[VALIDATION][image_id] for image_id in hypotheses}
             scores = _score(hypotheses, references, scoring_tokenizer(vocabulary.tokenizer))
             told = {"epoch": epoch, "phase": phase, "num_workers": world_size}
-            metrics = {**told, **averages, **scores, "seconds": time.time() - start}
+            metrics = {**told, **learnt.averages, **scores, "seconds": time.time() - start}
         # Rank 0's on every worker, so that all stop at the same epoch.
         history.append(share(metrics, world_size, device)[0])
         if rank == 0:
@@ -180,7 +209,8 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def unfreeze(encoder: Encoder, first_layer: str) -> None:
-    """Let the CNN be trained from this layer on, but for the filters of its depthwise convolutions.
+    """Let the CNN be trained from this layer on, but for the filters of its depthwise convolutions, and for layers that
+    its features do not depend on.
 
     Those are 5 % of EfficientNet-lite2's weights, and the slowest gradients on a CPU: 38 ms an image forward and
     backward with them, 23 without, from `cnn.blocks.3` on (torch 2.14, two cores, AVX512-BF16).
@@ -188,6 +218,7 @@ def unfreeze(encoder: Encoder, first_layer: str) -> None:
     Raises:
         ConfigError: it has no such layer.
     """
+    require_layer(encoder, first_layer)
     is_reached = False
     for name, parameter in encoder.cnn.named_parameters():
         is_reached = is_reached or name.startswith(first_layer)
@@ -195,9 +226,28 @@ def unfreeze(encoder: Encoder, first_layer: str) -> None:
     for module in encoder.cnn.modules():
         if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:
             module.weight.requires_grad_(False)
-    if not is_reached:
-        names = dict.fromkeys(".".join(name.split(".")[:3]) for name, _ in encoder.cnn.named_parameters())
+    for parameter in _without_gradient(encoder):
+        parameter.requires_grad_(False)
+
+
+def require_layer(encoder: Encoder, first_layer: str) -> None:
+    """Raise ConfigError unless the CNN has a layer of this name."""
+    layers = [name for name, _ in encoder.cnn.named_parameters()]
+    if not any(name.startswith(first_layer) for name in layers):
+        names = dict.fromkeys(".".join(name.split(".")[:3]) for name in layers)
         raise ConfigError(f"finetune.first_layer {first_layer!r} is none of the CNN's: {', '.join(names)}")
+
+
+def _without_gradient(encoder: Encoder) -> list[torch.nn.Parameter]:
+    """Those of the parameters to be trained on which the features do not depend, such as the layers of a timm CNN
+    behind its last feature map. Workers that exchange gradients would wait for theirs."""
+    parameters = [parameter for parameter in encoder.cnn.parameters() if parameter.requires_grad]
+    if not parameters:
+        return []
+    blank = torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8, device=encoder.mean.device)
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(encoder(blank).sum(), parameters, allow_unused=True)
+    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]
 
 
 def batch_maker(
@@ -260,23 +310,72 @@ def _draw_view(views: Tensor) -> Tensor:
     return views[torch.arange(len(views)), torch.randint(views.shape[1], (len(views),))]
 
 
+class _Learnt(NamedTuple):
+    """What came of one pass over a worker's images."""
+
+    averages: dict[str, float]
+    """The mean cross-entropy of a token, in nats, other means over images, and the seconds it took."""
+    num_images: int
+    bad_step: int
+    """The first step, from 1, whose loss is not finite on some worker, after which the pass ends early; 0: none is."""
+
+
 def _run_epoch(
-    optimization: Optimization, make: BatchMaker, batches: Iterator[tuple[Tensor, list[str]]]
-) -> dict[str, float]:
-    """One pass over this worker's images; the mean cross-entropy of a token, in nats, other means over images, and the
-    seconds it took."""
+    optimization: Optimization,
+    make: BatchMaker,
+    batches: Iterator[tuple[Tensor, list[str]]],
+    first_of: Callable[[int], int],
+) -> _Learnt:
+    """One pass over this worker's images.
+
+    Args:
+        first_of: called with this worker's first bad step, or 0; returns the first of all workers.
+    """
     start = time.time()
     loss_sum, num_tokens, num_images = torch.zeros((), dtype=torch.float64), 0, 0
     sums: dict[str, float] = {}
-    for inputs, image_ids in batches:
+    bad_step = torch.zeros((), dtype=torch.long)  # on the device: to look at each step's loss would be to wait for it
+    for step, (inputs, image_ids) in enumerate(batches, start=1):
         batch, numbers = make(inputs, image_ids)
         loss, count = optimization.step(batch)
+        bad_step = bad_step.to(loss.device)
+        bad_step = torch.where(~torch.isfinite(optimization.loss) & (bad_step == 0), step, bad_step)
+        if step % STEPS_BETWEEN_CHECKS == 0 and first_of(int(bad_step)):
+            break
         loss_sum = loss_sum.to(loss.device) + loss
         num_tokens, num_images = num_tokens + count, num_images + len(image_ids)
         for name, value in numbers.items():
             sums[name] = sums.get(name, 0.0) + value * len(image_ids)
     means = {name: value / max(1, num_images) for name, value in sums.items()}
-    return {"train_loss": float(loss_sum) / max(1, num_tokens), **means, "train_seconds": time.time() - start}
+    averages = {"train_loss": float(loss_sum) / max(1, num_tokens), **means, "train_seconds": time.time() - start}
+    return _Learnt(averages, num_images, first_of(int(bad_step)))
+
+
+def _first_of(world_size: int, device: torch.device, step: int) -> int:
+    return min((one for one in share(step, world_size, device) if one), default=0)
+
+
+def _describe_learning_problem(learnt: _Learnt, optimization: Optimization, epoch: int, kind: str) -> str:
+    """Why an epoch is not worth keeping; "" if it is."""
+    if learnt.bad_step:
+        what = f"the loss is not finite at step {learnt.bad_step} of epoch {epoch}"
+    elif not learnt.num_images:
+        return f"no training images can be read in epoch {epoch}, or fewer than there are workers"
+    elif not all(bool(torch.isfinite(parameter).all()) for parameter in optimization.kept.parameters()):
+        what = f"the weights are not finite after epoch {epoch}"
+    else:
+        return ""
+    return f"{what}; {_LOWER[kind]}. Epochs before it are kept"
+
+
+def _describe_missing_captions(image_ids: Sequence[str], epoch: int, kind: str) -> str:
+    """Why validation images have no caption; "" if each has one."""
+    if not image_ids:
+        return ""
+    return (
+        f"what the model computes for {len(image_ids):,} validation images after epoch {epoch} is not finite, the "
+        f"first is {image_ids[0]}; {_LOWER[kind]}. Epochs before it are kept"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,18 +398,30 @@ class _Inputs:
         return torch.from_numpy(np.stack(arrays).reshape(-1, *self.shapes[split]))
 
 
-def _choose_source(num_images: int, inputs: _Inputs, *, workers_on_node: int) -> BatchSource:
-    """How this worker reads its shard of the training images.
-
-    What fits in memory is read once: while Ray Data streams, its scheduler keeps half a core busy (Ray 2.60), a
-    quarter of a two-core machine. More than that is streamed anew in every epoch.
-    """
+def _fits_in_memory(num_images: int, inputs: _Inputs, available_bytes: float) -> bool:
+    """Whether this worker can keep its shard of the training images in its share of the node's memory."""
     size_bytes = num_images * int(np.prod(inputs.shapes[TRAIN])) * np.dtype(inputs.dtype).itemsize
-    available_bytes: int = estimate_available_memory()  # type: ignore[no-untyped-call]
-    if size_bytes > RESIDENT_SHARE * available_bytes / workers_on_node:
-        return partial(_stream_shard, inputs)
+    return size_bytes <= RESIDENT_SHARE * available_bytes
+
+
+def agree(is_possible: bool, world_size: int, device: torch.device) -> bool:
+    """Whether it is possible on every worker.
+
+    The workers' nodes may differ, but all must read their shards equally often: Ray begins to read an epoch when every
+    worker asks for it.
+    """
+    return all(share(is_possible, world_size, device))
+
+
+def _keep_shard(inputs: _Inputs) -> BatchSource:
+    """This worker's shard of the training images, read once.
+
+    While Ray Data streams, its scheduler keeps half a core busy (Ray 2.60), a quarter of a two-core machine. What does
+    not fit in memory is streamed again in every epoch all the same.
+    """
     parts = list(_read_shard(TRAIN, inputs, batch_size=256))
-    images = torch.empty(sum(len(part) for part, _ in parts), *inputs.shapes[TRAIN], dtype=parts[0][0].dtype)
+    num_images = sum(len(part) for part, _ in parts)
+    images = torch.empty(num_images, *inputs.shapes[TRAIN], dtype=parts[0][0].dtype if parts else torch.uint8)
     image_ids: list[str] = []
     while parts:  # each part is freed when it is copied, so that the peak is little more than the whole
         part, part_ids = parts.pop(0)
@@ -322,6 +433,8 @@ def _choose_source(num_images: int, inputs: _Inputs, *, workers_on_node: int) ->
 def _shuffle_resident(
     images: Tensor, image_ids: list[str], *, batch_size: int, seed: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
+    if not image_ids:
+        return
     # By name first, for a cache of the same images that was made anew holds them in another order.
     by_name = torch.tensor(sorted(range(len(image_ids)), key=image_ids.__getitem__), dtype=torch.long)
     order = torch.randperm(len(image_ids), generator=torch.Generator().manual_seed(seed))
@@ -345,6 +458,37 @@ def _read_shard(split: str, inputs: _Inputs, **options: Any) -> Iterator[tuple[T
         yield inputs.from_rows(rows, split), rows["image_id"].to_pylist()
 
 
+def _read_validation(
+    inputs: _Inputs, expected: Set[str], is_own: Callable[[int], bool]
+) -> tuple[list[tuple[Tensor, list[str]]], str]:
+    """Those batches of the validation images that are this worker's, by their numbers; and which images of all batches
+    cannot be read, "" if there are none.
+
+    Args:
+        expected: the images that every epoch is scored on; others are left out.
+    """
+    batches: list[tuple[Tensor, list[str]]] = []
+    missing = dict.fromkeys(sorted(expected), "missing")
+    shard = ray.train.get_dataset_shard(VALIDATION)
+    for number, rows in enumerate(shard.iter_batches(batch_format="pyarrow", batch_size=64)):
+        is_good = [image_id in expected for image_id in rows["image_id"].to_pylist()]
+        if "error_message" in rows.column_names:
+            for position, row in enumerate(rows.select(["image_id", "error_code", "error_message"]).to_pylist()):
+                if row["error_code"] and is_good[position]:
+                    is_good[position] = False
+                    missing[row["image_id"]] = f"{row['error_message']} ({row['error_code']})"
+        if not all(is_good):
+            rows = rows.filter(pa.array(is_good))
+        image_ids = rows["image_id"].to_pylist()
+        for image_id in image_ids:
+            missing.pop(image_id, None)
+        if is_own(number) and image_ids:
+            batches.append((inputs.from_rows(rows, VALIDATION), image_ids))
+    if not missing:
+        return batches, ""
+    return batches, f"{describe_failures(len(missing), 'validation', [*missing.items()])}: {VALIDATION_ADVICE}"
+
+
 @torch.inference_mode()
 def _caption(
     kept: torch.nn.Module,
@@ -353,13 +497,14 @@ def _caption(
     recipe: Recipe,
     device: torch.device,
 ) -> dict[str, Caption]:
+    """The best caption of each image; none where what is computed for it is not finite."""
     kept.eval()
     captions = {}
     for inputs, image_ids in batches:
         inputs = inputs.to(device)
         features = kept.encoder(inputs) if isinstance(kept, EndToEnd) else inputs[:, 0].float()
         found = search_captions(decoder_of(kept), vocabulary, features, recipe.search)
-        captions.update({image_id: best[0] for image_id, best in zip(image_ids, found, strict=True)})
+        captions.update({image_id: best[0] for image_id, best in zip(image_ids, found, strict=True) if best})
     return captions
 
 

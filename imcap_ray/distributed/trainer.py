@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -46,7 +47,10 @@ from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImage
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, environment, require, runtime_environment
+from imcap_ray.distributed.failure_log import FailureLog, describe_failures, watch_failures
+from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
+from imcap_ray.distributed.gpus import require_gpus
 from imcap_ray.distributed.images import (
     LoadImages,
     default_num_actors,
@@ -60,15 +64,19 @@ from imcap_ray.distributed.train_worker import (
     RUN_FOLDER,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
+    require_layer,
     train_worker,
-    unfreeze,
 )
 from imcap_ray.distributed.training_folder import (
     SETTINGS_FILE,
+    VALIDATION_ADVICE,
     WORK_FOLDER,
     read_metrics,
+    read_validation_ids,
+    take_stop,
     write_heartbeat,
     write_metrics,
+    write_validation_ids,
 )
 from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
@@ -108,6 +116,10 @@ class RoomForReading(ScalingConfig):
             return most
         cpus = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
         return min(most, int(cpus) - CPUS_FOR_READING)
+
+
+class StoppedError(ImcapError):
+    """The workers have stopped for a reason that would stop them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +187,11 @@ def train(
     encoder, vocabulary, start_model = prepared.encoder, prepared.vocabulary, prepared.start_model
     num_workers, gpus = prepared.num_workers, prepared.gpus_per_worker
     train_images = data.split(TRAIN)
+    if gpus:
+        require_gpus(gpus)
+    features = storage.absolute(features) if features else storage.join(storage.parent(model), "_features")
+    if storage.is_file(features):
+        raise InputError(f"--features must be a folder, got a file: {features}")
     owner = take_over(work)  # before anything else, so that an older run of the same training writes no more
     check = partial(require_owner, work, owner)
     storage.remove_temporary(work)
@@ -186,7 +203,6 @@ def train(
     history = resumed.history if resumed else []
     write_metrics(work, history)
 
-    features = features or storage.join(storage.parent(model), "_features")
     with _alive(work, check):
         caches = _cache(
             encoder,
@@ -195,10 +211,13 @@ def train(
             folder=features,
             resources=resources,
             gpus=min(1.0, gpus),  # a CNN runs on one
+            training=model if storage.is_uri(model) else f"{socket.gethostname()}:{model}",
             echo=echo,
             on_features=on_features,
+            check=check,
         )
     check()
+    uses = [of_split.use for of_split in caches.values() if of_split.use]
     for split, of_split in caches.items():
         if failures := of_split.failures:
             first = failures[0]
@@ -206,6 +225,7 @@ def train(
                 f"{len(failures):,} {split} images left out, they cannot be read; the first is {first['image_id']}: "
                 f"{first['error_message']}"
             )
+    _fix_validation(data, caches[VALIDATION], work, history, echo=echo)
     _write_table(storage.join(work, CAPTIONS_FILE), data.table)
     storage.write_bytes(storage.join(work, VOCABULARY_FILE), vocabulary.to_json().encode())
     echo(
@@ -228,10 +248,11 @@ def train(
             inputs = _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches
             failure = None
             try:
-                with _alive(work, check):
+                with _alive(work, check, uses):
                     _fit(
                         phase,
                         inputs,
+                        echo=echo,
                         work=work,
                         owner=owner,
                         recipe=recipe,
@@ -246,6 +267,8 @@ def train(
                             watch_room(num_workers, gpus, echo),
                         ],
                     )
+            except StoppedError:
+                raise
             except ImcapError as error:
                 failure = error
             check()  # what looks half done may be what the run that has taken over is writing
@@ -298,6 +321,8 @@ def train(
         ),
         encoder_tensors=None if kept.weights.portable else kept.cnn.state_dict(),
     )
+    for use in uses:
+        use.leave()
     return TrainingResult(model=model, metrics=metrics, num_epochs=newest.epoch, seconds=time.time() - start)
 
 
@@ -408,8 +433,7 @@ def prepare_training(
         recipe = _with_architecture(recipe, start_model)
     recipe = replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
     encoder = _build_encoder(recipe, start_model, encoder_weights)
-    unfreeze(encoder, recipe.finetune.first_layer)  # a name that is wrong shows before the first epoch
-    encoder.requires_grad_(False)
+    require_layer(encoder, recipe.finetune.first_layer)
     vocabulary = (
         start_model.vocabulary
         if start_model
@@ -457,13 +481,16 @@ def _cache(
     folder: str,
     resources: ClusterResources,
     gpus: float,
+    training: str,
     echo: Callable[[str], None],
     on_features: Callable[[str, Progress, int], None],
+    check: Callable[[], None],
 ) -> dict[str, FeatureCache]:
     """The features of each split under this encoder, made or found, and which images cannot be read.
 
     Args:
         gpus: of each process that encodes.
+        training: see `FeatureFolder`.
     """
     caches = {}
     for split in (TRAIN, VALIDATION):
@@ -489,10 +516,47 @@ def _cache(
             gpus_per_actor=gpus,
             can_grow=not resources.is_local,
             on_progress=partial(on_features, split),
+            training=training,
+            echo=echo,
+            check=check,
         )
         for note in caches[split].notes:
             echo(f"{split} images: {note}")
     return caches
+
+
+def _fix_validation(
+    data: CaptionedImages,
+    cache: FeatureCache,
+    work: str,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    echo: Callable[[str], None],
+) -> None:
+    """Record the images that all epochs are scored on: those of the validation split that can be read at the start.
+
+    Raises:
+        ImcapError: epochs are done, and some of their images cannot be read any more.
+    """
+    failed = {row["image_id"]: f"{row['error_message']} ({row['error_code']})" for row in cache.failures}
+    readable = [image_id for image_id in data.split(VALIDATION)["image_id"].to_pylist() if image_id not in failed]
+    recorded = read_validation_ids(work) if history else None
+    if recorded is None:
+        before = history[-1].get("num_images", len(readable)) if history else len(readable)
+        if before != len(readable):  # of a version that recorded no more than their number
+            raise ImcapError(
+                f"{len(readable):,} validation images can be read, but the epochs so far were scored on {before:,}: "
+                "bring the images back, or train into another folder"
+            )
+        write_validation_ids(work, readable)
+        return
+    missing = [image_id for image_id in recorded if image_id in failed]
+    if missing:
+        first = [(image_id, failed[image_id]) for image_id in missing]
+        raise ImcapError(f"{describe_failures(len(missing), 'validation', first)}: {VALIDATION_ADVICE}")
+    if num_new := len(readable) - len(recorded):
+        images = f"{num_new:,} more validation image{'s' * (num_new != 1)}"
+        echo(f"{images} can be read now: not scored, as in the epochs so far")
 
 
 def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
@@ -688,6 +752,7 @@ def _fit(
     *,
     work: str,
     owner: str,
+    echo: Callable[[str], None],
     recipe: Recipe,
     seed: int,
     encoder: Encoder,
@@ -701,8 +766,16 @@ def _fit(
 
     Args:
         owner: the name under which this run may write to the work folder.
+        echo: called with a line when training images cannot be read.
         watchers: called every two seconds meanwhile, and once afterwards.
+
+    Raises:
+        StoppedError: the workers have stopped, and would again.
+        ImcapError: the training failed.
     """
+    take_stop(work)
+    log = FailureLog.remote()  # type: ignore[attr-defined]
+    look_for_failures = watch_failures(log, phase, echo)
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # the same seed, the same batches
     # A read task's block is what the local shuffle and the object store hold at a time.
@@ -710,7 +783,9 @@ def _fit(
     filesystem, work_path = storage.resolve(work)
     with DataContext.current(context):
         datasets = {
-            split: _read_features(of_split) if isinstance(of_split, FeatureCache) else _read_pixels(of_split, encoder)
+            split: _read_features(of_split)
+            if isinstance(of_split, FeatureCache)
+            else _read_pixels(of_split, encoder, log if split == TRAIN else None)
             for split, of_split in inputs.items()
         }
         trainer = TorchTrainer(
@@ -721,6 +796,7 @@ def _fit(
                 "recipe": to_mapping(recipe),
                 "seed": seed,
                 "threads": threads,
+                "gpus": gpus,
                 "phase": phase,
                 # Through the object store, so that weights from a file of this machine reach every node.
                 "load_encoder": partial(ray.get, ray.put(encoder)),
@@ -747,7 +823,7 @@ def _fit(
             dataset_config=DataConfig(datasets_to_split=[TRAIN]),
         )
         patience = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(WORKERS_START_SECONDS))}
-        look = partial(_call_all, watchers)
+        look = partial(_call_all, [*watchers, look_for_failures])
         with repeating(look, seconds=2.0), environment(patience if isinstance(workers, int) else {}):
             handler = signal.getsignal(signal.SIGINT)
             try:
@@ -761,6 +837,11 @@ def _fit(
             finally:  # Ray Train leaves its own in place, which ends the process with 0 once the training is over
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGINT, handler)
+    look_for_failures(at_end=True)
+    with suppress(RayError):
+        ray.kill(log)
+    if reason := take_stop(work):
+        raise StoppedError(reason)
 
 
 def _read_features(cache: FeatureCache) -> ray.data.Dataset:
@@ -774,15 +855,22 @@ def _read_features(cache: FeatureCache) -> ray.data.Dataset:
     )
 
 
-def _read_pixels(manifest: _Manifest, encoder: Encoder) -> ray.data.Dataset:
-    """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it."""
-    image_columns = tuple(read_image_columns(manifest.folder))
-    load = LoadImages(image_size=encoder.image_size, root=manifest.root, image_columns=image_columns)
-    return (
-        read_images(manifest.folder, load, num_images=manifest.num_images)
-        .filter(expr=ray.data.expressions.col("error_code") == "")
-        .select_columns(["image_id", "pixels"])
+def _read_pixels(manifest: _Manifest, encoder: Encoder, log: Any) -> ray.data.Dataset:
+    """The images, decoded by Ray Data wherever there are CPUs, so that a GPU's worker need not do it.
+
+    Args:
+        log: a `FailureLog` for those that cannot be read, which are left out; None: they have an error and no pixels.
+    """
+    load = LoadImages(
+        image_size=encoder.image_size,
+        root=manifest.root,
+        image_columns=tuple(read_image_columns(manifest.folder)),
+        failures=log,
     )
+    images = read_images(manifest.folder, load, num_images=manifest.num_images)
+    if log is None:
+        return images.select_columns(["image_id", "pixels", "error_code", "error_message"])
+    return images.filter(expr=ray.data.expressions.col("error_code") == "").select_columns(["image_id", "pixels"])
 
 
 def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...]:
@@ -791,10 +879,12 @@ def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...
 
 
 @contextmanager
-def _alive(work: str, check: Callable[[], None]) -> Iterator[None]:
-    """Give signs of life while the block runs, unless another run has taken over."""
+def _alive(work: str, check: Callable[[], None], uses: Sequence[FeatureFolder] = ()) -> Iterator[None]:
+    """Give signs of life while the block runs, unless another run has taken over; in the caches' folders too."""
 
     def beat() -> None:
+        for use in uses:
+            use.try_to_beat()
         with suppress(OSError, ImcapError):
             check()
             write_heartbeat(work)

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,9 +55,12 @@ def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Cal
             str(tmp_path / name),
             recipe=recipe or small_recipe(epochs=2),
             resources=local_ray,
-            features=str(tmp_path / "features"),
-            echo=lambda line: None,
-            **({"recipe_name": "small"} | options),  # type: ignore[arg-type]
+            **{  # type: ignore[arg-type]
+                "recipe_name": "small",
+                "features": str(tmp_path / "features"),
+                "echo": lambda line: None,
+                **options,
+            },
         )
 
     return run
@@ -214,6 +219,72 @@ def test_a_training_that_another_run_has_taken_over_stops_and_writes_no_more(
 
     assert not (model / "config.json").exists()
     assert len(metrics.read_text().splitlines()) <= num_epochs[0] + 1  # one may have been on its way
+
+
+def epochs_of(model: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (model / "_training" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_images_that_disappear_between_phases_are_named_and_validation_does_not_shrink(
+    run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path
+) -> None:
+    options = SMALL | {"training.epochs": 1, "finetune.epochs": 1, "finetune.first_layer": "cnn.blocks.5"}
+    recipe = load_recipe("lite2-attention", options)
+    images, away = tiny_flickr8k / "Flicker8k_Dataset", tmp_path / "away"
+    away.mkdir()
+    lines: list[str] = []
+
+    def take_away(line: str) -> None:
+        for number in (0, 12, 13):  # one to learn from, and two of the four that are scored
+            (images / f"{number:04}_photo.jpg").rename(away / f"{number:04}_photo.jpg")
+
+    with pytest.raises(
+        ImcapError, match=r"2 validation images cannot be read \(0012_photo.jpg: .*missing.*0013"
+    ) as found:
+        run(recipe=recipe, echo=lines.append, echo_epoch=take_away)
+    assert "the scores of all epochs must be of the same images: bring these back" in str(found.value)
+    assert any(
+        re.match(r"finetune: 1 training image cannot be read \(0000_photo.jpg: .*left out", line) for line in lines
+    )
+    assert [row["phase"] for row in epochs_of(tmp_path / "model")] == ["cross_entropy"]
+
+    with pytest.raises(ImcapError, match="2 validation images cannot be read .*bring these back"):
+        run(recipe=recipe)
+
+    for number in (12, 13):
+        (away / f"{number:04}_photo.jpg").rename(images / f"{number:04}_photo.jpg")
+    run(recipe=recipe)
+    assert [row["num_images"] for row in epochs_of(tmp_path / "model")] == [4, 4]
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_what_to_lower(
+    run: Callable[..., TrainingResult], tmp_path: Path
+) -> None:
+    recipe = small_recipe(epochs=3, learning_rate=1e38)
+
+    with pytest.raises(
+        ImcapError, match=r"^the loss is not finite at step 2 of epoch 1; lower training\.learning_rate"
+    ):
+        run(recipe=recipe, num_workers=2)
+
+    assert not (tmp_path / "model" / "config.json").exists()
+    assert not list((tmp_path / "model" / "_training").rglob("epoch_*"))
+
+
+def test_a_folder_of_features_may_be_relative_and_images_that_changed_are_encoded_again(
+    run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    first = run("first", recipe=small_recipe(epochs=1), features="cache")
+    for number in range(12):
+        (tiny_flickr8k / "Flicker8k_Dataset" / f"{number:04}_photo.jpg").write_bytes(small_data.jpeg(100 + number))
+
+    second = run("second", recipe=small_recipe(epochs=1), features="cache", echo=lines.append)
+
+    assert list((tmp_path / "cache").glob("*/*.parquet"))
+    assert second.metrics["train_loss"] != first.metrics["train_loss"]
+    assert "train images: 12 images changed since encoding: encoded again" in lines
 
 
 WORKER = """

@@ -299,6 +299,45 @@ def test_an_image_that_memory_runs_out_for_though_it_is_alone_has_no_caption_and
     ]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_whose_features_are_not_finite_is_an_internal_error_and_the_others_are_captioned(
+    captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any], value: float
+) -> None:
+    broken = Captioner.load(model_dir, device="cpu")
+    odd = torch.from_numpy(pixels[2])
+
+    def spoil(encoder: torch.nn.Module, arguments: tuple[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+        is_odd = torch.tensor([torch.equal(image, odd) for image in arguments[0]])
+        return features.masked_fill(is_odd[:, None, None], value)
+
+    broken.encoder.register_forward_hook(spoil)
+
+    found = broken.caption_pixels(pixels[:5])
+
+    error = found.pop(2)
+    assert isinstance(error, ImageError)
+    assert (error.code, error.message) == ("internal", "the features of the image are not finite numbers")
+    assert found == [one for number, one in enumerate(captioner.caption_pixels(pixels[:5])) if number != 2]
+
+
+def test_an_image_whose_words_have_no_finite_probability_is_an_internal_error(
+    model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Captioner.load(model_dir, device="cpu")
+    start = broken.decoder.start
+
+    def start_spoilt(features: torch.Tensor, beam_size: int) -> Any:
+        step, state = start(features, beam_size)
+        return lambda tokens, state: (step(tokens, state)[0] * float("nan"), step(tokens, state)[1]), state
+
+    monkeypatch.setattr(broken.decoder, "start", start_spoilt)
+
+    errors = broken.caption([jpeg(0), jpeg(1)])
+
+    assert [error.code for error in errors if isinstance(error, ImageError)] == ["internal"] * 2
+    assert "the words' probabilities of the image are not finite numbers" in str(errors[0])
+
+
 def test_no_memory_at_all_is_the_error_of_each_image(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
     hopeless = with_room_for(model_dir, 0)
 

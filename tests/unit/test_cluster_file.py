@@ -62,6 +62,15 @@ def test_ray_accepts_the_file_for_google(cluster):
     assert variant["available_node_types"]["head"]["resources"]["CPU"] == 0
 
 
+def test_the_drivers_of_the_images_are_new_enough_for_the_cuda_of_pytorch():
+    """CUDA 13, which PyTorch's wheels are built for, needs driver 580."""
+    text = CLUSTER_FILE.read_text()
+
+    named = [int(number) for number in re.findall(r"-nvidia-(\d{3})\b", text)]
+    assert named and min(named) >= 580
+    assert text.count("NVIDIA driver 580 or newer") == 2, "each cloud's image has the rule beside it"
+
+
 def test_ray_accepts_the_file_with_workers_at_the_full_price_too():
     text = CLUSTER_FILE.read_text()
     start = text.index("  # gpu_worker_on_demand:")

@@ -16,6 +16,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.distributed.features import EncodeImages, Views
 from imcap_ray.distributed.images import loaded_schema
 from imcap_ray.encoders import Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.errors import ImcapError
 
 SIZE = 32
 NUM_IMAGES = 5
@@ -58,6 +59,7 @@ def rows() -> pa.Table:
             "pixels": pa.array(pixels, loaded_schema(SIZE).field("pixels").type),
             "error_code": codes,
             "error_message": ["cut" if code else "" for code in codes],
+            "origin": [f"origin {number}" for number in range(NUM_IMAGES)],
         }
     )
 
@@ -73,6 +75,7 @@ def test_each_image_has_its_features_or_the_reason_why_not(encoder: Encoder, row
 
     assert [row["image_id"] for row in done] == rows["image_id"].to_pylist()
     assert [row["error_code"] for row in done] == ["", "truncated", "", "", ""]
+    assert [row["origin"] for row in done] == rows["origin"].to_pylist()
     assert done[1]["features"] == b""
     assert reporter.counts == {"ok": 4, "failed": 1}
     for row, pixels in zip(done, rows["pixels"].to_pylist(), strict=True):
@@ -141,3 +144,33 @@ def test_an_image_that_memory_runs_out_for_alone_is_left_out_and_named(encoder: 
     assert [row["error_code"] for row in done] == ["", "truncated", "", "out_of_memory", ""]
     assert [bool(row["features"]) for row in done] == [True, False, True, False, True]
     assert reporter.counts == {"ok": 3, "failed": 2}
+
+
+def test_an_image_whose_features_are_not_finite_is_a_failed_row(encoder: Encoder, rows: pa.Table) -> None:
+    expected, _ = encode(encoder, rows, views=Views(flip=True))
+    odd = torch.frombuffer(bytearray(rows["pixels"][3].as_py()), dtype=torch.uint8).view(3, SIZE, SIZE)
+
+    def spoil(module: torch.nn.Module, arguments: tuple[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
+        is_odd = torch.tensor([torch.equal(image, odd) for image in arguments[0]])
+        return features.masked_fill(is_odd[:, None, None], 1e30)  # infinity in float16
+
+    encoder.register_forward_hook(spoil)
+    done, reporter = encode(encoder, rows, views=Views(flip=True))
+
+    assert [row["error_code"] for row in done] == ["", "truncated", "", "internal", ""]
+    assert done[3]["error_message"] == "the features of the image are not finite numbers"
+    assert done[3]["features"] == b""
+    assert [row for row in done if row != done[3]] == [row for row in expected if row != expected[3]]
+    assert reporter.counts == {"ok": 3, "failed": 2}
+
+
+def test_an_actor_whose_gpu_cannot_be_used_does_not_encode_on_the_cpu(
+    encoder: Encoder, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    with pytest.raises(
+        ImcapError, match=r"a GPU is reserved .* for CUDA 13\.0, and CUDA 13\.0 needs driver 580 or newer"
+    ):
+        encode(encoder, rows, views=Views(), gpus=0.5)

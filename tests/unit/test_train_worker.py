@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -78,6 +80,44 @@ def test_without_a_first_layer_all_of_the_cnn_is_trained(encoder: Encoder) -> No
 
     frozen = {name for name, parameter in encoder.cnn.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name in encoder.cnn.state_dict() if name.endswith("conv_dw.weight")}
+
+
+@pytest.mark.parametrize("name", ["timm:convnext_atto", "timm:mobilenetv3_small_050"])
+def test_layers_behind_the_grid_are_left_as_they_are(name: str) -> None:
+    encoder = build_encoder(EncoderConfig(name=name), PreprocessingConfig(image_size=SIZE), load_weights=False)
+    unfreeze(encoder, "")
+
+    encoder(pixels(1)).sum().backward()
+
+    learnt = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert learnt == {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert len(learnt) > 20
+
+
+def test_a_fine_tuning_that_had_such_layers_among_its_parameters_resumes() -> None:
+    """As a single worker of an earlier version left it: these layers never had a gradient."""
+
+    def start(*, freezes: bool) -> Optimization:
+        torch.manual_seed(0)
+        name = "timm:mobilenetv3_small_050"
+        encoder = build_encoder(EncoderConfig(name=name), PreprocessingConfig(image_size=SIZE), load_weights=False)
+        unfreeze(encoder, "cnn.blocks.4")
+        if not freezes:
+            encoder.cnn.get_submodule("cnn.conv_head").requires_grad_(True)
+        config = DecoderConfig(embedding_size=16, hidden_size=16, num_heads=2, dropout=0.0)
+        model = EndToEnd(encoder, build_decoder(config, num_channels=encoder.num_channels, vocabulary_size=9))
+        return Optimization(
+            model, model, TrainingConfig(schedule="constant"), total_steps=4, encoder_learning_rate=1e-3
+        )
+
+    batch = make_batch(pixels(2), [[[START_ID, 5, END_ID]], [[START_ID, 6, 7, END_ID]]], torch.device("cpu"))
+    before, resumed = start(freezes=False), start(freezes=True)
+    before.step(batch)
+
+    resumed.load_state_dict(copy.deepcopy(before.state_dict()), step=1)
+
+    assert float(resumed.step(batch)[0]) == float(before.step(batch)[0])
+    assert equal(resumed.trained.state_dict(), before.trained.state_dict())
 
 
 def test_an_augmented_image_is_another_view_of_the_same_kind() -> None:

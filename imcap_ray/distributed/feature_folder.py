@@ -1,0 +1,173 @@
+"""The folder of a feature cache: the trainings that use it, and which of them encodes. Knows nothing of features.
+
+    FOLDER/*.parquet          the parts, under unique names; a part never changes
+    FOLDER/_imcap/seal.json   the parts that count, with their hashes
+                  users/NAME  a training that uses them, rewritten while it lives: its name, machine and process
+                  encoding/NAME  there while that user encodes, or is about to
+                  work/NAME/  what Ray Data keeps while that user encodes
+
+Several trainings may use a folder at the same time. One of them encodes and the others wait, which saves the work and
+is no condition for correct data: a seal names only parts that its writer has seen complete, and a part that it does not
+name is removed only while no other training lives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from typing import Final
+
+from imcap_ray import storage
+from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
+from imcap_ray.errors import ImcapError
+
+WORK_FOLDER: Final = "_imcap"
+SEAL: Final = f"{WORK_FOLDER}/seal.json"
+
+DEAD_SECONDS: Final = 4 * HEARTBEAT_SECONDS
+"""Age of a user's last sign of life at which it counts as dead."""
+
+_POLL_SECONDS: Final = 1.0
+
+
+class FeatureFolder:
+    """One training's use of a folder of features, at a path or URI.
+
+    Args:
+        training: a name of the training. An earlier user of this name counts as dead, because the same training has
+            been started again. "": nobody else has this name.
+    """
+
+    def __init__(self, location: str, training: str = "") -> None:
+        self.location = storage.absolute(location)
+        self.name = uuid.uuid4().hex
+        self.work = storage.join(self.location, WORK_FOLDER, "work", self.name)
+        self._training = training or self.name
+        self._users = storage.join(self.location, WORK_FOLDER, "users")
+        self._encoding = storage.join(self.location, WORK_FOLDER, "encoding")
+
+    def beat(self) -> None:
+        """Give a sign of life."""
+        user = {"training": self._training, "machine": _machine(), "process": os.getpid()}
+        storage.write_bytes(storage.join(self._users, self.name), json.dumps(user).encode())
+
+    def try_to_beat(self) -> None:
+        """Give a sign of life; the next one may find the store again."""
+        with suppress(OSError, ImcapError):
+            self.beat()
+
+    def leave(self) -> None:
+        """Stop using the folder."""
+        with suppress(OSError, ImcapError):
+            storage.remove(storage.join(self._users, self.name))
+
+    @contextmanager
+    def encoding(self, *, echo: Callable[[str], None], check: Callable[[], None]) -> Iterator[None]:
+        """Be the user that encodes while the block runs; wait for another one that lives.
+
+        Args:
+            echo: called once with a line if there is another one.
+            check: called while waiting; raises if there is nothing to wait for any more.
+        """
+        own, is_marked, has_waited, is_reported = storage.join(self._encoding, self.name), False, False, False
+        self.beat()  # a mark of a user that does not live counts for nothing
+        try:
+            while True:
+                if not is_marked and not self._rivals():
+                    storage.write_bytes(own, b"")
+                    is_marked = True
+                rivals = self._rivals()
+                # Only one user can see no mark next to its own: anyone who makes a mark later sees this one.
+                if is_marked and not rivals:
+                    break
+                if is_marked and self.name > min(rivals):  # of several that begin together, one keeps its mark
+                    storage.remove(own)
+                    is_marked = False
+                if rivals and has_waited and not is_reported:
+                    is_reported = True
+                    echo(f"waiting for {self.location}: {min(rivals.values())} is encoding the same images there")
+                check()
+                time.sleep(_POLL_SECONDS)
+                has_waited = True
+            yield
+        finally:
+            with suppress(OSError, ImcapError):
+                storage.remove(own)
+
+    def _rivals(self) -> dict[str, str]:
+        """The other live users that encode, or are about to, each with the name of its training."""
+        if not storage.is_folder(self._encoding):
+            return {}
+        marks = {file.name for file in storage.list_files(self._encoding, recursive=False)}
+        return {name: training for name, training in self.live_others().items() if name in marks}
+
+    def live_others(self) -> dict[str, str]:
+        """The names of other users that live, each with the name of its training.
+
+        Their signs of life are compared with this user's, whose time comes from the same clock.
+        """
+        self.beat()
+        files = {file.name: file for file in storage.list_files(self._users, recursive=False)}
+        now = files[self.name].modified_ns if self.name in files else time.time_ns()
+        others = {}
+        for name, file in files.items():
+            if name == self.name or storage.is_temporary(name):
+                continue
+            is_old = file.modified_ns and now - file.modified_ns > DEAD_SECONDS * 1e9
+            training = "" if is_old else self._training_of(file.location)
+            if training not in ("", self._training):
+                others[name] = training
+        return others
+
+    def _training_of(self, location: str) -> str:
+        """The name of a user's training; "" if the user's process has ended, as far as this machine can tell."""
+        try:
+            user = json.loads(self._read(location))
+            training, machine, process = str(user["training"]), user["machine"], int(user["process"])
+        except (ValueError, KeyError, TypeError):
+            return ""
+        return "" if machine == _machine() and not _is_running(process) else training
+
+    def remove_all_but(self, parts: Collection[str]) -> None:
+        """Remove the parts that are not among these names, and what dead users have left, unless another user lives."""
+        if self.live_others():
+            return
+        for path in storage.list_parquet(self.location):
+            if path.rpartition("/")[2] not in parts:
+                storage.remove(path)
+        storage.remove_temporary(self.location)
+        for name in ("work", "manifest", "done"):  # the last two are an earlier version's
+            storage.remove(storage.join(self.location, WORK_FOLDER, name))
+        for folder in (self._users, self._encoding):
+            for file in storage.list_files(folder, recursive=False):
+                if file.name != self.name:
+                    storage.remove(file.location)
+
+    def _read(self, location: str) -> str:
+        try:
+            return storage.read_bytes(location).decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+
+def _machine() -> str:
+    """A name of what numbers this process: the machine, or the container."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -1,0 +1,86 @@
+"""GPUs that Ray counts and CUDA cannot use: an error at once, and no run on the CPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import small_data
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPUs can be used"),
+]
+
+SCRIPT = """
+import json, sys, time
+from functools import partial
+from pathlib import Path
+
+import ray
+
+ray.init(num_cpus=6, num_gpus=1, include_dashboard=False)
+
+from imcap_ray.config import load_recipe
+from imcap_ray.datasets import load_dataset
+from imcap_ray.distributed.captioning import caption_images, load_captioner
+from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.trainer import train
+from imcap_ray.errors import ImcapError
+from tests import small_data
+from tests.fakes import EchoCaptioner
+
+root = Path(sys.argv[1])
+resources = connect("auto")
+
+
+def outcome(function):
+    start = time.monotonic()
+    try:
+        return function(), time.monotonic() - start
+    except ImcapError as error:
+        return str(error), time.monotonic() - start
+
+
+def caption(output, load):
+    summary = caption_images(str(root / "data" / "Flicker8k_Dataset"), str(root / output), load_captioner=load,
+        resources=resources, num_actors=1, echo=lambda line: None)
+    return summary.counts
+
+
+def learn():
+    recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING | {"training.epochs": 1})
+    train(load_dataset(str(root / "data")), str(root / "trained"), recipe=recipe, recipe_name="tiny",
+        resources=resources, echo=lambda line: None)
+
+
+print(json.dumps([
+    outcome(lambda: caption("echoes", EchoCaptioner)),
+    outcome(lambda: caption("captions", partial(load_captioner, [str(root / "model")]))),
+    outcome(learn),
+]))
+"""
+
+
+def test_reserved_gpus_that_cuda_cannot_use_stop_captioning_and_training_at_once(tmp_path: Path) -> None:
+    small_data.write_flickr8k(tmp_path / "data")
+    small_data.write_model_folder(tmp_path / "model")
+
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, timeout=280)
+
+    assert done.returncode == 0, done.stderr
+    (echoes, _), (captioning, captioning_seconds), (training, training_seconds) = json.loads(
+        done.stdout.splitlines()[-1]
+    )
+    assert echoes == {"ok": 12}, "what needs no CUDA runs on Ray's logical GPUs"
+    for error in (captioning, training):
+        assert "a GPU is reserved for this process, but CUDA cannot be used: PyTorch" in error
+        assert "--gpus-per-worker 0" in error
+    assert captioning_seconds < 60 and training_seconds < 60
+    assert not list((tmp_path / "captions").glob("*.parquet"))
+    assert not (tmp_path / "trained").exists()

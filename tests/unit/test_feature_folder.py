@@ -1,0 +1,300 @@
+"""What a cache of features keeps, encodes again and shares with other trainings; without Ray, the CNN is a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
+from imcap_ray.datasets.table import PackedImage
+from imcap_ray.distributed.feature_folder import DEAD_SECONDS, FeatureFolder
+from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, complete_cache
+from imcap_ray.distributed.images import origin_of
+from imcap_ray.errors import DatasetError
+from imcap_ray.manifest import write_table
+
+NUM_IMAGES = 12
+ROWS_PER_PART = 5
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(NUM_IMAGES):
+        (folder / f"{number:02}.jpg").write_bytes(b"photograph %d" % number)
+    return folder
+
+
+def manifest_of(images: Path) -> pa.Table:
+    rows = [
+        {"image_id": f"{number:02}.jpg", "image_path": str(images / f"{number:02}.jpg"), "captions": [], "split": ""}
+        for number in range(NUM_IMAGES)
+    ]
+    table = pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)
+    return CaptionedImages(str(images), "", table).manifest(table)
+
+
+def encoder_of(folder: str, encoded: list[str], *, seconds: float = 0.0) -> Callable[[pa.Table], None]:
+    """Writes parts as the actors do: the hash of a file as its features, and files that are empty as failed."""
+
+    def encode(manifest: pa.Table) -> None:
+        for start in range(0, manifest.num_rows, ROWS_PER_PART):
+            rows = []
+            for row in manifest.slice(start, ROWS_PER_PART).to_pylist():
+                path = Path(row["image_path"])
+                data = path.read_bytes() if path.exists() else b""
+                encoded.append(row["image_id"])
+                rows.append(
+                    {
+                        "image_id": row["image_id"],
+                        "features": hashlib.sha256(data).digest() if data else b"",
+                        "error_code": "" if data else "missing",
+                        "error_message": "" if data else "no such file",
+                        "origin": origin_of(row),
+                    }
+                )
+            time.sleep(seconds)
+            part = pa.Table.from_pylist(rows, schema=FEATURES_SCHEMA)
+            write_table(f"{folder}/{uuid.uuid4().hex}_000000.parquet", part)
+
+    return encode
+
+
+def cache(images: Path, folder: Path, *, training: str = "") -> tuple[FeatureCache, list[str]]:
+    """The cache of a training, and the images that it had to encode."""
+    encoded: list[str] = []
+    use = FeatureFolder(str(folder), training)
+    with use.encoding(echo=lambda line: None, check=lambda: None):
+        found = complete_cache(manifest_of(images), use, encode=encoder_of(str(folder), encoded), shape=(1, 1, 16))
+    return found, encoded
+
+
+def features_of(found: FeatureCache) -> dict[str, bytes]:
+    """By image what the files have, each image once."""
+    rows = [row for file in found.files() for row in pq.read_table(file).to_pylist() if not row["error_code"]]
+    assert len(rows) == len({row["image_id"] for row in rows})
+    return {row["image_id"]: row["features"] for row in rows}
+
+
+def expected(images: Path) -> dict[str, bytes]:
+    return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in images.iterdir() if path.stat().st_size}
+
+
+def test_an_image_that_changed_is_encoded_again_and_only_that(images: Path, tmp_path: Path) -> None:
+    first, _ = cache(images, tmp_path / "cache")
+    assert first.use
+    first.use.leave()
+
+    (images / "03.jpg").write_bytes(b"another photograph")
+    second, encoded = cache(images, tmp_path / "cache")
+
+    assert encoded == ["03.jpg"]
+    assert features_of(second) == expected(images)
+    assert second.notes == ["1 image changed since encoding: encoded again"]
+    assert {file.name for file in (tmp_path / "cache").glob("*.parquet")} == set(second.parts), "the old part is gone"
+
+
+def test_another_file_of_the_same_size_and_time_is_another_image(images: Path, tmp_path: Path) -> None:
+    cache(images, tmp_path / "cache")
+    time_ns = (images / "05.jpg").stat().st_mtime_ns
+
+    (images / "05.jpg").rename(images / "moved.jpg")
+    (images / "05.jpg").symlink_to(images / "06.jpg")
+    os.utime(images / "06.jpg", ns=(time_ns + 1, time_ns + 1))
+    found, encoded = cache(images, tmp_path / "cache")
+
+    assert encoded == ["05.jpg", "06.jpg"]
+    assert features_of(found)["05.jpg"] == features_of(found)["06.jpg"]
+
+
+def test_nothing_is_encoded_twice_while_nothing_changes(images: Path, tmp_path: Path) -> None:
+    first, _ = cache(images, tmp_path / "cache")
+    second, encoded = cache(images, tmp_path / "cache")
+
+    assert not encoded and not second.notes
+    assert second.parts == first.parts
+
+
+def test_an_image_that_failed_is_tried_again_each_time(images: Path, tmp_path: Path) -> None:
+    (images / "04.jpg").write_bytes(b"")
+    first, _ = cache(images, tmp_path / "cache")
+    assert [row["image_id"] for row in first.failures] == ["04.jpg"]
+
+    again, encoded = cache(images, tmp_path / "cache")
+    assert encoded == ["04.jpg"]
+    assert [row["error_code"] for row in again.failures] == ["missing"]
+
+    (images / "04.jpg").write_bytes(b"photograph 4")
+    found, encoded = cache(images, tmp_path / "cache")
+    assert encoded == ["04.jpg"] and not found.failures
+    assert features_of(found) == expected(images)
+
+
+def test_an_image_that_is_gone_is_not_served_from_the_cache(images: Path, tmp_path: Path) -> None:
+    cache(images, tmp_path / "cache")
+
+    (images / "07.jpg").unlink()
+    found, _ = cache(images, tmp_path / "cache")
+
+    assert [row["image_id"] for row in found.failures] == ["07.jpg"]
+    assert "07.jpg" not in features_of(found)
+
+
+def test_features_of_a_version_that_did_not_record_their_files_are_made_again(images: Path, tmp_path: Path) -> None:
+    first, _ = cache(images, tmp_path / "cache")
+    for path in map(Path, first.files()):
+        write_table(str(path), pq.read_table(path).drop(["origin"]))
+    (tmp_path / "cache" / "_imcap" / "seal.json").unlink()
+
+    found, encoded = cache(images, tmp_path / "cache")
+
+    assert len(encoded) == NUM_IMAGES
+    assert found.notes == [
+        f"{NUM_IMAGES} images encoded by an earlier version, which did not record their files: encoded again"
+    ]
+    assert features_of(found) == expected(images)
+
+
+def test_images_that_are_all_gone_are_an_error_and_come_back(images: Path, tmp_path: Path) -> None:
+    images.rename(tmp_path / "elsewhere")
+    with pytest.raises(DatasetError, match=r"none of the 12 images can be read, the first is 00\.jpg: no such file"):
+        cache(images, tmp_path / "cache")
+
+    (tmp_path / "elsewhere").rename(images)
+    found, _ = cache(images, tmp_path / "cache")
+    assert features_of(found) == expected(images)
+
+
+def test_images_of_a_table_that_was_rewritten_are_out_of_date(tmp_path: Path) -> None:
+    rows = [{"image_id": str(row), "image_path": f"t/{row}", "captions": [], "split": ""} for row in range(3)]
+    table = pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)
+    location = str(tmp_path / "t.parquet")
+
+    def origins() -> list[str]:
+        packed = {f"t/{row}": PackedImage(location, 0, row) for row in range(3)}
+        return [origin_of(row) for row in CaptionedImages("t", "", table, packed=packed).manifest(table).to_pylist()]
+
+    pq.write_table(pa.table({"image": [b"a", b"b", b"c"]}), location)
+    before = origins()
+    assert origins() == before
+    pq.write_table(pa.table({"image": [b"a", b"c", b"bb"]}), location)
+    assert not set(origins()) & set(before)
+
+
+# ---- several trainings
+
+
+def test_trainings_at_the_same_time_have_each_image_once_and_encode_it_once(images: Path, tmp_path: Path) -> None:
+    start = threading.Barrier(3)
+    encoded: list[str] = []
+    caches: list[FeatureCache] = []
+
+    def learn() -> None:
+        use = FeatureFolder(str(tmp_path / "cache"))
+        start.wait(20)
+        with use.encoding(echo=lambda line: None, check=lambda: None):
+            encode = encoder_of(str(tmp_path / "cache"), encoded, seconds=0.3)
+            caches.append(complete_cache(manifest_of(images), use, encode=encode, shape=(1, 1, 16)))
+
+    trainings = [threading.Thread(target=learn) for _ in range(3)]
+    for training in trainings:
+        training.start()
+    for training in trainings:
+        training.join(50)
+
+    assert sorted(encoded) == sorted(expected(images))
+    assert [features_of(found) for found in caches] == [expected(images)] * 3
+
+
+def test_a_training_that_waits_for_another_one_names_it(tmp_path: Path) -> None:
+    lines: list[str] = []
+    other = FeatureFolder(str(tmp_path), "host:runs/other")
+    may_end = threading.Event()
+    has_begun = threading.Event()
+
+    def encode() -> None:
+        with other.encoding(echo=lambda line: None, check=lambda: None):
+            has_begun.set()
+            may_end.wait(20)
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        may_end.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    has_begun.wait(20)
+    with FeatureFolder(str(tmp_path), "host:runs/mine").encoding(echo=tell, check=lambda: None):
+        thread.join()
+
+    assert lines == [f"waiting for {tmp_path}: host:runs/other is encoding the same images there"]
+
+
+def test_parts_that_another_training_is_still_writing_are_neither_removed_nor_doubled(
+    images: Path, tmp_path: Path
+) -> None:
+    """The second takes a stalled first for dead, and both finish."""
+    folder = tmp_path / "cache"
+    has_written, may_end = threading.Event(), threading.Event()
+    results: list[FeatureCache] = []
+    stalled = FeatureFolder(str(folder))
+    stalled.beat()
+
+    def encode_and_stall(manifest: pa.Table) -> None:
+        encoder_of(str(folder), [])(manifest)
+        has_written.set()
+        may_end.wait(20)
+
+    def train_slowly() -> None:
+        results.append(complete_cache(manifest_of(images), stalled, encode=encode_and_stall, shape=(1, 1, 16)))
+
+    thread = threading.Thread(target=train_slowly)
+    thread.start()
+    has_written.wait(20)
+    (images / "02.jpg").write_bytes(b"changed meanwhile")
+    second, encoded = cache(images, folder)
+    may_end.set()
+    thread.join()
+    third, _ = cache(images, folder)
+
+    assert encoded == ["02.jpg"]
+    assert features_of(second) == features_of(third) == expected(images)
+    assert features_of(results[0]).keys() == expected(images).keys()
+
+
+def test_a_training_that_was_killed_is_waited_for_until_its_signs_of_life_are_old(tmp_path: Path) -> None:
+    killed, other = FeatureFolder(str(tmp_path)), FeatureFolder(str(tmp_path))
+    killed.beat()
+    assert set(other.live_others()) == {killed.name}
+
+    sign_of_life = tmp_path / "_imcap" / "users" / killed.name
+    past = sign_of_life.stat().st_mtime - DEAD_SECONDS - 1
+    os.utime(sign_of_life, (past, past))
+    assert not other.live_others()
+
+
+def test_a_training_whose_process_has_ended_on_this_machine_is_not_waited_for(tmp_path: Path) -> None:
+    script = "import sys; from imcap_ray.distributed.feature_folder import FeatureFolder as F; F(sys.argv[1]).beat()"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=50)
+
+    assert len(list((tmp_path / "_imcap" / "users").iterdir())) == 1
+    assert not FeatureFolder(str(tmp_path)).live_others()
+
+
+def test_a_training_that_is_started_again_does_not_wait_for_itself(tmp_path: Path) -> None:
+    FeatureFolder(str(tmp_path), "host:runs/mine").beat()
+
+    assert not FeatureFolder(str(tmp_path), "host:runs/mine").live_others()
+    assert list(FeatureFolder(str(tmp_path), "host:runs/other").live_others().values()) == ["host:runs/mine"] * 2
