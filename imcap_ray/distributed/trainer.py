@@ -225,7 +225,7 @@ def train(
                 f"{len(failures):,} {split} images left out, they cannot be read; the first is {first['image_id']}: "
                 f"{first['error_message']}"
             )
-    _fix_validation(data, caches[VALIDATION], work, history, echo=echo)
+    fix_validation(data, caches[VALIDATION], work, history, echo=echo)
     _write_table(storage.join(work, CAPTIONS_FILE), data.table)
     storage.write_bytes(storage.join(work, VOCABULARY_FILE), vocabulary.to_json().encode())
     echo(
@@ -525,7 +525,7 @@ def _cache(
     return caches
 
 
-def _fix_validation(
+def fix_validation(
     data: CaptionedImages,
     cache: FeatureCache,
     work: str,

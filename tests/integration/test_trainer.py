@@ -235,7 +235,7 @@ def test_images_that_disappear_between_phases_are_named_and_validation_does_not_
     lines: list[str] = []
 
     def take_away(line: str) -> None:
-        for number in (0, 12, 13):  # one to learn from, and two of the four that are scored
+        for number in (5, 12, 13):  # one to learn from, and two of the four that are scored
             (images / f"{number:04}_photo.jpg").rename(away / f"{number:04}_photo.jpg")
 
     with pytest.raises(
@@ -244,12 +244,9 @@ def test_images_that_disappear_between_phases_are_named_and_validation_does_not_
         run(recipe=recipe, echo=lines.append, echo_epoch=take_away)
     assert "the scores of all epochs must be of the same images: bring these back" in str(found.value)
     assert any(
-        re.match(r"finetune: 1 training image cannot be read \(0000_photo.jpg: .*left out", line) for line in lines
+        re.match(r"finetune: 1 training image cannot be read \(0005_photo.jpg: .*left out", line) for line in lines
     )
     assert [row["phase"] for row in epochs_of(tmp_path / "model")] == ["cross_entropy"]
-
-    with pytest.raises(ImcapError, match="2 validation images cannot be read .*bring these back"):
-        run(recipe=recipe)
 
     for number in (12, 13):
         (away / f"{number:04}_photo.jpg").rename(images / f"{number:04}_photo.jpg")

@@ -14,12 +14,20 @@ import torch
 
 from imcap_ray import storage
 from imcap_ray.config import load_recipe
-from imcap_ray.datasets import load_dataset
+from imcap_ray.datasets import CaptionedImages, load_dataset
 from imcap_ray.distributed.checkpoints import checkpoint_name
 from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.seals import seal
-from imcap_ray.distributed.trainer import PreparedTraining, prepare_training, start_of_phase, watch_room
-from imcap_ray.errors import InputError, OutputError
+from imcap_ray.distributed.trainer import (
+    PreparedTraining,
+    fix_validation,
+    prepare_training,
+    start_of_phase,
+    watch_room,
+)
+from imcap_ray.distributed.training_folder import read_validation_ids
+from imcap_ray.errors import ImcapError, InputError, OutputError
 from tests import small_data
 
 RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
@@ -133,6 +141,48 @@ def test_what_a_phase_started_from_is_made_anew_with_the_cnn_of_its_newest_check
 def test_a_first_phase_starts_from_nothing_but_what_the_user_gave(tmp_path: Path) -> None:
     assert start("cross_entropy", [], str(tmp_path)) == ({}, [])
     assert start("cross_entropy", write_epochs(str(tmp_path), 0.1), str(tmp_path)) == ({}, [])
+
+
+# ---- what is scored
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> CaptionedImages:
+    return load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=5)))
+
+
+def fix(data: CaptionedImages, work: Path, history: list[dict[str, Any]], *failed: int) -> list[str]:
+    """The images that are scored when those of these numbers cannot be read."""
+    failures = [
+        {"image_id": f"{4 + number:04}_photo.jpg", "error_code": "missing", "error_message": "no such file"}
+        for number in failed
+    ]
+    fix_validation(data, FeatureCache("", (1, 1, 1), 5, failures), str(work), history, echo=lambda line: None)
+    return [image_id[:4] for image_id in read_validation_ids(str(work)) or []]
+
+
+def test_validation_images_that_can_be_read_at_the_start_are_scored_in_all_epochs(
+    images: CaptionedImages, tmp_path: Path
+) -> None:
+    history = [{"num_images": 4}]
+
+    assert fix(images, tmp_path, [], 1) == ["0004", "0006", "0007", "0008"]
+    assert fix(images, tmp_path, history, 1) == ["0004", "0006", "0007", "0008"]
+    assert fix(images, tmp_path, history) == ["0004", "0006", "0007", "0008"], "one that has come back stays out"
+    with pytest.raises(
+        ImcapError,
+        match=r"^2 validation images cannot be read \(0006_photo.jpg: no such file \(missing\); 0008_.*: the scores",
+    ):
+        fix(images, tmp_path, history, 1, 2, 4)
+
+
+def test_a_training_of_a_version_that_recorded_no_validation_images_resumes_with_as_many(
+    images: CaptionedImages, tmp_path: Path
+) -> None:
+    with pytest.raises(ImcapError, match="3 validation images can be read, but the epochs so far were scored on 5"):
+        fix(images, tmp_path, [{"num_images": 5}], 1, 2)
+
+    assert fix(images, tmp_path, [{"num_images": 5}]) == ["0004", "0005", "0006", "0007", "0008"]
 
 
 # ---- what is refused
