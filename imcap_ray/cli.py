@@ -251,7 +251,8 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     another model, input or search        refused, with the difference named, or --overwrite
     some images failed                    --retry-failed takes them once more
     a node joins a cluster                it is taken up, unless --num-actors says how many
-    a node is gone for good               the others go on; at worst after half an hour, see below
+    a node is gone for good               the others continue; after a wait at worst, see below
+    other jobs hold the cluster's CPUs    it waits, reports that, and starts when CPUs are free
     two runs write to one OUTPUT          the later one takes over, the earlier one stops
 
     OUTPUT/*.parquet can be read at any moment: parts appear when they are complete. While a run goes on a duplicate may
@@ -264,9 +265,12 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
     a Parquet input or tars, held once on the driver, and the images that have changed or --retry-failed takes again.
 
-    Falls short: where a node goes for good and the actors that it leaves behind ask for every CPU there is, nothing is
-    decoded until Ray Data's patience is at an end (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, half an hour); then the
-    run goes on with fewer actors. A decoder that never returns is waited for; GPU memory that runs out was tried with
+    A run takes the CPUs that no other job holds when it starts. If actors hold all CPUs, nothing can be decoded: after
+    40 s (5 min if a node died at work) the run releases its actors and continues with half as many when CPUs are free.
+    On a cluster with an autoscaler it waits for new nodes, at most for Ray Data's limit
+    (RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S, half an hour).
+
+    Falls short: a decoder that never returns is waited for; GPU memory that runs out was tried with
     torch's errors raised on a CPU; S3 was tried against a server on one machine, not AWS, and several hosts as network
     namespaces of one machine. On a GPU the CNN computes in float16, which was never tried on one: by its rounding one
     caption in 77 is another than on a CPU.
@@ -1101,6 +1105,8 @@ def _describe_captioning(status: CaptioningStatus) -> list[str]:
     if status.seconds_left is not None:
         progress += f", {_duration(status.seconds_left)} left"
     lines = [f"{status.output}: {state}", progress]
+    if status.waiting:
+        lines.append(status.waiting)
     if status.counts:
         lines.append(_describe_counts(status.counts, status.error_counts))
     if status.state == "running":

@@ -58,6 +58,10 @@ class StalledError(ImcapError):
     """Nothing has moved for as long as Ray Data waits."""
 
 
+class FullClusterError(StalledError):
+    """The run has released its actors, because nothing of the cluster is free for its tasks."""
+
+
 IMAGE_ERROR_CODES: Final = (
     "missing",
     "permission_denied",

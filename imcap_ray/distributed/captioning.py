@@ -26,6 +26,7 @@ from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
 from imcap_ray.distributed.cluster import ClusterResources, connect, require
+from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
 from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
@@ -38,7 +39,15 @@ from imcap_ray.distributed.images import (
 )
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.errors import FailureBudgetError, ImageError, ImcapError, InputError, OutputError, StalledError
+from imcap_ray.errors import (
+    FailureBudgetError,
+    FullClusterError,
+    ImageError,
+    ImcapError,
+    InputError,
+    OutputError,
+    StalledError,
+)
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
     DUPLICATE,
@@ -105,7 +114,8 @@ class CaptionImages:
     ) -> None:
         self._reporter = reporter
         self._isolated = Isolated(partial(_CaptionRows, load_captioner, gpus)) if is_repeated_work() else None
-        self._caption = None if self._isolated else _CaptionRows(load_captioner, gpus)
+        with reporter.working():
+            self._caption = None if self._isolated else _CaptionRows(load_captioner, gpus)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A table of `loaded_schema` -> `CAPTIONS_SCHEMA` with manifest_id."""
@@ -430,6 +440,12 @@ def caption_images(
         heartbeat.num_images = progress.num_images
         on_progress(progress, num_new)
 
+    def report_waiting(line: str) -> None:
+        if line:
+            echo(line)
+        heartbeat.waiting = line
+        heartbeat.beat()
+
     heartbeat.beat()  # before run.json, which a resumed run writes when its input is listed
     with _state_written(folder, run, check), repeating(heartbeat.beat, seconds=HEARTBEAT_SECONDS):
         num_again = _prepare(
@@ -477,24 +493,37 @@ def caption_images(
             gpus_per_actor=gpus,
             batch_size=batch_size or compute_batch_size(on_gpu=gpus > 0),
             on_progress=show,
-            can_grow=num_actors is None and not resources.is_local,
+            can_release=resources.max_cpus <= resources.cpus,
             check=check,
+            on_waiting=report_waiting,
         )
+        can_grow = num_actors is None and not resources.is_local
         while done < total or not is_settled:
             if done < total:
                 try:
-                    progress = caption_rest(num_images=total - done, num_actors=actors, index=index)
-                except StalledError:
-                    # Actors of nodes that are gone wait for the CPUs of the others, and leave none to decode with.
-                    left = default_num_actors(connect(), gpus)
-                    if left >= actors:
-                        raise
-                    echo(f"nodes are gone: going on with {left} actor{'s' * (left != 1)}")
-                    actors = left
+                    progress = caption_rest(num_images=total - done, num_actors=actors, can_grow=can_grow, index=index)
+                except StalledError as error:
                     check()
                     folder.recover()
                     end_image_index(index)
+                    index = None
                     done = len(folder.done_ids())
+                    if isinstance(error, FullClusterError):
+                        # The CPUs are other jobs', or those that are left when nodes are gone and their actors moved.
+                        report_waiting(f"{error}; released {actors} actor{'s' * (actors != 1)}")
+                        wait_for_room(
+                            cpus=1 + ROOM_FOR_TASKS + (done > 0),  # Ray Data leaves out what is done in an actor
+                            gpus=gpus,
+                            check=check,
+                            on_waiting=report_waiting,
+                        )
+                        report_waiting("")
+                        actors, can_grow = max(1, actors // 2), False
+                    left = default_num_actors(connect(), gpus)
+                    if left >= actors and not isinstance(error, FullClusterError):
+                        raise
+                    actors = min(actors, left)
+                    echo(f"continuing with {actors} actor{'s' * (actors != 1)}")
                     index = start_image_index(folder.location, total, num_done=done)
                     continue
             check()
@@ -571,10 +600,13 @@ class _Heartbeat:
     def __init__(self, folder: CaptionsFolder, started: str, check: Callable[[], None]) -> None:
         self.num_images = 0
         """Images that the actors are done with."""
+        self.waiting = ""
+        """What the run waits for; "" while it does not wait."""
         self._folder = folder
         self._started = started
         self._check = check
         self._beats: deque[tuple[float, int]] = deque(maxlen=1 + RATE_SECONDS // HEARTBEAT_SECONDS)
+        self._last_image = (0, "")
 
     def beat(self) -> None:
         """Write the file. What goes wrong with that is no reason to stop."""
@@ -583,9 +615,18 @@ class _Heartbeat:
         self._beats.append((time.monotonic(), self.num_images))
         (start, before), (now, after) = self._beats[0], self._beats[-1]
         rate = max(0, after - before) / (now - start) if now > start else None
+        if self.num_images != self._last_image[0]:
+            self._last_image = (self.num_images, _now())
+        beat = {
+            "time": _now(),
+            "started": self._started,
+            "images_per_second": None if self.waiting else rate,
+            "last_image": self._last_image[1],
+            "waiting": self.waiting,
+        }
         with contextlib.suppress(OSError, ImcapError):
             self._check()
-            self._folder.write_heartbeat({"time": _now(), "started": self._started, "images_per_second": rate})
+            self._folder.write_heartbeat(beat)
 
 
 def _prepare(

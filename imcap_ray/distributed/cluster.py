@@ -5,6 +5,7 @@ Knows nothing of images, models or job submission.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -13,9 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -36,12 +37,16 @@ from ray._private.utils import get_num_cpus
 from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 
+from imcap_ray.distributed.contention import FreeResources
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.errors import ClusterError, InputError
 
 ANSWER_TIMEOUT_SECONDS: Final = 5
 NODE_TIMEOUT_SECONDS: Final = 5
 START_TIMEOUT_SECONDS: Final = 30
+
+FREE_SAMPLES: Final = 6
+FREE_SAMPLE_SECONDS: Final = 0.3
 
 # Ray Data holds CPUs for its readers and writers while the actors hold theirs: with fewer than this a pipeline that
 # resumes deadlocks (ray-project/ray#44687). Logical CPUs are tickets, not cores: spare ones cost nothing.
@@ -89,6 +94,12 @@ class ClusterResources:
     max_gpus: float = 0.0
     """Logical GPUs then."""
 
+    free_cpus: float = inf
+    """Logical CPUs that no other job holds; inf if this process has its own Ray."""
+
+    free_gpus: float = inf
+    """Logical GPUs that no other job holds."""
+
     @property
     def expects_gpus(self) -> bool:
         """Whether there are GPUs, or will be."""
@@ -121,7 +132,7 @@ def connect(
     _quieten(verbose=verbose)
     _keep_small()
     _poll_often()
-    return _resources()
+    return _resources() if _is_private() else _with_free(_resources())
 
 
 def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str) -> None:
@@ -434,6 +445,19 @@ def _resources() -> ClusterResources:
     )
 
 
+def _with_free(resources: ClusterResources) -> ClusterResources:
+    """The resources with what is free: the most of several moments, because tasks of other jobs come and go."""
+    free_cpus = free_gpus = 0.0
+    for number in range(FREE_SAMPLES):
+        if number:
+            time.sleep(FREE_SAMPLE_SECONDS)
+        free = FreeResources.read()
+        free_cpus, free_gpus = max(free_cpus, free.free_cpus), max(free_gpus, free.free_gpus)
+        if free_cpus >= resources.cpus and free_gpus >= resources.gpus:
+            break
+    return replace(resources, free_cpus=free_cpus, free_gpus=free_gpus)
+
+
 def _autoscaled_maximum() -> dict[str, float]:
     """What the cluster may grow to, by resource; empty where no autoscaler runs.
 
@@ -443,10 +467,23 @@ def _autoscaled_maximum() -> dict[str, float]:
     try:
         return maximum_of(yaml.safe_load((Path.home() / BOOTSTRAP_FILE).read_text()))
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, AttributeError):
-        has_autoscaler = worker.global_worker.gcs_client.internal_kv_get(  # type: ignore[attr-defined]
+        status = worker.global_worker.gcs_client.internal_kv_get(  # type: ignore[attr-defined]
             ray_constants.DEBUG_AUTOSCALING_STATUS.encode(), None
         )
-        return {"CPU": inf, "GPU": inf} if has_autoscaler else {}
+        node_ids = [node["NodeID"] for node in ray.nodes()]  # type: ignore[no-untyped-call]
+        return {"CPU": inf, "GPU": inf} if status and may_grow(status, node_ids) else {}
+
+
+def may_grow(status: bytes, node_ids: Sequence[str]) -> bool:
+    """Whether a cluster with this autoscaling status has an autoscaler that adds nodes.
+
+    `ray start --head` runs Ray's monitor too, which then only reports nodes: each as a type of its own, "node_ID".
+    """
+    try:
+        types = set(json.loads(status)["autoscaler_report"]["active_nodes"])
+    except (ValueError, LookupError, TypeError):
+        return True
+    return not types or not types <= {f"node_{node_id}" for node_id in node_ids}
 
 
 def maximum_of(cluster: Mapping[str, Any]) -> dict[str, float]:

@@ -26,12 +26,13 @@ from imcap_ray.captions import compute_batch_size, no_memory, not_finite
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.devices import choose_device
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
+from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
 from imcap_ray.distributed.feature_folder import SEAL, FeatureFolder
 from imcap_ray.distributed.images import BatchReporter, map_images, origin_of, repeating, stack_pixels
 from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.seals import find_damage, seal, sealed_names
 from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
-from imcap_ray.errors import DatasetError, ImageError, ImcapError
+from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import FAILED, OK, write_table
 from imcap_ray.training import augmentation
@@ -109,7 +110,8 @@ class EncodeImages:
         self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter, gpus: float = 0.0
     ) -> None:
         device = choose_device(gpus)
-        self._encoder = optimize_for_inference(load_encoder(), device).to(device).eval()
+        with reporter.working():
+            self._encoder = optimize_for_inference(load_encoder(), device).to(device).eval()
         self._batches = FixedBatches(self._encoder.image_size, device)
         self._views = views
         self._reporter = reporter
@@ -182,6 +184,7 @@ def cache_features(
     gpus_per_actor: float,
     on_progress: Callable[[Progress, int], None],
     can_grow: bool = False,
+    can_release: bool = False,
     training: str = "",
     echo: Callable[[str], None] = lambda line: None,
     check: Callable[[], None] = lambda: None,
@@ -194,8 +197,9 @@ def cache_features(
 
     Args:
         on_progress: called about once a second with the progress and the number of images to do.
+        can_release: see `map_images`.
         training: see `FeatureFolder`.
-        echo: called with a line if another training has to be waited for.
+        echo: called with a line if another training, or room on the cluster, has to be waited for.
         check: raises if this training may not write any more.
 
     Raises:
@@ -220,6 +224,8 @@ def cache_features(
                 gpus_per_actor=gpus_per_actor,
                 on_progress=on_progress,
                 can_grow=can_grow,
+                can_release=can_release,
+                echo=echo,
                 check=check,
             ),
             shape=(views.count, encoder.num_regions, encoder.num_channels),
@@ -367,11 +373,19 @@ def _encode(
     gpus_per_actor: float,
     on_progress: Callable[[Progress, int], None],
     can_grow: bool,
+    can_release: bool,
+    echo: Callable[[str], None],
     check: Callable[[], None],
 ) -> None:
     """Add parts with the features of these rows' images to the folder."""
+
+    def report_waiting(line: str) -> None:
+        if line:
+            echo(line)
+
     write_table(storage.join(use.work, "manifest", "part-0.parquet"), manifest)
-    map_images(
+    encode = partial(
+        map_images,
         storage.join(use.work, "manifest"),
         use.location,
         work=use.work,
@@ -382,11 +396,20 @@ def _encode(
         actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "views": views, "gpus": gpus_per_actor},
         image_size=encoder.image_size,
         num_images=manifest.num_rows,
-        num_actors=num_actors,
         gpus_per_actor=gpus_per_actor,
         batch_size=2 * compute_batch_size(on_gpu=gpus_per_actor > 0),
         on_progress=lambda progress: on_progress(progress, manifest.num_rows),
-        can_grow=can_grow,
+        can_release=can_release,
         check=check,
+        on_waiting=report_waiting,
     )
+    while True:
+        try:
+            encode(num_actors=num_actors, can_grow=can_grow)
+            break
+        except FullClusterError as error:
+            echo(f"{error}; released {num_actors} actor{'s' * (num_actors != 1)}")
+            # One for Ray Data's actor that leaves out what is done.
+            wait_for_room(cpus=2 + ROOM_FOR_TASKS, gpus=gpus_per_actor, check=check, on_waiting=report_waiting)
+            num_actors, can_grow = max(1, num_actors // 2), False
     storage.remove(use.work)

@@ -32,6 +32,15 @@ from ray.exceptions import RayError
 from imcap_ray import storage
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
+from imcap_ray.distributed.contention import (
+    RELEASE_PENDING_SECONDS,
+    RELEASE_SECONDS,
+    REPORT_SECONDS,
+    ROOM_FOR_TASKS,
+    FreeResources,
+    RoomWatch,
+    releasable,
+)
 from imcap_ray.distributed.fewer_actors import without_cluster_actors
 from imcap_ray.distributed.isolation import Isolated, is_repeated_work, process_ends_after
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
@@ -111,10 +120,21 @@ class BatchReporter:
         waited = start - self._last_end if self._last_end is not None else 0.0
         if self._last_end is not None:
             self._metrics.observe_wait(waited)
-        yield counts
+        with self.working():
+            yield counts
         self._last_end = time.perf_counter()
         self._counter.add_batch.remote(dict(counts), self._last_end - start, waited)
         self._metrics.count_images(counts)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Around anything else that takes this actor time, as loading a model."""
+        report = WorkReport(self._counter, is_actor=True)
+        report.continues()
+        try:
+            yield
+        finally:
+            report.ends()
 
     def tell_batch_size(self, batch_size: int) -> None:
         """How many images this actor computes together."""
@@ -125,6 +145,24 @@ class BatchReporter:
     def tell_beam_steps(self, num_steps: int) -> None:
         """How many steps this actor's searches have taken so far."""
         self._metrics.tell_beam_steps(num_steps)
+
+
+class WorkReport:
+    """Reports to the counter that the task or actor of this process has something to do, or nothing any more."""
+
+    def __init__(self, counter: Any, *, is_actor: bool) -> None:
+        context = ray.get_runtime_context()
+        self._counter = counter
+        self._worker = (context.get_actor_id() if is_actor else context.get_task_id()) or ""
+        self._is_actor = is_actor
+
+    def continues(self) -> None:
+        """It has begun, or got further."""
+        self._counter.report_work.remote(self._worker, True, self._is_actor)
+
+    def ends(self) -> None:
+        """It is done, or has failed."""
+        self._counter.report_work.remote(self._worker, False, self._is_actor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +178,8 @@ class LoadImages:
     """The columns that the manifest notes, see `manifest.read_image_columns`."""
     failures: Any = None
     """A `FailureLog`, to be sent the images that cannot be read."""
+    counter: Any = None
+    """A `ProgressCounter`, where it matters whether anything is being decoded."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """The rows, `IMAGES_PER_BLOCK` at a time.
@@ -147,6 +187,19 @@ class LoadImages:
         Raises:
             ImcapError: nothing can be read any more.
         """
+        if self.counter is None:
+            yield from self._blocks(rows)
+            return
+        report = WorkReport(self.counter, is_actor=False)
+        report.continues()
+        try:
+            for block in self._blocks(rows):
+                yield block
+                report.continues()
+        finally:
+            report.ends()
+
+    def _blocks(self, rows: pa.Table) -> Iterator[pa.Table]:
         # In the order in which they are read, for a repeated task has to return the same blocks as the first.
         rows = rows.sort_by([(name, "ascending") for name in ("table_path", "row_group", "row", "manifest_id")])
         for loaded in self._load_isolated(rows) if is_repeated_work() else self._load(rows):
@@ -338,8 +391,10 @@ def map_images(
     batch_size: int,
     on_progress: Callable[[Progress], None],
     can_grow: bool = False,
+    can_release: bool = False,
     index: Any = None,
     check: Callable[[], None] = lambda: None,
+    on_waiting: Callable[[str], None] = lambda line: None,
 ) -> Progress:
     """Read a manifest, decode its images in tasks, hand them to a pool of actors, and write what these return.
 
@@ -354,10 +409,14 @@ def map_images(
         num_actors: of the pool, from the start to the end.
         on_progress: called about once a second.
         can_grow: let the pool grow beyond that into nodes that join the cluster, and shrink again when they go.
+        can_release: end the pipeline if its actors are idle because all CPUs are in use: no cluster grows for it.
         index: an `ImageIndex`, where images that have come before are not to be computed.
         check: called in the writing process before a part appears; raises if this run may not write any more.
+        on_waiting: called with one line when the run begins to wait for CPUs or GPUs, and with "" when it continues.
 
     Raises:
+        FullClusterError: the pipeline was ended, as `can_release` allows; the same call with fewer actors, when
+            there is room for them, resumes.
         StalledError: nothing moved for `RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S` (half an hour).
         ImcapError: the run failed; what is written stays, and the same call goes on from there.
     """
@@ -380,7 +439,8 @@ def map_images(
         check=check,
     )
     image_columns = tuple(read_image_columns(manifest))
-    load = LoadImages(image_size=image_size, root=root, index=index, image_columns=image_columns)
+    counted = None if own_cores() else counter
+    load = LoadImages(image_size=image_size, root=root, index=index, image_columns=image_columns, counter=counted)
     with DataContext.current(context):
         dataset: Dataset = read_images(manifest, load, num_images=num_images).map_batches(
             actor_class,
@@ -401,17 +461,42 @@ def map_images(
         )
 
         pace, metrics = Pace(), RunMetrics(actor_class.__name__)
+        room, is_waiting, has_released = RoomWatch(), False, False
 
-        def look() -> None:
+        def watch_room(release: Callable[[str], None]) -> None:
+            nonlocal is_waiting, has_released
+            waited = room.look(
+                time.monotonic(),
+                num_reports=progress.num_reports,
+                num_working=progress.num_working,
+                read_lack=lambda: FreeResources.read().lacks(
+                    cpus=ROOM_FOR_TASKS, gpus=0.0 if progress.num_actors else gpus_per_actor
+                ),
+            )
+            if is_waiting != (waited >= REPORT_SECONDS):
+                is_waiting = not is_waiting
+                on_waiting(f"waiting: {room.reason}" if is_waiting else "")
+            patience = RELEASE_SECONDS if progress.num_actors else RELEASE_PENDING_SECONDS
+            if can_release and waited >= patience and not has_released:
+                has_released = True
+                release(room.reason)
+
+        def look(release: Callable[[str], None]) -> None:
             nonlocal progress
             with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
                 progress = ray.get(counter.get.remote())
                 pace.note(time.monotonic(), progress.num_images)
                 metrics.set_rate(pace.rate(time.monotonic()) or 0.0)
                 on_progress(progress)
+                if not own_cores():
+                    watch_room(release)
 
         try:
-            with without_cluster_actors() if own_cores() else contextlib.nullcontext(), repeating(look, seconds=0.5):
+            with (
+                without_cluster_actors() if own_cores() else contextlib.nullcontext(),
+                releasable() as release,
+                repeating(functools.partial(look, release), seconds=0.5),
+            ):
                 dataset.write_datasink(sink)
         except ExecutionTimeoutError as error:  # its text is a page about operators
             seconds = context.execution_no_progress_timeout_s
@@ -444,10 +529,16 @@ def num_blocks(num_images: int) -> int:
 
 
 def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
-    """One actor per GPU, or per core where there is none, with two CPUs left for what Ray Data does beside them."""
+    """One actor per GPU, or per core if there is none, with two CPUs left for Ray Data's tasks.
+
+    On a cluster that does not grow only the CPUs and GPUs count that no other job holds.
+    """
+    cpus, gpus = resources.cpus, resources.gpus
+    if resources.max_cpus <= resources.cpus:  # otherwise actors that wait are what makes it grow
+        cpus, gpus = min(cpus, resources.free_cpus), min(gpus, resources.free_gpus)
     if gpus_per_actor:
-        return max(1, min(int(resources.gpus / gpus_per_actor), int(resources.cpus) - 2))
-    return max(1, min(resources.physical_cores, int(resources.cpus) - 2))
+        return max(1, min(int(gpus / gpus_per_actor), int(cpus) - 2))
+    return max(1, min(resources.physical_cores, int(cpus) - 2))
 
 
 @contextlib.contextmanager

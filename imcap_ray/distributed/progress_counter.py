@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import ray
+
+WORK_SECONDS: Final = 300
+"""A process that has begun something and reports nothing for longer than this counts as dead."""
 
 
 @dataclass
@@ -19,6 +24,12 @@ class Progress:
     """Time the actors spent between two batches."""
     batch_size: int = 0
     """The fewest images that an actor could compute together; 0 where none has told."""
+    num_reports: int = 0
+    """How often tasks and actors have reported something."""
+    num_working: int = 0
+    """Tasks and actors that have begun something and not ended it."""
+    num_actors: int = 0
+    """Actors that have started so far."""
 
     @property
     def num_images(self) -> int:
@@ -32,6 +43,18 @@ class ProgressCounter:
 
     def __init__(self) -> None:
         self._progress = Progress()
+        self._working: dict[str, float] = {}
+        self._actors: set[str] = set()
+
+    def report_work(self, worker: str, is_working: bool, is_actor: bool) -> None:
+        """A task or an actor begins something, continues it, or ends it."""
+        self._progress.num_reports += 1
+        if is_actor:
+            self._actors.add(worker)
+        if is_working:
+            self._working[worker] = time.monotonic()
+        else:
+            self._working.pop(worker, None)
 
     def add_batch(self, counts: dict[str, int], busy_seconds: float, waiting_seconds: float) -> None:
         """An actor reports a batch."""
@@ -46,4 +69,9 @@ class ProgressCounter:
 
     def get(self) -> Progress:
         """The sums so far."""
-        return self._progress
+        oldest = time.monotonic() - WORK_SECONDS
+        return replace(
+            self._progress,
+            num_working=sum(moment > oldest for moment in self._working.values()),
+            num_actors=len(self._actors),
+        )

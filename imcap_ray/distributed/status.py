@@ -28,6 +28,9 @@ STARTING: Final = "starting"
 
 SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
 
+IDLE_SECONDS: Final = 2 * HEARTBEAT_SECONDS
+"""After this long without an image the speed of before says nothing about the time left."""
+
 _READ_ATTEMPTS: Final = 3  # a run that goes on takes files away between the listing and the reading
 
 
@@ -57,6 +60,8 @@ class CaptioningStatus:
     started: str
     last_sign_seconds: float | None
     """Time since the last sign of life of a run that should be running."""
+    waiting: str
+    """Why a running captioning captions nothing at the moment; "" otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +116,9 @@ def _captioning_status(
         state = REPLACING
     counts, error_counts = _count_rows(folder)
     num_images, num_done = folder.count_manifest(), sum(counts.values())
+    waiting = _describe_waiting(heartbeat) if state == RUNNING and num_done < num_images else ""
     source = heartbeat if state == RUNNING else run if state in (COMPLETE, REPLACING) else {}
-    rate = source.get("images_per_second")
+    rate = None if waiting else source.get("images_per_second")
     return CaptioningStatus(
         output=output,
         input=str(run.get("input", "")),
@@ -127,7 +133,16 @@ def _captioning_status(
         seconds_left=(num_images - num_done) / rate if rate and state == RUNNING else None,
         started=str(heartbeat.get("started") or run.get("started", "")),
         last_sign_seconds=last_sign if state in (RUNNING, SILENT) else None,
+        waiting=waiting,
     )
+
+
+def _describe_waiting(heartbeat: Mapping[str, Any]) -> str:
+    """Why no image is captioned at the moment; "" if images were captioned of late, or none was yet."""
+    if heartbeat.get("waiting"):
+        return str(heartbeat["waiting"])
+    idle = _seconds_since(heartbeat.get("last_image"))
+    return f"no image was captioned in the last {idle:.0f} s" if idle is not None and idle >= IDLE_SECONDS else ""
 
 
 def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int]]:

@@ -515,6 +515,7 @@ def _cache(
             num_actors=default_num_actors(resources, gpus),
             gpus_per_actor=gpus,
             can_grow=not resources.is_local,
+            can_release=resources.max_cpus <= resources.cpus,
             on_progress=partial(on_features, split),
             training=training,
             echo=echo,

@@ -33,6 +33,9 @@ class Reporter:
     def batch(self) -> Iterator[Counter[str]]:
         yield self.counts
 
+    def working(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def tell_batch_size(self, batch_size: int) -> None:
         self.batch_size = batch_size
 

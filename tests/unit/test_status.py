@@ -79,6 +79,34 @@ def test_a_run_that_breathes_is_running_and_its_end_is_estimated(tmp_path: Path)
     assert 9 < (status.last_sign_seconds or 0) < 12 + elapsed  # times in files are whole seconds
 
 
+@pytest.mark.parametrize(
+    ("heartbeat", "waiting"),
+    [
+        ({"waiting": "waiting: the cluster has 0 of 4 CPUs free"}, "waiting: the cluster has 0 of 4 CPUs free"),
+        ({"last_image": ago(100), "waiting": ""}, "no image was captioned in the last 10"),
+    ],
+)
+def test_a_run_that_captions_nothing_is_given_no_time_left(
+    tmp_path: Path, heartbeat: dict[str, str], waiting: str
+) -> None:
+    folder = write_captions(tmp_path, num_images=10, ok=5, started=(started := ago(3600)))
+    folder.write_heartbeat({"time": ago(1), "started": started, "images_per_second": 2.0, **heartbeat})
+
+    status = captioning(tmp_path)
+    result = CliRunner().invoke(main, ["status", str(tmp_path)])
+
+    assert (status.state, status.images_per_second, status.seconds_left) == ("running", None, None)
+    assert status.waiting.startswith(waiting)
+    assert waiting in result.stdout and " left" not in result.stdout
+
+
+def test_the_end_of_a_run_whose_images_are_all_captioned_is_no_waiting(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path, num_images=5, ok=5, started=(started := ago(3600)))
+    folder.write_heartbeat({"time": ago(1), "started": started, "last_image": ago(100)})
+
+    assert captioning(tmp_path).waiting == ""
+
+
 def test_a_run_without_a_sign_of_life_is_silent(tmp_path: Path) -> None:
     folder = write_captions(tmp_path, num_images=10, ok=5, started=(started := ago(3600)))
     folder.write_heartbeat({"time": ago(600), "started": started, "images_per_second": 2.0})
