@@ -22,7 +22,7 @@ import click
 
 from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
-from imcap_ray.errors import DatasetError, ImageError, ImcapError, InputError
+from imcap_ray.errors import INTERRUPTED, DatasetError, ImageError, ImcapError, InputError
 from imcap_ray.escaping import printable
 from imcap_ray.progress import LineSchedule, Pace
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-INTERRUPTED = 130
 SPOILT = 3
 """`imcap check` has found what would spoil a training."""
 
@@ -58,9 +57,11 @@ class _Group(click.Group):
     """Turns our errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        signal.signal(signal.SIGTERM, _interrupt)
+        termination = _Termination()
+        signal.signal(signal.SIGTERM, termination)
         try:
-            return super().invoke(ctx)
+            with termination.translated():
+                return super().invoke(ctx)
         except ImcapError as error:
             _say(f"imcap: {storage.hide_secrets(str(error))}", err=True)
             if ctx.meta.get(_VERBOSE) and error.__cause__:
@@ -81,7 +82,7 @@ class _Group(click.Group):
             )
             ctx.exit(InputError.exit_code)
         except KeyboardInterrupt:
-            click.echo("imcap: interrupted; what is written is kept, the same command goes on", err=True)
+            click.echo("imcap: interrupted; what is written is kept, the same command resumes", err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -105,8 +106,53 @@ def _say(line: str, *, err: bool = False) -> None:
     click.echo(prefix + printable(line), err=err)
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+_REPEAT_SECONDS = 1.0
+
+
+def _is_interrupted(error: BaseException | None) -> bool:
+    """Whether an interruption is being handled: it, or what was raised while it was."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
+
+
+class _Termination:
+    """Handles SIGTERM like Ctrl-C, while the command runs."""
+
+    def __init__(self) -> None:
+        self._is_running = True
+        self._was_received = False
+
+    def __call__(self, number: int, frame: object) -> None:
+        if not self._is_running or _is_interrupted(sys.exc_info()[1]):  # the process is about to end anyway
+            return
+        if not self._was_received:
+            # Python drops an exception that is raised in a destructor, or in a hook that follows a fork.
+            threading.Thread(target=self._repeat, daemon=True).start()
+        self._was_received = True
+        watch = sys.modules.get("imcap_ray.distributed.gcs_watch")
+        if watch:  # Ray's processes may have received the signal too, and end before the command does
+            watch.exit_code = INTERRUPTED  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    def _repeat(self) -> None:
+        while self._is_running:
+            time.sleep(_REPEAT_SECONDS)
+            if self._is_running:
+                # To the main thread itself: it may be in a system call that only a signal of its own ends.
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def translated(self) -> Iterator[None]:
+        """A block in which any error after SIGTERM is an interruption: it may be how Ray ended."""
+        try:
+            yield
+        except Exception as error:
+            if self._was_received:
+                raise KeyboardInterrupt from error
+            raise
+        finally:
+            self._is_running = False
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from typing import Final
 
+INTERRUPTED: Final = 130
+"""Exit code of a command that Ctrl-C or SIGTERM ended; the same command resumes."""
+
 
 class ImcapError(Exception):
     """The run failed; what was written is kept and the same command resumes."""

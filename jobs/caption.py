@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/caption.py s3://bucket/images s3:/
 
 import sys
 
-from imcap_ray.cli import main
+from imcap_ray.__main__ import main
 
 if __name__ == "__main__":
     main(["caption", *sys.argv[1:]])

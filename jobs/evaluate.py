@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/captions s
 
 import sys
 
-from imcap_ray.cli import main
+from imcap_ray.__main__ import main
 
 if __name__ == "__main__":
     main(["evaluate", *sys.argv[1:]])

@@ -5,7 +5,7 @@ ray job submit --working-dir . -- python jobs/train.py s3://bucket/flickr8k s3:/
 
 import sys
 
-from imcap_ray.cli import main
+from imcap_ray.__main__ import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

@@ -189,6 +189,74 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, photograph: Pa
     assert result.stderr.startswith("imcap: interrupted; what is written is kept")
 
 
+TERMINATED = """
+import os, signal, sys, threading, time
+from imcap_ray import cli, storage
+from imcap_ray.errors import ImcapError
+
+class Swallows:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+def swallowed(location):
+    Swallows()  # Python prints what is raised in a destructor, and continues
+    time.sleep(20)
+
+def cleaning_up(location):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2.5)
+        print("cleaned up")
+
+def failing(location):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+    except KeyboardInterrupt:
+        raise ImcapError("a process of Ray has ended") from None
+
+from imcap_ray.distributed import status
+status.read_status = globals()[sys.argv[1]]
+cli.main(["status", "somewhere"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "stdout"), [("swallowed", ""), ("cleaning_up", "cleaned up\n"), ("failing", "")], ids=str
+)
+def test_sigterm_is_exit_code_130_whatever_comes_of_the_exception(moment: str, stdout: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", TERMINATED, moment], capture_output=True, text=True, timeout=50, check=False
+    )
+
+    assert ended.returncode == 130, ended.stderr
+    assert ended.stdout == stdout
+    assert ended.stderr.endswith("imcap: interrupted; what is written is kept, the same command resumes\n")
+    assert ended.stderr.count("imcap: ") == 1
+
+
+def test_sigterm_while_modules_are_imported_is_exit_code_130_too() -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from importlib.abc import MetaPathFinder\n"
+        "class Terminates(MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'imcap_ray.cli':\n"
+        "            os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from imcap_ray.__main__ import main\n"
+        "sys.meta_path.insert(0, Terminates())\n"
+        "main(['--help'])\n"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50, check=False)
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "imcap: interrupted before work began\n")
+
+
 # ---- names and captions that are not meant well
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script> ](http://x) | `id` \u202egpj.\x9b31m"
