@@ -114,6 +114,7 @@ def releasable() -> Iterator[Callable[[str], None]]:
         yield lambda reason: None
         return
     reasons: list[str] = []
+    main_thread = threading.get_ident()
 
     def interrupt(number: int, frame: object) -> None:
         if len(reasons) == 1:  # a second time would interrupt the clean-up of the first
@@ -121,7 +122,7 @@ def releasable() -> Iterator[Callable[[str], None]]:
 
     def release(reason: str) -> None:
         reasons.append(reason)
-        signal.raise_signal(signal.SIGUSR1)
+        signal.pthread_kill(main_thread, signal.SIGUSR1)
 
     before = signal.signal(signal.SIGUSR1, interrupt)
     try:

@@ -441,7 +441,47 @@ def map_images(
     image_columns = tuple(read_image_columns(manifest))
     counted = None if own_cores() else counter
     load = LoadImages(image_size=image_size, root=root, index=index, image_columns=image_columns, counter=counted)
-    with DataContext.current(context):
+    pace, metrics = Pace(), RunMetrics(actor_class.__name__)
+    room, is_waiting, has_released = RoomWatch(), False, False
+
+    def watch_room(release: Callable[[str], None]) -> None:
+        nonlocal is_waiting, has_released
+        waited = room.look(
+            time.monotonic(),
+            num_reports=progress.num_reports,
+            num_working=progress.num_working,
+            read_lack=lambda: FreeResources.read().lacks(
+                cpus=ROOM_FOR_TASKS, gpus=0.0 if progress.num_actors else gpus_per_actor
+            ),
+        )
+        if is_waiting != (waited >= REPORT_SECONDS):
+            is_waiting = not is_waiting
+            on_waiting(f"waiting: {room.reason}" if is_waiting else "")
+        patience = RELEASE_SECONDS if progress.num_actors else RELEASE_PENDING_SECONDS
+        if can_release and waited >= patience and not has_released:
+            has_released = True
+            release(room.reason)
+
+    def look(release: Callable[[str], None]) -> None:
+        nonlocal progress
+        with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
+            progress = ray.get(counter.get.remote())
+            pace.note(time.monotonic(), progress.num_images)
+            metrics.set_rate(pace.rate(time.monotonic()) or 0.0)
+            on_progress(progress)
+            if not own_cores():
+                watch_room(release)
+
+    def end() -> None:
+        metrics.set_rate(0.0)
+        with contextlib.suppress(RayError):  # the cluster itself may be gone
+            ray.kill(counter)  # else it lives as long as this process
+
+    with DataContext.current(context), contextlib.ExitStack() as stack:
+        stack.callback(end)
+        release = stack.enter_context(releasable())
+        # From here on, because the manifest is read by a task too.
+        stack.enter_context(repeating(functools.partial(look, release), seconds=0.5))
         dataset: Dataset = read_images(manifest, load, num_images=num_images).map_batches(
             actor_class,
             fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter, actor_class.__name__)},
@@ -459,54 +499,14 @@ def map_images(
                 max_tasks_in_flight_per_actor=4,
             ),
         )
-
-        pace, metrics = Pace(), RunMetrics(actor_class.__name__)
-        room, is_waiting, has_released = RoomWatch(), False, False
-
-        def watch_room(release: Callable[[str], None]) -> None:
-            nonlocal is_waiting, has_released
-            waited = room.look(
-                time.monotonic(),
-                num_reports=progress.num_reports,
-                num_working=progress.num_working,
-                read_lack=lambda: FreeResources.read().lacks(
-                    cpus=ROOM_FOR_TASKS, gpus=0.0 if progress.num_actors else gpus_per_actor
-                ),
-            )
-            if is_waiting != (waited >= REPORT_SECONDS):
-                is_waiting = not is_waiting
-                on_waiting(f"waiting: {room.reason}" if is_waiting else "")
-            patience = RELEASE_SECONDS if progress.num_actors else RELEASE_PENDING_SECONDS
-            if can_release and waited >= patience and not has_released:
-                has_released = True
-                release(room.reason)
-
-        def look(release: Callable[[str], None]) -> None:
-            nonlocal progress
-            with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
-                progress = ray.get(counter.get.remote())
-                pace.note(time.monotonic(), progress.num_images)
-                metrics.set_rate(pace.rate(time.monotonic()) or 0.0)
-                on_progress(progress)
-                if not own_cores():
-                    watch_room(release)
-
         try:
-            with (
-                without_cluster_actors() if own_cores() else contextlib.nullcontext(),
-                releasable() as release,
-                repeating(functools.partial(look, release), seconds=0.5),
-            ):
+            with without_cluster_actors() if own_cores() else contextlib.nullcontext():
                 dataset.write_datasink(sink)
         except ExecutionTimeoutError as error:  # its text is a page about operators
             seconds = context.execution_no_progress_timeout_s
             raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
         except (RayError, OSError) as error:
             raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
-        finally:
-            metrics.set_rate(0.0)
-            with contextlib.suppress(RayError):  # the cluster itself may be gone
-                ray.kill(counter)  # else it lives as long as this process
     return progress
 
 
