@@ -7,6 +7,9 @@ ImcapError            exit code 1: the run failed; what was written is kept, the
     ModelError        a model folder or CNN weights that cannot be loaded
     OutputError       an output folder that belongs to something else
     ClusterError      a cluster that cannot be reached or cannot hold what was asked for
+  RayStartError       a private Ray that does not start: the machine is busy, or a disk full
+  StalledError        nothing moves any more
+    FullClusterError  because nothing of the cluster is free
   FailureBudgetError  exit code 3: the run finished, too many images failed
   ImageError          one image that cannot be captioned; becomes a row, never stops a run
 """
@@ -55,6 +58,10 @@ class FailureBudgetError(ImcapError):
     """The run finished, and more images failed than `--max-failure-rate` allows."""
 
     exit_code = 3
+
+
+class RayStartError(ImcapError):
+    """Ray's processes do not start on this machine; on a busy one they may the next time."""
 
 
 class StalledError(ImcapError):

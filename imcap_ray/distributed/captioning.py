@@ -25,8 +25,9 @@ from imcap_ray.captions import Caption, compute_batch_size, no_memory
 from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
-from imcap_ray.distributed.cluster import ClusterResources, connect, require
+from imcap_ray.distributed.cluster import ClusterResources, connect, require, without_ray_advice
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
+from imcap_ray.distributed.gcs_watch import when_lost
 from imcap_ray.distributed.image_index import end_image_index, start_image_index
 from imcap_ray.distributed.images import (
     GOES_ON,
@@ -574,23 +575,27 @@ def _told_as_ours() -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise ImcapError(f"stopped by an error: {storage.hide_secrets(str(error))}; {GOES_ON}") from error
+        reason = storage.hide_secrets(without_ray_advice(str(error)))
+        raise ImcapError(f"stopped by an error: {reason}; {GOES_ON}") from error
 
 
 @contextmanager
 def _state_written(folder: CaptionsFolder, run: dict[str, Any], check: Callable[[], None]) -> Iterator[None]:
     """Write into run.json how the block ended, unless it ended well or the folder is another run's by now."""
+
+    def write(state: str) -> None:
+        # The disk may be full, or the store unreachable: that is the error to report.
+        with contextlib.suppress(OSError, ImcapError):
+            check()
+            folder.write_run(run | {"state": state, "ended": _now()})
+
     try:
-        with _told_as_ours():
+        with _told_as_ours(), when_lost(lambda: write("failed")):
             yield
     except InputError:
         raise
     except BaseException as error:
-        state = "failed" if isinstance(error, ImcapError) else "interrupted"
-        # The disk may be full, or the store gone: that is the error to tell of.
-        with contextlib.suppress(OSError, ImcapError):
-            check()
-            folder.write_run(run | {"state": state, "ended": _now()})
+        write("failed" if isinstance(error, ImcapError) else "interrupted")
         raise
 
 

@@ -5,9 +5,13 @@ Knows nothing of images, models or job submission.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
+import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -38,12 +42,17 @@ from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ig
 from ray.exceptions import AuthenticationError, RayError
 
 from imcap_ray.distributed.contention import FreeResources
+from imcap_ray.distributed.gcs_watch import GcsWatch
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
-from imcap_ray.errors import ClusterError, InputError
+from imcap_ray.distributed.private_folder import PrivateFolder
+from imcap_ray.errors import ClusterError, InputError, RayStartError
 
 ANSWER_TIMEOUT_SECONDS: Final = 5
 NODE_TIMEOUT_SECONDS: Final = 5
-START_TIMEOUT_SECONDS: Final = 30
+START_TIMEOUT_SECONDS: Final = 60.0
+START_TIMEOUT_VARIABLE: Final = "IMCAP_RAY_START_TIMEOUT_SECONDS"
+"""The user's own limit for one attempt to start a private Ray."""
+START_ATTEMPTS: Final = 2
 
 FREE_SAMPLES: Final = 6
 FREE_SAMPLE_SECONDS: Final = 0.3
@@ -59,6 +68,9 @@ BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
 
 _private_node: Any = None
 """Ray's handle of the private Ray that this process has started, if it has."""
+
+_gcs_watch: GcsWatch | None = None
+"""Of the Ray that this process is connected to."""
 
 BOOTSTRAP_FILE: Final = "ray_bootstrap_config.yaml"
 """In the home of the head's user: the cluster file that `ray up` was given, with what it filled in."""
@@ -120,7 +132,8 @@ def connect(
     for `num_actors` unless that is more than the cores can carry. `verbose` lets Ray's own log lines through.
     `meanwhile` is called once, as soon as there is nothing to do here but to wait; it is to return at once. Raises
     ClusterError, within seconds, if there is no such cluster, if it refuses this process or runs other versions of
-    Ray or Python.
+    Ray or Python, and RayStartError if a private Ray does not start. If the GCS, Ray's head service, is lost later, the
+    process ends with one line on stderr and exit code 1.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     if address == "local" and not ray.is_initialized():
@@ -129,6 +142,7 @@ def connect(
         meanwhile()
         if not ray.is_initialized():
             _join(address, verbose=verbose)
+            _watch_gcs(clean_up=lambda: None)
     _quieten(verbose=verbose)
     _keep_small()
     _poll_often()
@@ -230,25 +244,86 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
         # its children know. Ray itself would save one as ~/.ray/auth_token, and from then on every `ray start` of
         # this user demands it while no client that is given an address shows it.
         variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    timeout = _start_timeout()
+    has_loaded = False
+
+    def meanwhile_once() -> None:
+        nonlocal has_loaded
+        if not has_loaded:
+            has_loaded = True
+            meanwhile()
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        folder = PrivateFolder()
+        variables |= {"RAY_TMPDIR": folder.path, "RAY_gcs_server_port_wait_time_s": str(math.ceil(timeout))}
+        try:
+            with (
+                _init_environment(variables, verbose=verbose),
+                _fewer_processes(verbose=verbose),
+                _short_wait(meanwhile_once, timeout),
+            ):
+                ray.init(
+                    address="local",
+                    num_cpus=max(
+                        MINIMUM_LOCAL_CPUS,
+                        SPARE_LOCAL_CPUS + max(cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * cores())),
+                    ),
+                    include_dashboard=False,
+                    log_to_driver=verbose,
+                    logging_level=_logging_level(verbose),
+                )
+            break
+        except Exception as error:  # Ray has no type for it: its processes were slow to start, or a disk is full
+            folder.end_processes()
+            folder.remove()
+            if attempt == START_ATTEMPTS:
+                raise RayStartError(
+                    f"Ray does not start on this machine, after {START_ATTEMPTS} attempts: {_one_line(error)}; "
+                    f"{START_TIMEOUT_VARIABLE} allows each more than {timeout:g} s"
+                ) from error
+        except BaseException:
+            folder.end_processes()
+            folder.remove()
+            raise
+    _private_node = worker._global_node
+
+    def end() -> None:
+        if _is_private():
+            ray.shutdown()
+        folder.remove()
+
+    def end_without_gcs() -> None:
+        folder.end_processes()
+        folder.remove()
+
+    atexit.register(end)  # before Ray's own, which would write to the folder again
+    _watch_gcs(clean_up=end_without_gcs)
+
+
+def _start_timeout() -> float:
+    text = os.environ.get(START_TIMEOUT_VARIABLE, "")
     try:
-        with (
-            _init_environment(variables, verbose=verbose),
-            _fewer_processes(verbose=verbose),
-            _short_wait(meanwhile),
-        ):
-            ray.init(
-                address="local",
-                num_cpus=max(
-                    MINIMUM_LOCAL_CPUS,
-                    SPARE_LOCAL_CPUS + max(cores(), min(num_actors, MAXIMUM_ACTORS_PER_CORE * cores())),
-                ),
-                include_dashboard=False,
-                log_to_driver=verbose,
-                logging_level=_logging_level(verbose),
-            )
-        _private_node = worker._global_node
-    except Exception as error:  # Ray has no type for it: its processes were slow to start, or its files have no room
-        raise ClusterError(f"Ray does not start on this machine: {_one_line(error)}") from error
+        timeout = float(text) if text else START_TIMEOUT_SECONDS
+    except ValueError:
+        timeout = -1.0
+    if not 0 < timeout < inf:
+        raise InputError(f"{START_TIMEOUT_VARIABLE} must be a number of seconds above 0, got {text!r}")
+    return timeout
+
+
+def _watch_gcs(*, clean_up: Callable[[], None]) -> None:
+    global _gcs_watch
+    if _gcs_watch:
+        _gcs_watch.stop()
+    address = ray.get_runtime_context().gcs_address
+    connected = worker._global_node
+    _gcs_watch = GcsWatch(
+        address,
+        is_private=_is_private(),
+        is_connected=lambda: ray.is_initialized() and worker._global_node is connected,
+        clean_up=clean_up,
+    )
+    atexit.register(_gcs_watch.stop)  # before everything that ends Ray: what is registered last is called first
 
 
 @contextmanager
@@ -271,11 +346,12 @@ def _fewer_processes(*, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _short_wait(meanwhile: Callable[[], object]) -> Iterator[None]:
+def _short_wait(meanwhile: Callable[[], object], timeout: float) -> Iterator[None]:
     """Let ray.init see at once that its node is there. It looks once a second, and a node takes about a second.
 
     Args:
         meanwhile: called when all processes have been started. Before that, what is busy in a thread holds ray.init up.
+        timeout: seconds after which ray.init raises TimeoutError. Its own limit is half a minute.
     """
     get_node: Any = services.get_node
 
@@ -283,8 +359,10 @@ def _short_wait(meanwhile: Callable[[], object]) -> Iterator[None]:
         meanwhile()
         state: Any = GlobalState()  # type: ignore[no-untyped-call]
         state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # type: ignore[no-untyped-call]
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while not state.node_table() and time.monotonic() < deadline:
+        deadline = time.monotonic() + timeout
+        while not state.node_table():
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"its processes were not ready after {timeout:g} s")
             time.sleep(0.02)
         return get_node(gcs_address, node_id)
 
@@ -355,13 +433,43 @@ def _init_environment(variables: Mapping[str, str], *, verbose: bool) -> Iterato
 
 @contextmanager
 def _own_termination() -> Iterator[None]:
-    """Keep what this process does on SIGTERM: ray.init makes it exit with 15, and without a word."""
+    """Keep what this process does on SIGTERM: ray.init makes it exit with 15 or with 1, and without a word.
+
+    While ray.init runs, its own handler is in place. What that raises becomes what ours would have raised, also where
+    Python has dropped it: an exception in a hook that follows a fork is only printed.
+    """
     handler = signal.getsignal(signal.SIGTERM)
-    try:
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
+        return
+    try:
+        with _received_signals() as received:
+            yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+    else:
+        if signal.SIGTERM in received:
+            handler(signal.SIGTERM, None)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _received_signals() -> Iterator[list[int]]:
+    """The numbers of the signals that arrive while the block runs; filled in at its end."""
+    received: list[int] = []
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield received
+    finally:
+        signal.set_wakeup_fd(before)
+        with contextlib.suppress(BlockingIOError):
+            received.extend(os.read(reader, 4096))
+        os.close(reader)
+        os.close(writer)
 
 
 @contextmanager
@@ -507,5 +615,18 @@ def _logging_level(verbose: bool) -> int:
     return logging.INFO if verbose else logging.WARNING
 
 
+def without_ray_advice(text: str) -> str:
+    """The text in one line, without what Ray advises programmers to set or to read."""
+    line = " ".join(text.split())
+    return " ".join(sentence for sentence in _SENTENCE_END.split(line) if not _RAY_ADVICE.search(sentence)) or line
+
+
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+_RAY_ADVICE: Final = re.compile(
+    r"\bDataContext\b|\bds\.context\b|docs\.ray\.io|https://github\.com/ray-project|\bRAY_\w+=|"
+    r"(set|setting) (the environment variable )?`?RAY_|s3fs|`ray (logs|stack|memory|start)|_system_config"
+)
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return without_ray_advice(str(error))

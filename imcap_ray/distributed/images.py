@@ -31,7 +31,7 @@ from ray.exceptions import RayError
 
 from imcap_ray import storage
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
-from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
+from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment, without_ray_advice
 from imcap_ray.distributed.contention import (
     RELEASE_PENDING_SECONDS,
     RELEASE_SECONDS,
@@ -566,4 +566,4 @@ def explain(error: BaseException) -> str:
     # traceback is code, what follows is the exception.
     lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
     last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
-    return " ".join(line.strip() for line in lines[last_code + 1 :]) or type(error).__name__
+    return without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__

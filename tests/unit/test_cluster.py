@@ -1,0 +1,58 @@
+"""What is read from the environment and from Ray's messages, without a Ray."""
+
+from __future__ import annotations
+
+import pytest
+
+from imcap_ray.distributed import cluster
+from imcap_ray.distributed.cluster import START_TIMEOUT_SECONDS, START_TIMEOUT_VARIABLE, without_ray_advice
+from imcap_ray.distributed.images import explain
+from imcap_ray.errors import InputError
+
+RETRIES = """[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device
+Failed to write the file part-0.parquet after 1/10 attempts (total backoff 0.0s).
+To change retry attempts, backoff, or which errors are retried, configure `ray.data.DataContext.get_current()` \
+(`retried_io_errors` for I/O; `retried_map_errors` and `max_map_retries` for any task) if you believe this to be \
+transient."""
+
+
+def test_advice_for_programmers_of_ray_is_cut_and_the_cause_stays() -> None:
+    cause = (
+        "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device "
+        "Failed to write the file part-0.parquet after 1/10 attempts (total backoff 0.0s)."
+    )
+
+    assert without_ray_advice(RETRIES) == cause
+    assert explain(OSError(RETRIES)) == cause
+
+
+@pytest.mark.parametrize(
+    ("text", "rest"),
+    [
+        ("It died. To ignore this exception and continue, set DataContext.max_errored_blocks.", "It died."),
+        ("No token. For more information, see: https://docs.ray.io/en/latest/token-auth.html", "No token."),
+        (
+            "Lineage is gone. To prevent this error, set the environment variable RAY_max_lineage_bytes=1.",
+            "Lineage is gone.",
+        ),
+        ("Configure `ray.data.DataContext`.", "Configure `ray.data.DataContext`."),  # better than nothing
+        ("cannot read s3://a.b/c.jpg. Or d.jpg", "cannot read s3://a.b/c.jpg. Or d.jpg"),
+    ],
+)
+def test_each_sentence_is_advice_or_stays(text: str, rest: str) -> None:
+    assert without_ray_advice(text) == rest
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
+def test_a_limit_for_the_start_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv(START_TIMEOUT_VARIABLE, text)
+
+    with pytest.raises(InputError, match=f"{START_TIMEOUT_VARIABLE} must be a number of seconds above 0, got '{text}'"):
+        cluster._start_timeout()
+
+
+def test_the_limit_for_the_start_is_the_users_or_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(START_TIMEOUT_VARIABLE, raising=False)
+    assert cluster._start_timeout() == START_TIMEOUT_SECONDS
+    monkeypatch.setenv(START_TIMEOUT_VARIABLE, "7.5")
+    assert cluster._start_timeout() == 7.5
