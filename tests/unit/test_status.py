@@ -83,7 +83,7 @@ def test_a_run_that_breathes_is_running_and_its_end_is_estimated(tmp_path: Path)
     ("heartbeat", "waiting"),
     [
         ({"waiting": "waiting: the cluster has 0 of 4 CPUs free"}, "waiting: the cluster has 0 of 4 CPUs free"),
-        ({"last_image": ago(100), "waiting": ""}, "no image was captioned in the last 10"),
+        ({"last_image": ago(100), "waiting": ""}, "no image was captioned in the last 1"),
     ],
 )
 def test_a_run_that_captions_nothing_is_given_no_time_left(
