@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -282,6 +281,8 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
                     f"{START_TIMEOUT_VARIABLE} allows each more than {timeout:g} s"
                 ) from error
         except BaseException:
+            if ray.is_initialized():  # the end of its raylet would end this process
+                ray.shutdown()
             folder.end_processes()
             folder.remove()
             raise
@@ -338,8 +339,14 @@ def _fewer_processes(*, verbose: bool) -> Iterator[None]:
         "include_log_monitor": verbose,
         "dashboard_agent_listen_port": 0,
     }
+    make: Any = parameter.RayParams
+
+    def make_parameters(**others: Any) -> Any:
+        _hold_termination()
+        return make(**chosen, **others)
+
     with (
-        patch.object(parameter, "RayParams", partial(parameter.RayParams, **chosen)),
+        patch.object(parameter, "RayParams", make_parameters),
         patch.object(node.Node, "start_api_server", lambda *_, **__: None),
     ):
         yield
@@ -361,6 +368,8 @@ def _short_wait(meanwhile: Callable[[], object], timeout: float) -> Iterator[Non
         state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # type: ignore[no-untyped-call]
         deadline = time.monotonic() + timeout
         while not state.node_table():
+            if _is_terminated.is_set():
+                raise KeyboardInterrupt
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"its processes were not ready after {timeout:g} s")
             time.sleep(0.02)
@@ -435,9 +444,11 @@ def _init_environment(variables: Mapping[str, str], *, verbose: bool) -> Iterato
 def _own_termination() -> Iterator[None]:
     """Keep what this process does on SIGTERM: ray.init makes it exit with 15 or with 1, and without a word.
 
-    While ray.init runs, its own handler is in place. What that raises becomes what ours would have raised, also where
-    Python has dropped it: an exception in a hook that follows a fork is only printed.
+    Its own handler is in place when it begins. What that raises becomes what ours would have raised, also where Python
+    has dropped it. While processes are started no handler may raise: an exception in a hook that follows a fork is only
+    printed, and leaves locked what the hook was to unlock.
     """
+    _is_terminated.clear()
     handler = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield
@@ -452,6 +463,17 @@ def _own_termination() -> Iterator[None]:
             handler(signal.SIGTERM, None)
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+_is_terminated = threading.Event()
+"""Whether SIGTERM has arrived while `_hold_termination` holds it."""
+
+
+def _hold_termination() -> None:
+    """Only note a SIGTERM, until `_own_termination` handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and callable(signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, lambda number, frame: _is_terminated.set())
 
 
 @contextmanager
