@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Final
@@ -159,14 +159,20 @@ def cache_key(
     weights: EncoderWeights,
     preprocessing: PreprocessingConfig,
     views: Views,
+    image_columns: Sequence[str] = (),
 ) -> str:
-    """Name of the cache of these images under this encoder: another encoder or other images, another name."""
+    """Name of the cache of these images under this encoder: another encoder or other images, another name.
+
+    Args:
+        image_columns: those of the tables that hold the images, which may hold other images in others.
+    """
     settings = [
         location,
         to_mapping(encoder),
         asdict(weights),
         to_mapping(resolve_preprocessing(encoder, preprocessing)),
         asdict(views),
+        *([list(image_columns)] if image_columns else []),  # images that are files keep the name of earlier versions
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for image_id in image_ids.to_pylist():

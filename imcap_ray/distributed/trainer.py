@@ -506,6 +506,7 @@ def _cache(
             weights=encoder.weights,
             preprocessing=recipe.preprocessing,
             views=views,
+            image_columns=data.image_columns,
         )
         caches[split] = cache_features(
             data.manifest(images),

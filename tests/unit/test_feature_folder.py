@@ -10,17 +10,20 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.datasets.table import PackedImage
 from imcap_ray.distributed.feature_folder import DEAD_SECONDS, FeatureFolder
-from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, complete_cache
+from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, Views, cache_key, complete_cache
 from imcap_ray.distributed.images import origin_of
+from imcap_ray.encoders import EncoderWeights
 from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import write_table
 
@@ -191,6 +194,21 @@ def test_images_of_a_table_that_was_rewritten_are_out_of_date(tmp_path: Path) ->
     assert origins() == before
     pq.write_table(pa.table({"image": [b"a", b"c", b"bb"]}), location)
     assert not set(origins()) & set(before)
+
+
+def test_images_of_another_column_of_the_same_table_have_a_cache_of_their_own() -> None:
+    config = EncoderConfig(name="timm:test_efficientnet")
+    key = partial(
+        cache_key,
+        pa.chunked_array([["t.parquet#0", "t.parquet#1"]]),
+        location="t.parquet",
+        encoder=config,
+        weights=EncoderWeights(source="random", sha256=""),
+        preprocessing=PreprocessingConfig(image_size=32),
+        views=Views(),
+    )
+
+    assert len({key(), key(image_columns=["image"]), key(image_columns=["thumbnail"])}) == 3
 
 
 # ---- several trainings
