@@ -455,10 +455,10 @@ class _InputImages:
             raise InputError(
                 f"OUTPUT {self._output} lies among the tables of INPUT {self._location}: choose a place beside it"
             )
-        entries = _tar_entries(tars) if tars else self._table_entries(tables)
+        entries = _tar_entries(tars) if tars else self._entries_of_tables(tables)
         yield from self._with_ids_of_their_own(entries) if num_images else entries
 
-    def _table_entries(self, tables: list[ListedFile]) -> Iterator[dict[str, Any]]:
+    def _entries_of_tables(self, tables: list[ListedFile]) -> Iterator[dict[str, Any]]:
         self._places.check([table.location for table in tables], self._limit)
         id_columns = IdColumns(self._options.id, known=self._known)
         ids = _choose_ids(self._location, tables, self._known.id_source, self._columns, id_columns)
