@@ -273,17 +273,16 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
                 )
             break
         except Exception as error:  # Ray has no type for it: its processes were slow to start, or a disk is full
-            folder.end_processes()
             folder.remove()
             if attempt == START_ATTEMPTS:
+                reason = _one_line(error).rstrip(".")
                 raise RayStartError(
-                    f"Ray does not start on this machine, after {START_ATTEMPTS} attempts: {_one_line(error)}; "
+                    f"Ray does not start on this machine, after {START_ATTEMPTS} attempts: {reason}; "
                     f"{START_TIMEOUT_VARIABLE} allows each more than {timeout:g} s"
                 ) from error
         except BaseException:
             if ray.is_initialized():  # the end of its raylet would end this process
                 ray.shutdown()
-            folder.end_processes()
             folder.remove()
             raise
     _private_node = worker._global_node
@@ -293,12 +292,8 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
             ray.shutdown()
         folder.remove()
 
-    def end_without_gcs() -> None:
-        folder.end_processes()
-        folder.remove()
-
     atexit.register(end)  # before Ray's own, which would write to the folder again
-    _watch_gcs(clean_up=end_without_gcs)
+    _watch_gcs(clean_up=folder.remove)
 
 
 def _start_timeout() -> float:

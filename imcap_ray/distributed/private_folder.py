@@ -42,21 +42,25 @@ class PrivateFolder:
         os.rename(unnamed, os.path.join(self.path, _LOCK_FILE))
 
     def end_processes(self) -> None:
-        """Kill Ray's processes that have been started for this folder; only where there is a /proc."""
+        """Kill Ray's processes that have been started for this folder; only where there is a /proc.
+
+        Ray names it in options, as in --session-dir=PATH. A worker that has just been started outlives its raylet.
+        """
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                is_child = f"\nPPid:\t{os.getpid()}\n" in (process / "status").read_text()
-                if is_child and f"{self.path}/".encode() in (process / "cmdline").read_bytes():
+                is_other = process.name != str(self._pid)
+                if is_other and f"={self.path}/".encode() in (process / "cmdline").read_bytes():
                     os.kill(int(process.name), signal.SIGKILL)
 
     def remove(self) -> None:
         """Remove the folder with everything in it. Does nothing the second time, or in a forked process.
 
-        Ray's processes end one after the other, and the last ones would make the folder again to write their logs.
+        Ray's processes end one after the other, and the last ones would make the folder again for their logs.
         """
         if os.getpid() != self._pid or self._is_removed:
             return
         self._is_removed = True
+        self.end_processes()
         deadline = time.monotonic() + USERS_END_SECONDS
         while time.monotonic() < deadline and self._has_users():
             time.sleep(0.1)

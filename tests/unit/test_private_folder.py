@@ -93,17 +93,19 @@ def test_where_the_paths_of_sockets_would_be_too_long_it_is_in_tmp(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes in /proc")
-def test_only_our_own_processes_of_the_folder_are_killed(base: Path) -> None:
+def test_only_processes_that_were_started_for_the_folder_are_killed(base: Path) -> None:
     folder = PrivateFolder()
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     of_folder = subprocess.Popen([*sleep, f"--log-dir={folder.path}/ray/logs"])
     of_another = subprocess.Popen([*sleep, f"--log-dir={folder.path}x/ray/logs"])
+    of_a_reader = subprocess.Popen([*sleep, f"{folder.path}/ray/logs"])
     time.sleep(0.3)
 
     folder.end_processes()
 
     assert of_folder.wait(timeout=10) == -signal.SIGKILL
-    assert of_another.poll() is None
-    of_another.kill()
-    of_another.wait()
+    for untouched in (of_another, of_a_reader):
+        assert untouched.poll() is None
+        untouched.kill()
+        untouched.wait()
     folder.remove()
