@@ -76,12 +76,14 @@ class GcsWatch:
                 self._end()
 
     def _end(self) -> None:
-        for act in [*_callbacks, self._clean_up]:
+        for callback in [*_callbacks]:
             with contextlib.suppress(Exception):  # none of them may keep the process from ending
-                act()
+                callback()
         what = "interrupted" if exit_code != 1 else f"Ray's head at {self._address} does not answer any more"
         with contextlib.suppress(OSError):
             print(f"imcap: {what}; what is written is kept, the same command resumes", file=sys.stderr, flush=True)
+        with contextlib.suppress(Exception):
+            self._clean_up()  # last: Ray ends this process with 1 and without a word when its raylet ends
         os._exit(exit_code)
 
 
