@@ -1132,9 +1132,9 @@ def status(output: str, as_json: bool) -> None:
 
 
 _STATES = {
-    "silent": "no sign of life for {}: it was killed or its machine is gone; the same command goes on",
-    "interrupted": "interrupted; the same command goes on",
-    "failed": "stopped by an error; the same command goes on",
+    "silent": "no sign of life for {}: it was killed or its machine is gone; the same command resumes",
+    "interrupted": "interrupted; the same command resumes",
+    "failed": "stopped by an error; the same command resumes",
     "replacing": "all new rows are written and are replacing the old ones; if the run was killed, the same command "
     "finishes it",
 }

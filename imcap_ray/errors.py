@@ -7,6 +7,7 @@ ImcapError            exit code 1: the run failed; what was written is kept, the
     ModelError        a model folder or CNN weights that cannot be loaded
     OutputError       an output folder that belongs to something else
     ClusterError      a cluster that cannot be reached or cannot hold what was asked for
+  InputChangedError   the input changed while it was listed: the same command lists it again
   RayStartError       a private Ray that does not start: the machine is busy, or a disk full
   StalledError        nothing moves any more
     FullClusterError  because nothing of the cluster is free
@@ -52,6 +53,10 @@ class OutputError(InputError):
 
 class ClusterError(InputError):
     """A cluster that cannot be reached or cannot hold what was asked for."""
+
+
+class InputChangedError(ImcapError):
+    """The input changed while it was listed; the same command lists it again."""
 
 
 class FailureBudgetError(ImcapError):

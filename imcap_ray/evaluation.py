@@ -26,7 +26,7 @@ def read_captions(location: str) -> pa.Table:
     A caption is "" for an image that has none, a confidence null where it is not known.
 
     Raises:
-        DatasetError: an id stands there more than once, or a column is of another kind.
+        DatasetError: an id occurs more than once, or a column is of another kind.
     """
     dataset = open_captions(location)
     columns = ["image_id", "caption", "confidence"]
@@ -47,7 +47,7 @@ def read_captions(location: str) -> pa.Table:
         raise DatasetError(f"{location} cannot be read as a captions table: {error}") from error
     num_ids = pc.count_distinct(captions["image_id"], mode="all").as_py()
     if num_ids != num_rows:
-        raise DatasetError(f"{location}: {num_rows - num_ids:,} image ids stand there more than once")
+        raise DatasetError(f"{location}: {num_rows - num_ids:,} image ids occur more than once")
     return captions
 
 

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 
 from imcap_ray import __version__, storage
 from imcap_ray.errors import ImageError, ImcapError, InputError, OutputError
-from imcap_ray.image_sources import CaptionedImageSource
+from imcap_ray.image_sources import CaptionedImageSource, location_of
 from imcap_ray.manifest import CAPTIONS_SCHEMA, DUPLICATE, IMAGE_EXTENSIONS, OK, open_captions
 
 Format = Literal["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"]
@@ -568,14 +568,13 @@ def _with_images(
         ImcapError: the store, or the disk of the run's input, is gone.
     """
     while chunk := list(islice(rows, _BATCH_ROWS)):
-        locations: list[str] = []
-        for number, (row, data) in enumerate(zip(chunk, images.load(chunk), strict=True)):
+        places = images.find(chunk)
+        for row, place, data in zip(chunk, places, images.load(chunk, places), strict=True):
             if isinstance(data, ImageError):
                 reason = _REASONS.get(data.code, data.message)
                 if data.code in ("missing", "read_error"):
-                    locations = locations or images.locate(chunk)
-                    images.require_reachable(locations[number], data)
-                    if data.code == "read_error" and storage.is_uri(locations[number]):
+                    images.require_reachable(location_of(place), data)
+                    if data.code == "read_error" and storage.is_uri(location_of(place)):
                         unread.number += 1
                         if len(unread.first) < NAMED_UNREAD:
                             unread.first.append(f"{row['image_id']} ({reason})")
@@ -584,6 +583,7 @@ def _with_images(
                     summary.images_without.append(f"{row['image_id']} ({reason})")
             else:
                 yield row, data
+        images.require_still_reachable()
 
 
 AddImage = Callable[[Row, bytes], None]

@@ -4,6 +4,7 @@ tables or tars."""
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ Row = dict[str, Any]
 _THREADS: Final = 16
 _IMAGES_AT_A_TIME: Final = 64
 _BYTES_AT_A_TIME: Final = 32 * 2**20
+_SECONDS_BETWEEN_QUESTIONS: Final = 30
+"""Between two questions whether a store is reachable, each of which may take 11 s."""
 
 
 def read_rows(
@@ -40,6 +43,7 @@ def read_rows(
 
     A table or tar that was rewritten after its rows were listed may hold another image at their place. These rows get
     an ImageError `changed`, by its size and modification time, as far as both the row and the file system know them.
+    A row with a `sha256` gets whatever bytes are at its place, because its caller can tell by them.
 
     Args:
         root: the location of the images. None: it is not checked whether it still exists.
@@ -77,6 +81,10 @@ class CaptionedImageSource:
         self._place = image_placer(captions, folders=folders, allow_outside_paths=allow_outside_paths)
         self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
         self._input = str((read_run(captions) or {}).get("input", ""))
+        self._ask_again: dict[str, float] = {}
+        """By store, the time before which it is not asked whether it is reachable."""
+        self._not_asked: dict[str, tuple[str, ImageError]] = {}
+        """By store, the last image that could not be read and was not asked about."""
 
     def find(self, rows: Sequence[Row]) -> list[Row | None]:
         """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`; for
@@ -113,20 +121,28 @@ class CaptionedImageSource:
     def _read_packed(self, places: list[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
         return read_rows(places, None, image_columns=self._image_columns)
 
-    def load(self, rows: Sequence[Row]) -> Iterator[bytes | ImageError]:
+    def load(self, rows: Sequence[Row], places: Sequence[Row | None] | None = None) -> Iterator[bytes | ImageError]:
         """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
 
-        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`.
+        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`. A table
+        or tar that was rewritten makes a difference to rows without `sha256` only.
+
+        Args:
+            places: what `find` returned for these rows, where the caller needs it too.
 
         Raises:
             InputError: as `find`.
         """
-        places = self.find(rows)
+        places = self.find(rows) if places is None else places
         with ThreadPoolExecutor(_THREADS) as threads:  # a disk, or a store, is waited for
             for start in range(0, len(rows), _IMAGES_AT_A_TIME):
                 captioned = rows[start : start + _IMAGES_AT_A_TIME]
                 chunk = places[start : start + _IMAGES_AT_A_TIME]
-                packed = [place for place in chunk if place and place["table_path"]]
+                packed = [
+                    place | {"sha256": row.get("sha256")}
+                    for row, place in zip(captioned, chunk, strict=True)
+                    if place and place["table_path"]
+                ]
                 from_tables = {place["image_id"]: data for place, data in self._read_packed(packed)}
                 paths = [place["image_path"] for place in chunk if place and not place["table_path"]]
                 from_files = iter(threads.map(partial(_read_file, root=None), paths))
@@ -138,21 +154,39 @@ class CaptionedImageSource:
                     else:
                         yield _as_captioned(row, next(from_files))
 
-    def locate(self, rows: Sequence[Row]) -> list[str]:
-        """The file, table or tar that holds the image of each row; "" where nothing names it."""
-        return [(place["table_path"] or place["image_path"]) if place else "" for place in self.find(rows)]
-
     def require_reachable(self, location: str, error: ImageError) -> None:
         """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is gone.
 
+        A store that has just answered is not asked again, see `require_still_reachable`: with a store that throttles,
+        the question takes seconds.
+
         Args:
-            location: of the image, see `locate`.
+            location: of the image, see `location_of`.
             error: why it could not be read.
         """
         if storage.is_uri(location):
-            _require_reachable(location, error)
+            store = "/".join(location.split("/", 3)[:3])
+            if time.monotonic() < self._ask_again.get(store, 0.0):
+                self._not_asked[store] = location, error
+            else:
+                self._ask(store, location, error)
         elif self._input and storage.is_inside(self._input, location):
             _require_reachable(self._input, error)
+
+    def require_still_reachable(self) -> None:
+        """Ask the stores that `require_reachable` did not ask about their last error. Raises ImcapError likewise."""
+        for store, (location, error) in list(self._not_asked.items()):
+            self._ask(store, location, error)
+
+    def _ask(self, store: str, location: str, error: ImageError) -> None:
+        _require_reachable(location, error)
+        self._not_asked.pop(store, None)
+        self._ask_again[store] = time.monotonic() + _SECONDS_BETWEEN_QUESTIONS
+
+
+def location_of(place: Row | None) -> str:
+    """The file, table or tar of a place that `CaptionedImageSource.find` returned; "" where nothing names it."""
+    return (place["table_path"] or place["image_path"]) if place else ""
 
 
 def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
@@ -182,6 +216,10 @@ Place = tuple[int, int]
 
 _END: Final[tuple[Place, bytes]] = ((2**63, 0), b"")
 """Behind all rows of a table."""
+
+
+class _DamageError(ImageError):
+    """The file can be read, but has no image at this place."""
 
 
 class _TableReader:
@@ -226,18 +264,20 @@ class _TableReader:
 
     def _read_places(self, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
         is_listed = [storage.is_same_version(self._path, _listed_version(row), self._version) for row in rows]
-        places = sorted({_place_of(row) for row, is_same in zip(rows, is_listed, strict=True) if is_same})
+        # A row with a hash is read whatever the file's size and time: a copy of a table has another time.
+        is_read = [is_same or bool(row.get("sha256")) for row, is_same in zip(rows, is_listed, strict=True)]
+        places = sorted({_place_of(row) for row, is_one in zip(rows, is_read, strict=True) if is_one})
         found = self._read_sorted(places)
         place, data = next(found, _END)
         for row, is_same in zip(rows, is_listed, strict=True):
             while place < _place_of(row):
                 place, data = next(found, _END)
-            if not is_same:
+            if not is_same and (not row.get("sha256") or isinstance(data, _DamageError)):
                 yield row, self._changed()
             elif place == _place_of(row):
                 yield row, data
             else:
-                yield row, ImageError("changed", f"{self._path} does not have this row any more")
+                yield row, ImageError("changed", f"{self._path} no longer has this row")
 
     def _read_sorted(self, places: Sequence[Place]) -> Iterator[tuple[Place, bytes | ImageError]]:
         """What is at those of these places that exist; after an error of the file that error for each of the others."""
@@ -259,20 +299,24 @@ class _TableReader:
             yield from ((place, _unreadable(error, self._path)) for place in places if place > last)
 
     def _confirm(self, found: list[tuple[Row, bytes | ImageError]]) -> Iterator[tuple[Row, bytes | ImageError]]:
-        """What was found, if the file is still the one that was opened; else that it has changed."""
+        """What was found, if the file is still the one that was opened; else that it has changed, or why nobody can
+        tell. Bytes of a row with a hash are passed on in any case."""
+        problem: ImageError | None = None
         if found and not self._has_changed:
             try:
                 self._has_changed = not storage.is_same_version(self._path, self._version, self._find_version())
             except OSError as error:
                 _require_reachable(self._root, error)
-                self._has_changed = True
+                self._has_changed = isinstance(error, FileNotFoundError)
+                problem = _unreadable(error, self._path)
+        if self._has_changed:
+            problem = self._changed()
         for row, data in found:
-            yield row, self._changed() if self._has_changed else data
+            is_known = bool(row.get("sha256")) and isinstance(data, bytes)
+            yield row, data if problem is None or is_known else problem
 
     def _changed(self) -> ImageError:
-        return ImageError(
-            "changed", f"{self._path} was rewritten after this row was listed; the same command lists the table again"
-        )
+        return ImageError("changed", f"{self._path} has changed since it was listed; run `imcap caption` again")
 
 
 def _place_of(row: Row) -> Place:
@@ -287,15 +331,16 @@ def _unreadable(error: Exception, path: str) -> ImageError:
     if isinstance(error, FileNotFoundError | PermissionError):
         return image_error_from_os_error(error, path)
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return ImageError("read_error", f"cannot read the table: {storage.hide_secrets(text)}")
+    kind = ImageError if isinstance(error, OSError) else _DamageError
+    return kind("read_error", f"cannot read the table: {storage.hide_secrets(text)}")
 
 
 def _explain(error: Exception | None, path: str) -> ImageError:
     if error is None:
-        return ImageError("missing", "the table holds no image in this row")
+        return _DamageError("missing", "the table holds no image in this row")
     if isinstance(error, OSError):
         return image_error_from_os_error(error, path)
-    return ImageError("read_error", f"the tar has changed or is damaged: {error}")
+    return _DamageError("read_error", f"the tar has changed or is damaged: {error}")
 
 
 def _require_reachable(root: str | None, error: Exception) -> None:

@@ -31,7 +31,7 @@ from imcap_ray.columns import (
     read_image_column,
     require_column,
 )
-from imcap_ray.errors import InputError
+from imcap_ray.errors import InputChangedError, InputError
 from imcap_ray.storage import ListedFile
 
 SCHEMA_VERSION: Final = "2"
@@ -79,7 +79,7 @@ DUPLICATE: Final = "duplicate"
 
 COMPLETE: Final = "complete"
 REPLACING: Final = "replacing"
-"""States of a run in run.json: all rows are there; rows of `--overwrite` are being put in the place of the old."""
+"""States of a run in run.json: all rows are there; the new rows of `--overwrite` are replacing the old ones."""
 
 NEXT_FOLDER: Final = "next"
 """Below the run's own folder: what `--overwrite` makes, until it takes the place of the old."""
@@ -452,9 +452,7 @@ class _InputImages:
                 + (_count(tars, "tar") if tars else _count(tables, "Parquet table"))
             )
         elif self._output and self._is_folder and storage.is_inside(self._location, self._output):
-            raise InputError(
-                f"OUTPUT {self._output} lies among the tables of INPUT {self._location}: choose a place beside it"
-            )
+            raise InputError(f"OUTPUT {self._output} is inside INPUT {self._location}: choose a folder outside it")
         entries = _tar_entries(tars) if tars else self._entries_of_tables(tables)
         yield from self._with_ids_of_their_own(entries) if num_images else entries
 
@@ -722,12 +720,12 @@ def _choose_ids(
     repeated = next((entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1), None)
     if source is None and (repeated is None or "id" not in ids.kinds):
         return None  # a name beside bytes may be the same for all images
-    problem = "some rows have none" if repeated is None else f"{repeated!r} stands there more than once"
+    problem = "some rows have none" if repeated is None else f"{repeated!r} occurs more than once"
     if "id" in ids.kinds:
         raise InputError(f"{location}: image ids must be unique, but {problem}; --id-column names the column of ids")
     raise InputError(
         f"{location}: its images were known by their paths so far, which new tables have made ambiguous ({problem}): "
-        "choose another OUTPUT, or give --overwrite to start anew"
+        "choose another OUTPUT, or give --overwrite to start again"
     )
 
 
@@ -770,7 +768,7 @@ def _table_entries(tables: list[ListedFile], places: _Places, ids: _NaturalIds |
     """What a manifest says of each row.
 
     Raises:
-        InputError: a table has another number of rows than it has ids, because it has been rewritten since.
+        InputChangedError: a table has another number of rows than it has ids, because it has been rewritten since.
     """
     ids_of = ids.by_table() if ids is not None else {}
     for table in tables:
@@ -791,8 +789,8 @@ def _table_entries(tables: list[ListedFile], places: _Places, ids: _NaturalIds |
             raise _rewritten(table)
 
 
-def _rewritten(table: ListedFile) -> InputError:
-    return InputError(f"{table.location} was rewritten while it was listed: run the same command again")
+def _rewritten(table: ListedFile) -> InputChangedError:
+    return InputChangedError(f"{table.location} was rewritten while it was listed: run the same command again")
 
 
 def _named_file(location: str) -> ListedFile:
@@ -816,8 +814,8 @@ def _tar_entries(tars: list[ListedFile]) -> Iterator[dict[str, Any]]:
                         )
         except archives.DAMAGED as error:
             raise InputError(
-                f"{tar.location} is damaged, ends early or is no uncompressed tar: {error}; take it away, or bring it "
-                "again"
+                f"{tar.location} is damaged, ends early or is not an uncompressed tar: {error}; remove it or copy "
+                "it again"
             ) from error
 
 

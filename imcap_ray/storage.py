@@ -210,7 +210,7 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
 class _S3(fs.S3FileSystem):  # type: ignore[misc]
     """S3 that tries again, in whatever process it arrives: pyarrow's own pickling forgets the number of attempts.
 
-    The AWS library's "standard" strategy takes 5 of 500 tokens for each retry and is never given any back here: after
+    The AWS library's "standard" strategy takes 5 of 500 tokens for each retry and never gets them back: after
     100 retries in a process it would not try again. The "default" strategy counts the retries of each request alone.
 
     Args:
@@ -265,8 +265,8 @@ class _S3(fs.S3FileSystem):  # type: ignore[misc]
             reason = f"it does not decode aws-chunked uploads; set {_CHECKSUM_VARIABLE}=when_required"
         endpoint = hide_secrets(self._arguments["place"]["endpoint_override"])
         raise InputError(
-            f"the store at {endpoint} stored something else than was written to s3://{path}, {stored.size:,} bytes "
-            f"instead of {size:,}: {reason}"
+            f"the store at {endpoint} did not store what was written to s3://{path}: it has {stored.size:,} bytes, "
+            f"expected {size:,}; {reason}"
         )
 
     def without_retries(self, *, timeout_seconds: float) -> _S3:
@@ -382,7 +382,7 @@ def describe_regular_file(location: str) -> ListedFile:
         is_there = file.size > 0 or exists(location)
     except OSError:
         raise
-    except Exception as error:  # what a library under fsspec raises is its own affair
+    except Exception as error:  # fsspec libraries raise exceptions of any type
         raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
     if not is_there:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
@@ -541,7 +541,7 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
         # A store may send its client on to a signed URL, which then stands in what the client complains of.
         kind = type(error) if type(error).__module__ == "builtins" else OSError
         raise kind(hide_secrets(str(error))) from None
-    except Exception as error:  # what a library under fsspec raises is its own affair
+    except Exception as error:  # fsspec libraries raise exceptions of any type
         raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
 
 
@@ -649,7 +649,7 @@ def write_bytes(location: str, data: bytes | memoryview) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
     Raises:
-        InputError: the store keeps something else than was written.
+        InputError: the store did not store what was written.
     """
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):

@@ -45,6 +45,7 @@ from imcap_ray.errors import (
     FullClusterError,
     ImageError,
     ImcapError,
+    InputChangedError,
     InputError,
     OutputError,
     StalledError,
@@ -657,7 +658,7 @@ def _prepare(
         echo(f"{folder.location}: removed {parts} that repeated images of other parts")
     try:
         found = build(run["input"], folder.manifest)
-    except InputError:
+    except (InputError, InputChangedError):
         check()
         if is_fresh:
             folder.discard()

@@ -255,7 +255,7 @@ class CaptionsFolder:
         sharing: dict[str, npt.NDArray[np.int64]] = {}
         for note in sorted(self._done_files()):
             noted = read_table(note)["manifest_id"].to_numpy()
-            if not np.isin(noted, repeated).any():
+            if not _holds_any(repeated, noted):
                 continue
             rows = _rows_of(parts[_name(note)])
             if rows in kept:
@@ -268,7 +268,7 @@ class CaptionsFolder:
         if sharing:
             noted_once, counts = np.unique(np.concatenate(list(sharing.values())), return_counts=True)
             shared = noted_once[counts > 1]
-            mixed = [noted for noted in sharing.values() if np.isin(noted, shared).any()]
+            mixed = [noted for noted in sharing.values() if _holds_any(shared, noted)]
             if mixed:
                 num_parts += len(mixed)
                 self._take_out(self._manifest_rows(np.unique(np.concatenate(mixed))))
@@ -532,6 +532,14 @@ def _rows_of(part: str) -> bytes:
     is_failed = pc.equal(rows["status"], FAILED).to_pylist()
     text = json.dumps([rows["image_id"].to_pylist(), rows["sha256"].to_pylist(), is_failed])
     return hashlib.sha256(text.encode()).digest()
+
+
+def _holds_any(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> bool:
+    """Whether any of these ids is among the sorted ones. `np.isin` would sort these again for each part."""
+    if not sorted_ids.size:
+        return False
+    places = np.searchsorted(sorted_ids, ids)
+    return bool((sorted_ids[np.minimum(places, sorted_ids.size - 1)] == ids).any())
 
 
 def _is_whole(path: str) -> bool:

@@ -60,7 +60,7 @@ SMALL_RUN = 512
 MOST_BLOCKS_READ = 200
 """Up to so many blocks, Ray is told how many a manifest makes."""
 
-GOES_ON = "what is written is kept, the same command goes on"
+GOES_ON = "what is written is kept; the same command resumes"
 
 DECODE_MEMORY = 4 * 2**30
 """Bytes for images that may have killed a process before; the largest that are decoded take about 2 GiB."""

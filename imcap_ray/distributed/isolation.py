@@ -11,11 +11,13 @@ import contextlib
 import os
 import resource
 import signal
+import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import ray
@@ -54,11 +56,35 @@ def process_ends_after(seconds: float) -> Iterator[None]:
     The kernel does it, whatever the process is doing. A thread of Python would wait for the lock that a decoder may
     hold. It costs two system calls. No other timer of this kind (ITIMER_REAL) may be in use.
     """
+    if _note_fd is not None:
+        os.pwrite(_note_fd, _NOTE.pack(time.monotonic()), 0)  # before the timer runs, so that no limit seems kept
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if _note_fd is not None:
+            os.pwrite(_note_fd, _NOTE.pack(0.0), 0)
+
+
+_NOTE: Final = struct.Struct("d")
+"""Since when a process has been in `process_ends_after`, by the clock that all processes of a machine share; 0 if it is
+not. Ray does not report the signal that a process died of."""
+
+_note_fd: int | None = None
+"""Where this process keeps its note."""
+
+
+def keep_note(path: str) -> None:
+    """Keep a note in this file, from now on, which outlives this process."""
+    global _note_fd
+    _note_fd = os.open(path, os.O_RDWR)
+
+
+def took_longer(note: BinaryIO, seconds: float) -> bool:
+    """Whether the process that kept this note, and has just died, was in `process_ends_after` for this long."""
+    (since,) = _NOTE.unpack(os.pread(note.fileno(), _NOTE.size, 0))
+    return bool(since) and time.monotonic() - since >= seconds
 
 
 class Isolated:
@@ -74,7 +100,8 @@ class Isolated:
     def __init__(
         self, make: Callable[[], Work], *, memory_limit: int | None = None, time_limit: float | None = None
     ) -> None:
-        self._arguments = (make, memory_limit, _visible_gpus())
+        self._note: Any = tempfile.NamedTemporaryFile(prefix="imcap-isolated-") if time_limit else None  # noqa: SIM115
+        self._arguments = (make, memory_limit, _visible_gpus(), self._note.name if self._note else None)
         self._time_limit = time_limit
         self._process: Any = None
 
@@ -95,18 +122,19 @@ class Isolated:
     def _try(self, rows: pa.Table) -> pa.Table | ImageError:
         if self._process is None:
             self._process = self._start()
-        start = time.monotonic()
         try:
             return ray.get(self._process.work.remote(rows))
         except (RayActorError, OutOfMemoryError) as error:
             self._process = None
             is_memory = isinstance(error, OutOfMemoryError) or NODE_OUT_OF_MEMORY in str(error)
-            if self._time_limit and not is_memory and time.monotonic() - start >= self._time_limit:
+            if self._time_limit and not is_memory and took_longer(self._note, self._time_limit):
                 return ImageError("too_large", f"decoding took longer than {self._time_limit:g} s")
             code, reason = ("out_of_memory", "took too much memory") if is_memory else ("internal", "died")
             return ImageError(code, f"the process that worked on it alone {reason}, {DEATHS_TO_BLAME} times")
 
     def _start(self) -> Any:
+        if self._note:  # of the process before
+            os.pwrite(self._note.fileno(), _NOTE.pack(0.0), 0)
         for _ in range(STARTS):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             process = _Process.options(scheduling_strategy=here).remote(*self._arguments)  # type: ignore[attr-defined]
@@ -120,8 +148,12 @@ class Isolated:
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
 class _Process:
-    def __init__(self, make: Callable[[], Work], memory_limit: int | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, make: Callable[[], Work], memory_limit: int | None, environment: Mapping[str, str], note: str | None
+    ) -> None:
         os.environ.update(environment)
+        if note:
+            keep_note(note)
         self._make, self._memory_limit = make, memory_limit
 
     def start(self) -> None:

@@ -278,7 +278,7 @@ def train(
                     raise failure
                 echo(f"{failure}; going on after epoch {len(resumed.history)}")
             elif resumed is None or next_phase(resumed.history, recipe) == phase:
-                raise ImcapError(f"the training ended before its {phase} phase did; the same command goes on")
+                raise ImcapError(f"the training ended before its {phase} phase did; the same command resumes")
             history = resumed.history
             trackers.log(history)
     best, newest = choose_best(run, echo=echo)
@@ -834,7 +834,7 @@ def _fit(
                 raise KeyboardInterrupt from error
             except (RayError, ray.train.TrainingFailedError) as error:
                 raise ImcapError(
-                    f"training stopped by an error: {explain(error)}; the same command goes on after its last epoch"
+                    f"training stopped by an error: {explain(error)}; the same command resumes after its last epoch"
                 ) from error
             finally:  # Ray Train leaves its own in place, which ends the process with 0 once the training is over
                 if threading.current_thread() is threading.main_thread():

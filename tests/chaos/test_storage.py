@@ -60,7 +60,7 @@ def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(
 
     assert full.returncode == 1, full.stderr
     assert "No space left on device" in one_line(full.stderr)
-    assert "the same command goes on" in one_line(full.stderr)
+    assert "the same command resumes" in one_line(full.stderr)
     assert len(on_full) < 120
     assert more_room.returncode == 0, more_room.stderr
     assert [row["image_id"] for row in read(small_disk / "out")] == sorted(path.name for path in photographs.iterdir())
@@ -133,7 +133,7 @@ def test_a_store_that_goes_away_is_one_clear_error_and_the_same_command_goes_on(
     again = imcap(*command)
 
     assert process.returncode == 1, lost
-    assert "the same command goes on" in one_line(lost)
+    assert "the same command resumes" in one_line(lost)
     assert again.returncode == 0, again.stderr
     rows = rows_at(f"{s3.uri}/out")
     assert {row["image_id"]: row["status"] for row in rows} == dict.fromkeys(

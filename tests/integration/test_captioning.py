@@ -545,7 +545,7 @@ def test_images_that_are_all_gone_stop_the_run(run: Run, photographs: Path, tmp_
         if line.startswith("captioning"):
             photographs.rename(gone)
 
-    with pytest.raises(ImcapError, match="cannot be read any more.*the same command goes on"):
+    with pytest.raises(ImcapError, match="cannot be read any more.*the same command resumes"):
         run(str(photographs), str(tmp_path / "out"), echo=unmount)
     gone.rename(photographs)
 

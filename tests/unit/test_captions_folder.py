@@ -14,10 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from imcap_ray import storage
 from imcap_ray.cli import main
-from imcap_ray.distributed.captions_folder import CaptionsFolder, is_owner
+from imcap_ray.distributed.captions_folder import CaptionsFolder, _holds_any, is_owner
 from imcap_ray.distributed.status import CaptioningStatus, read_status
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.manifest import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, build_manifest, open_captions, read_table, write_table
@@ -684,3 +686,13 @@ def test_parts_stay_readable_by_anyone(tmp_path: Path) -> None:
     folder.settle_duplicates()
 
     assert pq.read_table(tmp_path, schema=CAPTIONS_SCHEMA).num_rows == 3
+
+
+@given(
+    sorted_ids=st.lists(st.integers(-3, 9)).map(sorted),
+    ids=st.lists(st.integers(-5, 12)),
+)
+def test_ids_are_found_among_sorted_ones(sorted_ids: list[int], ids: list[int]) -> None:
+    found = _holds_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
+
+    assert found == bool(set(sorted_ids) & set(ids))

@@ -13,7 +13,7 @@ ALL = [value for value in vars(errors).values() if isinstance(value, type) and i
 
 
 def test_whoever_catches_imcap_error_has_caught_them_all() -> None:
-    assert len(ALL) == 12
+    assert len(ALL) == 13
     assert all(issubclass(error, ImcapError) for error in ALL)
 
 

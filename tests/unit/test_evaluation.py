@@ -224,7 +224,7 @@ def test_repeated_ids_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image_id": ["a", "b", "a"], "caption": ["x", "y", "z"]}), path)
 
-    with pytest.raises(DatasetError, match="1 image ids stand there more than once"):
+    with pytest.raises(DatasetError, match="1 image ids occur more than once"):
         read_captions(str(path))
 
 

@@ -676,6 +676,32 @@ def test_an_input_that_is_gone_ends_the_export_though_other_images_are_there(for
     assert refused.value.exit_code == 1
 
 
+def test_a_store_that_throttles_many_images_is_asked_twice_whether_it_is_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = [row(f"{number}.jpg", image_path=f"memory://throttled/{number}.jpg") for number in range(50)]
+    folder = write_captions(tmp_path / "captions", write_images(tmp_path / "images", ["a.jpg"]) + remote)
+    read_bytes = storage.read_bytes
+    asked: list[str] = []
+
+    def throttled(location: str, **options: Any) -> bytes:
+        if location.startswith("memory://"):
+            raise OSError("SlowDown")
+        return read_bytes(location, **options)
+
+    def is_reachable(location: str) -> bool:
+        asked.append(location)
+        return True
+
+    monkeypatch.setattr(storage, "read_bytes", throttled)
+    monkeypatch.setattr(storage, "is_reachable", is_reachable)
+
+    with pytest.raises(ImcapError, match="50 of 51 images are not in .* because they could not be read"):
+        export(folder, tmp_path / "out", "webdataset")
+
+    assert asked == ["memory://throttled/0.jpg", "memory://throttled/49.jpg"]
+
+
 @pytest.mark.parametrize("format", WITH_IMAGES)
 def test_images_of_a_table_that_nothing_names_cannot_be_exported(format: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path="")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from imcap_ray import image_sources, storage
 from imcap_ray.distributed.captions_folder import CaptionsFolder
-from imcap_ray.errors import ImageError, InputError
+from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.image_sources import CaptionedImageSource, Row, read_rows
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
@@ -298,8 +299,9 @@ def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id
 
     monkeypatch.setattr(manifest, "_natural_ids", rewritten_after)
 
-    with pytest.raises(InputError, match="t.parquet was rewritten while it was listed: run the same command again"):
+    with pytest.raises(ImcapError, match="was rewritten while it was listed: run the same command again") as refused:
         build_manifest(str(source), str(tmp_path / "manifest"))
+    assert refused.value.exit_code == 1
 
 
 # ---- reports and exports
@@ -323,6 +325,92 @@ def test_a_report_shows_no_image_of_a_table_that_was_rewritten_since(source: Pat
     write_input(source, "bytes", "dca")
 
     assert read_all(images.load(rows)) == ["changed"] * 3
+
+
+def with_hashes(rows: list[Row]) -> list[Row]:
+    return [row | {"sha256": hashlib.sha256(CONTENTS[row["image_id"]]).hexdigest()} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "tar"])
+def test_a_report_shows_the_images_of_a_table_that_still_has_them_whatever_its_time(
+    source: Path, folder: CaptionsFolder, kind: str
+) -> None:
+    write_input(source, kind, "acd")
+    caption(folder, source)
+    rows = with_hashes([{"image_id": name, "image_path": ""} for name in "acd"])
+    images = CaptionedImageSource(folder.location)
+
+    write_input(source, kind, "acdex")  # touched, and longer
+
+    assert read_all(images.load(rows)) == [CONTENTS[name] for name in "acd"]
+
+    write_input(source, kind, "axd")
+
+    assert read_all(images.load(rows)) == [CONTENTS["a"], "changed", CONTENTS["d"]]
+
+    write_input(source, kind, "a")
+
+    assert read_all(images.load(rows)) == [CONTENTS["a"], "changed", "changed"]
+
+
+def test_a_row_with_a_hash_in_a_tar_of_other_files_has_changed(tmp_path: Path, source: Path) -> None:
+    write_input(source, "tar", "ac")
+    build_manifest(str(source), str(tmp_path / "manifest"))
+    rows = [row | {"sha256": "0" * 64} for row in manifest_rows(str(tmp_path / "manifest"))]
+    write_tar(source / "t.tar", {"z.jpg": bytes(range(256)) * 40})
+
+    assert found(rows[1:]) == ["changed"]  # and no read error, after which an export would ask for another try
+
+
+def test_a_table_that_cannot_be_asked_for_its_version_is_a_read_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = rows_of_table(tmp_path, "ac")
+    describe, calls = storage.describe_regular_file, 0
+
+    def throttled(location: str) -> storage.ListedFile:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise OSError("SlowDown")
+        return describe(location)
+
+    monkeypatch.setattr(storage, "describe_regular_file", throttled)
+
+    assert found(rows) == ["read_error", "read_error"]
+
+
+def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = rows_of_table(tmp_path, "ac")
+    monkeypatch.setattr(image_sources, "_IMAGES_AT_A_TIME", 1)
+    reading = read_rows(rows, None)
+
+    answers = [next(reading)[1]]
+    (tmp_path / "in" / "t.parquet").unlink()
+    answers += [data for _, data in reading]
+
+    assert read_all(iter(answers)) == [CONTENTS["a"], "changed"]
+
+
+def test_a_store_that_throttles_is_asked_once_whether_it_is_reachable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(storage, "is_reachable", lambda location: bool(asked.append(location)) or len(asked) < 3)
+    images = CaptionedImageSource(str(tmp_path))
+    error = ImageError("read_error", "SlowDown")
+
+    for number in range(100):
+        images.require_reachable(f"s3://bucket/{number}.jpg", error)
+    assert asked == ["s3://bucket/0.jpg"]
+
+    images.require_still_reachable()  # about the last one that it was not asked about
+    images.require_still_reachable()
+    assert asked == ["s3://bucket/0.jpg", "s3://bucket/99.jpg"]
+
+    images.require_reachable("s3://bucket/100.jpg", error)
+    with pytest.raises(ImcapError, match="s3://bucket/100.jpg cannot be read"):
+        images.require_still_reachable()
 
 
 def test_an_old_output_with_two_images_at_one_place_can_be_reported_and_exported(
