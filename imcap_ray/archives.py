@@ -10,13 +10,16 @@ import errno
 import hashlib
 import io
 import os
+import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, Final, cast
+
+import numpy as np
 
 from imcap_ray import storage
 
@@ -41,6 +44,9 @@ _EXTENDS_A_HEADER: Final = frozenset(
 
 _MALFORMED: Final = (ValueError, ArithmeticError, LookupError, TypeError, RecursionError)
 """What tarfile raises for headers that make no sense, next to its own errors."""
+
+
+_DIGEST_BYTES: Final = 12
 
 
 class _CheckedTarInfo(tarfile.TarInfo):
@@ -185,21 +191,30 @@ def _stem(name: str) -> str:
 
 def _pair_group(group: _Group, pairing: Pairing, *, is_key_enough: bool) -> None:
     stems = {_stem(name) for name in group.images}
+    texts_of: dict[str, list[str]] = defaultdict(list)  # stem -> the texts of exactly that stem
+    for text in group.texts:
+        texts_of[_stem(text)].append(text)
+    others = {stem: texts for stem, texts in texts_of.items() if stem not in stems}
+    longer: dict[str, list[str]] = defaultdict(list)  # image's stem -> the texts whose stems continue it
+    for stem, beginnings in _beginnings(others, stems):
+        for beginning in beginnings:
+            longer[beginning] += others[stem]
+    shorter = dict(_beginnings(stems, others.keys()))
+    order = {text: number for number, text in enumerate(group.texts)}
     paired: dict[str, list[str]] = defaultdict(list)  # text -> its images
     is_only = len(group.images) == 1
     for image, numbers in group.images.items():
-        own = [text for text in group.texts if _stem(text) == _stem(image)]
-        own += [text for text in group.texts if _continues(_stem(text), _stem(image)) and _stem(text) not in stems]
-        common = [text for text in group.texts if _continues(_stem(image), _stem(text)) and _stem(text) not in stems]
+        stem = _stem(image)
+        own = texts_of.get(stem, []) + sorted(longer.get(stem, []), key=order.__getitem__)
+        common = sorted((text for beginning in shorter[stem] for text in others[beginning]), key=order.__getitem__)
         if not own and not common and is_only and is_key_enough:
             own = list(group.texts)
         for text in (*own, *common):
             paired[text].append(image)
         for level in (own, common):
-            for position, number in enumerate(numbers):
-                found = [group.texts[text][position] for text in level if len(group.texts[text]) == len(numbers)]
-                if found:
-                    pairing.texts[number].append(found)
+            matching = [group.texts[text] for text in level if len(group.texts[text]) == len(numbers)]
+            for position, number in enumerate(numbers if matching else ()):
+                pairing.texts[number].append([positions[position] for positions in matching])
     for text, positions in group.texts.items():
         if any(len(group.images[image]) != len(positions) for image in paired[text]):
             pairing.ambiguous += positions
@@ -207,8 +222,12 @@ def _pair_group(group: _Group, pairing: Pairing, *, is_key_enough: bool) -> None
             pairing.unpaired += positions
 
 
-def _continues(name: str, beginning: str) -> bool:
-    return name.startswith(f"{beginning}.")
+def _beginnings(names: Iterable[str], known: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each name with those of the known ones that it continues after a dot."""
+    lengths = {*map(len, known)}
+    for name in names:
+        dots = (match.start() for match in re.finditer(r"\.", name))
+        yield name, [name[:dot] for dot in dots if dot in lengths and name[:dot] in known]
 
 
 class ImageIds:
@@ -242,9 +261,25 @@ class ImageIds:
         return digest(image_id) not in self._known
 
 
+class IdSet:
+    """A fixed set of ids, in 12 bytes each."""
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        digests = bytearray()
+        for image_id in ids:
+            digests += digest(image_id)
+        self._digests = np.ndarray(len(digests) // _DIGEST_BYTES, f"S{_DIGEST_BYTES}", digests)
+        self._digests.sort()
+
+    def __contains__(self, image_id: str) -> bool:
+        wanted = np.bytes_(digest(image_id).rstrip(b"\0"))  # numpy leaves zeros at the end out
+        place = int(np.searchsorted(self._digests, wanted))
+        return place < len(self._digests) and bool(self._digests[place] == wanted)
+
+
 def digest(image_id: str) -> bytes:
     """Twelve bytes in the place of an id of any length: among 100 million no two are the same by chance."""
-    return hashlib.blake2b(image_id.encode(), digest_size=12).digest()
+    return hashlib.blake2b(image_id.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 def read_files(

@@ -308,8 +308,9 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     there is written every 30 s until then.
 
     Memory by the image: 16 bytes for each that is done on the driver, 8 in Ray's filter, and 29 bits for the hashes of
-    all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. Not bounded: the ids of
-    a Parquet input or tars, held once on the driver, and the images that have changed or --retry-failed takes again.
+    all (360 MB for 100 million); duplicates are settled by DuckDB in 1 GB, on disk beyond that. A folder of image files
+    that also holds tars or tables is listed twice and takes 12 bytes more for each file. Not bounded: the ids of a
+    Parquet input or tars, held once on the driver, and the images that have changed or --retry-failed takes again.
 
     A run takes the CPUs that no other job holds when it starts. If actors hold all CPUs, nothing can be decoded: after
     40 s (5 min if a node died at work) the run releases its actors and continues with half as many when CPUs are free.

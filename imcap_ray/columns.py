@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from itertools import islice
 from typing import Any, Final
 
@@ -101,6 +102,8 @@ class ImageColumns:
         self._known = tuple(known)
         self._is_by_type = is_by_type
         self._by_schema: dict[tuple[tuple[str, pa.DataType], ...], ImageColumn | None] = {}
+        self._tables: dict[tuple[str, frozenset[str]], None] = {}
+        """For each kind of table the chosen column and the names of all."""
 
     def get(self, table: pq.ParquetFile, location: str) -> ImageColumn:
         """As `find`, but a table without images is an InputError that names its columns."""
@@ -119,13 +122,18 @@ class ImageColumns:
             InputError: several columns could be meant, the column that the user names is not there, or the rows that
                 are known already were read from another column.
         """
+        column = self.look(table, location)
+        if column is not None:
+            self._note(table.schema_arrow, column, location)
+        return column
+
+    def look(self, table: pq.ParquetFile, location: str) -> ImageColumn | None:
+        """As `find`, for a table whose images may not be read at all: other tables are not compared with it."""
         schema = table.schema_arrow
         key = tuple(zip(schema.names, schema.types, strict=True))
         if key in self._by_schema:
             return self._by_schema[key]
         column, is_certain = self._choose(schema, location)
-        if column is not None:
-            self._note(schema, column, location)
         if is_certain:
             self._by_schema[key] = column
         return column
@@ -152,24 +160,43 @@ class ImageColumns:
         return None, True
 
     def _note(self, schema: pa.Schema, column: ImageColumn, location: str) -> None:
+        kind = column.name, frozenset(schema.names)
+        if kind in self._tables and column in self.chosen:
+            return
         if self._is_by_type:
             expected = find_image_column_by_type(schema, location).name
         else:
-            expected = next((name for name in self.names if name in schema.names), column.name)
+            expected = next((name for name in self._known if name in schema.names), column.name)
         if expected != column.name:
-            if self._is_by_type or expected in self._known:
-                raise InputError(
-                    f"{location}: the images known so far were read from column {expected}, and would now be read from "
-                    f"{column.name}: give --image-column {expected}, choose another OUTPUT, or give --overwrite to "
-                    "start again"
-                )
             raise InputError(
-                f"{location} has images in column {column.name}, and other tables have theirs in {expected}, which is "
-                "a column of this table too: give --image-column to choose one"
+                f"{location}: the images known so far were read from column {expected}, and would now be read from "
+                f"{column.name}: give --image-column {expected}, choose another OUTPUT, or give --overwrite to "
+                "start again"
             )
+        self._tables[kind] = None
         self.chosen[column] = None
-        if not self._is_by_type and column.name not in self.names:
-            self.names.append(column.name)
+        if not self._is_by_type:
+            self.names = [*self._known, *self._order_new_names(column.name, location)]
+
+    def _order_new_names(self, chosen: str, location: str) -> list[str]:
+        """The chosen names that were not known, in an order in which each table's own is the first that it has.
+
+        The order of the tables makes no difference to whether there is one.
+        """
+        before: dict[str, set[str]] = {name: set() for name, _ in self._tables if name not in self._known}
+        for name, names in self._tables:
+            if name in before:
+                for other in names & (before.keys() - {name}):
+                    before[other].add(name)
+        try:
+            return [*TopologicalSorter(before).static_order()]
+        except CycleError as error:
+            cycle = error.args[1]  # each name comes before the next; the new table has put the chosen one into it
+            raise InputError(
+                f"{location} has images in column {chosen}, and other tables have theirs in "
+                f"{cycle[cycle.index(chosen) + 1]}, which is a column of this table too: give --image-column to choose "
+                "one"
+            ) from None
 
 
 def read_image_column(schema: pa.Schema, location: str, names: Sequence[str]) -> ImageColumn:
@@ -179,7 +206,7 @@ def read_image_column(schema: pa.Schema, location: str, names: Sequence[str]) ->
         names: `ImageColumns.names`; none if the manifest is of a version that did not note them.
 
     Raises:
-        pa.ArrowInvalid: the table does not have this column any more.
+        pa.ArrowInvalid: the table no longer has this column.
         InputError: without names: the table has no such column.
     """
     if not names:
@@ -187,7 +214,7 @@ def read_image_column(schema: pa.Schema, location: str, names: Sequence[str]) ->
     name = next((name for name in names if name in schema.names), None)
     column = _column(schema, name) if name else None
     if column is None:
-        raise pa.ArrowInvalid(f"{location} does not have the column of images {' or '.join(names)} any more")
+        raise pa.ArrowInvalid(f"{location} no longer has an image column ({' or '.join(names)})")
     return column
 
 
@@ -284,7 +311,7 @@ def _no_images(schema: pa.Schema, location: str) -> InputError:
     no_images = f"; the values of {' and '.join(others)} are not images" if others else ""
     return InputError(
         f"{location} has no column of images: expected bytes ({', '.join(BYTES_COLUMNS)}), paths "
-        f"({', '.join(PATH_COLUMNS)}) or a struct of bytes and path, or another one named with --image-column; got "
+        f"({', '.join(PATH_COLUMNS)}) or a struct of bytes and path, or a column given with --image-column; got "
         f"{_describe(schema)}{no_images}"
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +145,10 @@ _MAX_PATH_CHARACTERS: Final = 4096
 _SHOWN_CHARACTERS: Final = 60
 """Of such a text in the place of the path."""
 
+_SIGNATURE_BYTES: Final = 64
+_OBJECTS_ASKED: Final = 8
+"""Of those that a table next to image files names in a store; each is a request."""
+
 _PICKLES: Final = "arrow_pickled_object"
 """In the name of Ray's type for columns of pickled objects."""
 
@@ -183,6 +189,7 @@ def build_manifest(
     output: str | None = None,
     columns: ColumnOptions = BY_NAME,
     check: Callable[[], None] = lambda: None,
+    known_from: str | None = None,
 ) -> InputSummary:
     """Write the manifest of the images at `location` (folder, image, Parquet or tars) to Parquet files in `folder`.
 
@@ -199,6 +206,8 @@ def build_manifest(
         output: where the captions go, which must not be taken for tables of images.
         columns: of the tables, as the user names them.
         check: called before anything is written; raises if nothing may be any more.
+        known_from: the manifest that lists the known images; None: the one in `folder`. Only the new ones are written
+            to `folder` then.
 
     Raises:
         InputError: nothing there, nothing readable, no image among it, a path that leads where it may not, ids that
@@ -208,7 +217,7 @@ def build_manifest(
     location = storage.absolute(location)
     if not storage.exists(location):
         raise InputError(f"no such input: {location}")
-    known = _KnownImages(folder)
+    known = _KnownImages(known_from or folder)
     images = _InputImages(
         location,
         recursive=recursive,
@@ -326,7 +335,7 @@ class Listing:
         """The Parquet tables that are part of an input with image files or tars: those that hold images.
 
         Raises:
-            InputError: there are tars too, or a table names images that are not among the image files.
+            InputError: there are tars too, or a table names images that are there and not among the image files.
         """
         tables = [table for table in self._readable_tables() if self._holds_images(table, columns)]
         tars = self.tars()
@@ -351,29 +360,96 @@ class Listing:
 
     def _holds_images(self, table: ListedFile, columns: ImageColumns) -> bool:
         with _open_table(table.location) as opened:
-            column = columns.find(opened, table.location)
+            column = columns.look(opened, table.location)
         if column is None or (column.kind != "path" and holds_image_bytes(table.location, column) is False):
             return False
+        named = _NamedFiles(self._location)
         first_row = 0
-        for _, num_rows, paths in _Places(self._location, True, columns).row_groups(table.location):
-            if paths is None:
+        for _, num_rows, paths in _Places(self._location, True, columns).row_groups(table.location, column):
+            if paths is None or None in paths:
                 return True
-            for row, path in enumerate(paths, first_row):
-                if path is None:
-                    return True
-                if self.num_images and path and not self._is_listed(path):
-                    raise InputError(
-                        f"{self._location} holds {self.num_images:,} image file{'s' * (self.num_images != 1)}, and its "
-                        f"table {table.name} names images that are not among them (row {row}: {path!r}): give "
-                        f"{table.location} as the input, or a folder without it"
-                    )
+            if self.num_images:
+                for path, row in _first_rows(paths, first_row):
+                    named.add(path, row, is_listed=self._is_listed(path))
             first_row += num_rows
+        unlisted = named.unlisted_image()
+        if unlisted is not None:
+            path, row = unlisted
+            raise InputError(
+                f"{self._location} holds {self.num_images:,} image file{'s' * (self.num_images != 1)}, and its "
+                f"table {table.name} names images that are not among them (row {row}: {path!r}): give "
+                f"{table.location} as the input, or a folder without it"
+            )
         return False
 
     def _is_listed(self, path: str) -> bool:
         """Whether a file that a table names would be among the image files, if it is there."""
         is_below = storage.is_inside(self._location, path)
         return _is_image(path) and (is_below if self._recursive else storage.parent(path) == self._location)
+
+
+def _first_rows(paths: Iterable[str | None], first_row: int) -> Iterator[tuple[str, int]]:
+    """Each path once, with the number of its first row; empty ones are left out."""
+    rows: dict[str, int] = {}
+    for row, path in enumerate(paths, first_row):
+        if path:
+            rows.setdefault(path, row)
+    return iter(rows.items())
+
+
+class _NamedFiles:
+    """The files that a column of paths names, to find out whether images among them are not listed.
+
+    Such a column may hold anything: the paths of scripts, or those that photographs had before they were moved. An
+    image is a file that is there and has the name or the first bytes of one; where at least half of the values are
+    names of images, any file that is there. In a store only files below the input are asked for, and only some: an
+    object elsewhere counts as an image, a web address only if it ends like one.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._num_values = 0
+        self._num_image_names = 0
+        self._image: tuple[str, int] | None = None
+        self._file: tuple[str, int] | None = None
+        self._num_asked = 0
+
+    def add(self, path: str, row: int, *, is_listed: bool) -> None:
+        """Count a value of the column, which leads to this place."""
+        self._num_values += 1
+        self._num_image_names += _is_image(path)
+        if is_listed or self._image is not None:
+            return
+        if storage.is_uri(path) and not (storage.is_inside(self._folder, path) and not _is_image(path)):
+            is_web = path.lower().startswith(("http://", "https://"))
+            if _is_image(urlsplit(path).path) or not is_web:
+                self._image = path, row
+        elif self._is_there(path):
+            if _is_image(path) or _begins_like_an_image(path):
+                self._image = path, row
+            elif self._file is None:
+                self._file = path, row
+
+    def unlisted_image(self) -> tuple[str, int] | None:
+        """The first image that is there and not listed, and its row."""
+        return self._image or (self._file if self._num_image_names * 2 >= self._num_values else None)
+
+    def _is_there(self, path: str) -> bool:
+        if not storage.is_uri(path):
+            return os.path.isfile(path)
+        self._num_asked += 1
+        return self._num_asked <= _OBJECTS_ASKED and storage.is_file(path)
+
+
+def _begins_like_an_image(path: str) -> bool:
+    from imcap_ray.images import has_image_signature  # imports Pillow, which `imcap status` does without
+
+    filesystem, inner = storage.resolve(path)
+    try:
+        with filesystem.open_input_file(inner) as file:
+            return has_image_signature(file.read(_SIGNATURE_BYTES))
+    except OSError:
+        return True  # it is there, and may be one
 
 
 def _count(files: Sequence[ListedFile], what: str) -> str:
@@ -442,7 +518,8 @@ class _InputImages:
         self.description = " and ".join(kinds)
         if self._options.given() and not tables:
             raise InputError(
-                f"{', '.join(self._options.given())}: for Parquet tables, but {self._location} has none with images"
+                f"{', '.join(self._options.given())} applies only to Parquet tables, and {self._location} has none "
+                "with images"
             )
         if not tars and not tables:
             return
@@ -474,11 +551,11 @@ class _InputImages:
         return _table_entries(tables, self._places, ids)
 
     def _with_ids_of_their_own(self, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The entries of tars and tables; InputError if one has the id of an image file. Takes 100 bytes a file."""
+        """The entries of tars and tables; InputError if one has the id of an image file. Takes 12 bytes a file."""
         listing = Listing(self._location, recursive=self._recursive, output=self._output)
-        names = {archives.digest(file.name) for file in listing.images()}
+        names = archives.IdSet(file.name for file in listing.images())
         for entry in entries:
-            if archives.digest(entry["image_id"]) in names:
+            if entry["image_id"] in names:
                 raise InputError(
                     f"{self._location}: {entry['image_id']!r} is an image file and also the id of an image in "
                     f"{entry['table_path']}: caption the files and the tables or tars into an OUTPUT each"
@@ -847,14 +924,16 @@ class _Places:
                 if limit is not None and num_rows >= limit:
                     return
 
-    def row_groups(self, table_path: str) -> Iterator[tuple[int, int, list[str | None] | None]]:
+    def row_groups(
+        self, table_path: str, column: ImageColumn | None = None
+    ) -> Iterator[tuple[int, int, list[str | None] | None]]:
         """Number and rows of each row group, and where its images are: None for one, or all, with bytes in the table.
 
         Of a struct's bytes nothing is read where the table's statistics say that there are bytes in all its rows, or
         in none.
         """
         with _open_table(table_path) as table:
-            column = self._columns.get(table, table_path)
+            column = column or self._columns.get(table, table_path)
             first_row = 0
             for row_group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(row_group).num_rows

@@ -74,7 +74,7 @@ def load_dataset(
                 dataset = _with_other_images(dataset, source.contents)
             if columns.given() and dataset.columns != columns:
                 raise DatasetError(
-                    f"{', '.join(columns.given())}: for Parquet tables, but {location} is {dataset.format}"
+                    f"{', '.join(columns.given())} applies only to Parquet tables, and {location} is {dataset.format}"
                 )
             _check_places(dataset, source.base, allow_outside_paths)
             if dataset.leaks and refuse_leaks:

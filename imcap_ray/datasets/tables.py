@@ -47,8 +47,8 @@ def read_parquet(source: Source) -> CaptionedImages | None:
     if source.columns.id is None:
         for name, unused in unused_ids.items():
             collector.odd(
-                "table has ids that are neither text nor numbers nor bytes, not used",
-                "tables have ids that are neither text nor numbers nor bytes, not used",
+                "table has an id column of an unsupported type, which is ignored",
+                "tables have an id column of an unsupported type, which is ignored",
                 f"{name}, {unused}",
             )
     packed: dict[str, PackedImage] = {}

@@ -87,7 +87,7 @@ def _add_captions(collector: Collector, tar: str, members: _Members, packed: dic
     for kind, numbers in (
         (("caption file has no image", "caption files have no image"), pairing.unpaired),
         (
-            ("caption file may belong to one image or another", "caption files may belong to one image or another"),
+            ("caption file matches several images", "caption files match several images"),
             pairing.ambiguous,
         ),
         (

@@ -47,7 +47,6 @@ from imcap_ray.errors import (
     ImcapError,
     InputChangedError,
     InputError,
-    OutputError,
     StalledError,
 )
 from imcap_ray.manifest import (
@@ -300,6 +299,9 @@ def plan_captioning(
     run = folder.read_run() or {}
     if not overwrite:
         folder.claim(identity)
+    known_from = folder.manifest if not overwrite else None
+    if overwrite and folder.next().is_of(identity):  # left by a run with --overwrite, which the same command resumes
+        known_from = folder.next().manifest
     with TemporaryDirectory() as manifest:
         found = build_manifest(
             input,
@@ -309,9 +311,8 @@ def plan_captioning(
             allow_outside_paths=allow_outside_paths,
             output=output,
             columns=columns,
+            known_from=known_from,
         )
-    if run and not overwrite:
-        _refuse_other_columns(folder, run, found)
     num_images, num_done = found.num_images, 0
     if run and not overwrite:  # then its manifest has been counted to its end
         num_images = max(num_images, folder.count_manifest())
@@ -333,16 +334,6 @@ def plan_captioning(
         image_column=found.image_column,
         id_column=found.id_column,
     )
-
-
-def _refuse_other_columns(folder: CaptionsFolder, run: dict[str, Any], found: InputSummary) -> None:
-    """Raise OutputError if the rows of a folder were made from other columns, as far as run.json names them."""
-    for name, column in (("image_column", found.image_column), ("id_column", found.id_column)):
-        if name in run and run[name] and column and run[name] != column:
-            raise OutputError(
-                f"{folder.location} was made with --{name.replace('_', '-')} {run[name]}, now {column}: give that "
-                "column, choose another OUTPUT, or give --overwrite to start again"
-            )
 
 
 def _choose_actors(

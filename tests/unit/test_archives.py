@@ -2,12 +2,27 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from imcap_ray.archives import ImageIds, block_of, list_files, open_tar, read_files, split_name
+from imcap_ray.archives import (
+    IdSet,
+    ImageIds,
+    Pairing,
+    block_of,
+    list_files,
+    open_tar,
+    pair_members,
+    read_files,
+    split_name,
+)
 from imcap_ray.errors import ImageError, InputError
 from imcap_ray.image_sources import read_rows
 from imcap_ray.manifest import InputSummary, build_manifest, read_table
@@ -112,6 +127,86 @@ def test_a_tar_that_cannot_be_read_to_its_end_is_refused_by_name(tmp_path: Path,
 
     with pytest.raises(InputError, match=f"{path} is damaged, ends early or is not an uncompressed tar"):
         build_manifest(str(tmp_path / "in"), str(tmp_path / "manifest"))
+
+
+def slow_pairing(images: Sequence[str], texts: Sequence[str]) -> Pairing:
+    """The rule of `pair_members` with every text compared with every image."""
+
+    def clean(name: str) -> str:
+        return name.removeprefix("./")
+
+    def key(name: str) -> str:
+        return split_name(name)[0]
+
+    def stem(name: str) -> str:
+        return clean(name).rpartition(".")[0]
+
+    image_stems = {stem(name) for name in images}
+    is_key_enough = not any(stem(one) == stem(two) != key(one) for one in images for two in texts)
+    pairing, images_of = Pairing([[] for _ in images]), {clean(text): set[str]() for text in texts}
+    for number, image in enumerate(images):
+        here = list(dict.fromkeys(clean(text) for text in texts if key(text) == key(image)))
+        free = [text for text in here if stem(text) not in image_stems]
+        own = [text for text in here if stem(text) == stem(image)]
+        own += [text for text in free if stem(text).startswith(f"{stem(image)}.")]
+        common = [text for text in free if stem(image).startswith(f"{stem(text)}.")]
+        is_only = len({clean(name) for name in images if key(name) == key(image)}) == 1
+        if not own and not common and is_only and is_key_enough:
+            own = here
+        same = [one for one, name in enumerate(images) if clean(name) == clean(image)]
+        for level in (own, common):
+            found = []
+            for text in level:
+                images_of[text].add(clean(image))
+                positions = [one for one, name in enumerate(texts) if clean(name) == text]
+                if len(positions) == len(same):
+                    found.append(positions[same.index(number)])
+            if found:
+                pairing.texts[number].append(found)
+    counts = Counter(clean(name) for name in (*images, *texts))
+    for number, text in enumerate(texts):
+        if any(counts[image] != counts[clean(text)] for image in images_of[clean(text)]):
+            pairing.ambiguous.append(number)
+        elif not images_of[clean(text)]:
+            pairing.unpaired.append(number)
+    return pairing
+
+
+STEMS = st.sampled_from(["k", "k.a", "k.b", "k.a.b", "k.a.b.c", "k.ab", "k..a", "m", "m.a", "./k", "d/k", "d.e/k.a"])
+NAMES = st.lists(st.builds("{}{}".format, STEMS, st.sampled_from([".x", ".y"])), max_size=12)
+
+
+@settings(max_examples=500, deadline=None)
+@given(images=NAMES, texts=NAMES)
+def test_members_are_paired_as_if_each_were_compared_with_each(images: list[str], texts: list[str]) -> None:
+    images, texts = [name.replace(".x", ".jpg") for name in images], [name.replace(".x", ".txt") for name in texts]
+
+    found, expected = pair_members(images, texts), slow_pairing(images, texts)
+
+    assert found.texts == expected.texts
+    assert (sorted(found.unpaired), sorted(found.ambiguous)) == (expected.unpaired, expected.ambiguous)
+
+
+def test_a_tar_whose_images_all_have_one_key_is_paired_without_comparing_each_with_each() -> None:
+    stems = [f"2023.05.{number:06}" for number in range(50_000)]  # compared with each other they take an hour
+
+    found = pair_members([f"{stem}.jpg" for stem in stems], [f"{stem}.caption.txt" for stem in stems])
+
+    assert found == Pairing([[[number]] for number in range(50_000)])
+
+
+def test_a_set_of_ids_takes_few_bytes_for_each() -> None:
+    names = [f"folder/{number}.jpg" for number in range(100_000)]
+
+    tracemalloc.start()
+    ids = IdSet(iter(names))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert size < 16 * len(names)
+    assert all(name in ids for name in names)
+    assert not any(f"{name}.png" in ids for name in names)
+    assert "a" not in IdSet([])
 
 
 @pytest.mark.parametrize(

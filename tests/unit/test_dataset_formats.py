@@ -549,8 +549,8 @@ def test_repeated_members_of_a_tar_keep_their_own_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "note"),
     [
-        (["a.jpg", "a.txt", "a.jpg"], "1 caption file may belong to one image or another: a.tar, a.txt"),
-        (["a.jpg", "a.txt", "a.txt"], "2 caption files may belong to one image or another: a.tar, a.txt, a.tar, a.txt"),
+        (["a.jpg", "a.txt", "a.jpg"], "1 caption file matches several images: a.tar, a.txt"),
+        (["a.jpg", "a.txt", "a.txt"], "2 caption files match several images: a.tar, a.txt, a.tar, a.txt"),
     ],
 )
 def test_what_repeated_members_leave_open_is_named_and_not_decided(tmp_path: Path, names: list[str], note: str) -> None:
@@ -700,7 +700,9 @@ def test_the_columns_of_a_data_set_can_be_named(tmp_path: Path) -> None:
 def test_columns_are_for_tables(tmp_path: Path) -> None:
     write_sidecars(tmp_path)
 
-    with pytest.raises(DatasetError, match="--caption-column title: for Parquet tables, but .* is a folder of images"):
+    with pytest.raises(
+        DatasetError, match="--caption-column title applies only to Parquet tables, and .* is a folder of images"
+    ):
         load_dataset(str(tmp_path), columns=ColumnOptions(caption="title"))
 
 
@@ -789,6 +791,14 @@ def test_captioned_images_of_two_kinds_are_refused_by_name(
         DatasetError, match="captioned images of two kinds: 4 with a caption file next to them .*ball.png"
     ):
         load_dataset(str(tmp_path))
+
+
+def test_a_table_of_other_things_next_to_captioned_images_is_no_part_of_the_data_set(tmp_path: Path) -> None:
+    write_sidecars(tmp_path)
+    before = load_dataset(str(tmp_path)).references()
+    pq.write_table(pa.table({"path": ["train.py", "", "1"], "line": [1, 2, 3]}), tmp_path / "log.parquet")
+
+    assert load_dataset(str(tmp_path)).references() == before
 
 
 def test_images_in_tars_and_in_tables_are_refused_in_every_command(tmp_path: Path) -> None:

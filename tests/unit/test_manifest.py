@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from collections.abc import Sequence
@@ -586,6 +587,38 @@ def test_tables_of_one_input_may_call_their_images_differently(source: Path, tar
     assert summary.image_column == "img, image, photo"
 
 
+@pytest.mark.parametrize("names", list(itertools.permutations("abc")))
+def test_the_order_of_tables_does_not_decide_which_columns_fit_together(
+    source: Path, target: str, names: tuple[str, ...]
+) -> None:
+    tables = [
+        {"img": IMAGES[:2]},
+        {"image": IMAGES[2:4], "img": THUMBNAILS[2:4]},
+        {"image_bytes": IMAGES[4:6], "jpg": THUMBNAILS[4:6]},
+    ]
+    for name, table in zip(names, tables, strict=True):
+        write_table(source / f"{name}.parquet", {**table, "id": [f"{name}0", f"{name}1"]})
+
+    build_manifest(str(source), target)
+
+    rows = dict(zip(ids(target), captured_bytes(read(target), target), strict=True))
+    for number, name in enumerate(names):
+        assert [rows[f"{name}0"], rows[f"{name}1"]] == IMAGES[2 * number : 2 * number + 2]
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_columns_that_no_order_fits_are_refused_in_either_order(source: Path, target: str, names: str) -> None:
+    tables: list[dict[str, Any]] = [
+        {"data": IMAGES[:2], "image_path": ["a", "b"]},
+        {"data": ["1", "2"], "image_path": ["c", "d"]},
+    ]
+    for name, table in zip(names, tables, strict=True):
+        write_table(source / f"{name}.parquet", table)
+
+    with pytest.raises(InputError, match=r"b.parquet has images in column \w+, and other tables have theirs in \w+"):
+        build_manifest(str(source), target)
+
+
 def test_a_table_without_rows_decides_nothing(source: Path, target: str) -> None:
     write_table(source / "a.parquet", {"photo": pa.array([], pa.binary())})
     write_table(source / "b.parquet", {"photo": IMAGES[:2]})
@@ -673,6 +706,71 @@ def test_a_table_that_names_other_images_than_those_next_to_it_is_refused_by_nam
     ):
         build_manifest(str(source), target)
     assert build_manifest(str(source / "data"), target, allow_outside_paths=True).num_images == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("path", ["train.py", "train.py", "setup.cfg"]),  # train.py is there
+        ("path", ["train.py", "lost.jpg", "b.png"]),
+        ("file", ["1", "2", ""]),
+        ("file_name", ["", "a.jpg", None]),
+        ("image_path", ["/nowhere/before/a.jpg", "/nowhere/before/b.png"]),
+        ("uri", ["https://example.com/page?number=1", "http://example.com/"]),
+    ],
+)
+def test_a_table_next_to_image_files_that_names_no_other_image_is_ignored(
+    source: Path, target: str, column: str, values: list[str | None]
+) -> None:
+    touch(source, "a.jpg", "b.png")
+    (source / "train.py").write_text("import torch  # and more, so that it is longer than the header of an image")
+    write_table(source / "log.parquet", {column: values})
+
+    summary = build_manifest(str(source), target)
+
+    assert ids(target) == ["a.jpg", "b.png"]
+    assert summary.notes == (f"{source}: 1 of the tables hold no images and are ignored: log.parquet",)
+    assert (summary.num_ignored, summary.image_column) == (2, None)
+
+
+@pytest.mark.parametrize(
+    "value", ["../other/c.jpg", "{outside}/c.jpg", "photo", "s3://bucket/c.jpg", "s3://b/c", "https://host/c.jpg?w=20"]
+)
+def test_an_image_that_only_a_table_names_is_never_missing_silently(source: Path, target: str, value: str) -> None:
+    touch(source, "a.jpg")
+    (source / "photo").write_bytes(IMAGES[0])
+    touch(source.parent, "other/c.jpg")
+    paths = ["train.py"] * 30 + [value.format(outside=source.parent / "other")]
+    write_table(source / "log.parquet", {"path": paths})
+
+    with pytest.raises(InputError, match=r"log.parquet names images that are not among them \(row 30: '"):
+        build_manifest(str(source), target)
+
+
+def test_a_table_of_other_things_in_a_store_is_ignored(target: str) -> None:
+    place = "memory://other-things"
+    storage.write_bytes(f"{place}/a.jpg", IMAGES[0])
+    storage.write_bytes(f"{place}/train.py", b"import torch" * 9)
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"path": ["train.py", "1", "lost.py"]}), sink)
+    storage.write_bytes(f"{place}/log.parquet", sink.getvalue().to_pybytes())
+
+    assert build_manifest(place, target).num_images == 1
+
+    storage.write_bytes(f"{place}/1", IMAGES[1])
+    with pytest.raises(InputError, match=r"names images that are not among them \(row 1: "):
+        build_manifest(place, target)
+
+
+def test_a_table_that_is_ignored_does_not_decide_which_columns_the_others_have(source: Path, target: str) -> None:
+    touch(source, "a.jpg")
+    write_table(source / "captions.parquet", {"image_path": ["a.jpg"], "caption": ["x"]})
+    write_table(source / "images.parquet", {"photo": IMAGES[:2], "id": ["x", "y"]})
+
+    summary = build_manifest(str(source), target)
+
+    assert (summary.image_column, read_image_columns(target)) == ("photo", ["photo"])
+    assert ids(target) == ["a.jpg", "x", "y"]
 
 
 def test_an_image_file_and_a_row_of_the_same_id_are_refused(source: Path, target: str) -> None:

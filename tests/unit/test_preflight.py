@@ -28,6 +28,7 @@ from imcap_ray.distributed.preflight import _Marks, find_problem, require_visibl
 from imcap_ray.distributed.trainer import TrainingPlan, prepare_training
 from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.errors import ClusterError, InputError, OutputError
+from imcap_ray.manifest import build_manifest
 from tests import small_data
 from tests.fakes import EchoCaptioner
 
@@ -226,12 +227,54 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
         plan(None)
     found = plan("left")
     folder.write_run(_identity(str(table), EchoCaptioner()) | {"image_column": "left", "id_column": "id"})
+    build_manifest(str(table), folder.manifest, columns=ColumnOptions(image="left"))
 
     assert (found.image_column, found.id_column) == ("left", "id")
     assert found.notes == (f"{table}: images from column left (bytes), ids from column id",)
     assert plan("left").image_column == "left"
-    with pytest.raises(OutputError, match="was made with --image-column left, now right: .*--overwrite"):
+    with pytest.raises(InputError, match="read from column left, and would now be read from right: .*--overwrite"):
         plan("right")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("before", "now", "problem"),
+    [
+        ({"a": ["image"]}, {"a": ["image"], "b": ["img"]}, ""),
+        ({"a": ["image"]}, {"a": ["image"], "b": ["image", "img"]}, ""),
+        ({"a": ["img"]}, {"a": ["img"], "b": ["image", "img"]}, "read from column img, and would now be read from ima"),
+        ({"a": ["img"], "b": ["image"]}, {"a": ["image", "img"]}, "read from column img, and would now be read from i"),
+        ({"a": ["image"]}, {"a": ["image", "image_id"]}, "were those of no column, and would now be those of column i"),
+    ],
+)
+def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
+    tmp_path: Path, before: dict[str, list[str]], now: dict[str, list[str]], problem: str, overwrite: bool
+) -> None:
+    source, folder = tmp_path / "in", CaptionsFolder(str(tmp_path / "out"))
+    folder.write_run(_identity(str(source), EchoCaptioner()) | {"state": "complete"})
+    for tables in (before, now):
+        shutil.rmtree(source, ignore_errors=True)
+        source.mkdir()
+        for number, (name, columns) in enumerate(tables.items()):
+            values = {column: [f"{name}"] if column == "image_id" else [small_data.jpeg(number)] for column in columns}
+            pq.write_table(pa.table(values), source / f"{name}.parquet")
+        if tables is before:
+            build_manifest(str(source), folder.manifest)
+    manifest = {path.name: path.read_bytes() for path in Path(folder.manifest).iterdir()}
+
+    def plan() -> CaptioningPlan:
+        return plan_captioning(
+            str(source), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES, overwrite=overwrite
+        )
+
+    if problem and not overwrite:
+        for refuse in (plan, lambda: build_manifest(str(source), folder.manifest)):
+            with pytest.raises(InputError, match=problem):
+                refuse()
+    else:
+        assert plan().num_images == len(now)
+        assert manifest == {path.name: path.read_bytes() for path in Path(folder.manifest).iterdir()}
+        build_manifest(str(source), str(tmp_path / "fresh") if overwrite else folder.manifest)
 
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: Path) -> None:
