@@ -491,7 +491,7 @@ def _require_checksums(location: str, checksums: Any, digests: Mapping[str, Any]
             raise ModelError(
                 f"{location}: {name} is damaged, or was changed: its sha256 is {digests[name].hexdigest()[:12]}..., "
                 f"{CONFIG_FILE} expects {str(checksums[name])[:12]}...: copy the folder again, or remove {CHECKSUMS!r} "
-                f"from {CONFIG_FILE} if the change is yours"
+                f"from {CONFIG_FILE} if you made the change"
             )
 
 
@@ -505,7 +505,7 @@ def _read_tensors(location: str, data: bytes) -> dict[str, Tensor]:
         reason = " ".join(str(error).split())[:300] or "no memory"
         raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {reason}") from error
     if broken:
-        raise ModelError(f"{location}: {WEIGHTS_FILE} holds values that are no numbers, in {broken[0][:100]} first")
+        raise ModelError(f"{location}: {WEIGHTS_FILE} contains non-finite values, first in {broken[0][:100]}")
     return tensors
 
 

@@ -39,7 +39,7 @@ def require_cuda() -> None:
         rule = f", and CUDA {built_for} needs driver {least} or newer" if least else ""
         reason = f"PyTorch {torch.__version__} is built for CUDA {built_for}{rule}; {found}"
     raise ImcapError(
-        f"a GPU is reserved for this process, but CUDA cannot be used: {reason}. --gpus-per-worker 0 computes on CPUs"
+        f"a GPU is reserved for this process, but CUDA cannot be used: {reason}; use --gpus-per-worker 0 to run on CPUs"
     )
 
 

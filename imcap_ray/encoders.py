@@ -372,8 +372,8 @@ def build_encoder(
     load_weights = load_weights and tensors is None
     if load_weights and weights_path is None and expected is not None and not expected.portable:
         raise ModelError(
-            f"the CNN's weights are not in the model folder, and no library has them ({expected.source[:100]}): "
-            "give the file: --encoder-weights FILE"
+            f"the CNN's weights are not in the model folder and are not available from any library "
+            f"({expected.source[:100]}); pass them with --encoder-weights FILE"
         )
 
     if architecture is None:
@@ -439,7 +439,7 @@ def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> s
         if found[name].shape != tensor.shape:
             return f"{name} must have the shape {tuple(tensor.shape)}, got {tuple(found[name].shape)}"
         if found[name].is_floating_point() != tensor.is_floating_point():
-            return f"{name} must hold numbers of type {tensor.dtype}, got {found[name].dtype}"
+            return f"{name} must have dtype {tensor.dtype}, got {found[name].dtype}"
     return next((f"{name[:100]} is not expected" for name in found if name not in expected), "")
 
 
@@ -560,7 +560,7 @@ def _load_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]]
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
         if broken:
-            raise ValueError(f"values that are not numbers, in {broken[0]} first")
+            raise ValueError(f"it contains non-finite values, first in {broken[0]}")
         cnn.load_state_dict(tensors)
     except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__

@@ -364,7 +364,7 @@ def _attended(
     if attend is None or not count or not candidates:
         return [], ""
     places = np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))
-    found, reason = [], "none of their photographs can be read as it was captioned"
+    found, reason = [], "none of their photographs is available in the version that was captioned"
     chosen = [candidates[place] for place in places]
     for row, data in zip(chosen, load_images(chosen), strict=True):
         if isinstance(data, ImageError):

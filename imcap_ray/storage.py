@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import posixpath
 import re
@@ -11,7 +12,7 @@ import stat
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -22,7 +23,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-from imcap_ray.errors import InputError
+from imcap_ray.errors import ImcapError, InputError
 
 S3_ATTEMPTS: Final = 11
 """How often a request to S3 is tried, unless AWS_MAX_ATTEMPTS gives another number. The first retry is immediate, and
@@ -52,6 +53,11 @@ _TEMPORARY_LETTERS: Final = 60  # of the file's own name; 4 bytes each in UTF-8 
 _COPY_BYTES: Final = 16 * 2**20
 _SECOND_NS: Final = 10**9
 _LISTINGS_AT_A_TIME: Final = 16
+_FILES_AT_A_TIME: Final = 1000
+
+_NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+_REFUSED_STATUS: Final = (401, 403, 404, 405, 501)
+"""HTTP statuses that come again, as the errors of fsspec's web stores have them."""
 
 _FORBIDDEN: Final = re.compile(r"AWS Error ACCESS_DENIED|HTTP status (401|403)\b")
 _SECRET_NAMES: Final = (
@@ -409,41 +415,102 @@ def _int64_or_unknown(modified_ns: int) -> int:
     return modified_ns if -(2**63) <= modified_ns < 2**63 else 0
 
 
+def describe_file_or_nothing(location: str) -> ListedFile | None:
+    """As `describe_file`; None for a file that the store does not allow to be described.
+
+    Raises:
+        ImcapError: the store failed.
+    """
+    try:
+        return describe_file(location)
+    except ImcapError:
+        raise
+    except Exception as error:  # a library under fsspec raises anything
+        if _is_refused(error):
+            return None
+        raise _cannot_describe(location, error) from error
+
+
 def describe_files(locations: Iterable[str]) -> dict[str, ListedFile]:
     """Size and time of these files, as a listing shows them; -1 and 0 for a file that is missing or cannot be asked.
 
     A store is asked for listings of the files' folders, a thousand files a request, and never for a file that is the
-    only one of its folder: that would be a request for each, and its size and time stay unknown.
+    only one of its folder: that would be a request for each, and its size and time stay unknown. A folder is listed to
+    its end, however few of its files are wanted, because nothing says beforehand how many it has: a few files of a
+    folder of millions are better copied to a folder of their own. pyarrow holds the listings of at most 16 folders in
+    memory at a time; only the wanted files are kept.
+
+    Raises:
+        ImcapError: a store or a file system failed.
     """
-    found = {}
+    local: list[str] = []
     in_folders: dict[str, dict[str, str]] = defaultdict(dict)
+    found = {}
     for location in locations:
         if is_uri(location):
-            in_folders[parent(location)][location.rpartition("/")[2]] = location
-        size, modified_ns = (-1, 0) if is_uri(location) else _size_and_time(location)
-        found[location] = ListedFile(location, location.rpartition("/")[2], size, modified_ns)
+            name = location.rpartition("/")[2]
+            in_folders[parent(location)][name] = location
+            found[location] = ListedFile(location, name, -1, 0)
+        else:
+            local.append(location)
+    folders = {folder: names for folder, names in in_folders.items() if len(names) > 1}
+    pieces = [local[start : start + _FILES_AT_A_TIME] for start in range(0, len(local), _FILES_AT_A_TIME)]
     with ThreadPoolExecutor(_LISTINGS_AT_A_TIME) as threads:
-        folders = [folder for folder, names in in_folders.items() if len(names) > 1]
-        for folder, listed in zip(folders, threads.map(_list_or_nothing, folders), strict=True):
-            for name, is_folder, size, modified_ns in listed:
-                if not is_folder and (file := in_folders[folder].get(name)):
-                    found[file] = ListedFile(file, name, size, modified_ns)
+        for described in itertools.chain(
+            threads.map(_describe_local, pieces), threads.map(_list_wanted, folders, folders.values())
+        ):
+            found.update((file.location, file) for file in described)
     return found
+
+
+def _describe_local(paths: Sequence[str]) -> list[ListedFile]:
+    return [ListedFile(path, path.rpartition("/")[2], *_size_and_time(path)) for path in paths]
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
-    except (OSError, ValueError):  # missing; a name with a zero byte
+    except ValueError:  # a name with a zero byte
         return -1, 0
+    except OSError as error:
+        if error.errno in _NO_FILE or _is_forbidden(error):
+            return -1, 0
+        raise _cannot_describe(path, error) from error
     return status.st_size, _int64_or_unknown(status.st_mtime_ns)
 
 
-def _list_or_nothing(folder: str) -> list[tuple[str, bool, int, int]]:
+def _list_wanted(folder: str, wanted: Mapping[str, str]) -> list[ListedFile]:
+    """The files of a folder with these names, given with their locations; none if it may not be listed."""
     try:
-        return _list_remote(*resolve(folder))
-    except Exception:  # a store may let its files be read and not be listed, and a library under fsspec raises anything
-        return []
+        filesystem, path = resolve(folder)
+        try:
+            entries = _entries_remote(filesystem, path)
+        except FileNotFoundError:
+            if not isinstance(filesystem, fs.PyFileSystem):
+                raise
+            filesystem.handler.fs.ls(path)  # to pyarrow a folder that fsspec fails to look at is one that is not there
+            entries = _entries_remote(filesystem, path)
+    except ImcapError:
+        raise
+    except Exception as error:  # a library under fsspec raises anything
+        if _is_refused(error):  # a store may let its files be read and not be listed
+            return []
+        raise _cannot_describe(folder, error) from error
+    return [
+        ListedFile(wanted[entry.base_name], entry.base_name, entry.size or 0, _int64_or_unknown(entry.mtime_ns or 0))
+        for entry in entries
+        if entry.base_name in wanted and entry.type != fs.FileType.Directory
+    ]
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether asking again would be answered the same way: it is not there, not allowed or not offered."""
+    kinds = (FileNotFoundError, NotADirectoryError, NotImplementedError)
+    return isinstance(error, kinds) or _is_forbidden(error) or getattr(error, "status", None) in _REFUSED_STATUS
+
+
+def _cannot_describe(location: str, error: Exception) -> ImcapError:
+    return ImcapError(hide_secrets(f"size and time of files in {location} cannot be read: {error}"))
 
 
 def list_parquet(folder: str) -> list[str]:
@@ -499,13 +566,17 @@ def _list_local(path: str) -> list[tuple[str, bool, int, int]]:
 
 
 def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, int, int]]:
-    if isinstance(filesystem, fs.PyFileSystem):  # fsspec remembers listings, and others write to the store as well
-        filesystem.handler.fs.invalidate_cache()
-    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
     return [
         (entry.base_name, entry.type == fs.FileType.Directory, entry.size or 0, _int64_or_unknown(entry.mtime_ns or 0))
-        for entry in entries
+        for entry in _entries_remote(filesystem, path)
     ]
+
+
+def _entries_remote(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec remembers listings, and others write to the store as well
+        filesystem.handler.fs.invalidate_cache()
+    entries: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
+    return entries
 
 
 def _printable(name: str) -> str:

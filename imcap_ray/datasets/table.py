@@ -17,7 +17,7 @@ import pyarrow as pa
 from imcap_ray import storage
 from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.datasets.encodings import decode_text
-from imcap_ray.errors import DatasetError, InputError
+from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import MANIFEST_SCHEMA, Listing, with_image_columns
 from imcap_ray.storage import ListedFile
 
@@ -91,7 +91,7 @@ class CaptionedImages:
     """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name, or
     the table's and the row's number."""
     tables: Mapping[str, ListedFile] = field(default_factory=dict)
-    """By location, the tables and tars of `packed` as they were when they were read."""
+    """By location, the tables and tars as they were when they were read."""
     leaks: list[Leak] = field(default_factory=list)
     """Images in two splits; `load_dataset` refuses them unless it is told not to."""
     without_captions: frozenset[str] = frozenset()
@@ -322,13 +322,24 @@ class Collector:
         except OSError as error:
             raise DatasetError(f"{location} cannot be read: {error}") from error
 
-    def to_dataset(self, *, folder: str = "", packed: Mapping[str, PackedImage] | None = None) -> CaptionedImages:
+    def to_dataset(
+        self,
+        *,
+        folder: str = "",
+        packed: Mapping[str, PackedImage] | None = None,
+        tables: Mapping[str, ListedFile] | None = None,
+    ) -> CaptionedImages:
         """The data set: with the official splits, where any image has one, else each image's by a hash of its name.
 
         Args:
             folder: where the images are that were added without a path.
+            tables: by location, the tables and tars that were read, as `describe_tables` found them before.
+
+        Raises:
+            DatasetError: nothing can be used, or a table or tar was rewritten while it was read.
         """
         location = self.source.location
+        _refuse_rewritten(tables or {})
         has_splits = bool(self.splits)
         splits = self.splits if has_splits else {image_id: split_of(image_id) for image_id in self.captions}
         chosen = [image_id for image_id in splits if image_id in self.captions]
@@ -353,7 +364,7 @@ class Collector:
             self.terms,
             left_out=self._rows(left_out, {}, folder),
             packed=packed or {},
-            tables=describe_tables({place.table_path for place in (packed or {}).values()}),
+            tables=tables or {},
             leaks=leaks,
             without_captions=frozenset(self.without_captions - self.captions.keys()),
         )
@@ -371,18 +382,27 @@ class Collector:
 
 
 def describe_tables(locations: Iterable[str]) -> dict[str, ListedFile]:
-    """Size and time of these tables and tars; -1 and 0 for one that cannot be asked."""
+    """Size and time of these tables and tars; -1 and 0 for one that is missing or may not be described.
+
+    Raises:
+        ImcapError: the store failed.
+    """
 
     def describe(location: str) -> ListedFile:
-        try:
-            file = storage.describe_file(location)
-        except (OSError, InputError):
-            return _UNKNOWN
-        return file if file.size else _UNKNOWN  # a file that is missing is described as empty, and no table is
+        file = storage.describe_file_or_nothing(location)
+        return file if file and file.size else _UNKNOWN  # a missing file is described as empty, and no table is
 
     chosen = sorted(locations)
     with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as threads:
         return dict(zip(chosen, threads.map(describe, chosen), strict=True))
+
+
+def _refuse_rewritten(before: Mapping[str, ListedFile]) -> None:
+    """Raise DatasetError if a table or tar is no longer the version that this description is of."""
+    for location, now in describe_tables(before).items():
+        old = before[location]
+        if not storage.is_same_version(location, (old.size, old.modified_ns), (now.size, now.modified_ns)):
+            raise DatasetError(f"{location} was rewritten while it was read: run the same command again")
 
 
 def split_of(image_id: str) -> str:

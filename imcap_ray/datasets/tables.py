@@ -12,7 +12,15 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 from imcap_ray.columns import ImageColumn, ImageColumns, require_column
 from imcap_ray.datasets.records import CAPTION_FIELDS, SPLIT_FIELD, captions_in, has_caption_field, is_caption_field
-from imcap_ray.datasets.table import CaptionedImages, Collector, PackedImage, Source, split_in_name, split_in_path
+from imcap_ray.datasets.table import (
+    CaptionedImages,
+    Collector,
+    PackedImage,
+    Source,
+    describe_tables,
+    split_in_name,
+    split_in_path,
+)
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.manifest import IdColumns, describe_unused_ids, id_texts, list_table_images, refuse_pickles
 from imcap_ray.storage import ListedFile
@@ -30,7 +38,13 @@ def read_parquet(source: Source) -> CaptionedImages | None:
     names = source.files_ending("parquet")
     if not names:
         return None
-    tables = {name: ListedFile(storage.join(source.base, name), name, -1, 0) for name in names}
+    # Before anything is read: a table that is rewritten meanwhile must not count as the version that was read.
+    locations = {name: storage.join(source.base, name) for name in names}
+    versions = describe_tables(locations.values())
+    tables = {
+        name: ListedFile(location, name, versions[location].size, versions[location].modified_ns)
+        for name, location in locations.items()
+    }
     schemas = {name: _read_schema(table.location) for name, table in tables.items()}
     usual = [] if source.is_deep else source.usual_files_ending("parquet")
     without = [name for name in names if name not in usual and not _has_captions(schemas[name], source.columns.caption)]
@@ -96,7 +110,7 @@ def read_parquet(source: Source) -> CaptionedImages | None:
         raise
     except InputError as error:
         raise DatasetError(str(error)) from error
-    dataset = collector.to_dataset(packed=packed)
+    dataset = collector.to_dataset(packed=packed, tables={table.location: table for table in tables.values()})
     caption_names = {name: None for of_table in captions.values() for name in of_table.values()}
     notes = [f"captions from column {', '.join(caption_names)}"]
     if has_images:

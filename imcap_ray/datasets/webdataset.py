@@ -13,6 +13,7 @@ from imcap_ray.datasets.table import (
     Collector,
     PackedImage,
     Source,
+    describe_tables,
     split_in_name,
     split_in_path,
 )
@@ -51,9 +52,11 @@ def read_webdataset(source: Source) -> CaptionedImages | None:
     collector = Collector(source, f"WebDataset, {len(names):,} tar{'s' * (len(names) != 1)}")
     ids = archives.ImageIds()
     packed: dict[str, PackedImage] = {}
+    # Before anything is read: a tar that is rewritten meanwhile must not count as the version that was read.
+    tables = describe_tables(storage.join(source.base, name) for name in names)
     for name in names:
         _add_captions(collector, name, _read_tar(collector, name, ids), packed)
-    return collector.to_dataset(packed=packed)
+    return collector.to_dataset(packed=packed, tables=tables)
 
 
 def _add_captions(collector: Collector, tar: str, members: _Members, packed: dict[str, PackedImage]) -> None:

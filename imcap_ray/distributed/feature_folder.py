@@ -2,7 +2,7 @@
 
     FOLDER/*.parquet          the parts, under unique names; a part never changes
     FOLDER/_imcap/seal.json   the parts that count, with their hashes
-                  users/NAME  a training that uses them, rewritten while it lives: its name, machine and process
+                  users/NAME  a training that uses them, rewritten while it lives: its name, machine, process and time
                   encoding/NAME  there while that user encodes, or is about to
                   work/NAME/  what Ray Data keeps while that user encodes
 
@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Final
 
 from imcap_ray import storage
@@ -53,7 +54,7 @@ class FeatureFolder:
 
     def beat(self) -> None:
         """Give a sign of life."""
-        user = {"training": self._training, "machine": _machine(), "process": os.getpid()}
+        user = {"training": self._training, "machine": _machine(), "process": os.getpid(), "time_ns": time.time_ns()}
         storage.write_bytes(storage.join(self._users, self.name), json.dumps(user).encode())
 
     def try_to_beat(self) -> None:
@@ -109,27 +110,35 @@ class FeatureFolder:
     def live_others(self) -> dict[str, str]:
         """The names of other users that live, each with the name of its training.
 
-        Their signs of life are compared with this user's, whose time comes from the same clock.
+        Their signs of life are compared with this user's, whose time comes from the same clock: the store's, or where
+        that knows no times, the machines'.
         """
         self.beat()
         files = {file.name: file for file in storage.list_files(self._users, recursive=False)}
-        now = files[self.name].modified_ns if self.name in files else time.time_ns()
+        now = (files[self.name].modified_ns if self.name in files else 0) or time.time_ns()
         others = {}
         for name, file in files.items():
             if name == self.name or storage.is_temporary(name):
                 continue
             is_old = file.modified_ns and now - file.modified_ns > DEAD_SECONDS * 1e9
-            training = "" if is_old else self._training_of(file.location)
+            training = "" if is_old else self._training_of(file.location, has_time=file.modified_ns != 0)
             if training not in ("", self._training):
                 others[name] = training
         return others
 
-    def _training_of(self, location: str) -> str:
-        """The name of a user's training; "" if the user's process has ended, as far as this machine can tell."""
+    def _training_of(self, location: str, *, has_time: bool) -> str:
+        """The name of a user's training; "" if the user's process has ended, as far as this machine can tell.
+
+        Args:
+            has_time: whether the store knows when the user's file was written; else the time in it counts.
+        """
         try:
             user = json.loads(self._read(location))
             training, machine, process = str(user["training"]), user["machine"], int(user["process"])
+            written_ns = int(user.get("time_ns", 0))  # earlier versions wrote none
         except (ValueError, KeyError, TypeError):
+            return ""
+        if not has_time and written_ns and time.time_ns() - written_ns > DEAD_SECONDS * 1e9:
             return ""
         return "" if machine == _machine() and not _is_running(process) else training
 
@@ -156,11 +165,13 @@ class FeatureFolder:
 
 
 def _machine() -> str:
-    """A name of what numbers this process: the machine, or the container."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
+    """A name of what numbers this process: the machine, or the container. Two machines may have the same host name."""
+    name = socket.gethostname()
+    with suppress(OSError):
+        name += f" {os.readlink('/proc/self/ns/pid')}"
+    with suppress(OSError):
+        name += f" {Path('/proc/sys/kernel/random/boot_id').read_text().strip()}"
+    return name
 
 
 def _is_running(process: int) -> bool:

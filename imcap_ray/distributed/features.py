@@ -194,6 +194,7 @@ def cache_features(
     training: str = "",
     echo: Callable[[str], None] = lambda line: None,
     check: Callable[[], None] = lambda: None,
+    on_use: Callable[[FeatureFolder], None] = lambda use: None,
 ) -> FeatureCache:
     """Features of each image of a table of `MANIFEST_SCHEMA`, in Parquet files in `folder`.
 
@@ -207,6 +208,7 @@ def cache_features(
         training: see `FeatureFolder`.
         echo: called with a line if another training, or room on the cluster, has to be waited for.
         check: raises if this training may not write any more.
+        on_use: called with this training's use of the folder as soon as it has given a sign of life.
 
     Raises:
         DatasetError: not one image could be read.
@@ -214,6 +216,7 @@ def cache_features(
     """
     use = FeatureFolder(folder, training)
     use.beat()
+    on_use(use)
     with (
         repeating(use.try_to_beat, seconds=HEARTBEAT_SECONDS),
         use.encoding(echo=echo, check=check),
@@ -246,7 +249,7 @@ def complete_cache(
     origins = {row["image_id"]: origin_of(row) for batch in manifest.to_batches() for row in batch.to_pylist()}
     damage = find_damage(folder, seal_name=SEAL)
     if SEAL not in damage:
-        notes = [f"{folder}/{name} {what}, its images are encoded anew" for name, what in damage.items()]
+        notes = [f"{folder}/{name} {what}: its images are encoded again" for name, what in damage.items()]
         for name in damage:  # a part that no seal names is taken to be intact
             storage.remove(storage.join(folder, name))
     sealed = sealed_names(folder, seal_name=SEAL)

@@ -1,4 +1,4 @@
-"""The address of Ray's head service (GCS) -> the end of this process, with one line, when it does not answer any more.
+"""The address of Ray's head service (GCS) -> the end of this process, with one line, when it has stopped answering.
 
 Ray's client waits for the GCS for a minute and then aborts the process without a message, so that nothing is written
 about how the run ended.
@@ -79,7 +79,7 @@ class GcsWatch:
         for callback in [*_callbacks]:
             with contextlib.suppress(Exception):  # none of them may keep the process from ending
                 callback()
-        what = "interrupted" if exit_code != 1 else f"Ray's head at {self._address} does not answer any more"
+        what = "interrupted" if exit_code != 1 else f"Ray's head at {self._address} has stopped answering"
         with contextlib.suppress(OSError):
             print(f"imcap: {what}; what is written is kept, the same command resumes", file=sys.stderr, flush=True)
         with contextlib.suppress(Exception):

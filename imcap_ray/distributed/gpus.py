@@ -43,6 +43,6 @@ def require_gpus(gpus: float) -> None:
         except RayTaskError as error:
             if isinstance(error.cause, ImcapError):
                 raise ImcapError(f"{answers[answer]}: {error.cause}") from error
-            raise ImcapError(f"{answers[answer]}: its GPUs cannot be asked: {error.cause}") from error
+            raise ImcapError(f"{answers[answer]}: its GPUs could not be checked: {error.cause}") from error
         except RayError:
             continue  # a node that has gone meanwhile

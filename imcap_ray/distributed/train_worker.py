@@ -164,7 +164,7 @@ def train_worker(config: dict[str, Any]) -> None:
         """Whether any worker has a problem. All ask at the same place, or they would wait for each other."""
         problems = [one for one in share(problem, world_size, device) if one]
         if problems and rank == 0:
-            write_stop(work, problems[0])
+            record_stop(work, config["owner"], problems[0])
         return bool(problems)
 
     inputs = _Inputs.of(config)
@@ -206,6 +206,13 @@ def train_worker(config: dict[str, Any]) -> None:
             _report(optimization, encoder, history, work, partial(require_owner, work, config["owner"]))
         else:
             ray.train.report(history[-1], checkpoint_dir_name=checkpoint_name(len(history)))
+
+
+def record_stop(work: str, owner: str, reason: str) -> None:
+    """Record why the workers of this run have stopped, unless another run has taken over: it would take the reason for
+    its own workers'."""
+    if is_owner(work, owner):
+        write_stop(work, reason)
 
 
 def unfreeze(encoder: Encoder, first_layer: str) -> None:
@@ -373,8 +380,8 @@ def _describe_missing_captions(image_ids: Sequence[str], epoch: int, kind: str) 
     if not image_ids:
         return ""
     return (
-        f"what the model computes for {len(image_ids):,} validation images after epoch {epoch} is not finite, the "
-        f"first is {image_ids[0]}; {_LOWER[kind]}. Epochs before it are kept"
+        f"the model's outputs for {len(image_ids):,} validation images are not finite after epoch {epoch}, the first "
+        f"is {image_ids[0]}; {_LOWER[kind]}. Epochs before it are kept"
     )
 
 

@@ -42,6 +42,7 @@ from imcap_ray.captioner import (
     read_model_folder,
     save_model_folder,
 )
+from imcap_ray.columns import find_image_column_by_type, read_image_column
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
@@ -203,7 +204,8 @@ def train(
     history = resumed.history if resumed else []
     write_metrics(work, history)
 
-    with _alive(work, check):
+    uses: list[FeatureFolder] = []
+    with _alive(work, check, uses):
         caches = _cache(
             encoder,
             data=data,
@@ -215,9 +217,9 @@ def train(
             echo=echo,
             on_features=on_features,
             check=check,
+            on_use=uses.append,
         )
     check()
-    uses = [of_split.use for of_split in caches.values() if of_split.use]
     for split, of_split in caches.items():
         if failures := of_split.failures:
             first = failures[0]
@@ -446,11 +448,11 @@ def prepare_training(
 
     work = storage.join(model, WORK_FOLDER)
     settings = _settings(data, recipe, encoder, seed)
-    if data.columns.image:
-        settings["image_column"] = data.columns.image
+    if data.image_columns:
+        settings["image_columns"] = list(data.image_columns)
     if start_model:
         settings["start_from"] = start_model.fingerprint
-    _refuse_another(model, work, settings)
+    _refuse_another(model, work, settings, data)
     return PreparedTraining(
         data=data,
         model=model,
@@ -485,12 +487,14 @@ def _cache(
     echo: Callable[[str], None],
     on_features: Callable[[str, Progress, int], None],
     check: Callable[[], None],
+    on_use: Callable[[FeatureFolder], None],
 ) -> dict[str, FeatureCache]:
     """The features of each split under this encoder, made or found, and which images cannot be read.
 
     Args:
         gpus: of each process that encodes.
         training: see `FeatureFolder`.
+        on_use: called with this training's use of each folder, from then on to be kept alive.
     """
     caches = {}
     for split in (TRAIN, VALIDATION):
@@ -501,7 +505,7 @@ def _cache(
             views = Views(flip=settings.flip, crops=settings.crops, min_crop_area=settings.min_crop_area)
         key = cache_key(
             images["image_id"],
-            location=data.location + (f", column {data.columns.image}" if data.columns.image else ""),
+            location=data.location,
             encoder=recipe.encoder,
             weights=encoder.weights,
             preprocessing=recipe.preprocessing,
@@ -521,6 +525,7 @@ def _cache(
             training=training,
             echo=echo,
             check=check,
+            on_use=on_use,
         )
         for note in caches[split].notes:
             echo(f"{split} images: {note}")
@@ -538,7 +543,7 @@ def fix_validation(
     """Record the images that all epochs are scored on: those of the validation split that can be read at the start.
 
     Raises:
-        ImcapError: epochs are done, and some of their images cannot be read any more.
+        ImcapError: epochs have finished, and some of their validation images can no longer be read.
     """
     failed = {row["image_id"]: f"{row['error_message']} ({row['error_code']})" for row in cache.failures}
     readable = [image_id for image_id in data.split(VALIDATION)["image_id"].to_pylist() if image_id not in failed]
@@ -557,8 +562,8 @@ def fix_validation(
         first = [(image_id, failed[image_id]) for image_id in missing]
         raise ImcapError(f"{describe_failures(len(missing), 'validation', first)}: {VALIDATION_ADVICE}")
     if num_new := len(readable) - len(recorded):
-        images = f"{num_new:,} more validation image{'s' * (num_new != 1)}"
-        echo(f"{images} can be read now: not scored, as in the epochs so far")
+        images = "image has become readable; it is" if num_new == 1 else "images have become readable; they are"
+        echo(f"{num_new:,} validation {images} not scored, so that all epochs use the same images")
 
 
 def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
@@ -709,7 +714,7 @@ def _settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int
     return {"recipe": to_mapping(recipe), "seed": seed, "data_sha256": digest.hexdigest(), "encoder_weights": weights}
 
 
-def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
+def _refuse_another(model: str, work: str, settings: dict[str, Any], data: CaptionedImages) -> None:
     """Raise OutputError where the model's folder holds something else than this training."""
     place = storage.join(work, SETTINGS_FILE)
     if storage.exists(place):
@@ -722,6 +727,12 @@ def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
                 f"{place} is damaged, so nothing says what was trained in {model} ({error}): "
                 "bring the file back, or choose another folder"
             ) from error
+        if "image_columns" not in before and "image_columns" in settings:
+            if named := before.pop("image_column", None):
+                before["image_columns"] = [named]
+            else:
+                _refuse_another_column(model, data)
+                before["image_columns"] = settings["image_columns"]
         different = sorted(_differences(before, settings))
         if different:
             raise OutputError(
@@ -731,6 +742,23 @@ def _refuse_another(model: str, work: str, settings: dict[str, Any]) -> None:
         raise OutputError(f"{model} is a finished model: choose another folder or remove it")
     elif storage.is_file(model) or (storage.is_folder(model) and _is_somebody_elses(model)):
         raise OutputError(f"{model} exists and is no training of imcap: choose another folder")
+
+
+def _refuse_another_column(model: str, data: CaptionedImages) -> None:
+    """Raise OutputError if the earlier version that began this training read images from another column."""
+    for location in data.tables:
+        filesystem, path = storage.resolve(location)
+        try:
+            schema = pq.read_schema(path, filesystem=filesystem)
+            before = find_image_column_by_type(schema, location).name
+            now = read_image_column(schema, location, data.image_columns).name
+        except (pa.ArrowException, OSError, InputError):  # no table with images: the earlier version read none from it
+            continue
+        if before != now:
+            raise OutputError(
+                f"{model} holds a training that read the images of {location} from column {before}, and would now read "
+                f"them from {now}: give --image-column {before}, or choose another folder"
+            )
 
 
 def _is_somebody_elses(model: str) -> bool:
@@ -881,11 +909,15 @@ def _shape(inputs: FeatureCache | _Manifest, encoder: Encoder) -> tuple[int, ...
 
 
 @contextmanager
-def _alive(work: str, check: Callable[[], None], uses: Sequence[FeatureFolder] = ()) -> Iterator[None]:
-    """Give signs of life while the block runs, unless another run has taken over; in the caches' folders too."""
+def _alive(work: str, check: Callable[[], None], uses: Sequence[FeatureFolder]) -> Iterator[None]:
+    """Give signs of life while the block runs, unless another run has taken over; in the caches' folders too.
+
+    Args:
+        uses: of the caches' folders; those that are added while the block runs are kept alive as well.
+    """
 
     def beat() -> None:
-        for use in uses:
+        for use in tuple(uses):
             use.try_to_beat()
         with suppress(OSError, ImcapError):
             check()

@@ -95,7 +95,7 @@ def test_a_run_whose_gcs_dies_ends_with_one_line_and_is_marked_failed(command: C
     assert process.returncode == 1, said
     assert [line for line in said.splitlines() if line.startswith("imcap: ")] == said.splitlines()[-1:]
     assert "Ray's head at" in said and said.endswith(
-        "does not answer any more; what is written is kept, the same command resumes\n"
+        "has stopped answering; what is written is kept, the same command resumes\n"
     )
     assert "Traceback" not in said
     assert command.state() == "failed"

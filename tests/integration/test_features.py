@@ -70,8 +70,8 @@ def test_damaged_files_are_made_anew_and_only_those(
     assert features_by_image(repaired) == first
     assert max(encoded) == NUM_IMAGES - in_others
     assert repaired.notes == [
-        f"{changed} is not what was written, its images are encoded anew",
-        f"{deleted} is missing, its images are encoded anew",
+        f"{changed} is not what was written: its images are encoded again",
+        f"{deleted} is missing: its images are encoded again",
     ]
 
     # Without the seal nothing is known of the files but what they say themselves.

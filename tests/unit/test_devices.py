@@ -44,7 +44,7 @@ def test_a_reserved_gpu_that_cuda_cannot_use_is_an_error_with_both_versions(
     assert str(caught.value) == (
         "a GPU is reserved for this process, but CUDA cannot be used: "
         f"PyTorch {torch.__version__} is built for CUDA 13.0, and CUDA 13.0 needs driver 580 or newer; "
-        f"the NVIDIA driver is {driver_version()}. --gpus-per-worker 0 computes on CPUs"
+        f"the NVIDIA driver is {driver_version()}; use --gpus-per-worker 0 to run on CPUs"
     )
 
 

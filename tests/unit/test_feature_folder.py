@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -17,9 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imcap_ray import storage
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.datasets.table import PackedImage
+from imcap_ray.distributed import feature_folder
 from imcap_ray.distributed.feature_folder import DEAD_SECONDS, FeatureFolder
 from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, Views, cache_key, complete_cache
 from imcap_ray.distributed.images import origin_of
@@ -316,3 +320,39 @@ def test_a_training_that_is_started_again_does_not_wait_for_itself(tmp_path: Pat
 
     assert not FeatureFolder(str(tmp_path), "host:runs/mine").live_others()
     assert list(FeatureFolder(str(tmp_path), "host:runs/other").live_others().values()) == ["host:runs/mine"] * 2
+
+
+@pytest.mark.parametrize(("age", "is_alive"), [(0.0, True), (DEAD_SECONDS + 9, False)])
+def test_on_a_store_without_times_the_time_in_the_file_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, is_alive: bool
+) -> None:
+    list_files = storage.list_files
+    monkeypatch.setattr(
+        storage,
+        "list_files",
+        lambda *args, **options: (f._replace(modified_ns=0) for f in list_files(*args, **options)),
+    )
+    with monkeypatch.context() as patch:
+        now = time.time_ns()
+        patch.setattr(feature_folder, "_machine", lambda: "another machine")
+        patch.setattr(time, "time_ns", lambda: now - int(age * 1e9))
+        FeatureFolder(str(tmp_path), "other").beat()
+
+    assert [*FeatureFolder(str(tmp_path), "mine").live_others().values()] == ["other"] * is_alive
+
+
+def test_a_process_on_another_machine_of_the_same_host_name_is_not_looked_for_here(tmp_path: Path) -> None:
+    other = FeatureFolder(str(tmp_path), "other")
+    other.beat()
+    file = tmp_path / "_imcap" / "users" / other.name
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    user = json.loads(file.read_text()) | {"process": ended.pid}
+    assert user["machine"].startswith(socket.gethostname())
+
+    file.write_text(json.dumps(user))
+    assert not FeatureFolder(str(tmp_path), "mine").live_others()
+    assert boot in user["machine"]
+    file.write_text(json.dumps(user | {"machine": user["machine"].replace(boot, str(uuid.uuid4()))}))
+    assert FeatureFolder(str(tmp_path), "mine").live_others()

@@ -1,4 +1,4 @@
-"""What happens to a process when Ray's head service does not answer any more."""
+"""What happens to a process when Ray's head service has stopped answering."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_process_that_has_lost_its_head_writes_that_down_and_ends_with_one_lin
     assert (tmp_path / "notes").read_text() == "answered lost clean-up "
     [line] = ended.stderr.splitlines()
     assert line.startswith("imcap: Ray's head at 127.0.0.1:")
-    assert line.endswith("does not answer any more; what is written is kept, the same command resumes")
+    assert line.endswith("has stopped answering; what is written is kept, the same command resumes")
 
 
 def test_a_ray_that_is_shut_down_is_not_lost(tmp_path: Path) -> None:

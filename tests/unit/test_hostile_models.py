@@ -209,7 +209,7 @@ def test_a_cnn_that_only_the_folder_could_hold_is_not_sought_elsewhere(folder: P
     save_file({k: v for k, v in weights.items() if k.startswith("decoder.")}, folder / "model.safetensors")
     edited(folder / "config.json", sha256=None, encoder_weights={"source": source, "sha256": ""})
 
-    assert "give the file: --encoder-weights FILE" in error_of(folder)
+    assert "pass them with --encoder-weights FILE" in error_of(folder)
 
 
 # ---- flipped and cut bytes

@@ -623,7 +623,7 @@ def test_without_attention_a_line_says_why(report: Report) -> None:
         ({"attend": attend, "num_attended": 2}, "the regions are no square grid"),
         (
             {"attend": look, "num_attended": 2, "load_image": lambda row: ImageError("missing", "gone")},
-            "none of their photographs can be read",
+            "none of their photographs is available",
         ),
         ({"attention_note": HOSTILE}, HOSTILE),
     ):

@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import image_sources, storage
+from imcap_ray.datasets import load_dataset
+from imcap_ray.datasets.table import Collector
 from imcap_ray.distributed.captions_folder import CaptionsFolder
-from imcap_ray.errors import ImageError, ImcapError
+from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from imcap_ray.image_sources import CaptionedImageSource, Row, read_rows
 from imcap_ray.manifest import (
     CAPTIONS_SCHEMA,
@@ -469,3 +471,37 @@ def test_a_table_in_a_store_that_was_rewritten_is_changed(tmp_path: Path) -> Non
             assert found(rows) == [CONTENTS[name] for name in "acd"]
 
     assert found(rows) == ["changed"] * 3
+
+
+@pytest.mark.parametrize("kind", ["tar", "table"])
+@pytest.mark.parametrize("is_rewritten", [True, False])
+def test_a_data_set_that_is_rewritten_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_rewritten: bool
+) -> None:
+    """Else every image would be trained on under another image's caption."""
+    path = tmp_path / ("t.tar" if kind == "tar" else "t.parquet")
+
+    def write(names: str, seconds: int) -> None:
+        if kind == "tar":
+            write_tar(path, {f"{n}.{end}": data for n in names for end, data in (("jpg", CONTENTS[n]), ("txt", b"A"))})
+        else:
+            columns = {"image": [CONTENTS[name] for name in names], "id": list(names), "caption": list(names)}
+            pq.write_table(pa.table(columns), path)
+        os.utime(path, ns=(seconds * 10**9, seconds * 10**9))
+
+    add = Collector.add
+
+    def add_and_rewrite(self: Collector, *arguments: Any, **options: Any) -> None:
+        add(self, *arguments, **options)
+        if is_rewritten:
+            write("ca", 2)
+
+    write("ac", 1)
+    monkeypatch.setattr(Collector, "add", add_and_rewrite)
+    if is_rewritten:
+        with pytest.raises(DatasetError, match=rf"{path} was rewritten while it was read: run the same command again"):
+            load_dataset(str(tmp_path))
+    else:
+        found = load_dataset(str(tmp_path))
+        assert {file.modified_ns for file in found.tables.values()} == {10**9}
+        assert set(found.manifest(found.table)["modified_ns"].to_pylist()) == {10**9}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import fsspec.implementations.memory
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.errors import InputError
+from imcap_ray.errors import ImcapError, InputError
 
 
 @pytest.fixture(params=["path", "file", "memory"])
@@ -413,3 +416,83 @@ def test_a_file_that_is_too_long_is_not_read(folder: str) -> None:
     with pytest.raises(OSError, match="too large") as caught:
         storage.read_bytes(path, max_bytes=4)
     assert caught.value.errno == errno.EFBIG
+
+
+# ---- size and time of files
+
+
+class _Store(fsspec.implementations.memory.MemoryFileSystem):  # type: ignore[misc]
+    """A store whose answers to listings fail in a way."""
+
+    protocol = "failing"
+    error: Exception | None = None
+
+    def ls(self, path: str, detail: bool = True, **options: object) -> object:
+        if self.error:
+            raise self.error
+        return super().ls(path, detail=detail, **options)
+
+    def info(self, path: str, **options: object) -> object:
+        if self.error:
+            raise self.error
+        return super().info(path, **options)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    fsspec.register_implementation("failing", _Store, clobber=True)
+    folder = f"failing://{uuid.uuid4().hex}"
+    for name in "abc":
+        storage.write_bytes(f"{folder}/{name}", b"photograph")
+    yield folder
+    _Store.error = None
+
+
+@pytest.mark.parametrize("error", [PermissionError("no"), OSError("HTTP status 403"), NotImplementedError()])
+def test_files_of_a_folder_that_may_not_be_listed_are_of_unknown_size(failing: str, error: Exception) -> None:
+    names = [f"{failing}/a", f"{failing}/b"]
+    assert [file.size for file in storage.describe_files(names).values()] == [10, 10]
+
+    _Store.error = error
+
+    assert [file[2:] for file in storage.describe_files(names).values()] == [(-1, 0), (-1, 0)]
+    assert storage.describe_file_or_nothing(names[0]) is None
+
+
+@pytest.mark.parametrize("error", [TimeoutError("slow down"), RuntimeError("connection reset"), OSError(errno.EIO, "")])
+def test_a_listing_that_fails_does_not_make_files_look_changed(failing: str, error: Exception) -> None:
+    _Store.error = error
+
+    with pytest.raises(ImcapError, match=f"size and time of files in {failing} cannot be read"):
+        storage.describe_files([f"{failing}/a", f"{failing}/b"])
+    with pytest.raises(ImcapError, match=f"size and time of files in {failing}/a cannot be read"):
+        storage.describe_file_or_nothing(f"{failing}/a")
+
+
+def test_a_disk_that_fails_does_not_make_files_look_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"photograph")
+    missing = [str(tmp_path / "b"), str(tmp_path / "a" / "c"), "/a\0", "/" + 300 * "n"]
+    described = storage.describe_files([str(tmp_path / "a"), *missing])
+    assert [described[name].size for name in (str(tmp_path / "a"), *missing)] == [10, -1, -1, -1, -1]
+
+    def fail(path: str) -> os.stat_result:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    with monkeypatch.context() as patch, pytest.raises(ImcapError, match="Stale file handle"):
+        patch.setattr(os, "stat", fail)
+        storage.describe_files([str(tmp_path / "a")])
+
+
+def test_of_a_large_folder_only_the_wanted_files_are_kept(failing: str) -> None:
+    listed = storage._list_wanted(failing, {"a": f"{failing}/a"})
+
+    assert [(file.location, file.name, file.size) for file in listed] == [(f"{failing}/a", "a", 10)]
+
+
+def test_local_files_are_described_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network share: a call that waits must not keep the others waiting."""
+    together = threading.Barrier(2, timeout=20)
+    monkeypatch.setattr(storage, "_FILES_AT_A_TIME", 1)
+    monkeypatch.setattr(storage, "_size_and_time", lambda path: (together.wait(), 0))
+
+    assert len(storage.describe_files(["/a", "/b"])) == 2

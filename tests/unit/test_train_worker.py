@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from imcap_ray.config import (
     TrainingConfig,
 )
 from imcap_ray.decoders import build_decoder
-from imcap_ray.distributed.train_worker import batch_maker, share, unfreeze
+from imcap_ray.distributed.captions_folder import take_over
+from imcap_ray.distributed.train_worker import batch_maker, record_stop, share, unfreeze
+from imcap_ray.distributed.training_folder import take_stop
 from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
 from imcap_ray.training import SELF_CRITICAL, EndToEnd, Optimization, augmentation, make_batch, phases
@@ -178,3 +181,14 @@ def test_tensors_below_a_prefix_are_named_without_it() -> None:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+def test_a_worker_of_a_run_that_was_superseded_stops_nobody(tmp_path: Path) -> None:
+    work = str(tmp_path)
+    first = take_over(work)
+    record_stop(work, first, "the loss is not finite")
+    assert take_stop(work) == "the loss is not finite"
+
+    take_over(work)
+    record_stop(work, first, "the loss is not finite")
+    assert take_stop(work) is None

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 import safetensors.torch
 import torch
 
 from imcap_ray import storage
+from imcap_ray.columns import ColumnOptions
 from imcap_ray.config import load_recipe
 from imcap_ray.datasets import CaptionedImages, load_dataset
+from imcap_ray.distributed import features, trainer
 from imcap_ray.distributed.checkpoints import checkpoint_name
 from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.seals import seal
 from imcap_ray.distributed.trainer import (
@@ -231,3 +237,103 @@ def test_damaged_settings_are_named_with_what_to_do(flickr8k: Path, tmp_path: Pa
 
     with pytest.raises(OutputError, match=r"settings\.json is damaged, .* bring the file back, or choose another"):
         prepare(flickr8k, place.parent.parent)
+
+
+# ---- the columns of images, and the caches
+
+
+@pytest.fixture(scope="module")
+def two_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table whose images an earlier version read from `thumbnail` (bytes) and this one from `image_path`."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(small_data.jpeg(number))
+        split = "train" if number < 3 else "validation"
+        thumbnail = small_data.jpeg(number, width=20, height=20)
+        rows.append({"image_id": str(number), "image_path": f"{number}.jpg", "thumbnail": thumbnail, "split": split})
+    captions = pa.array([small_data.captions_of(number) for number in range(4)])
+    pq.write_table(pa.Table.from_pylist(rows).append_column("captions", captions), folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def prepare_columns(data: Path, model: Path, column: str | None = None) -> PreparedTraining:
+    recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING)
+    dataset = load_dataset(str(data), columns=ColumnOptions(image=column))
+    return prepare_training(dataset, str(model), recipe=recipe, resources=RESOURCES)
+
+
+def write_settings(model: Path, settings: dict[str, Any]) -> None:
+    (model / "_training").mkdir(parents=True, exist_ok=True)
+    (model / "_training" / "settings.json").write_text(json.dumps(settings))
+
+
+def test_a_training_resumes_with_the_images_of_the_same_column_only(two_columns: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_settings(model, prepare_columns(two_columns, model).settings)
+
+    prepare_columns(two_columns, model)
+    prepare_columns(two_columns, model, "image_path")
+    with pytest.raises(OutputError, match="a training with another image_columns"):
+        prepare_columns(two_columns, model, "thumbnail")
+
+
+def test_a_training_of_the_previous_version_resumes_with_its_column_only(two_columns: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    settings = prepare_columns(two_columns, model).settings
+    del settings["image_columns"]
+    write_settings(model, settings)
+
+    with pytest.raises(
+        OutputError, match=r"from column thumbnail, and would now read them from image_path: give --image-column thumb"
+    ):
+        prepare_columns(two_columns, model)
+    prepare_columns(two_columns, model, "thumbnail")
+
+    write_settings(model, settings | {"image_column": "image_path"})
+    prepare_columns(two_columns, model)
+
+
+def test_naming_the_column_that_is_chosen_anyway_finds_the_same_cache_and_both_splits_stay_in_use(
+    two_columns: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uses: list[FeatureFolder] = []
+    places: list[str] = []
+
+    def complete(manifest: pa.Table, use: FeatureFolder, **options: Any) -> FeatureCache:
+        assert use is uses[-1], "it is kept alive before it encodes"
+        places.append(use.location)
+        return FeatureCache(use.location, (1, 1, 1), manifest.num_rows, [], use=use)
+
+    monkeypatch.setattr(features, "complete_cache", complete)
+    for column in (None, "image_path", "thumbnail"):
+        prepared = prepare_columns(two_columns, tmp_path / "model", column)
+        trainer._cache(
+            prepared.encoder,
+            data=prepared.data,
+            recipe=prepared.recipe,
+            folder=str(tmp_path / "features"),
+            resources=RESOURCES,
+            gpus=0.0,
+            training="",
+            echo=print,
+            on_features=lambda *arguments: None,
+            check=lambda: None,
+            on_use=uses.append,
+        )
+
+    assert places[:2] == places[2:4]
+    assert not {*places[:2]} & {*places[4:]}
+    assert len(uses) == 6
+
+
+def test_a_use_that_is_added_meanwhile_is_kept_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "HEARTBEAT_SECONDS", 0.05)
+    uses: list[FeatureFolder] = []
+    with trainer._alive(str(tmp_path), lambda: None, uses):
+        use = FeatureFolder(str(tmp_path / "cache"))
+        uses.append(use)
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "cache" / "_imcap" / "users" / use.name).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
