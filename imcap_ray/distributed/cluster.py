@@ -293,7 +293,7 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
         folder.remove()
 
     atexit.register(end)  # before Ray's own, which would write to the folder again
-    _watch_gcs(clean_up=folder.remove)
+    _watch_gcs(clean_up=folder.remove_at_once)
 
 
 def _start_timeout() -> float:

@@ -67,6 +67,12 @@ class PrivateFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
 
+    def remove_at_once(self) -> None:
+        """Remove the folder of a Ray whose GCS is dead, then kill its raylet, whose end may end this process."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.end_processes()
+        shutil.rmtree(self.path, ignore_errors=True)
+
     def _has_users(self) -> bool:
         """Whether another process has a file of the folder open; False where there is no /proc."""
         for descriptors in Path("/proc").glob("[0-9]*/fd"):
