@@ -402,7 +402,7 @@ class _NamedFiles:
 
     Such a column may hold anything: the paths of scripts, or those that photographs had before they were moved. An
     image is a file that is there and has the name or the first bytes of one; where at least half of the values are
-    names of images, any file that is there. In a store only files below the input are asked for, and only some: an
+    image files that are there, any file. In a store only files below the input are asked for, and only some: an
     object elsewhere counts as an image, a web address only if it ends like one.
     """
 
@@ -417,7 +417,7 @@ class _NamedFiles:
     def add(self, path: str, row: int, *, is_listed: bool) -> None:
         """Count a value of the column, which leads to this place."""
         self._num_values += 1
-        self._num_image_names += _is_image(path)
+        self._num_image_names += _is_image(path) and (storage.is_uri(path) or os.path.isfile(path))
         if is_listed or self._image is not None:
             return
         if storage.is_uri(path) and not (storage.is_inside(self._folder, path) and not _is_image(path)):

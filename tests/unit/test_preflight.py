@@ -244,7 +244,7 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
         ({"a": ["image"]}, {"a": ["image"], "b": ["image", "img"]}, ""),
         ({"a": ["img"]}, {"a": ["img"], "b": ["image", "img"]}, "read from column img, and would now be read from ima"),
         ({"a": ["img"], "b": ["image"]}, {"a": ["image", "img"]}, "read from column img, and would now be read from i"),
-        ({"a": ["image"]}, {"a": ["image", "image_id"]}, "were those of no column, and would now be those of column i"),
+        ({"a": ["image"]}, {"a": ["image", "image_id"]}, ""),
     ],
 )
 def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
