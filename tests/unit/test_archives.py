@@ -125,7 +125,7 @@ def test_a_tar_that_cannot_be_read_to_its_end_is_refused_by_name(tmp_path: Path,
     else:
         path.write_bytes(b"something else" * 100)
 
-    with pytest.raises(InputError, match=f"{path} is damaged, ends early or is not an uncompressed tar"):
+    with pytest.raises(InputError, match=f"{path} is damaged, ends early or is no uncompressed tar"):
         build_manifest(str(tmp_path / "in"), str(tmp_path / "manifest"))
 
 
@@ -163,9 +163,9 @@ def slow_pairing(images: Sequence[str], texts: Sequence[str]) -> Pairing:
                     found.append(positions[same.index(number)])
             if found:
                 pairing.texts[number].append(found)
-    counts = Counter(clean(name) for name in (*images, *texts))
+    num_images, num_texts = Counter(map(clean, images)), Counter(map(clean, texts))
     for number, text in enumerate(texts):
-        if any(counts[image] != counts[clean(text)] for image in images_of[clean(text)]):
+        if any(num_images[image] != num_texts[clean(text)] for image in images_of[clean(text)]):
             pairing.ambiguous.append(number)
         elif not images_of[clean(text)]:
             pairing.unpaired.append(number)
