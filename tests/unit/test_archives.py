@@ -125,7 +125,7 @@ def test_a_tar_that_cannot_be_read_to_its_end_is_refused_by_name(tmp_path: Path,
     else:
         path.write_bytes(b"something else" * 100)
 
-    with pytest.raises(InputError, match=f"{path} is damaged, ends early or is no uncompressed tar"):
+    with pytest.raises(InputError, match=f"{path} is damaged, ends early or is not an uncompressed tar"):
         build_manifest(str(tmp_path / "in"), str(tmp_path / "manifest"))
 
 

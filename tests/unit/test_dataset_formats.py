@@ -796,7 +796,8 @@ def test_captioned_images_of_two_kinds_are_refused_by_name(
 def test_a_table_of_other_things_next_to_captioned_images_is_no_part_of_the_data_set(tmp_path: Path) -> None:
     write_sidecars(tmp_path)
     before = load_dataset(str(tmp_path)).references()
-    pq.write_table(pa.table({"path": ["train.py", "", "1"], "line": [1, 2, 3]}), tmp_path / "log.parquet")
+    (tmp_path / "logs").mkdir()
+    pq.write_table(pa.table({"path": ["train.py", "", "1"], "line": [1, 2, 3]}), tmp_path / "logs" / "log.parquet")
 
     assert load_dataset(str(tmp_path)).references() == before
 
