@@ -47,8 +47,8 @@ from imcap_ray.encoders import (
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import State, beam_search
-from imcap_ray.tokenization import tokenize
-from imcap_ray.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
+from imcap_ray.text.tokenizers import tokenize
+from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
 
 FORMAT_VERSION: Final = 2
 """What is written. Version 1, which is read too, has all its weights in float16."""

@@ -23,8 +23,8 @@ import click
 from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
 from imcap_ray.errors import INTERRUPTED, DatasetError, ImageError, ImcapError, InputError
-from imcap_ray.escaping import printable
 from imcap_ray.progress import LineSchedule, Pace
+from imcap_ray.text.escaping import printable
 
 if TYPE_CHECKING:
     from imcap_ray.columns import ColumnOptions

@@ -240,7 +240,7 @@ def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
 
 def holds_image_bytes(location: str, column: ImageColumn) -> bool | None:
     """Whether the first values of a column of bytes are images; None if there is no value to look at."""
-    from imcap_ray.images import has_image_signature  # imports Pillow, which `imcap status` does without
+    from imcap_ray.images import has_image_signature
 
     values = list(islice(_first_values(location, column), _VALUES_READ))
     return sum(map(has_image_signature, values)) * 2 >= len(values) if values else None

@@ -27,16 +27,16 @@ from typing import Any, Final
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.caption_faults import FAULTS
 from imcap_ray.config import Recipe
 from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.errors import ImageError, InputError
-from imcap_ray.escaping import printable
 from imcap_ray.image_sources import read_rows, root_of
 from imcap_ray.images import decode_image
 from imcap_ray.lookalikes import describe_look, find_lookalikes
 from imcap_ray.manifest import IMAGE_EXTENSIONS, image_columns_of
-from imcap_ray.tokenization import tokenize
+from imcap_ray.text.escaping import printable
+from imcap_ray.text.mojibake import FAULTS
+from imcap_ray.text.tokenizers import tokenize
 
 MAX_BAD_IMAGES: Final = 0.1
 """Share of images that may be missing or unreadable; what `imcap caption` lets fail, too."""

@@ -442,7 +442,7 @@ class _NamedFiles:
 
 
 def _begins_like_an_image(path: str) -> bool:
-    from imcap_ray.images import has_image_signature  # imports Pillow, which `imcap status` does without
+    from imcap_ray.images import has_image_signature
 
     filesystem, inner = storage.resolve(path)
     try:

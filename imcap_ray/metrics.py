@@ -32,8 +32,8 @@ from imcap_ray.corpus import (
     SentenceCollector,
 )
 from imcap_ray.errors import DatasetError
-from imcap_ray.escaping import markdown, printable
-from imcap_ray.tokenization import tokenize
+from imcap_ray.text.escaping import markdown, printable
+from imcap_ray.text.tokenizers import tokenize
 
 Tokens: TypeAlias = Sequence[str]
 Ngram: TypeAlias = tuple[str, ...]

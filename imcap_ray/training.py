@@ -27,8 +27,8 @@ from imcap_ray.decoders import Decoder
 from imcap_ray.encoders import Encoder
 from imcap_ray.metrics import CiderD
 from imcap_ray.search import sample
-from imcap_ray.tokenization import tokenize
-from imcap_ray.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
+from imcap_ray.text.tokenizers import tokenize
+from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
 
 CROSS_ENTROPY: Final = "cross_entropy"
 FINETUNE: Final = "finetune"

@@ -73,8 +73,8 @@ from imcap_ray.encoders import build_encoder, optimize_for_inference
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
+from imcap_ray.text.vocabulary import END_ID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16
-from imcap_ray.vocabulary import END_ID, PADDING_ID, START_ID, Vocabulary
 
 
 @click.group()

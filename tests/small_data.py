@@ -107,7 +107,7 @@ def write_model_folder(
     from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
     from imcap_ray.decoders import build_decoder
     from imcap_ray.encoders import EncoderWeights, build_encoder, resolve_preprocessing
-    from imcap_ray.vocabulary import Vocabulary
+    from imcap_ray.text.vocabulary import Vocabulary
 
     encoder_config = EncoderConfig(name="timm:test_efficientnet")
     decoder_config = DecoderConfig(name=decoder, embedding_size=16, hidden_size=16, num_heads=2)

@@ -12,14 +12,6 @@ webdataset   tars
 """
 
 from imcap_ray.datasets.loading import load_dataset
-from imcap_ray.datasets.table import (
-    DATASET_SCHEMA,
-    SPLITS,
-    TEST,
-    TRAIN,
-    VALIDATION,
-    CaptionedImages,
-    split_of,
-)
+from imcap_ray.datasets.table import DATASET_SCHEMA, SPLITS, TEST, TRAIN, VALIDATION, CaptionedImages, split_of
 
 __all__ = ["DATASET_SCHEMA", "SPLITS", "TEST", "TRAIN", "VALIDATION", "CaptionedImages", "load_dataset", "split_of"]

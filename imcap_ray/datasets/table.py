@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.columns import BY_NAME, ColumnOptions
-from imcap_ray.datasets.encodings import decode_text
 from imcap_ray.errors import DatasetError
 from imcap_ray.manifest import MANIFEST_SCHEMA, Listing, with_image_columns
 from imcap_ray.storage import ListedFile
+from imcap_ray.text.encodings import decode_text
 
 TRAIN: Final = "train"
 VALIDATION: Final = "validation"

@@ -35,19 +35,15 @@ from imcap_ray.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.devices import require_cuda
 from imcap_ray.distributed.captions_folder import is_owner, require_owner
-from imcap_ray.distributed.checkpoints import (
-    HISTORY_FILE,
-    EpochCheckpoint,
-    checkpoint_name,
-    newest_checkpoint,
-)
+from imcap_ray.distributed.checkpoints import HISTORY_FILE, EpochCheckpoint, checkpoint_name, newest_checkpoint
 from imcap_ray.distributed.failure_log import describe_failures
 from imcap_ray.distributed.seals import seal
 from imcap_ray.distributed.training_folder import VALIDATION_ADVICE, read_validation_ids, write_metrics, write_stop
 from imcap_ray.encoders import FINETUNED, Encoder
 from imcap_ray.errors import ConfigError
 from imcap_ray.metrics import HALF, confidence_curve, score
-from imcap_ray.tokenization import scoring_tokenizer
+from imcap_ray.text.tokenizers import scoring_tokenizer
+from imcap_ray.text.vocabulary import NEVER_SAID, Vocabulary
 from imcap_ray.training import (
     CROSS_ENTROPY,
     FINETUNE,
@@ -66,7 +62,6 @@ from imcap_ray.training import (
     prefers_bfloat16,
     reads_pixels,
 )
-from imcap_ray.vocabulary import NEVER_SAID, Vocabulary
 
 # In the training's work folder.
 CAPTIONS_FILE: Final = "captions.parquet"

@@ -52,13 +52,7 @@ from imcap_ray.distributed.failure_log import FailureLog, describe_failures, wat
 from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.gpus import require_gpus
-from imcap_ray.distributed.images import (
-    LoadImages,
-    default_num_actors,
-    explain,
-    read_images,
-    repeating,
-)
+from imcap_ray.distributed.images import LoadImages, default_num_actors, explain, read_images, repeating
 from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.train_worker import (
     CAPTIONS_FILE,
@@ -84,9 +78,9 @@ from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.image_sources import root_of
 from imcap_ray.manifest import read_image_columns, write_table
 from imcap_ray.model_card import write_card
+from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
 from imcap_ray.trackers import Trackers, tracking
 from imcap_ray.training import FINETUNE, SCORE, kind_of, next_phase, num_epochs, phases, reads_pixels
-from imcap_ray.vocabulary import UNKNOWN_ID, Vocabulary
 
 START_TIMEOUT: Final = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 WORKERS_START_SECONDS: Final = 600

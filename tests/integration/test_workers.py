@@ -74,7 +74,8 @@ from imcap_ray.decoders import build_decoder
 from imcap_ray.distributed.train_worker import unfreeze
 from imcap_ray.encoders import build_encoder
 from imcap_ray.training import EndToEnd, Optimization, make_batch
-from imcap_ray.vocabulary import END_ID, START_ID
+from imcap_ray.text.vocabulary import END_ID
+from imcap_ray.text.vocabulary import START_ID
 
 torch.manual_seed(0)
 encoder = build_encoder(EncoderConfig(name=arguments), PreprocessingConfig(image_size=64), load_weights=False)

@@ -14,13 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imcap_ray.captioner import (
-    Captioner,
-    average_models,
-    default_model_folder,
-    override_search,
-    read_model_folder,
-)
+from imcap_ray.captioner import Captioner, average_models, default_model_folder, override_search, read_model_folder
 from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
 from imcap_ray.decoders import build_decoder

@@ -21,8 +21,8 @@ from imcap_ray import __version__
 from imcap_ray.captioner import Captioner
 from imcap_ray.cli import main
 from imcap_ray.datasets import load_dataset
-from imcap_ray.escaping import printable
 from imcap_ray.manifest import CAPTIONS_SCHEMA
+from imcap_ray.text.escaping import printable
 from tests import small_data
 
 COMMANDS = ["bench", "caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]

@@ -11,7 +11,7 @@ from imcap_ray import decoders
 from imcap_ray.captioner import search_captions
 from imcap_ray.config import DecoderConfig, SearchConfig
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
-from imcap_ray.vocabulary import PADDING_ID, START_ID, Vocabulary
+from imcap_ray.text.vocabulary import PADDING_ID, START_ID, Vocabulary
 
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS = 3, 5, 12
 VOCABULARY = Vocabulary([f"word{number}" for number in range(26)])

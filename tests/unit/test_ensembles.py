@@ -11,7 +11,7 @@ import torch
 from imcap_ray.captioner import Captioner, load_captioner
 from imcap_ray.errors import ModelError
 from imcap_ray.images import decode_image
-from imcap_ray.vocabulary import START_ID
+from imcap_ray.text.vocabulary import START_ID
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 
 PIXELS = np.stack([decode_image(jpeg(number), image_size=IMAGE_SIZE).pixels for number in range(4)])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imcap_ray.escaping import markdown, markdown_code, printable
+from imcap_ray.text.escaping import markdown, markdown_code, printable
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from imcap_ray.metrics import (
     score,
     scored_tokens,
 )
-from imcap_ray.tokenization import tokenize
+from imcap_ray.text.tokenizers import tokenize
 from tests import slow_scores
 
 WHO = ["a dog", "a brown dog", "two dogs", "a man", "a man in a red shirt", "a little girl", "two children"]

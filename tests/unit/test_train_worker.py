@@ -23,8 +23,8 @@ from imcap_ray.distributed.train_worker import batch_maker, record_stop, share, 
 from imcap_ray.distributed.training_folder import take_stop
 from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
+from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
 from imcap_ray.training import SELF_CRITICAL, EndToEnd, Optimization, augmentation, make_batch, phases
-from imcap_ray.vocabulary import END_ID, START_ID, Vocabulary
 
 SIZE = 64
 

@@ -18,6 +18,7 @@ from imcap_ray import training
 from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCriticalConfig, TrainingConfig
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.metrics import CiderD
+from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training import (
     CaptionReward,
     Optimization,
@@ -30,7 +31,6 @@ from imcap_ray.training import (
     num_epochs,
     phases,
 )
-from imcap_ray.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
 
 CPU = torch.device("cpu")
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS, VOCABULARY_SIZE = 8, 4, 12, 30

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imcap_ray.errors import ConfigError, ModelError
-from imcap_ray.vocabulary import END_ID, PADDING_ID, SPECIAL_TOKENS, START_ID, UNKNOWN_ID, Vocabulary
+from imcap_ray.text.vocabulary import END_ID, PADDING_ID, SPECIAL_TOKENS, START_ID, UNKNOWN_ID, Vocabulary
 
 CAPTIONS = ["A dog runs .", "A dog sits on the grass .", "The dog's ball", "a cat"]
 VOCABULARY = Vocabulary.build(CAPTIONS)

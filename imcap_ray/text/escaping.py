@@ -7,6 +7,7 @@ from typing import Final
 
 # Control characters, lone surrogates, other line ends, and marks that turn the direction of the text around them.
 _OBEYED: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
 _MARKDOWN: Final = re.compile(r"[\\`*\[\]<>|~&$#]|(?<![^\W_])_|_(?![^\W_])")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 _LINE_END: Final = re.compile(r"\r\n?|\n")
+
 _BYTE_LINE_END: Final = re.compile(rb"(\r\n?|\n)")
 
 

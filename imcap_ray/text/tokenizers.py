@@ -18,6 +18,7 @@ from imcap_ray.errors import ConfigError
 
 # What coco-caption drops ("#" and "&" it keeps). A comma or a colon between digits is part of the number.
 _PUNCTUATION: Final = re.compile(r"""["`?!;()\[\]{}]|''+|--+|\.\.\.|[,:](?!\d)|(?<!\d)[,:]""")
+
 # These are dropped where they stand alone: most often they are a part of a word.
 _PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
 

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 _FOREIGN: Final = re.compile("[\x80-\U0010ffff]{2,}")
+
 _CONTROLS: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
 _ENTITY: Final = re.compile(r"&(#\d+|#x[0-9a-fA-F]+|amp|quot|apos|lt|gt|nbsp);")
 
 

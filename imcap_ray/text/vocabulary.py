@@ -8,10 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from imcap_ray.config import parse_json
 from imcap_ray.errors import ModelError
-from imcap_ray.tokenization import TOKENIZERS, detokenize, tokenize
+from imcap_ray.text.tokenizers import TOKENIZERS, detokenize, tokenize
 
 SPECIAL_TOKENS = ("<padding>", "<start>", "<end>", "<unknown>")
+
 PADDING_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
+
 NEVER_SAID = (PADDING_ID, START_ID, UNKNOWN_ID)
 """Tokens that no caption of ours has."""
 

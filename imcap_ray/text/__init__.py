@@ -1,0 +1,1 @@
+"""Text: tokens, vocabularies, encodings, escaping. Knows no images."""
