@@ -34,6 +34,7 @@ from imcap_ray.config import (
     parse_json,
     to_mapping,
 )
+from imcap_ray.data.image_decoding import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
 from imcap_ray.devices import choose_device, require_cuda
 from imcap_ray.encoders import (
@@ -45,7 +46,6 @@ from imcap_ray.encoders import (
     optimize_for_inference,
 )
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
-from imcap_ray.images import MAX_FILE_BYTES, decode_image, image_error_from_os_error
 from imcap_ray.search import State, beam_search
 from imcap_ray.text.tokenizers import tokenize
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary

@@ -27,7 +27,7 @@ from imcap_ray.progress import LineSchedule, Pace
 from imcap_ray.text.escaping import printable
 
 if TYPE_CHECKING:
-    from imcap_ray.columns import ColumnOptions
+    from imcap_ray.data.columns import ColumnOptions
     from imcap_ray.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.progress_counter import Progress
@@ -223,7 +223,7 @@ _dataset_column_options = _options(_image_column_option, _caption_column_option,
 
 
 def _columns(options: Mapping[str, Any]) -> ColumnOptions:
-    from imcap_ray.columns import ColumnOptions
+    from imcap_ray.data.columns import ColumnOptions
 
     return ColumnOptions(
         image=options.get("image_column"), caption=options.get("caption_column"), id=options.get("id_column")
@@ -676,7 +676,7 @@ def check(data: str, **options: Any) -> None:
     imcap check coco/annotations/captions_val2017.json --no-decode
     """
     from imcap_ray.config import load_recipe, parse_override
-    from imcap_ray.data_check import check_dataset
+    from imcap_ray.data.dataset_check import check_dataset
     from imcap_ray.datasets import load_dataset
 
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
@@ -740,9 +740,9 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     """
     import pyarrow as pa
 
+    from imcap_ray.data.parquet_files import write_table
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
-    from imcap_ray.manifest import write_table
 
     dataset = load_dataset(references, columns=_columns(options), allow_outside_paths=options["allow_outside_paths"])
     report = evaluate_captions(
@@ -808,11 +808,11 @@ def write_captions_report(
     Photographs are taken from where `image_placer` lets them be, and from the references' folder. Captions that cannot
     be scored stand beside the references without scores, unless a split is named.
     """
-    from imcap_ray.columns import BY_NAME
+    from imcap_ray.data.columns import BY_NAME
+    from imcap_ray.data.image_reading import CaptionedImageSource
+    from imcap_ray.data.manifest import folder_of, open_captions, read_run
     from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import captioned_folder, evaluate_captions
-    from imcap_ray.image_sources import CaptionedImageSource
-    from imcap_ray.manifest import folder_of, open_captions, read_run
     from imcap_ray.report import write_report
     from imcap_ray.report_model import read_model_of_run
 
@@ -941,9 +941,9 @@ def export(captions: str, output: str, **options: Any) -> None:
     """
     from dataclasses import asdict
 
+    from imcap_ray.data.image_reading import CaptionedImageSource
+    from imcap_ray.data.manifest import read_run, refuse_replacement
     from imcap_ray.exports import SHARD_IMAGES, export_captions
-    from imcap_ray.image_sources import CaptionedImageSource
-    from imcap_ray.manifest import read_run, refuse_replacement
 
     format = options["format"]
     for option, formats in (("existing", ["sidecar"]), ("shard_size", ["hf", "webdataset"])):
@@ -1019,7 +1019,7 @@ def demo(out: str) -> None:
     """Caption the sample photographs with the model that comes with the package; OUT gets Parquet and report.html."""
     import shutil
 
-    from imcap_ray.manifest import open_captions
+    from imcap_ray.data.manifest import open_captions
     from imcap_ray.samples import sample_photographs
 
     photographs = Path(out, "photographs")
@@ -1090,7 +1090,8 @@ def bench(input: str | None, **options: Any) -> None:
     """
     from tempfile import TemporaryDirectory
 
-    from imcap_ray.distributed.speed import compare_with_limit, describe_machine, write_photographs
+    from imcap_ray.data.synthetic_images import write_photographs
+    from imcap_ray.distributed.speed import compare_with_limit, describe_machine
 
     with TemporaryDirectory(prefix="imcap-bench-") as folder:
         if input is None:

@@ -25,9 +25,9 @@ from PIL import Image
 
 from imcap_ray import storage
 from imcap_ray.charts import curve_of_confidence, curve_of_epochs, histogram_of_lengths, histogram_of_scores
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
 from imcap_ray.errors import ConfigError, ImageError, ImcapError, InputError
-from imcap_ray.images import decode_image
-from imcap_ray.manifest import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds

@@ -51,6 +51,8 @@ from ray.cluster_utils import Cluster
 from imcap_ray.captioner import Captioner, below, read_model_folder, search_captions
 from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, load_recipe
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.synthetic_images import write_photographs, write_table
 from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
@@ -66,12 +68,9 @@ from imcap_ray.distributed.speed import (
     some_files,
     steady_rate,
     watch_run,
-    write_photographs,
-    write_table,
 )
 from imcap_ray.encoders import build_encoder, optimize_for_inference
 from imcap_ray.errors import ImageError, ImcapError
-from imcap_ray.images import decode_image
 from imcap_ray.metrics import score
 from imcap_ray.text.vocabulary import END_ID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training import CaptionBatch, Optimization, make_batch, prefers_bfloat16

@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from imcap_ray import storage
+from imcap_ray.data.schemas import IMAGE_EXTENSIONS
 from imcap_ray.datasets.records import add_record, captions_in, has_caption_field
 from imcap_ray.datasets.table import SPLIT_NAMES, CaptionedImages, Collector, Source, split_in_path
 from imcap_ray.errors import DatasetError
-from imcap_ray.manifest import IMAGE_EXTENSIONS
 from imcap_ray.text.encodings import split_lines
 
 _METADATA: Final = ("metadata.jsonl", "metadata.csv")

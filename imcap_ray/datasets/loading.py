@@ -12,7 +12,7 @@ from typing import Final
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.columns import BY_NAME, ColumnOptions, ImageColumns
+from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
 from imcap_ray.datasets.folders import find_captioned_images, read_hugging_face, read_sidecars
 from imcap_ray.datasets.json_files import read_json
 from imcap_ray.datasets.table import CaptionedImages, Contents, Source, examples

@@ -15,9 +15,10 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.columns import BY_NAME, ColumnOptions
+from imcap_ray.data.columns import BY_NAME, ColumnOptions
+from imcap_ray.data.manifest import Listing, with_image_columns
+from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.errors import DatasetError
-from imcap_ray.manifest import MANIFEST_SCHEMA, Listing, with_image_columns
 from imcap_ray.storage import ListedFile
 from imcap_ray.text.encodings import decode_text
 

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
-from imcap_ray.columns import ImageColumn, ImageColumns, require_column
+from imcap_ray.data.columns import ImageColumn, ImageColumns, require_column
+from imcap_ray.data.parquet_images import refuse_pickles
+from imcap_ray.data.table_listing import IdColumns, describe_unused_ids, id_texts, list_table_images
 from imcap_ray.datasets.records import CAPTION_FIELDS, SPLIT_FIELD, captions_in, has_caption_field, is_caption_field
 from imcap_ray.datasets.table import (
     CaptionedImages,
@@ -22,7 +24,6 @@ from imcap_ray.datasets.table import (
     split_in_path,
 )
 from imcap_ray.errors import DatasetError, InputError
-from imcap_ray.manifest import IdColumns, describe_unused_ids, id_texts, list_table_images, refuse_pickles
 from imcap_ray.storage import ListedFile
 
 ROWS_AT_A_TIME: Final = 10_000

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from imcap_ray import storage
+from imcap_ray.data.schemas import IMAGE_EXTENSIONS
 from imcap_ray.datasets.records import ID_FIELDS, IMAGE_FIELDS, add_record, has_caption_field
 from imcap_ray.datasets.table import SPLIT_NAMES, SPLITS, CaptionedImages, Collector, Source, find_image_folder
-from imcap_ray.manifest import IMAGE_EXTENSIONS
 from imcap_ray.text.encodings import split_lines
 
 _FLICKR8K: Final = "Flickr8k as distributed"

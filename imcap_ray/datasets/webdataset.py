@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final
 
-from imcap_ray import archives, storage
+from imcap_ray import storage
+from imcap_ray.data import tar_images
+from imcap_ray.data.schemas import IMAGE_EXTENSIONS
 from imcap_ray.datasets.folders import CAPTION_EXTENSIONS, caption_texts
 from imcap_ray.datasets.table import (
     CaptionedImages,
@@ -17,7 +19,6 @@ from imcap_ray.datasets.table import (
     split_in_name,
     split_in_path,
 )
-from imcap_ray.manifest import IMAGE_EXTENSIONS
 
 MAX_CAPTION_BYTES: Final = 2**20
 """A longer member is no caption."""
@@ -41,16 +42,16 @@ class _Members:
 
 
 def read_webdataset(source: Source) -> CaptionedImages | None:
-    """`key.jpg` next to `key.txt`, a caption a line, or `key.json` with a caption; see `archives.pair_members`.
+    """`key.jpg` next to `key.txt`, a caption a line, or `key.json` with a caption; see `tar_images.pair_members`.
 
     The splits are those of the tars' names or folders: `train/000.tar`, `flickr-train-000.tar`. An image's id is the
-    one that `imcap caption` gives it, see `archives.ImageIds`.
+    one that `imcap caption` gives it, see `tar_images.ImageIds`.
     """
     names = source.files_ending("tar")
     if not names:
         return None
     collector = Collector(source, f"WebDataset, {len(names):,} tar{'s' * (len(names) != 1)}")
-    ids = archives.ImageIds()
+    ids = tar_images.ImageIds()
     packed: dict[str, PackedImage] = {}
     # Before anything is read: a tar that is rewritten meanwhile must not count as the version that was read.
     tables = describe_tables(storage.join(source.base, name) for name in names)
@@ -61,7 +62,7 @@ def read_webdataset(source: Source) -> CaptionedImages | None:
 
 def _add_captions(collector: Collector, tar: str, members: _Members, packed: dict[str, PackedImage]) -> None:
     """Add the images of a tar that have captions, and where they are to `packed`; count everything else."""
-    pairing = archives.pair_members([image.name for image in members.images], [name for name, _ in members.texts])
+    pairing = tar_images.pair_members([image.name for image in members.images], [name for name, _ in members.texts])
     location = storage.join(collector.source.base, tar)
     split = split_in_path(tar) or split_in_name(tar.rpartition("/")[2].removesuffix(".tar"))
     repeated = Counter([*(image.name for image in members.images), *(name for name, _ in members.texts)])
@@ -102,22 +103,22 @@ def _add_captions(collector: Collector, tar: str, members: _Members, packed: dic
             collector.odd(*kind, f"{tar}, {members.texts[number][0]}")
 
 
-def _read_tar(collector: Collector, name: str, ids: archives.ImageIds) -> _Members:
+def _read_tar(collector: Collector, name: str, ids: tar_images.ImageIds) -> _Members:
     """The images and texts of a tar; of one that ends early, those before its end."""
     members = _Members()
     try:
-        with archives.open_tar(storage.join(collector.source.base, name)) as tar:
-            for member in archives.list_files(tar):
-                key, ending = archives.split_name(member.name)
+        with tar_images.open_tar(storage.join(collector.source.base, name)) as tar:
+            for member in tar_images.list_files(tar):
+                key, ending = tar_images.split_name(member.name)
                 if not key:
                     continue
                 kind = ending.rpartition(".")[2]
-                text = archives.printable_name(member)
+                text = tar_images.printable_name(member)
                 if kind in IMAGE_EXTENSIONS:
-                    members.images.append(_Image(text, ids.choose(name, member), archives.block_of(member)))
+                    members.images.append(_Image(text, ids.choose(name, member), tar_images.block_of(member)))
                 elif kind in CAPTION_EXTENSIONS and member.size <= MAX_CAPTION_BYTES:
                     content = tar.extractfile(member)
                     members.texts.append((text, content.read() if content else b""))
-    except archives.DAMAGED as error:
+    except tar_images.DAMAGED as error:
         collector.odd("tar is damaged or ends early", "tars are damaged or end early", f"{name} ({error})")
     return members

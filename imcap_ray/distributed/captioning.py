@@ -22,8 +22,10 @@ import pyarrow as pa
 
 from imcap_ray import __version__, storage
 from imcap_ray.captions import Caption, compute_batch_size, no_memory
-from imcap_ray.columns import BY_NAME, ColumnOptions
 from imcap_ray.config import SearchConfig, to_mapping
+from imcap_ray.data.columns import BY_NAME, ColumnOptions
+from imcap_ray.data.manifest import InputSummary, build_manifest
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
 from imcap_ray.distributed.cluster import ClusterResources, connect, require, without_ray_advice
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
@@ -48,16 +50,6 @@ from imcap_ray.errors import (
     InputChangedError,
     InputError,
     StalledError,
-)
-from imcap_ray.manifest import (
-    CAPTIONS_SCHEMA,
-    DUPLICATE,
-    FAILED,
-    MANIFEST_SCHEMA,
-    OK,
-    SCHEMA_VERSION,
-    InputSummary,
-    build_manifest,
 )
 
 MAX_COUNTED: Final = 100_000

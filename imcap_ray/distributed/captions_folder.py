@@ -35,22 +35,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
+from imcap_ray.data.manifest import COMPLETE, NEXT_FOLDER, REPLACING, is_part, manifest_part, update_manifest
+from imcap_ray.data.parquet_files import read_table, write_table
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.errors import ImcapError, OutputError
-from imcap_ray.manifest import (
-    CAPTIONS_SCHEMA,
-    COMPLETE,
-    DUPLICATE,
-    FAILED,
-    MANIFEST_SCHEMA,
-    NEXT_FOLDER,
-    OK,
-    REPLACING,
-    is_part,
-    manifest_part,
-    read_table,
-    update_manifest,
-    write_table,
-)
 
 RUN_FILE: Final = "run.json"
 HEARTBEAT_FILE: Final = "heartbeat.json"

@@ -24,6 +24,9 @@ from imcap_ray import storage
 from imcap_ray.batches import FixedBatches
 from imcap_ray.captions import compute_batch_size, no_memory, not_finite
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
+from imcap_ray.data.image_reading import root_of
+from imcap_ray.data.parquet_files import write_table
+from imcap_ray.data.schemas import FAILED, OK
 from imcap_ray.devices import choose_device
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
@@ -33,8 +36,6 @@ from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.seals import find_damage, seal, sealed_names
 from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
-from imcap_ray.image_sources import root_of
-from imcap_ray.manifest import FAILED, OK, write_table
 from imcap_ray.training import augmentation
 
 FEATURES_SCHEMA: Final = pa.schema(

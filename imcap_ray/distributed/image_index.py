@@ -70,8 +70,8 @@ def end_image_index(index: Any) -> None:
 def _read_digests(output: str) -> Iterator[bytes]:
     import pyarrow.compute as pc
 
+    from imcap_ray.data.schemas import DUPLICATE
     from imcap_ray.distributed.captions_folder import CaptionsFolder
-    from imcap_ray.manifest import DUPLICATE
 
     # Those that wait for a twin do not tell that there is one.
     waits = (pc.field("status") == DUPLICATE) & (pc.field("duplicate_of") == "")

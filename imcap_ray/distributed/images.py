@@ -31,6 +31,9 @@ from ray.exceptions import RayError
 
 from imcap_ray import storage
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
+from imcap_ray.data.image_decoding import DecodedImage, decode_image
+from imcap_ray.data.image_reading import read_rows
+from imcap_ray.data.manifest import largest_row_group, read_image_columns
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment, without_ray_advice
 from imcap_ray.distributed.contention import (
     RELEASE_PENDING_SECONDS,
@@ -46,9 +49,6 @@ from imcap_ray.distributed.isolation import Isolated, is_repeated_work, process_
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
-from imcap_ray.image_sources import read_rows
-from imcap_ray.images import DecodedImage, decode_image
-from imcap_ray.manifest import largest_row_group, read_image_columns
 from imcap_ray.progress import Pace
 
 IMAGES_PER_BLOCK = 64

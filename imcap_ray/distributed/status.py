@@ -10,10 +10,10 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from imcap_ray import storage
+from imcap_ray.data.manifest import COMPLETE, REPLACING
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder
 from imcap_ray.distributed.training_folder import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
 from imcap_ray.errors import ImcapError, InputError
-from imcap_ray.manifest import COMPLETE, REPLACING
 
 RUNNING: Final = "running"
 SILENT: Final = "silent"

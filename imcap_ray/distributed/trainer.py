@@ -42,8 +42,11 @@ from imcap_ray.captioner import (
     read_model_folder,
     save_model_folder,
 )
-from imcap_ray.columns import find_image_column_by_type, read_image_column
 from imcap_ray.config import Recipe, to_mapping
+from imcap_ray.data.columns import find_image_column_by_type, read_image_column
+from imcap_ray.data.image_reading import root_of
+from imcap_ray.data.manifest import read_image_columns
+from imcap_ray.data.parquet_files import write_table
 from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
@@ -75,8 +78,6 @@ from imcap_ray.distributed.training_folder import (
 )
 from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
-from imcap_ray.image_sources import root_of
-from imcap_ray.manifest import read_image_columns, write_table
 from imcap_ray.model_card import write_card
 from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
 from imcap_ray.trackers import Trackers, tracking

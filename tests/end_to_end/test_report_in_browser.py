@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from imcap_ray.manifest import CAPTIONS_SCHEMA
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.report import write_report
 from tests.browser import Page, browser, find_chromium
 from tests.small_data import jpeg

@@ -19,17 +19,18 @@ import ray
 
 from imcap_ray.captioner import Captioner
 from imcap_ray.captions import COMPUTE_BATCH_SIZE
-from imcap_ray.columns import ColumnOptions
 from imcap_ray.config import SearchConfig
+from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.image_reading import CaptionedImageSource, read_rows
+from imcap_ray.data.manifest import build_manifest
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.distributed import cluster, images
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.images import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
-from imcap_ray.image_sources import CaptionedImageSource, read_rows
-from imcap_ray.images import decode_image
-from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
 from tests.hang_guard import HANG_SECONDS
 from tests.odd_images import OK, encode, odd_images, photo

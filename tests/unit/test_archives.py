@@ -12,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imcap_ray.archives import (
+from imcap_ray.data.image_reading import read_rows
+from imcap_ray.data.manifest import InputSummary, build_manifest
+from imcap_ray.data.parquet_files import read_table
+from imcap_ray.data.tar_images import (
     IdSet,
     ImageIds,
     Pairing,
@@ -24,8 +27,6 @@ from imcap_ray.archives import (
     split_name,
 )
 from imcap_ray.errors import ImageError, InputError
-from imcap_ray.image_sources import read_rows
-from imcap_ray.manifest import InputSummary, build_manifest, read_table
 from tests.small_data import jpeg, write_tar
 
 LONG = "deep/" * 60 + "name of more than a hundred letters.jpg"  # has headers before its own

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from imcap_ray.captioner import Captioner, average_models, default_model_folder, override_search, read_model_folder
 from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
+from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.decoders import build_decoder
 from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder, optimize_for_inference
 from imcap_ray.errors import ConfigError, ImageError, ModelError
-from imcap_ray.images import decode_image
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 
 Found = list[list[Caption]]

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imcap_ray.columns import ColumnOptions
+from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.image_reading import read_rows, root_of
+from imcap_ray.data.manifest import build_manifest, image_columns_of
 from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.evaluation import evaluate_captions
-from imcap_ray.image_sources import read_rows, root_of
-from imcap_ray.manifest import build_manifest, image_columns_of
 from tests.small_data import jpeg, write_tar
 
 # name -> split and captions; what has no official split in a format gets its own by its name.

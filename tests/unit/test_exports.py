@@ -25,6 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imcap_ray import storage
+from imcap_ray.data.image_reading import CaptionedImageSource
+from imcap_ray.data.manifest import build_manifest
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.exports import (
     COLUMNS,
@@ -36,8 +39,6 @@ from imcap_ray.exports import (
     sidecar_name,
     webdataset_key,
 )
-from imcap_ray.image_sources import CaptionedImageSource
-from imcap_ray.manifest import CAPTIONS_SCHEMA, build_manifest
 from tests import small_data
 
 Row = dict[str, Any]

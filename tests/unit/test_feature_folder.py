@@ -21,6 +21,7 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
+from imcap_ray.data.parquet_files import write_table
 from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.datasets.table import PackedImage
 from imcap_ray.distributed import feature_folder
@@ -29,7 +30,6 @@ from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, Views,
 from imcap_ray.distributed.images import origin_of
 from imcap_ray.encoders import EncoderWeights
 from imcap_ray.errors import DatasetError
-from imcap_ray.manifest import write_table
 
 NUM_IMAGES = 12
 ROWS_PER_PART = 5

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
+from imcap_ray.data.image_reading import read_rows
+from imcap_ray.data.manifest import build_manifest, largest_row_group
+from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed.captioning import _prepare
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.errors import DatasetError, ImageError
-from imcap_ray.image_sources import read_rows
-from imcap_ray.manifest import build_manifest, largest_row_group, read_table, write_table
 from tests.small_data import captions_of, jpeg
 
 UUIDS = [uuid.uuid5(uuid.NAMESPACE_URL, str(number)) for number in range(4)]

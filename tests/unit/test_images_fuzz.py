@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
-from imcap_ray.images import decode_image
 from tests.odd_images import OK, encode, odd_images, photo
 
 SIZE = 48

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from imcap_ray.images import decode_image
-from imcap_ray.lookalikes import HASH_BYTES, MAX_DISTANCE, describe_look, find_lookalikes
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.near_duplicates import HASH_BYTES, MAX_DISTANCE, describe_look, find_lookalikes
 from tests.odd_images import photo
 from tests.small_data import jpeg
 

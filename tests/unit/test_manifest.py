@@ -13,22 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imcap_ray import manifest, storage
-from imcap_ray.columns import ColumnOptions, ImageColumns
-from imcap_ray.datasets import load_dataset
-from imcap_ray.errors import InputError
-from imcap_ray.image_sources import read_rows
-from imcap_ray.manifest import (
-    CAPTIONS_SCHEMA,
-    MANIFEST_SCHEMA,
+from imcap_ray import storage
+from imcap_ray.data import manifest
+from imcap_ray.data.columns import ColumnOptions, ImageColumns
+from imcap_ray.data.image_reading import read_rows
+from imcap_ray.data.manifest import (
     InputSummary,
     build_manifest,
     largest_row_group,
     open_captions,
     read_image_columns,
-    read_table_images,
     update_manifest,
 )
+from imcap_ray.data.parquet_images import read_table_images
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
+from imcap_ray.datasets import load_dataset
+from imcap_ray.errors import InputError
 from tests.small_data import jpeg, write_tar
 
 IMAGES = [jpeg(number, width=20, height=20) for number in range(7)]
@@ -927,7 +927,7 @@ def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
 def test_what_is_known_is_found_in_whichever_part_it_stands(
     source: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imcap_ray.manifest.ROWS_PER_PART", 3)
+    monkeypatch.setattr("imcap_ray.data.manifest.ROWS_PER_PART", 3)
     touch(source, *(f"{number}.jpg" for number in range(1, 17, 2)))
     build_manifest(str(source), target)
     before = {row["image_id"]: row["manifest_id"] for row in read(target)}

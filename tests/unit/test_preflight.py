@@ -17,8 +17,9 @@ from click.testing import CliRunner
 
 import imcap_ray
 from imcap_ray import cli, storage
-from imcap_ray.columns import ColumnOptions
 from imcap_ray.config import load_recipe
+from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.manifest import build_manifest
 from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed import submission, trainer
 from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
@@ -28,7 +29,6 @@ from imcap_ray.distributed.preflight import _Marks, find_problem, require_visibl
 from imcap_ray.distributed.trainer import TrainingPlan, prepare_training
 from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.errors import ClusterError, InputError, OutputError
-from imcap_ray.manifest import build_manifest
 from tests import small_data
 from tests.fakes import EchoCaptioner
 

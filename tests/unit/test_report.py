@@ -22,9 +22,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imcap_ray.cli import main
+from imcap_ray.data.image_reading import CaptionedImageSource
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
-from imcap_ray.image_sources import CaptionedImageSource
-from imcap_ray.manifest import CAPTIONS_SCHEMA
 from imcap_ray.metrics import SHARES, ConfidencePoint, EvaluationReport, Protocol, Scores
 from imcap_ray.report import LoadImages, write_report
 

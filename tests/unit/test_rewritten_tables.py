@@ -14,20 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imcap_ray import image_sources, storage
+from imcap_ray import storage
+from imcap_ray.data import image_reading, table_listing
+from imcap_ray.data.image_reading import CaptionedImageSource, Row, read_rows
+from imcap_ray.data.manifest import build_manifest, update_manifest
+from imcap_ray.data.parquet_files import read_table, write_table
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.datasets import load_dataset
 from imcap_ray.datasets.table import Collector
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
-from imcap_ray.image_sources import CaptionedImageSource, Row, read_rows
-from imcap_ray.manifest import (
-    CAPTIONS_SCHEMA,
-    MANIFEST_SCHEMA,
-    build_manifest,
-    read_table,
-    update_manifest,
-    write_table,
-)
 from tests.small_data import jpeg, write_tar
 
 CONTENTS = {name: jpeg(number, width=20, height=20) for number, name in enumerate("abcdexyz")}
@@ -246,7 +242,7 @@ def test_nothing_that_was_read_before_a_table_was_rewritten_is_passed_on_after(
     tmp_path: Path, source: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table is rewritten in its place after some rows were read: those read after that are another table's."""
-    monkeypatch.setattr(image_sources, "_IMAGES_AT_A_TIME", 2)
+    monkeypatch.setattr(image_reading, "_IMAGES_AT_A_TIME", 2)
     write_input(source, kind, "acde")
     build_manifest(str(source), str(tmp_path / "manifest"))
     reading = read_rows(manifest_rows(str(tmp_path / "manifest")), None)
@@ -286,9 +282,8 @@ def test_a_table_is_described_twice_and_opened_once_however_many_row_groups_are_
 def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-    from imcap_ray import manifest
 
-    read_ids = manifest._natural_ids
+    read_ids = table_listing._natural_ids
     write_input(source, "bytes", "acd")
     shutil.copy(source / "t.parquet", tmp_path / "new.parquet")
     write_input(source, "bytes", "ac" if before == "shorter" else "acde")
@@ -299,7 +294,7 @@ def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id
         shutil.copy(tmp_path / "new.parquet", source / "t.parquet")
         return ids
 
-    monkeypatch.setattr(manifest, "_natural_ids", rewritten_after)
+    monkeypatch.setattr(table_listing, "_natural_ids", rewritten_after)
 
     with pytest.raises(ImcapError, match="was rewritten while it was listed: run the same command again") as refused:
         build_manifest(str(source), str(tmp_path / "manifest"))
@@ -384,7 +379,7 @@ def test_a_table_that_cannot_be_asked_for_its_version_is_a_read_error(
 
 def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of_table(tmp_path, "ac")
-    monkeypatch.setattr(image_sources, "_IMAGES_AT_A_TIME", 1)
+    monkeypatch.setattr(image_reading, "_IMAGES_AT_A_TIME", 1)
     reading = read_rows(rows, None)
 
     answers = [next(reading)[1]]

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imcap_ray import archives, storage
+from imcap_ray import storage
+from imcap_ray.data import tar_images
+from imcap_ray.data.image_reading import read_rows
+from imcap_ray.data.manifest import build_manifest
+from imcap_ray.data.parquet_files import read_table
 from imcap_ray.errors import ImageError, InputError
-from imcap_ray.image_sources import read_rows
-from imcap_ray.manifest import build_manifest, read_table
 from tests.small_data import jpeg, write_tar
 
 BLOCK = tarfile.BLOCKSIZE
@@ -192,8 +194,8 @@ def headers(data: bytearray) -> list[int]:
 
 
 def list_all(path: Path) -> list[str]:
-    with archives.open_tar(str(path)) as tar:
-        return [member.name for member in archives.list_files(tar)]
+    with tar_images.open_tar(str(path)) as tar:
+        return [member.name for member in tar_images.list_files(tar)]
 
 
 @pytest.mark.parametrize("size", [-512, -513, -1024, -1536, -3 * 10**9, 2**40, 2**62, 2**70, -(2**70)])
@@ -271,7 +273,7 @@ def test_the_listing_of_a_damaged_tar_always_ends(tmp_path: Path) -> None:
                 names = list_all(tmp_path / "a.tar")
                 assert len(names) <= 5
                 outcomes.add("listed")
-            except archives.DAMAGED:
+            except tar_images.DAMAGED:
                 outcomes.add("damaged")
     assert outcomes == {"listed", "damaged"}
 

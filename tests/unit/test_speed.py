@@ -11,16 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from imcap_ray.distributed.speed import (
-    Comparison,
-    Limit,
-    Rate,
-    RunSpeed,
-    some_files,
-    steady_rate,
-    write_photographs,
-    write_table,
-)
+from imcap_ray.data.synthetic_images import write_photographs, write_table
+from imcap_ray.distributed.speed import Comparison, Limit, Rate, RunSpeed, some_files, steady_rate
 from imcap_ray.errors import InputError
 
 pytestmark = pytest.mark.unit

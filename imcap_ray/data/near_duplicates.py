@@ -15,20 +15,25 @@ import numpy.typing as npt
 from PIL import Image
 
 HASH_BYTES: Final = 16
+
 THUMBNAIL_SIDE: Final = 16
 
 MAX_DISTANCE: Final = 7
 """Of the 128 bits, at most so many differ: one less than the hash has bands, so that one band at least is equal."""
+
 MIN_CORRELATION: Final = 0.95
 """Between two thumbnails."""
+
 _MIN_CONTRAST: Final = 3.0
 """Standard deviation of a thumbnail's grey below which there is no picture to compare."""
+
 _MAX_NEIGHBOURS: Final = 1000
 """Of the pictures that share a band each is compared with so many."""
 
 _Numbers = npt.NDArray[np.intp]
 
 _NUM_BANDS: Final = HASH_BYTES // 2
+
 _BITS: Final = np.array([number.bit_count() for number in range(2**16)], np.uint8)
 
 

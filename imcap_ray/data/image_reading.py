@@ -14,24 +14,22 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from imcap_ray import archives, storage
+from imcap_ray import storage
+from imcap_ray.data import tar_images
+from imcap_ray.data.image_decoding import MAX_FILE_BYTES, image_error_from_os_error
+from imcap_ray.data.manifest import folder_of, image_placer, is_tar, read_image_columns, read_run
+from imcap_ray.data.parquet_images import read_table_images
+from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.errors import ImageError, ImcapError, InputError
-from imcap_ray.images import MAX_FILE_BYTES, image_error_from_os_error
-from imcap_ray.manifest import (
-    MANIFEST_SCHEMA,
-    folder_of,
-    image_placer,
-    is_tar,
-    read_image_columns,
-    read_run,
-    read_table_images,
-)
 
 Row = dict[str, Any]
 
 _THREADS: Final = 16
+
 _IMAGES_AT_A_TIME: Final = 64
+
 _BYTES_AT_A_TIME: Final = 32 * 2**20
+
 _SECONDS_BETWEEN_QUESTIONS: Final = 30
 """Between two questions whether a store is reachable, each of which may take 11 s."""
 
@@ -285,7 +283,7 @@ class _TableReader:
             return
         found: Iterator[tuple[Place, bytes | Exception | None]]
         if is_tar(self._path):
-            blocks = archives.read_files(self._path, [block for block, _ in places], max_bytes=MAX_FILE_BYTES)
+            blocks = tar_images.read_files(self._path, [block for block, _ in places], max_bytes=MAX_FILE_BYTES)
             found = (((block, 0), data) for block, data in blocks)
         else:
             found = read_table_images(self._path, places, image_columns=self._image_columns)

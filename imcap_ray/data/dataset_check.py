@@ -28,21 +28,25 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.image_reading import read_rows, root_of
+from imcap_ray.data.manifest import image_columns_of
+from imcap_ray.data.near_duplicates import describe_look, find_lookalikes
+from imcap_ray.data.schemas import IMAGE_EXTENSIONS
 from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.errors import ImageError, InputError
-from imcap_ray.image_sources import read_rows, root_of
-from imcap_ray.images import decode_image
-from imcap_ray.lookalikes import describe_look, find_lookalikes
-from imcap_ray.manifest import IMAGE_EXTENSIONS, image_columns_of
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import FAULTS
 from imcap_ray.text.tokenizers import tokenize
 
 MAX_BAD_IMAGES: Final = 0.1
 """Share of images that may be missing or unreadable; what `imcap caption` lets fail, too."""
+
 MAX_NEAR_LEAKS: Final = 0.01
 """Share of the images of a split."""
+
 MAX_BAD_CAPTIONS: Final = 0.01
+
 MAX_UNKNOWN_TOKENS: Final = 0.1
 """Share of a split's tokens that the training vocabulary need not know; more is told."""
 
@@ -51,12 +55,16 @@ SMALLEST_SIDE: Final = 64
 
 # A note is what was odd when the captions were read.
 _NO_CAPTION: Final = re.compile("images? ha(s|ve) no caption")
+
 _WORST_FIRST: Final = (
     *("no_split", "missing", "unreadable", "leak", "near_leak", "encoding", "note", "without_captions", "odd_names"),
     *("num_captions", "unknown_words", "repeated", "repeated_captions", "short", "small", "long"),
 )
+
 _NUM_EXAMPLES: Final = 3
+
 _IMAGES_AT_A_TIME: Final = 256
+
 LOOK_SIZE: Final = 32
 """Pixels on a side that images are decoded to. A large JPEG is then read at an eighth of its size, and whole."""
 
@@ -172,8 +180,6 @@ def _badness(finding: Finding) -> tuple[bool, int, int]:
 
 
 # ---- files
-
-
 def _list_files(dataset: CaptionedImages) -> dict[str, set[str]]:
     """Names of the files in each folder that an image of the data set should be in."""
     folders = {storage.parent(path) for path in _paths(dataset) if path not in dataset.packed}
@@ -249,8 +255,6 @@ def _shared_beginning(missing: Sequence[str], captioned: Sequence[Mapping[str, A
 
 
 # ---- pixels
-
-
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """What was seen of one image."""
@@ -389,8 +393,6 @@ def _describe_images(images: Mapping[str, Any]) -> str:
 
 
 # ---- captions
-
-
 @dataclass(frozen=True, slots=True)
 class _Tokens:
     """The tokens of all captions, counted."""
@@ -499,8 +501,6 @@ def _describe_vocabulary(vocabulary: Mapping[str, Any]) -> Iterator[str]:
 
 
 # ---- common
-
-
 def _found(
     code: str, names: Sequence[str], one: str, many: str, *, count: int | None = None, spoils: bool = False
 ) -> list[Finding]:

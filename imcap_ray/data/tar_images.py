@@ -45,7 +45,6 @@ _EXTENDS_A_HEADER: Final = frozenset(
 _MALFORMED: Final = (ValueError, ArithmeticError, LookupError, TypeError, RecursionError)
 """What tarfile raises for headers that make no sense, next to its own errors."""
 
-
 _DIGEST_BYTES: Final = 12
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import importlib
 import io
 import re
 import struct
@@ -27,13 +26,27 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
+from imcap_ray.data.image_formats import (
+    JPEG_SEGMENT,
+    READABLE_SIGNATURES,
+    UNSUPPORTED_SIGNATURES,
+    can_read_heif,
+    damaged_image_error,
+    drawing_format,
+    format_name,
+    has_zero_filled_pixels,
+    is_zero_filled,
+    plain_message,
+    unidentified_image_error,
+    unsupported_message,
+)
 from imcap_ray.errors import ImageError
 
 MAX_PIXELS: Final = 178_956_970
@@ -58,65 +71,8 @@ _FORMATS: Final[tuple[str, ...]] = (
     *("ICNS", "CUR", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM"),
 )
 
-# (position, bytes, name) of kinds in _FORMATS, for files whose header is damaged or cut.
-_READABLE: Final = (
-    (0, b"\xff\xd8\xff", "jpeg"),
-    (0, b"\x89PNG", "png"),
-    (0, b"GIF8", "gif"),
-    (8, b"WEBP", "webp"),
-    (0, b"II*\0", "tiff"),
-    (0, b"MM\0*", "tiff"),
-    (0, b"II+\0", "tiff"),
-    (0, b"MM\0+", "tiff"),
-    (4, b"ftypavif", "avif"),
-    (4, b"ftypavis", "avif"),
-    (4, b"ftyphe", "heif"),
-    (4, b"ftypmif1", "heif"),
-    (4, b"ftypmsf1", "heif"),
-    (0, b"BM", "bmp"),
-    (0, b"8BPS\0\1", "psd"),
-    (0, b"DDS ", "dds"),
-    (0, b"\0\0\0\x0cjP  ", "jpeg2000"),
-    (0, b"\xff\x4f\xff\x51", "jpeg2000"),
-    (0, b"\0\0\1\0", "ico"),
-    (0, b"icns", "icns"),
-    (0, b"qoif", "qoi"),
-)
-
-_UNREADABLE: Final = (
-    (0, b"%PDF", "a PDF document"),
-    (0, b"%!PS", "a PostScript drawing"),
-    (0, b"\xc5\xd0\xd3\xc6", "a PostScript drawing"),
-    (8, b"CR\x02", "a Canon camera raw file"),
-    (4, b"ftypcrx ", "a Canon camera raw file"),
-    (0, b"FUJIFILMCCD-RAW", "a Fujifilm camera raw file"),
-    (0, b"IIRO", "an Olympus camera raw file"),
-    (0, b"IIRS", "an Olympus camera raw file"),
-    (0, b"MMOR", "an Olympus camera raw file"),
-    (0, b"IIU\0", "a Panasonic camera raw file"),
-    (0, b"FOVb", "a Sigma camera raw file"),
-    (0, b"\xff\x0a", "a JPEG XL image"),
-    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
-    (0, b"II\xbc", "a JPEG XR image"),
-    (0, b"8BPS\0\2", "a large Photoshop document (PSB)"),
-    (0, b"gimp xcf", "a GIMP document"),
-    (0, b"v/1\1", "an OpenEXR image"),
-    (0, b"#?RADIANCE", "a Radiance image"),
-    (0, b"AT&TFORM", "a DjVu document"),
-    (0, b"SIMPLE  =", "a FITS image"),
-    (0, b"\x89HDF", "an HDF5 file"),
-    (0, b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
-    (40, b" EMF", "a Windows metafile"),
-)
-
-# Kinds with so many sub-kinds that a header which Pillow refuses is more likely unknown than damaged.
-_MANY_KINDS: Final = ("tiff", "bmp", "psd", "dds", "avif", "heif", "jpeg2000")
-
 # PhotometricInterpretation of a TIFF whose numbers grow from white to black.
 _WHITE_IS_ZERO: Final = 0
-
-# In bytes. What is shorter, and begins like an image, is the beginning of one.
-_SHORTEST_HEADER: Final = 32
 
 # What Pillow's readers raise on damaged data; anything else is a surprise, and `internal`.
 _DAMAGE: Final = (
@@ -124,15 +80,9 @@ _DAMAGE: Final = (
     *(AttributeError, AssertionError, struct.error, zlib.error),
 )
 
-_SAYS_TRUNCATED: Final = re.compile(r"truncated|end of file|EOF|not enough|not large enough", re.IGNORECASE)
 # Of the JPEG library's warnings, those that say that pixels are missing, and one that says how many bytes were left
 # before the end mark.
 _SAYS_JPEG_ENDS_EARLY: Final = re.compile(r"premature end of data segment|found marker 0xd9 instead of RST")
-_SAYS_HOW_MANY_UNUSED: Final = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-_SAYS_UNSUPPORTED: Final = re.compile(r"unsupported|not supported|not available", re.IGNORECASE)
-
-# The marks in a JPEG that a length follows: all but the fill bytes, the restart marks and those of start and end.
-_JPEG_SEGMENT: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]")
 
 # The same and the end mark: where a scan, or the picture, ends.
 _JPEG_MARK: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
@@ -199,7 +149,7 @@ def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) 
     except MemoryError as error:
         raise ImageError("out_of_memory", "not enough memory to decode the image") from error
     except Exception as error:
-        raise ImageError("internal", f"unexpected {type(error).__name__}: {_plain(error)}") from error
+        raise ImageError("internal", f"unexpected {type(error).__name__}: {plain_message(error)}") from error
 
 
 def image_error_from_os_error(error: OSError, path: object) -> ImageError:
@@ -212,16 +162,16 @@ def image_error_from_os_error(error: OSError, path: object) -> ImageError:
         return ImageError("too_large", f"expected at most {MAX_FILE_BYTES:,} bytes: {path}")
     if error.errno == errno.ENOMEM:
         return ImageError("out_of_memory", f"not enough memory to read {path}")
-    return ImageError("read_error", f"cannot read {path}: {error.strerror or _plain(error)}")
+    return ImageError("read_error", f"cannot read {path}: {error.strerror or plain_message(error)}")
 
 
 def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
     # Another library may have set this for the whole process; half a picture would then pass for a whole one.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     PngImagePlugin.MAX_TEXT_CHUNK = _MAX_PNG_TEXT_BYTES  # all together stay below its MAX_TEXT_MEMORY, 64 MiB
-    unreadable = _name(data, _UNREADABLE) or _drawing(data)
+    unreadable = format_name(data, UNSUPPORTED_SIGNATURES) or drawing_format(data)
     if unreadable:
-        raise ImageError("unsupported_format", _not_read(unreadable))
+        raise ImageError("unsupported_format", unsupported_message(unreadable))
     _check_parts(data)
     try:
         image = _open(data)
@@ -241,15 +191,15 @@ def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
                 width, height = image.size
             orientation = _orientation(image)
             image_format = (image.format or "unknown").lower()
-            if _is_cut_and_filled(data):
+            if is_zero_filled(data):
                 raise ImageError("truncated", "the picture data end early and are filled up with zeros")
             rgb = _to_rgb(picture)
     except Image.DecompressionBombError as error:
-        raise ImageError("too_large", _plain(error).partition(", could be")[0]) from error
+        raise ImageError("too_large", plain_message(error).partition(", could be")[0]) from error
     except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
+        raise unidentified_image_error(data) from error
     except _DAMAGE as error:
-        raise _damaged(data, error) from error
+        raise damaged_image_error(data, error) from error
 
     rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
     if orientation in _TRANSPOSES:  # after resizing, for now it costs nothing
@@ -267,7 +217,7 @@ def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
 
 def _open(data: bytes) -> ImageFile.ImageFile:
     formats = _FORMATS
-    if _name(data, _READABLE) == "heif" and _can_read_heif():
+    if format_name(data, READABLE_SIGNATURES) == "heif" and can_read_heif():
         formats += ("HEIF",)
     if data.endswith(b"TRUEVISION-XFILE.\0"):  # a TGA has its signature, if any, at its end
         formats += ("TGA",)
@@ -329,7 +279,7 @@ def _check_is_no_preview(image: ImageFile.ImageFile) -> None:
     """Camera raw files are TIFFs whose first picture is a thumbnail, and says so in NewSubfileType."""
     kind = _tiff_tag(image, ExifTags.Base.NewSubfileType)
     if isinstance(kind, int) and kind & 1:
-        raise ImageError("unsupported_format", _not_read("a camera raw file (TIFF with a preview first)"))
+        raise ImageError("unsupported_format", unsupported_message("a camera raw file (TIFF with a preview first)"))
 
 
 def _load(image: ImageFile.ImageFile) -> Image.Image:
@@ -362,8 +312,10 @@ def _load_jpeg(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, in
         )
     except ValueError as error:
         warning = str(error)
-        if _SAYS_JPEG_ENDS_EARLY.search(warning) or _has_pixels_of_zeros(data, warning):
-            raise ImageError("truncated", f"the jpeg picture ends before its end mark: {_plain(error)}") from error
+        if _SAYS_JPEG_ENDS_EARLY.search(warning) or has_zero_filled_pixels(data, warning):
+            raise ImageError(
+                "truncated", f"the jpeg picture ends before its end mark: {plain_message(error)}"
+            ) from error
         return _load(image)
     if decoded.shape != pixels.shape:
         return _load(image)
@@ -393,7 +345,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:  # LAB, for one
-        raise ImageError("unsupported_format", _not_read(f"an image of {image.mode} pixels")) from error
+        raise ImageError("unsupported_format", unsupported_message(f"an image of {image.mode} pixels")) from error
 
 
 def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -429,7 +381,7 @@ def _tiff_tag(image: Image.Image, tag: int) -> object:
 def _is_read_in_one_scan(jpeg: bytes) -> bool:
     """Whether the first scan has all colours of a JPEG that is not progressive: decoders read no other then."""
     num_colours, position = 0, 2
-    while segment := _JPEG_SEGMENT.search(jpeg, position):
+    while segment := JPEG_SEGMENT.search(jpeg, position):
         start = segment.end()
         if segment[0] in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc9"):  # sequential: baseline, extended, arithmetic
             num_colours = int.from_bytes(jpeg[start + 7 : start + 8], "big")
@@ -441,162 +393,7 @@ def _is_read_in_one_scan(jpeg: bytes) -> bool:
     return False
 
 
-# --- what is wrong with data that do not decode ---
-
-
-def _unidentified(data: bytes) -> ImageError:
-    readable = _name(data, _READABLE)
-    if readable == "heif" and not _can_read_heif():
-        return ImageError("unsupported_format", f"{_not_read('a HEIC image')}; the package pillow_heif adds it")
-    if not readable:
-        return ImageError("not_an_image", f"expected an image, got data that begin with {_beginning(data)}")
-    if _ends_early(data) or len(data) < _SHORTEST_HEADER:
-        return ImageError("truncated", f"the {readable} data end early, after {len(data):,} bytes")
-    if readable in _MANY_KINDS:
-        return ImageError("unsupported_format", f"this kind of {readable} is not read here, or it is damaged")
-    return ImageError("not_an_image", f"begins like a {readable} image, but its header makes no sense")
-
-
-def _damaged(data: bytes, error: Exception) -> ImageError:
-    text = _plain(error)
-    name = _name(data, _READABLE) or "image"
-    if "MAX_TEXT_CHUNK" in text or "MAX_TEXT_MEMORY" in text:
-        return ImageError("too_large", "the texts stored beside the picture are too large when unpacked")
-    if "out of memory" in text.lower():
-        return ImageError("out_of_memory", "not enough memory to decode the image")
-    if _ends_early(data) or isinstance(error, EOFError) or _SAYS_TRUNCATED.search(text):
-        return ImageError("truncated", f"the {name} data end early, after {len(data):,} bytes: {text}")
-    if isinstance(error, NotImplementedError) or _SAYS_UNSUPPORTED.search(text):
-        return ImageError("unsupported_format", f"this kind of {name} is not read here: {text}")
-    return ImageError("not_an_image", f"the {name} data are damaged: {text}")
-
-
-def _ends_early(data: bytes) -> bool:
-    """Whether the end mark of the format is missing, or its declared length reaches beyond the data.
-
-    Asked only of data that are in doubt, for many a GIF without its end mark is complete to the last pixel.
-    """
-    match _name(data, _READABLE):
-        case "jpeg":
-            return _end_of_jpeg(data) < 0
-        case "png":
-            return b"IEND" not in data
-        case "gif":
-            return not data.rstrip(b"\0").endswith(b";")
-        case "webp":
-            return 8 + int.from_bytes(data[4:8], "little") > len(data)
-        case "bmp":
-            return int.from_bytes(data[2:6], "little") > len(data)
-        case "tiff":
-            return _directory_ends_early(data)
-        case "avif" | "heif":
-            return _boxes_end_early(data)
-        case "jpeg2000":  # from the start of the picture, for before it there may be a colour profile
-            return data.find(b"\xff\xd9", data.find(b"\xff\x4f\xff\x51")) < 0
-        case "ico":
-            return _icons_end_early(data)
-        case "icns":
-            return int.from_bytes(data[4:8], "big") > len(data)
-        case _:
-            return False
-
-
-def _end_of_jpeg(data: bytes) -> int:
-    """Where the first picture's end mark is, or -1. Thumbnails in its header, and what follows it, have their own."""
-    position = 2
-    while segment := _JPEG_SEGMENT.search(data, position):
-        if segment[0] == b"\xff\xda":  # pixels, in which every ff is followed by 0 or by a restart mark
-            return data.find(b"\xff\xd9", segment.end())
-        position = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2], "big")
-    is_whole = b"\xff\xda" in data and data.endswith(b"\xff\xd9")  # but with a wrong length in its header
-    return len(data) - 2 if is_whole else -1
-
-
-def _has_pixels_of_zeros(data: bytes, warning: str) -> bool:
-    """Whether zeros stand before a JPEG's end mark, and more of them than the warning says were not needed."""
-    unused = _SAYS_HOW_MANY_UNUSED.search(warning)
-    if not unused:
-        return False
-    end = _end_of_jpeg(data)
-    zeros = end - len(data[:end].rstrip(b"\0"))
-    return zeros > int(unused[1]) + 16  # a decoder reads up to 8 bytes ahead of what it needs
-
-
-def _icons_end_early(ico: bytes) -> bool:
-    num_icons = int.from_bytes(ico[4:6], "little")
-    if 6 + 16 * num_icons > len(ico):
-        return True
-    return any(size + start > len(ico) for size, start in struct.iter_unpack("<8xII", ico[6 : 6 + 16 * num_icons]))
-
-
-def _directory_ends_early(tiff: bytes) -> bool:
-    order: Literal["little", "big"] = "little" if tiff.startswith(b"I") else "big"
-    start = int.from_bytes(tiff[4:8], order)
-    num_entries = int.from_bytes(tiff[start : start + 2], order)
-    return start + 2 + 12 * num_entries + 4 > len(tiff)  # two bytes of count, the entries, the next directory
-
-
-def _boxes_end_early(data: bytes) -> bool:
-    position = 0
-    while position + 8 <= len(data):
-        size = int.from_bytes(data[position : position + 4], "big")
-        if size < 8:  # 0: to the end of the file, 1: a box beyond 4 GB
-            return False
-        position += size
-    return position != len(data) or b"mdat" not in data
-
-
-def _is_cut_and_filled(data: bytes) -> bool:
-    """A JPEG of a broken download or disk, zeros where its end was: a decoder makes grey pixels of zeros."""
-    return data.startswith(b"\xff\xd8") and data.endswith(bytes(64)) and _ends_early(data)
-
-
-def has_image_signature(data: bytes) -> bool:
-    """Whether bytes begin like an image of a kind that is read here."""
-    return len(data) >= _SHORTEST_HEADER and _name(data, _READABLE) != ""
-
-
-def _name(data: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str:
-    return next((name for position, mark, name in signatures if data.startswith(mark, position)), "")
-
-
-def _drawing(data: bytes) -> str:
-    beginning = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    is_svg = beginning.startswith((b"<svg", b"<!doctype svg")) or (
-        beginning.startswith((b"<?xml", b"<!--")) and b"<svg" in beginning
-    )
-    return "an SVG drawing" if is_svg else ""
-
-
-def _can_read_heif() -> bool:
-    try:
-        importlib.import_module("pillow_heif").register_heif_opener()
-    except ImportError:
-        return False
-    return True
-
-
-def _not_read(name: str) -> str:
-    return f"{name} is not read here; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-
-
-def _beginning(data: bytes) -> str:
-    head = data[:24]
-    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
-        return f"the text {' '.join(head.decode('ascii').split())!r}"
-    return f"the bytes {head[:12].hex(' ')}"
-
-
-def _plain(error: BaseException) -> str:
-    """The error's text on one short line, without the addresses and objects that differ from run to run."""
-    text = re.sub(r"<[^<>]*>|\b0x[0-9a-fA-F]+", "", str(error))
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(text.split())[:160] or type(error).__name__
-
-
 # --- warnings ---
-
-
 class _AnyTextWhileDecoding:
     """Takes the place of a warnings filter's pattern: matches any text, in threads that are decoding only."""
 
@@ -608,7 +405,9 @@ class _AnyTextWhileDecoding:
 
 
 _any_text_while_decoding: Final = _AnyTextWhileDecoding()
+
 _FILTER: Final[Any] = ("ignore", _any_text_while_decoding, Warning, None, 0)
+
 _filter_lock: Final = threading.Lock()
 
 

@@ -26,6 +26,7 @@ BYTES_COLUMNS: Final = (
     "content",
     "data",
 )
+
 PATH_COLUMNS: Final = (
     "image_path",
     "path",
@@ -40,9 +41,12 @@ PATH_COLUMNS: Final = (
 
 _VALUES_READ: Final = 8
 """Values of a column that are looked at to see whether they are images."""
+
 _ROWS_READ: Final = 1024
 """Rows of a row group in which these are looked for."""
+
 _ROW_GROUPS_READ: Final = 4
+
 _READ_BYTES: Final = 2**20
 
 _KINDS: Final = {"bytes": "bytes", "path": "paths", "struct": "bytes or paths"}
@@ -240,7 +244,7 @@ def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
 
 def holds_image_bytes(location: str, column: ImageColumn) -> bool | None:
     """Whether the first values of a column of bytes are images; None if there is no value to look at."""
-    from imcap_ray.images import has_image_signature
+    from imcap_ray.data.image_formats import has_image_signature
 
     values = list(islice(_first_values(location, column), _VALUES_READ))
     return sum(map(has_image_signature, values)) * 2 >= len(values) if values else None
