@@ -28,7 +28,7 @@ from imcap_ray.text.escaping import printable
 
 if TYPE_CHECKING:
     from imcap_ray.data.columns import ColumnOptions
-    from imcap_ray.datasets import CaptionedImages
+    from imcap_ray.data.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.progress_counter import Progress
     from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
@@ -604,7 +604,7 @@ def train(data: str, model: str, **options: Any) -> None:
     from dataclasses import asdict
 
     from imcap_ray.config import load_recipe, parse_override
-    from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
+    from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import require_visible
     from imcap_ray.distributed.trainer import prepare_training
@@ -677,7 +677,7 @@ def check(data: str, **options: Any) -> None:
     """
     from imcap_ray.config import load_recipe, parse_override
     from imcap_ray.data.dataset_check import check_dataset
-    from imcap_ray.datasets import load_dataset
+    from imcap_ray.data.datasets import load_dataset
 
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     dataset = load_dataset(
@@ -740,8 +740,8 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     """
     import pyarrow as pa
 
+    from imcap_ray.data.datasets import load_dataset
     from imcap_ray.data.parquet_files import write_table
-    from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import evaluate_captions
 
     dataset = load_dataset(references, columns=_columns(options), allow_outside_paths=options["allow_outside_paths"])
@@ -809,9 +809,9 @@ def write_captions_report(
     be scored stand beside the references without scores, unless a split is named.
     """
     from imcap_ray.data.columns import BY_NAME
+    from imcap_ray.data.datasets import load_dataset
     from imcap_ray.data.image_reading import CaptionedImageSource
     from imcap_ray.data.manifest import folder_of, open_captions, read_run
-    from imcap_ray.datasets import load_dataset
     from imcap_ray.evaluation import captioned_folder, evaluate_captions
     from imcap_ray.report import write_report
     from imcap_ray.report_model import read_model_of_run

@@ -12,8 +12,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from imcap_ray.data.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.data.manifest import open_captions, read_run
-from imcap_ray.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
 from imcap_ray.metrics import EvaluationReport, evaluate_texts
 

@@ -51,9 +51,9 @@ from ray.cluster_utils import Cluster
 from imcap_ray.captioner import Captioner, below, read_model_folder, search_captions
 from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, load_recipe
+from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.synthetic_images import write_photographs, write_table
-from imcap_ray.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect, cores

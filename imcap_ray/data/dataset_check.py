@@ -28,12 +28,12 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe
+from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import image_columns_of
 from imcap_ray.data.near_duplicates import describe_look, find_lookalikes
 from imcap_ray.data.schemas import IMAGE_EXTENSIONS
-from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.errors import ImageError, InputError
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import FAULTS

@@ -31,7 +31,7 @@ from imcap_ray import storage
 from imcap_ray.captioner import below, search_captions
 from imcap_ray.captions import Caption
 from imcap_ray.config import Recipe, from_mapping
-from imcap_ray.datasets import TRAIN, VALIDATION
+from imcap_ray.data.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.devices import require_cuda
 from imcap_ray.distributed.captions_folder import is_owner, require_owner

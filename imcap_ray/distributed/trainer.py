@@ -44,10 +44,10 @@ from imcap_ray.captioner import (
 )
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.data.columns import find_image_column_by_type, read_image_column
+from imcap_ray.data.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.manifest import read_image_columns
 from imcap_ray.data.parquet_files import write_table
-from imcap_ray.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, environment, require, runtime_environment

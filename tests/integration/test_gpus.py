@@ -27,7 +27,7 @@ import ray
 ray.init(num_cpus=6, num_gpus=1, include_dashboard=False)
 
 from imcap_ray.config import load_recipe
-from imcap_ray.datasets import load_dataset
+from imcap_ray.data.datasets import load_dataset
 from imcap_ray.distributed.captioning import caption_images, load_captioner
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.distributed.trainer import train

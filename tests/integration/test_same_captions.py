@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imcap_ray.captioner import Captioner, below, read_model_folder
 from imcap_ray.config import SearchConfig
-from imcap_ray.datasets import VALIDATION, load_dataset
+from imcap_ray.data.datasets import VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder
 from imcap_ray.encoders import build_encoder, optimize_for_inference
 from imcap_ray.metrics import score

@@ -18,7 +18,7 @@ from PIL import Image
 from imcap_ray.cli import main
 from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.data.dataset_check import DataCheck, Finding, check_dataset
-from imcap_ray.datasets import load_dataset
+from imcap_ray.data.datasets import load_dataset
 from imcap_ray.text.mojibake import find_mojibake
 from tests.odd_images import photo
 from tests.small_data import ODD_KEY, captions_of, jpeg, write_tar

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset
 from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import build_manifest, image_columns_of
-from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.evaluation import evaluate_captions
 from tests.small_data import jpeg, write_tar

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from imcap_ray.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset, split_of
+from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, load_dataset, split_of
 from imcap_ray.errors import DatasetError
 from tests.small_data import ODD_KEY, captions_of, jpeg
 

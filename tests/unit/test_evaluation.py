@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages, load_dataset
 from imcap_ray.data.manifest import build_manifest
-from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.evaluation import evaluate_captions, read_captions
 from tests.small_data import jpeg, write_tar

@@ -21,9 +21,9 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
+from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
+from imcap_ray.data.datasets.dataset import PackedImage
 from imcap_ray.data.parquet_files import write_table
-from imcap_ray.datasets import DATASET_SCHEMA, CaptionedImages
-from imcap_ray.datasets.table import PackedImage
 from imcap_ray.distributed import feature_folder
 from imcap_ray.distributed.feature_folder import DEAD_SECONDS, FeatureFolder
 from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, Views, cache_key, complete_cache

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
+from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, largest_row_group
 from imcap_ray.data.parquet_files import read_table, write_table
-from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed.captioning import _prepare
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.errors import DatasetError, ImageError

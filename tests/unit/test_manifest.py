@@ -16,6 +16,7 @@ import pytest
 from imcap_ray import storage
 from imcap_ray.data import manifest
 from imcap_ray.data.columns import ColumnOptions, ImageColumns
+from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import (
     InputSummary,
@@ -27,7 +28,6 @@ from imcap_ray.data.manifest import (
 )
 from imcap_ray.data.parquet_images import read_table_images
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.datasets import load_dataset
 from imcap_ray.errors import InputError
 from tests.small_data import jpeg, write_tar
 

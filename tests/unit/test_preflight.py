@@ -19,8 +19,8 @@ import imcap_ray
 from imcap_ray import cli, storage
 from imcap_ray.config import load_recipe
 from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import build_manifest
-from imcap_ray.datasets import load_dataset
 from imcap_ray.distributed import submission, trainer
 from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
 from imcap_ray.distributed.captions_folder import CaptionsFolder

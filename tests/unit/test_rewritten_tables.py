@@ -16,12 +16,12 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.data import image_reading, table_listing
+from imcap_ray.data.datasets import load_dataset
+from imcap_ray.data.datasets.dataset import Collector
 from imcap_ray.data.image_reading import CaptionedImageSource, Row, read_rows
 from imcap_ray.data.manifest import build_manifest, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.datasets import load_dataset
-from imcap_ray.datasets.table import Collector
 from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from tests.small_data import jpeg, write_tar

@@ -18,7 +18,7 @@ import torch
 from imcap_ray import storage
 from imcap_ray.config import load_recipe
 from imcap_ray.data.columns import ColumnOptions
-from imcap_ray.datasets import CaptionedImages, load_dataset
+from imcap_ray.data.datasets import CaptionedImages, load_dataset
 from imcap_ray.distributed import features, trainer
 from imcap_ray.distributed.checkpoints import checkpoint_name
 from imcap_ray.distributed.cluster import ClusterResources

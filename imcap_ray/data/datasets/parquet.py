@@ -11,10 +11,7 @@ import pyarrow.parquet as pq
 
 from imcap_ray import storage
 from imcap_ray.data.columns import ImageColumn, ImageColumns, require_column
-from imcap_ray.data.parquet_images import refuse_pickles
-from imcap_ray.data.table_listing import IdColumns, describe_unused_ids, id_texts, list_table_images
-from imcap_ray.datasets.records import CAPTION_FIELDS, SPLIT_FIELD, captions_in, has_caption_field, is_caption_field
-from imcap_ray.datasets.table import (
+from imcap_ray.data.datasets.dataset import (
     CaptionedImages,
     Collector,
     PackedImage,
@@ -23,6 +20,9 @@ from imcap_ray.datasets.table import (
     split_in_name,
     split_in_path,
 )
+from imcap_ray.data.datasets.fields import CAPTION_FIELDS, SPLIT_FIELD, captions_in, has_caption_field, is_caption_field
+from imcap_ray.data.parquet_images import refuse_pickles
+from imcap_ray.data.table_listing import IdColumns, describe_unused_ids, id_texts, list_table_images
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.storage import ListedFile
 

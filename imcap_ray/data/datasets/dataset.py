@@ -23,8 +23,11 @@ from imcap_ray.storage import ListedFile
 from imcap_ray.text.encodings import decode_text
 
 TRAIN: Final = "train"
+
 VALIDATION: Final = "validation"
+
 TEST: Final = "test"
+
 SPLITS: Final = (TRAIN, VALIDATION, TEST)
 
 # One row per image: image_id, image_path, split, captions.
@@ -50,6 +53,7 @@ NUM_EXAMPLES: Final = 3
 _REQUESTS_AT_A_TIME: Final = 16
 
 _LINE_ENDS_AND_TABS: Final = re.compile(r"[\t\r\n]+")
+
 _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -71,6 +75,7 @@ class Leak(NamedTuple):
 
 
 _NOT_PACKED: Final = PackedImage("", -1, -1)
+
 _UNKNOWN: Final = ListedFile("", "", -1, 0)
 
 

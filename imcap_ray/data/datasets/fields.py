@@ -7,12 +7,16 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from imcap_ray.datasets.table import Collector
+from imcap_ray.data.datasets.dataset import Collector
 
 IMAGE_FIELDS: Final = ("file_name", "filename", "image_path", "file_path", "filepath", "path", "image_name", "image")
+
 ID_FIELDS: Final = ("image_id", "id")
+
 CAPTION_FIELDS: Final = ("captions", "caption", "text", "comment", "raw")
+
 _NUMBERED_CAPTION: Final = re.compile(r"caption_?\d+")
+
 SPLIT_FIELD: Final = "split"
 
 

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from imcap_ray import storage
+from imcap_ray.data.datasets.dataset import SPLIT_NAMES, SPLITS, CaptionedImages, Collector, Source, find_image_folder
+from imcap_ray.data.datasets.fields import ID_FIELDS, IMAGE_FIELDS, add_record, has_caption_field
 from imcap_ray.data.schemas import IMAGE_EXTENSIONS
-from imcap_ray.datasets.records import ID_FIELDS, IMAGE_FIELDS, add_record, has_caption_field
-from imcap_ray.datasets.table import SPLIT_NAMES, SPLITS, CaptionedImages, Collector, Source, find_image_folder
 from imcap_ray.text.encodings import split_lines
 
 _FLICKR8K: Final = "Flickr8k as distributed"
+
 _FLICKR30K: Final = "Flickr30k as distributed"
+
 _KAGGLE: Final = "Flickr8k in Kaggle's form"
 
 # In this order: where several are there, the first is the most original.
@@ -26,16 +28,19 @@ _FORMATS: Final = {
     "captions.txt": _KAGGLE,
     "captions.csv": "CSV",
 }
+
 _EXTENSIONS: Final = (".txt", ".csv", ".tsv", ".token")
 
 _TERMS_8K: Final = (
     "M. Hodosh, P. Young, J. Hockenmaier (2013), Framing Image Description as a Ranking Task, JAIR 47, 853-899. The "
     "photographs belong to their photographers; the collection is for non-commercial research."
 )
+
 _TERMS_30K: Final = (
     "P. Young, A. Lai, M. Hodosh, J. Hockenmaier (2014), From image descriptions to visual denotations, TACL 2, 67-78. "
     "The photographs belong to their photographers; the collection is for non-commercial research."
 )
+
 _TERMS: Final = {_FLICKR8K: _TERMS_8K, _KAGGLE: _TERMS_8K, _FLICKR30K: _TERMS_30K}
 
 IMAGE_FOLDERS: Final = (
@@ -44,6 +49,7 @@ IMAGE_FOLDERS: Final = (
 )
 
 _TOKEN_LINE: Final = re.compile(r"[^\t|]*#\d+\t")
+
 _SPLIT_LIST: Final = re.compile(r"(?:[\w-]*\.)?(train|validation|valid|val|dev|test)(?:_?images)?\.txt", re.IGNORECASE)
 
 

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from imcap_ray import storage
+from imcap_ray.data.datasets.dataset import SPLIT_NAMES, CaptionedImages, Collector, Source, split_in_path
+from imcap_ray.data.datasets.fields import add_record, captions_in, has_caption_field
 from imcap_ray.data.schemas import IMAGE_EXTENSIONS
-from imcap_ray.datasets.records import add_record, captions_in, has_caption_field
-from imcap_ray.datasets.table import SPLIT_NAMES, CaptionedImages, Collector, Source, split_in_path
 from imcap_ray.errors import DatasetError
 from imcap_ray.text.encodings import split_lines
 
@@ -27,8 +27,6 @@ _READS_AT_A_TIME: Final = 16
 
 
 # ---- Hugging Face's imagefolder
-
-
 def read_hugging_face(source: Source) -> CaptionedImages | None:
     """`metadata.jsonl` or `metadata.csv` beside the images or above them; folders named after splits are the splits."""
     if source.is_file:
@@ -85,8 +83,6 @@ def _records(collector: Collector, name: str) -> Iterator[tuple[int, dict[str, A
 
 
 # ---- images with their captions beside them
-
-
 def read_sidecars(source: Source) -> CaptionedImages | None:
     """`photo.jpg` and `photo.txt`, a caption a line, in any folder below; those named after splits are the splits."""
     if source.is_file:

@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from imcap_ray import storage
-from imcap_ray.datasets.records import IMAGE_FIELDS, add_record, has_caption_field
-from imcap_ray.datasets.table import CaptionedImages, Collector, Source, find_image_folder, split_in_name
-from imcap_ray.datasets.text_files import IMAGE_FOLDERS
+from imcap_ray.data.datasets.dataset import CaptionedImages, Collector, Source, find_image_folder, split_in_name
+from imcap_ray.data.datasets.fields import IMAGE_FIELDS, add_record, has_caption_field
+from imcap_ray.data.datasets.text_tables import IMAGE_FOLDERS
 from imcap_ray.errors import DatasetError
 
 _KARPATHY: Final = "Karpathy's JSON"
+
 _COCO: Final = "COCO captions"
+
 _LIST: Final = "a JSON list of captions"
 
 # COCO's files that are large and hold no captions.
 _NO_CAPTIONS: Final = re.compile(r"(instances|person_keypoints|panoptic|stuff|image_info|sentids)_.*")
+
 _NAMED_LIKE_CAPTIONS: Final = re.compile(r"(captions|dataset)[_.-].*|captions?\.json|.*_captions\.json")
 
 MAX_UNNAMED_FILES: Final = 20

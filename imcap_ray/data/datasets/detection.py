@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
-from imcap_ray.datasets.folders import find_captioned_images, read_hugging_face, read_sidecars
-from imcap_ray.datasets.json_files import read_json
-from imcap_ray.datasets.table import CaptionedImages, Contents, Source, examples
-from imcap_ray.datasets.tables import read_parquet
-from imcap_ray.datasets.text_files import read_text_files
-from imcap_ray.datasets.webdataset import read_webdataset
+from imcap_ray.data.datasets.coco_json import read_json
+from imcap_ray.data.datasets.dataset import CaptionedImages, Contents, Source, examples
+from imcap_ray.data.datasets.image_folders import find_captioned_images, read_hugging_face, read_sidecars
+from imcap_ray.data.datasets.parquet import read_parquet
+from imcap_ray.data.datasets.text_tables import read_text_files
+from imcap_ray.data.datasets.webdataset import read_webdataset
 from imcap_ray.errors import DatasetError, InputError
 
 # Each returns None for what is not its own. The last is for folders that hold nothing but images and texts.

@@ -11,7 +11,7 @@ tables       Parquet
 webdataset   tars
 """
 
-from imcap_ray.datasets.loading import load_dataset
-from imcap_ray.datasets.table import DATASET_SCHEMA, SPLITS, TEST, TRAIN, VALIDATION, CaptionedImages, split_of
+from imcap_ray.data.datasets.dataset import DATASET_SCHEMA, SPLITS, TEST, TRAIN, VALIDATION, CaptionedImages, split_of
+from imcap_ray.data.datasets.detection import load_dataset
 
 __all__ = ["DATASET_SCHEMA", "SPLITS", "TEST", "TRAIN", "VALIDATION", "CaptionedImages", "load_dataset", "split_of"]

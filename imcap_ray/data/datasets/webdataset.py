@@ -8,9 +8,7 @@ from typing import Final
 
 from imcap_ray import storage
 from imcap_ray.data import tar_images
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS
-from imcap_ray.datasets.folders import CAPTION_EXTENSIONS, caption_texts
-from imcap_ray.datasets.table import (
+from imcap_ray.data.datasets.dataset import (
     CaptionedImages,
     Collector,
     PackedImage,
@@ -19,6 +17,8 @@ from imcap_ray.datasets.table import (
     split_in_name,
     split_in_path,
 )
+from imcap_ray.data.datasets.image_folders import CAPTION_EXTENSIONS, caption_texts
+from imcap_ray.data.schemas import IMAGE_EXTENSIONS
 
 MAX_CAPTION_BYTES: Final = 2**20
 """A longer member is no caption."""
