@@ -18,7 +18,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from imcap_ray import storage
 from imcap_ray.distributed.seals import find_damage
 from imcap_ray.errors import ImcapError
-from imcap_ray.training import SCORE
+from imcap_ray.training.phases import SCORE
 
 HISTORY_FILE: Final = "history.json"
 

@@ -36,7 +36,7 @@ from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.seals import find_damage, seal, sealed_names
 from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
-from imcap_ray.training import augmentation
+from imcap_ray.training.batches import augmentation
 
 FEATURES_SCHEMA: Final = pa.schema(
     [

@@ -14,21 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray.train
 import ray.train.torch
 import safetensors.torch
 import torch
-from ray._private.utils import estimate_available_memory  # of this process's control group, where there is one
+from ray._private.utils import estimate_available_memory
 from torch import Tensor
 from torch.nn import functional
 
 from imcap_ray import storage
-from imcap_ray.captioner import below, search_captions
+from imcap_ray.captioner import below
 from imcap_ray.captions import Caption
 from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.data.datasets import TRAIN, VALIDATION
@@ -40,46 +39,39 @@ from imcap_ray.distributed.failure_log import describe_failures
 from imcap_ray.distributed.seals import seal
 from imcap_ray.distributed.training_folder import VALIDATION_ADVICE, read_validation_ids, write_metrics, write_stop
 from imcap_ray.encoders import FINETUNED, Encoder
-from imcap_ray.errors import ConfigError
-from imcap_ray.metrics import HALF, confidence_curve, score
 from imcap_ray.text.tokenizers import scoring_tokenizer
 from imcap_ray.text.vocabulary import NEVER_SAID, Vocabulary
-from imcap_ray.training import (
-    CROSS_ENTROPY,
-    FINETUNE,
-    SELF_CRITICAL,
-    CaptionBatch,
-    CaptionReward,
-    EndToEnd,
-    Optimization,
-    advantages_of,
-    augmentation,
-    draw_captions,
-    kind_of,
-    make_batch,
-    next_phase,
-    phases,
-    prefers_bfloat16,
-    reads_pixels,
+from imcap_ray.training.loop import (
+    LearningState,
+    batch_maker,
+    caption_split,
+    decoder_of,
+    encode_images,
+    run_epoch,
+    score_captions,
+    unfreeze,
 )
+from imcap_ray.training.optimization import EndToEnd, Optimization
+from imcap_ray.training.phases import CROSS_ENTROPY, FINETUNE, SELF_CRITICAL, kind_of, next_phase, phases, reads_pixels
 
 # In the training's work folder.
 CAPTIONS_FILE: Final = "captions.parquet"
+
 VOCABULARY_FILE: Final = "vocabulary.json"
+
 RUN_FOLDER: Final = "ray"
 """What Ray Train keeps: the checkpoints."""
 
 # In a checkpoint.
 WEIGHTS_FILE: Final = "model.safetensors"
 """Of what is kept: `decoder.NAME`, and `encoder.NAME` when the CNN has been trained as well."""
+
 _STATE_FILE: Final = "training_state.pt"
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
+
 RESIDENT_SHARE: Final = 0.4
 """Of a node's available memory, the file cache with it, what the features of its workers may fill to be kept there."""
-
-STEPS_BETWEEN_CHECKS: Final = 50
-"""The workers ask each other so often whether a loss is not finite; each time they wait for the device."""
 
 _LOWER: Final = {
     CROSS_ENTROPY: "lower training.learning_rate",
@@ -90,9 +82,6 @@ _LOWER: Final = {
 
 BatchSource = Callable[..., Iterator[tuple[Tensor, list[str]]]]
 """Called with batch_size and seed: one epoch of shuffled batches, what the phase reads of images and their ids."""
-
-BatchMaker = Callable[[Tensor, list[str]], tuple[CaptionBatch, dict[str, float]]]
-"""What was read of images, and their ids -> the batch of a step, and numbers to be averaged over an epoch."""
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -174,7 +163,7 @@ def train_worker(config: dict[str, Any]) -> None:
         return
     encoder.to(device)
     if kind == SELF_CRITICAL:  # the CNN stays as it is, and so do its features
-        validation = [(_encode(encoder, pixels.to(device)).unsqueeze(1), ids) for pixels, ids in validation]
+        validation = [(encode_images(encoder, pixels.to(device)).unsqueeze(1), ids) for pixels, ids in validation]
     make = batch_maker(phase, recipe, vocabulary, captions[TRAIN], optimization, encoder, device)
     while next_phase(history, recipe) == phase:
         epoch = len(history) + 1
@@ -182,17 +171,17 @@ def train_worker(config: dict[str, Any]) -> None:
         epoch_seed = seed * 1_000_003 + epoch * 1009 + rank
         torch.manual_seed(epoch_seed)  # dropout, views, crops and samples differ between workers and epochs
         batches = source(batch_size=local_batch_size, seed=epoch_seed)
-        learnt = _run_epoch(optimization, make, batches, partial(_first_of, world_size, device))
+        learnt = run_epoch(optimization, make, batches, partial(_first_of, world_size, device))
         if stops(_describe_learning_problem(learnt, optimization, epoch, kind)):
             return
-        hypotheses = _caption(optimization.kept, vocabulary, validation, recipe, device)
+        hypotheses = caption_split(optimization.kept, vocabulary, validation, recipe, device)
         hypotheses = _gather(hypotheses, world_size, device)
         if stops(_describe_missing_captions([one for one in expected if one not in hypotheses], epoch, kind)):
             return
         metrics: dict[str, Any] = {}
         if rank == 0:
             references = {image_id: captions[VALIDATION][image_id] for image_id in hypotheses}
-            scores = _score(hypotheses, references, scoring_tokenizer(vocabulary.tokenizer))
+            scores = score_captions(hypotheses, references, scoring_tokenizer(vocabulary.tokenizer))
             told = {"epoch": epoch, "phase": phase, "num_workers": world_size}
             metrics = {**told, **learnt.averages, **scores, "seconds": time.time() - start}
         # Rank 0's on every worker, so that all stop at the same epoch.
@@ -210,154 +199,11 @@ def record_stop(work: str, owner: str, reason: str) -> None:
         write_stop(work, reason)
 
 
-def unfreeze(encoder: Encoder, first_layer: str) -> None:
-    """Let the CNN be trained from this layer on, but for the filters of its depthwise convolutions, and for layers that
-    its features do not depend on.
-
-    Those are 5 % of EfficientNet-lite2's weights, and the slowest gradients on a CPU: 38 ms an image forward and
-    backward with them, 23 without, from `cnn.blocks.3` on (torch 2.14, two cores, AVX512-BF16).
-
-    Raises:
-        ConfigError: it has no such layer.
-    """
-    require_layer(encoder, first_layer)
-    is_reached = False
-    for name, parameter in encoder.cnn.named_parameters():
-        is_reached = is_reached or name.startswith(first_layer)
-        parameter.requires_grad_(is_reached)
-    for module in encoder.cnn.modules():
-        if isinstance(module, torch.nn.Conv2d) and module.groups == module.in_channels > 1:
-            module.weight.requires_grad_(False)
-    for parameter in _without_gradient(encoder):
-        parameter.requires_grad_(False)
-
-
-def require_layer(encoder: Encoder, first_layer: str) -> None:
-    """Raise ConfigError unless the CNN has a layer of this name."""
-    layers = [name for name, _ in encoder.cnn.named_parameters()]
-    if not any(name.startswith(first_layer) for name in layers):
-        names = dict.fromkeys(".".join(name.split(".")[:3]) for name in layers)
-        raise ConfigError(f"finetune.first_layer {first_layer!r} is none of the CNN's: {', '.join(names)}")
-
-
-def _without_gradient(encoder: Encoder) -> list[torch.nn.Parameter]:
-    """Those of the parameters to be trained on which the features do not depend, such as the layers of a timm CNN
-    behind its last feature map. Workers that exchange gradients would wait for theirs."""
-    parameters = [parameter for parameter in encoder.cnn.parameters() if parameter.requires_grad]
-    if not parameters:
-        return []
-    blank = torch.zeros(1, 3, encoder.image_size, encoder.image_size, dtype=torch.uint8, device=encoder.mean.device)
-    with torch.enable_grad():
-        gradients = torch.autograd.grad(encoder(blank).sum(), parameters, allow_unused=True)
-    return [parameter for parameter, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-
-
-def batch_maker(
-    phase: str,
-    recipe: Recipe,
-    vocabulary: Vocabulary,
-    captions: Mapping[str, list[str]],
-    optimization: Optimization,
-    encoder: Encoder,
-    device: torch.device,
-) -> BatchMaker:
-    """What a phase learns from the images of a step."""
-    settings = recipe.training
-    view: Callable[[Tensor], Tensor] = _draw_view
-    if reads_pixels(phase):
-        augment = augmentation(encoder.image_size, min_crop_area=recipe.finetune.min_crop_area)
-
-        def view(pixels: Tensor) -> Tensor:
-            return augment(pixels.to(device))
-
-    if kind_of(phase) != SELF_CRITICAL:
-        ids = {id_: vocabulary_ids(vocabulary, texts, settings.max_caption_length) for id_, texts in captions.items()}
-        return lambda inputs, image_ids: (make_batch(view(inputs), [ids[id_] for id_ in image_ids], device), {})
-
-    reward = CaptionReward(captions, vocabulary, bleu_weight=recipe.self_critical.bleu_weight)
-
-    def draw(inputs: Tensor, image_ids: list[str]) -> tuple[CaptionBatch, dict[str, float]]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=prefers_bfloat16(device)):
-            features = _encode(encoder, view(inputs))
-        drawn = draw_captions(
-            decoder_of(optimization.trained),
-            features.float(),
-            num_samples=recipe.self_critical.num_samples,
-            max_length=settings.max_caption_length,
-            temperature=recipe.self_critical.temperature,
-        )
-        rewards = [
-            [reward(image_id, ids) for ids in of_image] for image_id, of_image in zip(image_ids, drawn, strict=True)
-        ]
-        batch = make_batch(features, drawn, device, advantages=advantages_of(rewards))
-        return batch, {"train_reward": float(np.mean(rewards))}
-
-    return draw
-
-
-@torch.no_grad()
-def _encode(encoder: Encoder, pixels: Tensor) -> Tensor:
-    """Float16 features (I, R, F) as a cache has them."""
-    features: Tensor = encoder(pixels)
-    return features.half()
-
-
-def vocabulary_ids(vocabulary: Vocabulary, captions: list[str], max_length: int) -> list[list[int]]:
-    """The captions of an image as token ids from start to end."""
-    return [vocabulary.to_ids(caption, max_length=max_length) for caption in captions]
-
-
-def _draw_view(views: Tensor) -> Tensor:
-    """Features (I, views, R, F) -> (I, R, F), one of the views of each image."""
-    return views[torch.arange(len(views)), torch.randint(views.shape[1], (len(views),))]
-
-
-class _Learnt(NamedTuple):
-    """What came of one pass over a worker's images."""
-
-    averages: dict[str, float]
-    """The mean cross-entropy of a token, in nats, other means over images, and the seconds it took."""
-    num_images: int
-    bad_step: int
-    """The first step, from 1, whose loss is not finite on some worker, after which the pass ends early; 0: none is."""
-
-
-def _run_epoch(
-    optimization: Optimization,
-    make: BatchMaker,
-    batches: Iterator[tuple[Tensor, list[str]]],
-    first_of: Callable[[int], int],
-) -> _Learnt:
-    """One pass over this worker's images.
-
-    Args:
-        first_of: called with this worker's first bad step, or 0; returns the first of all workers.
-    """
-    start = time.time()
-    loss_sum, num_tokens, num_images = torch.zeros((), dtype=torch.float64), 0, 0
-    sums: dict[str, float] = {}
-    bad_step = torch.zeros((), dtype=torch.long)  # on the device: to look at each step's loss would be to wait for it
-    for step, (inputs, image_ids) in enumerate(batches, start=1):
-        batch, numbers = make(inputs, image_ids)
-        loss, count = optimization.step(batch)
-        bad_step = bad_step.to(loss.device)
-        bad_step = torch.where(~torch.isfinite(optimization.loss) & (bad_step == 0), step, bad_step)
-        if step % STEPS_BETWEEN_CHECKS == 0 and first_of(int(bad_step)):
-            break
-        loss_sum = loss_sum.to(loss.device) + loss
-        num_tokens, num_images = num_tokens + count, num_images + len(image_ids)
-        for name, value in numbers.items():
-            sums[name] = sums.get(name, 0.0) + value * len(image_ids)
-    means = {name: value / max(1, num_images) for name, value in sums.items()}
-    averages = {"train_loss": float(loss_sum) / max(1, num_tokens), **means, "train_seconds": time.time() - start}
-    return _Learnt(averages, num_images, first_of(int(bad_step)))
-
-
 def _first_of(world_size: int, device: torch.device, step: int) -> int:
     return min((one for one in share(step, world_size, device) if one), default=0)
 
 
-def _describe_learning_problem(learnt: _Learnt, optimization: Optimization, epoch: int, kind: str) -> str:
+def _describe_learning_problem(learnt: LearningState, optimization: Optimization, epoch: int, kind: str) -> str:
     """Why an epoch is not worth keeping; "" if it is."""
     if learnt.bad_step:
         what = f"the loss is not finite at step {learnt.bad_step} of epoch {epoch}"
@@ -489,44 +335,6 @@ def _read_validation(
     if not missing:
         return batches, ""
     return batches, f"{describe_failures(len(missing), 'validation', [*missing.items()])}: {VALIDATION_ADVICE}"
-
-
-@torch.inference_mode()
-def _caption(
-    kept: torch.nn.Module,
-    vocabulary: Vocabulary,
-    batches: list[tuple[Tensor, list[str]]],
-    recipe: Recipe,
-    device: torch.device,
-) -> dict[str, Caption]:
-    """The best caption of each image; none where what is computed for it is not finite."""
-    kept.eval()
-    captions = {}
-    for inputs, image_ids in batches:
-        inputs = inputs.to(device)
-        features = kept.encoder(inputs) if isinstance(kept, EndToEnd) else inputs[:, 0].float()
-        found = search_captions(decoder_of(kept), vocabulary, features, recipe.search)
-        captions.update({image_id: best[0] for image_id, best in zip(image_ids, found, strict=True) if best})
-    return captions
-
-
-def decoder_of(module: torch.nn.Module) -> Decoder:
-    """The decoder of what is trained or kept."""
-    decoder = module.decoder if isinstance(module, EndToEnd) else module
-    assert isinstance(decoder, Decoder)
-    return decoder
-
-
-def _score(captions: Mapping[str, Caption], references: Mapping[str, Sequence[str]], tokenizer: str) -> dict[str, Any]:
-    texts = {image_id: caption.text for image_id, caption in captions.items()}
-    confidences = {image_id: caption.confidence for image_id, caption in captions.items()}
-    curve = confidence_curve(texts, references, confidences, tokenizer=tokenizer)
-    half = next(point for point in curve if point.share == HALF)
-    return {
-        **score(texts, references, tokenizer=tokenizer).to_dict(),
-        "half_cider_d": half.cider_d,
-        "half_min_confidence": half.min_confidence,
-    }
 
 
 def _gather(part: dict[str, Caption], world_size: int, device: torch.device) -> dict[str, Caption]:

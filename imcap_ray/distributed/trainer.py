@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -19,29 +18,16 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
-import ray.data.expressions
 import ray.train
 import safetensors.torch
-import torch
 from ray.data import DataContext
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, DataConfig, RunConfig
 from ray.train.torch import TorchTrainer
-
-# Those which `ray.train` exports at run time; mypy sees the old ones.
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
 from imcap_ray import storage
-from imcap_ray.captioner import (
-    CONFIG_FILE,
-    ModelFolder,
-    average_models,
-    average_weights,
-    below,
-    read_model_folder,
-    save_model_folder,
-)
+from imcap_ray.captioner import CONFIG_FILE, ModelFolder, average_models, below, read_model_folder, save_model_folder
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.data.columns import find_image_column_by_type, read_image_column
 from imcap_ray.data.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
@@ -56,15 +42,9 @@ from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.gpus import require_gpus
 from imcap_ray.distributed.images import LoadImages, default_num_actors, explain, read_images, repeating
+from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.distributed.train_worker import (
-    CAPTIONS_FILE,
-    RUN_FOLDER,
-    VOCABULARY_FILE,
-    WEIGHTS_FILE,
-    require_layer,
-    train_worker,
-)
+from imcap_ray.distributed.train_worker import CAPTIONS_FILE, RUN_FOLDER, VOCABULARY_FILE, WEIGHTS_FILE, train_worker
 from imcap_ray.distributed.training_folder import (
     SETTINGS_FILE,
     VALIDATION_ADVICE,
@@ -76,14 +56,16 @@ from imcap_ray.distributed.training_folder import (
     write_metrics,
     write_validation_ids,
 )
-from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights, build_encoder, resolve_preprocessing
+from imcap_ray.encoders import FINETUNED, Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
-from imcap_ray.model_card import write_card
 from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
-from imcap_ray.trackers import Trackers, tracking
-from imcap_ray.training import FINETUNE, SCORE, kind_of, next_phase, num_epochs, phases, reads_pixels
+from imcap_ray.training.experiment_trackers import Trackers, tracking
+from imcap_ray.training.loop import require_layer
+from imcap_ray.training.model_card import write_card
+from imcap_ray.training.phases import SCORE, next_phase, num_epochs, phases, reads_pixels
 
 START_TIMEOUT: Final = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+
 WORKERS_START_SECONDS: Final = 600
 """How long Ray Train waits for room for a fixed number of workers before it counts a failure, of which the fourth is
 its last; a machine that takes the place of a lost one needs minutes to come. An elastic training goes on with fewer."""
@@ -231,7 +213,7 @@ def train(
     )
     if start_model:
         first_phase = next(iter(phases(recipe)))
-        storage.write_bytes(_start_file(work, first_phase), safetensors.torch.save(start_model.tensors))
+        storage.write_bytes(start_weights_file(work, first_phase), safetensors.torch.save(start_model.tensors))
     if history:
         echo(f"going on after epoch {len(history)}")
     elif start_model:
@@ -241,7 +223,7 @@ def train(
     with tracking(work, history, run_name=name, parameters=parameters, echo=echo) as trackers:
         while (phase := next_phase(history, recipe)) is not None:
             start_file = start_of_phase(phase, history, work, recipe=recipe, echo=echo)
-            current = _with_cnn(encoder, _read_weights(start_file)) if start_file else encoder
+            current = with_cnn_weights(encoder, read_weights(start_file)) if start_file else encoder
             inputs = _write_manifests(data, caches, storage.join(work, "manifests")) if reads_pixels(phase) else caches
             failure = None
             try:
@@ -279,8 +261,8 @@ def train(
             history = resumed.history
             trackers.log(history)
     best, newest = choose_best(run, echo=echo)
-    weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
-    kept = _with_cnn(encoder, weights)
+    weights = read_weights(storage.join(best.location, WEIGHTS_FILE))
+    kept = with_cnn_weights(encoder, weights)
     metrics = best.history[-1]
     check()
     save_model_folder(
@@ -576,7 +558,7 @@ def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
 def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str | None) -> Encoder:
     """The CNN of a recipe, with the weights of the model where that has its own."""
     if model and (inside := below("encoder.", model.tensors)):
-        return _with_cnn(build_encoder(recipe.encoder, recipe.preprocessing, tensors=inside), model.tensors)
+        return with_cnn_weights(build_encoder(recipe.encoder, recipe.preprocessing, tensors=inside), model.tensors)
     expected = model.encoder_weights if model else None
     return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)
 
@@ -594,88 +576,6 @@ def _describe_unknown_words(images: pa.Table, vocabulary: Vocabulary, recipe: Re
     is_unknown = Counter(id_ == UNKNOWN_ID for of_caption in ids for id_ in of_caption)
     share = is_unknown[True] / max(1, is_unknown.total())
     return f"its vocabulary lacks {share:.1%} of the training captions' words"
-
-
-def _start_file(work: str, phase: str) -> str:
-    return storage.join(work, f"start_of_{phase}.safetensors")
-
-
-def _end_file(work: str, phase: str) -> str:
-    return storage.join(work, f"end_of_{phase}.safetensors")
-
-
-def start_of_phase(
-    phase: str, history: list[dict[str, Any]], work: str, *, recipe: Recipe, echo: Callable[[str], None]
-) -> str | None:
-    """The file of the weights that a phase starts from; None where it starts from nothing.
-
-    These are the best so far, but for a phase that fine-tunes once more, which starts where the first did, and for what
-    follows several such, which starts from the mean of the best of each. A phase that has begun finds its CNN there
-    again. Where the file is gone or damaged, it is made from the newest checkpoint: that has the same CNN, or the one
-    trained up to there, and the decoder is the checkpoint's in any case.
-
-    Raises:
-        ImcapError: weights cannot be read.
-    """
-    place = _start_file(work, phase)
-    if not history or history[0]["phase"] == phase:  # the first phase: what it starts from is the user's
-        return place if storage.exists(place) else None
-    has_begun = history[-1]["phase"] == phase
-    if has_begun and _is_readable(place):
-        return place
-    run, before = storage.join(work, RUN_FOLDER), history[-1]["phase"]
-    finetunings = [one for one in phases(recipe) if kind_of(one) == FINETUNE]
-    if has_begun:
-        _, newest = choose_best(run, echo=echo)
-        weights = _read_weights(storage.join(newest.location, WEIGHTS_FILE))
-        echo(f"{place} was gone or damaged, and is made anew from epoch {newest.epoch}")
-    elif before in finetunings and len(finetunings) > 1:
-        best, _ = choose_best(run, phase=before, echo=echo)
-        end = _read_weights(storage.join(best.location, WEIGHTS_FILE))
-        storage.write_bytes(_end_file(work, before), safetensors.torch.save(end))  # its checkpoint will make room
-        if phase in finetunings:
-            weights = _read_weights(_start_file(work, finetunings[0]))
-            source = f"where {finetunings[0]} started"
-        else:
-            weights = average_weights([_read_weights(_end_file(work, one)) for one in finetunings])
-            source = f"the mean of {len(finetunings)} such"
-        echo(f"{before} ends with epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}; {phase} from {source}")
-    else:
-        best, _ = choose_best(run, echo=echo)
-        weights = _read_weights(storage.join(best.location, WEIGHTS_FILE))
-        echo(f"{phase} from epoch {best.epoch}, CIDEr-D {best.history[-1][SCORE]:.3f}")
-    storage.write_bytes(place, safetensors.torch.save(weights))
-    return place
-
-
-def _is_readable(weights_file: str) -> bool:
-    try:
-        _read_weights(weights_file)
-    except ImcapError:
-        return False
-    return True
-
-
-def _read_weights(location: str) -> dict[str, torch.Tensor]:
-    try:
-        return safetensors.torch.load(storage.read_bytes(location))
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ImcapError(f"{location} is gone or damaged, and the training cannot go on without it: {error}") from error
-
-
-def _with_cnn(encoder: Encoder, weights: Mapping[str, torch.Tensor]) -> Encoder:
-    """The encoder with the CNN that is among these weights; itself where there is none."""
-    cnn = below("encoder.", weights)
-    if not cnn:
-        return encoder
-    finetuned = copy.deepcopy(encoder)
-    finetuned.cnn.load_state_dict(cnn)
-    digest = hashlib.sha256()
-    for name in sorted(cnn):  # in float16, as a model folder keeps them: the same CNN has the same hash ever after
-        tensor = cnn[name].half() if cnn[name].is_floating_point() else cnn[name]
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    finetuned.weights = EncoderWeights(source=FINETUNED, sha256=digest.hexdigest())
-    return finetuned
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,9 +71,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, TrainingConfig
 from imcap_ray.decoders import build_decoder
-from imcap_ray.distributed.train_worker import unfreeze
+from imcap_ray.training.loop import unfreeze
 from imcap_ray.encoders import build_encoder
-from imcap_ray.training import EndToEnd, Optimization, make_batch
+from imcap_ray.training.optimization import EndToEnd
+from imcap_ray.training.optimization import Optimization
+from imcap_ray.training.batches import make_batch
 from imcap_ray.text.vocabulary import END_ID
 from imcap_ray.text.vocabulary import START_ID
 
@@ -102,7 +104,8 @@ def test_two_workers_fine_tune_a_cnn_that_has_layers_behind_its_grid(tmp_path: P
 DIVERGE = """
 from functools import partial
 
-from imcap_ray.distributed.train_worker import _first_of, _run_epoch
+from imcap_ray.distributed.train_worker import _first_of
+from imcap_ray.training.loop import run_epoch
 
 
 class Optimization:

@@ -10,7 +10,7 @@ import jinja2
 import pytest
 
 from imcap_ray.config import Recipe, load_recipe
-from imcap_ray.model_card import write_card
+from imcap_ray.training.model_card import write_card
 
 METRICS = {
     "epoch": 12,

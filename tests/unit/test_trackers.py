@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from imcap_ray.trackers import EVENTS_FOLDER, MLFLOW_FILE, MlflowRun, TensorBoardFolder, tracking
+from imcap_ray.training.experiment_trackers import EVENTS_FOLDER, MLFLOW_FILE, MlflowRun, TensorBoardFolder, tracking
 
 PARAMETERS = {"recipe": "small", "seed": 0, "training": {"epochs": 3, "learning_rate": 1e-3}}
 

@@ -19,12 +19,15 @@ from imcap_ray.config import (
 )
 from imcap_ray.decoders import build_decoder
 from imcap_ray.distributed.captions_folder import take_over
-from imcap_ray.distributed.train_worker import batch_maker, record_stop, share, unfreeze
+from imcap_ray.distributed.train_worker import record_stop, share
 from imcap_ray.distributed.training_folder import take_stop
 from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
-from imcap_ray.training import SELF_CRITICAL, EndToEnd, Optimization, augmentation, make_batch, phases
+from imcap_ray.training.batches import augmentation, make_batch
+from imcap_ray.training.loop import batch_maker, unfreeze
+from imcap_ray.training.optimization import EndToEnd, Optimization
+from imcap_ray.training.phases import SELF_CRITICAL, phases
 
 SIZE = 64
 

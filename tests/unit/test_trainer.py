@@ -24,8 +24,9 @@ from imcap_ray.distributed.checkpoints import checkpoint_name
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache
+from imcap_ray.distributed.phase_start import start_of_phase
 from imcap_ray.distributed.seals import seal
-from imcap_ray.distributed.trainer import PreparedTraining, fix_validation, prepare_training, start_of_phase, watch_room
+from imcap_ray.distributed.trainer import PreparedTraining, fix_validation, prepare_training, watch_room
 from imcap_ray.distributed.training_folder import read_validation_ids
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from tests import small_data

@@ -14,23 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from imcap_ray import training
 from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCriticalConfig, TrainingConfig
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.metrics import CiderD
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
-from imcap_ray.training import (
-    CaptionReward,
-    Optimization,
-    advantages_of,
-    draw_captions,
-    kind_of,
-    learning_rate_factor,
-    make_batch,
-    next_phase,
-    num_epochs,
-    phases,
-)
+from imcap_ray.training import batches, optimization
+from imcap_ray.training.batches import make_batch
+from imcap_ray.training.optimization import Optimization, learning_rate_factor
+from imcap_ray.training.phases import kind_of, next_phase, num_epochs, phases
+from imcap_ray.training.rewards import CaptionReward, advantages_of, draw_captions
 
 CPU = torch.device("cpu")
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS, VOCABULARY_SIZE = 8, 4, 12, 30
@@ -40,7 +32,7 @@ PLAIN = TrainingConfig(schedule="constant", learning_rate=1e-2, label_smoothing=
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some CPUs would compute in bfloat16, with three digits."""
-    monkeypatch.setattr(training, "prefers_bfloat16", lambda device: False)
+    monkeypatch.setattr(optimization, "prefers_bfloat16", lambda device: False)
 
 
 @pytest.fixture(params=["attention", "lstm"])
@@ -106,7 +98,7 @@ def test_how_captions_are_padded_changes_neither_loss_nor_step(
 ) -> None:
     config, found = replace(PLAIN, label_smoothing=0.1), []
     for lengths_alike in (1, 4, 16):
-        monkeypatch.setattr(training, "LENGTHS_ALIKE", lengths_alike)
+        monkeypatch.setattr(batches, "LENGTHS_ALIKE", lengths_alike)
         optimization = optimize(copy.deepcopy(decoder), config)
         advantages = [[0.5, -1.0]] * NUM_IMAGES
         loss, num_tokens = optimization.step(make_batch(make_features(), make_captions(), CPU, advantages=advantages))

@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol
 from imcap_ray import storage
 
 EVENTS_FOLDER: Final = "tensorboard"
+
 MLFLOW_FILE: Final = "mlflow.json"
 """Which run of which server this training is logged to."""
 

@@ -11,159 +11,19 @@ R regions, F channels, S pixels a side.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from imcap_ray.config import Recipe, TrainingConfig
+from imcap_ray.config import TrainingConfig
 from imcap_ray.decoders import Decoder
 from imcap_ray.encoders import Encoder
-from imcap_ray.metrics import CiderD
-from imcap_ray.search import sample
-from imcap_ray.text.tokenizers import tokenize
-from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
-
-CROSS_ENTROPY: Final = "cross_entropy"
-FINETUNE: Final = "finetune"
-SELF_CRITICAL: Final = "self_critical"
-
-LENGTHS_ALIKE: Final = 16
-"""So many captions in a row are padded to one length, so that a position has 16, 32, ... captions and few shapes come
-up: for each shape of a matrix product oneDNN compiles a kernel, which takes longer than the product, and keeps it. A
-step of the default recipe takes half of the time so, for 8 % more positions (torch 2.14, two cores with AMX)."""
-
-SCORE: Final = "cider_d"
-"""What a training is stopped by, and its best epoch chosen by."""
-
-
-def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
-    """The phases of a training in their order, with the settings of each: `finetune`, and `finetune_2` if repeated."""
-    settings = {}
-    for kind, config, smoothing, repetitions in (
-        (CROSS_ENTROPY, recipe.training, recipe.training.label_smoothing, 1),
-        (FINETUNE, recipe.finetune, recipe.training.label_smoothing, recipe.finetune.repetitions),
-        (SELF_CRITICAL, recipe.self_critical, 0.0, recipe.self_critical.repetitions),
-    ):
-        for number in range(1, repetitions + 1 if config.epochs else 1):
-            settings[kind if number == 1 else f"{kind}_{number}"] = replace(
-                recipe.training,
-                epochs=config.epochs,
-                learning_rate=config.learning_rate,
-                patience=config.patience,
-                label_smoothing=smoothing,
-            )
-    return settings
-
-
-def kind_of(phase: str) -> str:
-    """Which kind a phase is of, `CROSS_ENTROPY`, `FINETUNE` or `SELF_CRITICAL`."""
-    return next(kind for kind in (CROSS_ENTROPY, FINETUNE, SELF_CRITICAL) if phase.startswith(kind))
-
-
-def reads_pixels(phase: str) -> bool:
-    """Whether a phase is trained on photographs, another view of each at every step, or else on cached features.
-
-    A decoder knows the features of its training images by heart in the end, and what it draws for those tells little
-    of what it would draw for others.
-    """
-    return kind_of(phase) in (FINETUNE, SELF_CRITICAL)
-
-
-def num_epochs(recipe: Recipe) -> int:
-    """The most epochs that a training has, over all phases."""
-    return sum(settings.epochs for settings in phases(recipe).values())
-
-
-def next_phase(history: Sequence[Mapping[str, Any]], recipe: Recipe) -> str | None:
-    """The phase of the next epoch after these, given each one's `phase` and score; None when the training is done.
-
-    A phase ends after its epochs, or when the last `patience` of them brought no better score.
-    """
-    for phase, settings in phases(recipe).items():
-        scores = [row[SCORE] for row in history if row["phase"] == phase]
-        patience = settings.patience
-        is_stuck = 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
-        if len(scores) < settings.epochs and not is_stuck:
-            return phase
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionBatch:
-    """Images with all their captions, the longest caption first."""
-
-    inputs: Tensor
-    """Features (I, R, F), or pixels (I, 3, S, S)."""
-    token_ids: Tensor
-    """(N, T) from the start token to the last word."""
-    lengths: Tensor
-    """(N,) on the CPU, falling; `LENGTHS_ALIKE` in a row are the same."""
-    image_of_caption: Tensor
-    """(N,) index into `inputs`."""
-    targets: Tensor
-    """(P,) the token that follows each, in the order of a packed sequence; `PADDING_ID` where its caption has ended."""
-    weights: Tensor
-    """(P,) how much each target counts: 1, or its caption's advantage."""
-    num_tokens: int
-    """Targets that are no padding."""
-
-
-def make_batch(
-    inputs: Tensor,
-    captions: Sequence[Sequence[Sequence[int]]],
-    device: torch.device,
-    *,
-    advantages: Sequence[Sequence[float]] | None = None,
-) -> CaptionBatch:
-    """The batch of these images: features or pixels, and for each image its captions as ids from start to end.
-
-    Args:
-        advantages: of each caption of each image, how much it is to be said more often, or less.
-    """
-    weights = [[1.0] * len(of_image) for of_image in captions] if advantages is None else advantages
-    flat = [
-        (image, ids, weight)
-        for image, of_image in enumerate(captions)
-        for ids, weight in zip(of_image, weights[image], strict=True)
-    ]
-    flat.sort(key=lambda caption: -len(caption[1]))
-    padded = nn.utils.rnn.pad_sequence(
-        [torch.tensor(ids) for _, ids, _ in flat], batch_first=True, padding_value=PADDING_ID
-    )
-    lengths = torch.tensor([len(ids) - 1 for _, ids, _ in flat])
-    num_tokens = int(lengths.sum())
-    lengths = lengths[::LENGTHS_ALIKE].repeat_interleave(LENGTHS_ALIKE)[: len(flat)]
-    weight_of_caption = torch.tensor([weight for _, _, weight in flat]).unsqueeze(1)
-    weights_of_tokens = weight_of_caption.expand(len(flat), padded.shape[1] - 1)
-    return CaptionBatch(
-        inputs=inputs.to(device).to(inputs.dtype if inputs.dtype == torch.uint8 else torch.float32),
-        token_ids=padded[:, :-1].to(device),
-        lengths=lengths,
-        image_of_caption=torch.tensor([image for image, _, _ in flat], device=device),
-        targets=pack_padded_sequence(padded[:, 1:], lengths, batch_first=True).data.to(device),
-        weights=pack_padded_sequence(weights_of_tokens, lengths, batch_first=True).data.to(device),
-        num_tokens=num_tokens,
-    )
-
-
-def augmentation(image_size: int, *, min_crop_area: float) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 pixels (I, 3, S, S) to another view of each image."""
-    from torchvision.transforms import v2
-
-    transform: Callable[[Tensor], Tensor] = v2.Compose(
-        [
-            v2.RandomResizedCrop(image_size, scale=(min_crop_area, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(),
-        ]
-    )
-    return lambda pixels: torch.stack([transform(image) for image in pixels])
+from imcap_ray.text.vocabulary import PADDING_ID
+from imcap_ray.training.batches import CaptionBatch
 
 
 class EndToEnd(nn.Module):
@@ -187,71 +47,6 @@ class EndToEnd(nn.Module):
         super().train(mode)
         self.encoder.eval()
         return self
-
-
-class CaptionReward:
-    """CIDEr-D of a caption against those of its image, with document frequencies of all these images.
-
-    To it comes `bleu_weight` times the BLEU-4 of this caption alone, of 0 to 1. An order without a match would make
-    that 0, as most captions have one, so one is added to the matches and the n-grams of every order above the first
-    (Lin and Och 2004, ORANGE).
-
-    The end counts as a token, or captions are rewarded that stop in the middle of a phrase (Hu et al. 2023,
-    arXiv 2305.12254).
-    """
-
-    def __init__(
-        self, captions: Mapping[str, Sequence[str]], vocabulary: Vocabulary, *, bleu_weight: float = 0.0
-    ) -> None:
-        end = vocabulary.tokens[END_ID]
-        self._tokens = vocabulary.tokens
-        self._places = {image_id: number for number, image_id in enumerate(captions)}
-        self._references = [
-            [[*tokenize(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()
-        ]
-        self._cider_d = CiderD(self._references)
-        self._bleu_weight = bleu_weight
-
-    def __call__(self, image_id: str, token_ids: Sequence[int]) -> float:
-        """The reward of token ids from the start token to the end token, if there is one."""
-        place, tokens = self._places[image_id], [self._tokens[token_id] for token_id in token_ids[1:]]
-        reward = self._cider_d.score(place, tokens)
-        if self._bleu_weight:
-            reward += self._bleu_weight * _sentence_bleu()(self._references[place], tokens)
-        return reward
-
-
-@cache
-def _sentence_bleu() -> Callable[..., float]:
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # a second and a half
-
-    return partial(sentence_bleu, smoothing_function=SmoothingFunction().method2)
-
-
-@torch.no_grad()
-def draw_captions(
-    decoder: Decoder, features: Tensor, *, num_samples: int, max_length: int, temperature: float = 1.0
-) -> list[list[list[int]]]:
-    """For each image of features (I, R, F) captions drawn from the decoder, as ids from start to end."""
-    decoder.eval()
-    with torch.autocast(features.device.type, torch.bfloat16, enabled=prefers_bfloat16(features.device)):
-        step, state = decoder.start(features.float(), num_samples)
-        return sample(
-            step,
-            state,
-            start_id=START_ID,
-            end_id=END_ID,
-            max_length=max_length,
-            temperature=temperature,
-            forbidden_ids=NEVER_SAID,
-        )
-
-
-def advantages_of(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Each caption's reward minus the mean of the other captions' of its image (Luo 2020, arXiv 2003.09971)."""
-    return [
-        [(len(of_image) * reward - sum(of_image)) / (len(of_image) - 1) for reward in of_image] for of_image in rewards
-    ]
 
 
 class Optimization:

@@ -1,0 +1,1 @@
+"""Features and captions -> weights. Knows nothing of Ray."""

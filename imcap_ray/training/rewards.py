@@ -1,0 +1,81 @@
+"""Sampled captions -> rewards and advantages (self-critical training, Rennie et al. 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from imcap_ray.decoders import Decoder
+from imcap_ray.metrics import CiderD
+from imcap_ray.search import sample
+from imcap_ray.text.tokenizers import tokenize
+from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
+from imcap_ray.training.optimization import prefers_bfloat16
+
+
+class CaptionReward:
+    """CIDEr-D of a caption against those of its image, with document frequencies of all these images.
+
+    To it comes `bleu_weight` times the BLEU-4 of this caption alone, of 0 to 1. An order without a match would make
+    that 0, as most captions have one, so one is added to the matches and the n-grams of every order above the first
+    (Lin and Och 2004, ORANGE).
+
+    The end counts as a token, or captions are rewarded that stop in the middle of a phrase (Hu et al. 2023,
+    arXiv 2305.12254).
+    """
+
+    def __init__(
+        self, captions: Mapping[str, Sequence[str]], vocabulary: Vocabulary, *, bleu_weight: float = 0.0
+    ) -> None:
+        end = vocabulary.tokens[END_ID]
+        self._tokens = vocabulary.tokens
+        self._places = {image_id: number for number, image_id in enumerate(captions)}
+        self._references = [
+            [[*tokenize(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()
+        ]
+        self._cider_d = CiderD(self._references)
+        self._bleu_weight = bleu_weight
+
+    def __call__(self, image_id: str, token_ids: Sequence[int]) -> float:
+        """The reward of token ids from the start token to the end token, if there is one."""
+        place, tokens = self._places[image_id], [self._tokens[token_id] for token_id in token_ids[1:]]
+        reward = self._cider_d.score(place, tokens)
+        if self._bleu_weight:
+            reward += self._bleu_weight * _sentence_bleu()(self._references[place], tokens)
+        return reward
+
+
+@cache
+def _sentence_bleu() -> Callable[..., float]:
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # a second and a half
+
+    return partial(sentence_bleu, smoothing_function=SmoothingFunction().method2)
+
+
+@torch.no_grad()
+def draw_captions(
+    decoder: Decoder, features: Tensor, *, num_samples: int, max_length: int, temperature: float = 1.0
+) -> list[list[list[int]]]:
+    """For each image of features (I, R, F) captions drawn from the decoder, as ids from start to end."""
+    decoder.eval()
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=prefers_bfloat16(features.device)):
+        step, state = decoder.start(features.float(), num_samples)
+        return sample(
+            step,
+            state,
+            start_id=START_ID,
+            end_id=END_ID,
+            max_length=max_length,
+            temperature=temperature,
+            forbidden_ids=NEVER_SAID,
+        )
+
+
+def advantages_of(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Each caption's reward minus the mean of the other captions' of its image (Luo 2020, arXiv 2003.09971)."""
+    return [
+        [(len(of_image) * reward - sum(of_image)) / (len(of_image) - 1) for reward in of_image] for of_image in rewards
+    ]
