@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from imcap_ray.metrics import HALF
+from imcap_ray.scoring.evaluation_report import HALF
 
 WIDTH: Final = 360
 HEIGHT: Final = 120

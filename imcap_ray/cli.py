@@ -742,7 +742,7 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 
     from imcap_ray.data.datasets import load_dataset
     from imcap_ray.data.parquet_files import write_table
-    from imcap_ray.evaluation import evaluate_captions
+    from imcap_ray.scoring.evaluate import evaluate_captions
 
     dataset = load_dataset(references, columns=_columns(options), allow_outside_paths=options["allow_outside_paths"])
     report = evaluate_captions(
@@ -812,9 +812,9 @@ def write_captions_report(
     from imcap_ray.data.datasets import load_dataset
     from imcap_ray.data.image_reading import CaptionedImageSource
     from imcap_ray.data.manifest import folder_of, open_captions, read_run
-    from imcap_ray.evaluation import captioned_folder, evaluate_captions
     from imcap_ray.report import write_report
     from imcap_ray.report_model import read_model_of_run
+    from imcap_ray.scoring.evaluate import captioned_folder, evaluate_captions
 
     table = open_captions(captions)
     output = output or storage.join(folder_of(captions), "report.html")

@@ -71,7 +71,7 @@ from imcap_ray.distributed.speed import (
 )
 from imcap_ray.encoders import build_encoder, optimize_for_inference
 from imcap_ray.errors import ImageError, ImcapError
-from imcap_ray.metrics import score
+from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import END_ID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import CaptionBatch, make_batch
 from imcap_ray.training.optimization import Optimization, prefers_bfloat16

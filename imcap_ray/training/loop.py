@@ -16,7 +16,8 @@ from imcap_ray.config import Recipe
 from imcap_ray.decoders import Decoder
 from imcap_ray.encoders import Encoder
 from imcap_ray.errors import ConfigError
-from imcap_ray.metrics import HALF, confidence_curve, score
+from imcap_ray.scoring.evaluation_report import HALF, confidence_curve
+from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.batches import CaptionBatch, augmentation, make_batch
 from imcap_ray.training.optimization import EndToEnd, Optimization, prefers_bfloat16

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from imcap_ray.config import Recipe, to_mapping
-from imcap_ray.metrics import HALF
+from imcap_ray.scoring.evaluation_report import HALF
 from imcap_ray.text.escaping import markdown, markdown_code, printable
 from imcap_ray.text.tokenizers import scoring_tokenizer
 from imcap_ray.training.phases import num_epochs

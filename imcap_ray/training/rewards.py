@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from imcap_ray.decoders import Decoder
-from imcap_ray.metrics import CiderD
+from imcap_ray.scoring.cider import CiderD
 from imcap_ray.search import sample
 from imcap_ray.text.tokenizers import tokenize
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary

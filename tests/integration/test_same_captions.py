@@ -17,7 +17,7 @@ from imcap_ray.config import SearchConfig
 from imcap_ray.data.datasets import VALIDATION, load_dataset
 from imcap_ray.decoders import Decoder
 from imcap_ray.encoders import build_encoder, optimize_for_inference
-from imcap_ray.metrics import score
+from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID
 
 NUM_IMAGES = 100

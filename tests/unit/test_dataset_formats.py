@@ -19,7 +19,7 @@ from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, CaptionedImages, loa
 from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import build_manifest, image_columns_of
 from imcap_ray.errors import DatasetError, ImageError, InputError
-from imcap_ray.evaluation import evaluate_captions
+from imcap_ray.scoring.evaluate import evaluate_captions
 from tests.small_data import jpeg, write_tar
 
 # name -> split and captions; what has no official split in a format gets its own by its name.

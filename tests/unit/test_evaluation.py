@@ -14,7 +14,7 @@ import pytest
 from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages, load_dataset
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.errors import DatasetError, InputError
-from imcap_ray.evaluation import evaluate_captions, read_captions
+from imcap_ray.scoring.evaluate import evaluate_captions, read_captions
 from tests.small_data import jpeg, write_tar
 
 REFERENCES = {

@@ -14,21 +14,12 @@ from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
-from imcap_ray import corpus as corpus_module
-from imcap_ray import metrics
 from imcap_ray.errors import DatasetError
-from imcap_ray.metrics import (
-    CiderD,
-    DocumentFrequencies,
-    EvaluationReport,
-    Scores,
-    cider_d,
-    corpus_bleu,
-    evaluate,
-    rouge_l,
-    score,
-    scored_tokens,
-)
+from imcap_ray.scoring import metrics
+from imcap_ray.scoring import ngram_statistics as corpus_module
+from imcap_ray.scoring.cider import CiderD, DocumentFrequencies
+from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate
+from imcap_ray.scoring.metrics import Scores, cider_d, corpus_bleu, rouge_l, score, scored_tokens
 from imcap_ray.text.tokenizers import tokenize
 from tests import slow_scores
 

@@ -25,8 +25,9 @@ from imcap_ray.cli import main
 from imcap_ray.data.image_reading import CaptionedImageSource
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
-from imcap_ray.metrics import SHARES, ConfidencePoint, EvaluationReport, Protocol, Scores
 from imcap_ray.report import LoadImages, write_report
+from imcap_ray.scoring.evaluation_report import SHARES, ConfidencePoint, EvaluationReport, Protocol
+from imcap_ray.scoring.metrics import Scores
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCriticalConfig, TrainingConfig
 from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
-from imcap_ray.metrics import CiderD
+from imcap_ray.scoring.cider import CiderD
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training import batches, optimization
 from imcap_ray.training.batches import make_batch

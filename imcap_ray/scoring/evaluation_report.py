@@ -7,36 +7,27 @@ evaluation: the best caption for all images, and people against each other.
 from __future__ import annotations
 
 import json
-import math
-from array import array
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from imcap_ray.corpus import (
-    CIDER_SIGMA,
-    HYPOTHESIS_LENGTH,
-    MATCHES,
-    MAX_ORDER,
-    MEANS,
-    REFERENCE_LENGTH,
-    TOTALS,
-    Corpus,
-    Frequencies,
-    SentenceCollector,
+from imcap_ray.scoring.metrics import (
+    SCORE_NAMES,
+    SEED,
+    Scores,
+    collect_mappings,
+    collect_texts,
+    corpus_scores,
+    require_same_images,
+    summarize_rows,
 )
-from imcap_ray.errors import DatasetError
+from imcap_ray.scoring.ngram_statistics import MATCHES, MAX_ORDER, MEANS, REFERENCE_LENGTH, TOTALS, Corpus, Frequencies
 from imcap_ray.text.escaping import markdown, printable
-from imcap_ray.text.tokenizers import tokenize
-
-Tokens: TypeAlias = Sequence[str]
-Ngram: TypeAlias = tuple[str, ...]
 
 DEFINITIONS: Final = (
     "corpus BLEU, closest reference length, no smoothing; ROUGE-L with beta 1.2, best precision and best "
@@ -46,39 +37,19 @@ DEFINITIONS: Final = (
 # Of 1,500 Flickr8k captions the one with the best score was the first by centrality, and the next three
 # were among its first seven.
 NUM_FLOOR_CANDIDATES: Final = 50
+
 NUM_RESAMPLES: Final = 1000
+
 SHARES: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
 HALF: Final = 0.5
-SEED: Final = "seed"  # a tokenizer, and the protocol that counts its markers
+
 SEED_NOTE: Final = (
     "words of one letter are dropped and markers of start and end counted, as Keras tutorials do: compare with scores "
     "of that kind alone"
 )
+
 RESAMPLING_SEED: Final = 0
-
-_SCORE_NAMES: Final = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Scores of one caption per image against the references."""
-
-    bleu_1: float
-    """0 to 1, as all BLEUs and ROUGE-L."""
-    bleu_2: float
-    bleu_3: float
-    bleu_4: float
-    rouge_l: float
-    cider_d: float
-    """0 to 10 as in coco-caption; on Flickr8k a constant caption has 0.1 and people have 0.8."""
-    num_images: int
-    length_ratio: float
-    """Tokens of the captions over tokens of the references closest in length; below 1 BLEU is penalised."""
-    num_distinct_captions: int
-
-    def to_dict(self) -> dict[str, float | int]:
-        """Names to values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +137,7 @@ class EvaluationReport:
         return "\n".join([*lines, "", *map(printable, self._footer())]) + "\n"
 
     def _table(self) -> list[list[str]]:
-        bounds = [[_cell(name, bound) for bound in self.intervals[name]] for name in _SCORE_NAMES]
+        bounds = [[_cell(name, bound) for bound in self.intervals[name]] for name in SCORE_NAMES]
         table = [
             ["", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D", "length ratio"],
             ["this model", *_cells(self.scores)],
@@ -177,10 +148,10 @@ class EvaluationReport:
             table.append(["human, leave one out", *_cells(self.human)])
         if self.comparison is not None:
             other = self.comparison
-            bounds = [[_cell(name, bound, signed=True) for bound in other.intervals[name]] for name in _SCORE_NAMES]
+            bounds = [[_cell(name, bound, signed=True) for bound in other.intervals[name]] for name in SCORE_NAMES]
             table += [
                 [markdown(printable(other.name)), *_cells(other.scores)],
-                ["difference", *(_cell(name, other.differences[name], signed=True) for name in _SCORE_NAMES), ""],
+                ["difference", *(_cell(name, other.differences[name], signed=True) for name in SCORE_NAMES), ""],
                 ["95 % interval", *(f"{low} to {high}" for low, high in bounds), ""],
             ]
         return table
@@ -218,9 +189,9 @@ def evaluate(
         confidences: of the captions, by image_id.
         against: name and captions of another model, to be compared image by image.
     """
-    _require_same_images(captions, references)
+    require_same_images(captions, references)
     if against:
-        _require_same_images(against[1], references)
+        require_same_images(against[1], references)
     return evaluate_texts(
         (captions[image_id] for image_id in references),
         references.values(),
@@ -252,19 +223,19 @@ def evaluate_texts(
         references: gone through twice. Every image has one or more.
     """
     groups = [captions] if against is None else [captions, against[1]]
-    corpus, (hypotheses, *others) = _collect_texts(references, groups, tokenizer)
+    corpus, (hypotheses, *others) = collect_texts(references, groups, tokenizer)
     inverse_frequencies = corpus.inverse_frequencies()
     rows = corpus.rows(hypotheses, inverse_frequencies)
-    scores = _summary(rows, corpus, hypotheses)
+    scores = summarize_rows(rows, corpus, hypotheses)
     tables = [rows] if against is None else [rows, corpus.rows(others[0], inverse_frequencies)]
     resamples = _resampled(tables)
     comparison = None
     if against is not None:
-        differences = _corpus_scores(rows.sum(axis=0), len(rows)) - _corpus_scores(tables[1].sum(axis=0), len(rows))
+        differences = corpus_scores(rows.sum(axis=0), len(rows)) - corpus_scores(tables[1].sum(axis=0), len(rows))
         comparison = Comparison(
             name=against[0],
-            scores=_summary(tables[1], corpus, others[0]),
-            differences=dict(zip(_SCORE_NAMES, differences.tolist(), strict=True)),
+            scores=summarize_rows(tables[1], corpus, others[0]),
+            differences=dict(zip(SCORE_NAMES, differences.tolist(), strict=True)),
             intervals=_interval_of_each(resamples[0] - resamples[1]),
         )
     best, floor = _floor(corpus, np.arange(corpus.first_reference[-1]), inverse_frequencies)
@@ -298,7 +269,7 @@ def confidence_curve(
     tokenizer: str = "ptb",
 ) -> list[ConfidencePoint]:
     """Scores of the most confident captions: of all of them, of nine tenths, and so on."""
-    corpus, hypotheses = _collect_mappings(captions, references, tokenizer)
+    corpus, hypotheses = collect_mappings(captions, references, tokenizer)
     rows = corpus.rows(hypotheses, corpus.inverse_frequencies())
     return _confidence_curve(rows, [confidences[image_id] for image_id in references])
 
@@ -309,195 +280,6 @@ def describe_point(point: ConfidencePoint) -> str:
         f"the {point.share:.0%} most confident captions (confidence {point.min_confidence:.3f} and more): "
         f"CIDEr-D {point.cider_d:.3f}, BLEU-4 {100 * point.bleu_4:.1f}"
     )
-
-
-def score(captions: Mapping[str, str], references: Mapping[str, Sequence[str]], *, tokenizer: str = "ptb") -> Scores:
-    """Scores of the captions (image_id to text). An empty caption counts as such and is not left out.
-
-    Raises `DatasetError` when the image_ids are not those of the references, or an image has no reference.
-    """
-    corpus, hypotheses = _collect_mappings(captions, references, tokenizer)
-    return _summary(corpus.rows(hypotheses, corpus.inverse_frequencies()), corpus, hypotheses)
-
-
-def corpus_bleu(
-    hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]
-) -> tuple[float, float, float, float]:
-    """BLEU-1 to BLEU-4 of the corpus, 0 to 1, unsmoothed.
-
-    As nltk's `corpus_bleu`, but a hypothesis of fewer than n tokens has no n-grams, as in coco-caption:
-    nltk counts it as one n-gram missed.
-    """
-    bleu_1, bleu_2, bleu_3, bleu_4 = _bleu(_rows_of_tokens(hypotheses, references).sum(axis=0)).tolist()
-    return bleu_1, bleu_2, bleu_3, bleu_4
-
-
-def rouge_l(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, list[float]]:
-    """Mean and per-image ROUGE-L, 0 to 1; the best precision and the best recall may be of two references."""
-    per_image = _rows_of_tokens(hypotheses, references)[:, MEANS.start]
-    return float(np.mean(per_image)), per_image.tolist()
-
-
-def cider_d(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> tuple[float, list[float]]:
-    """Mean and per-image CIDEr-D, 0 to 10, equal to pycocoevalcap's `Cider`. One image alone scores 0."""
-    per_image = _rows_of_tokens(hypotheses, references)[:, MEANS.start + 1]
-    return float(np.mean(per_image)), per_image.tolist()
-
-
-@dataclass(frozen=True, slots=True)
-class DocumentFrequencies:
-    """In the references of how many images an n-gram occurs."""
-
-    counts: Mapping[Ngram, int]
-    num_images: int
-
-    @classmethod
-    def of(cls, references: Iterable[Sequence[Tokens]]) -> DocumentFrequencies:
-        """Counted over the references, one sequence of references per image."""
-        counts: Counter[Ngram] = Counter()
-        num_images = 0
-        for image_references in references:
-            counts.update({ngram for reference in image_references for ngram in _ngram_counts(reference)})
-            num_images += 1
-        return cls(counts, num_images)
-
-
-@dataclass(frozen=True, slots=True)
-class _CiderVector:
-    weights: dict[Ngram, float]
-    norms: tuple[float, ...]  # of the weights of each order
-    num_bigrams: int  # what coco-caption takes for the length
-
-
-class CiderD:
-    """CIDEr-D of one caption at a time against fixed references: 0 to 10, equal to `cider_d`.
-
-    The document frequencies are those of the references, or of another corpus when given: the reward in
-    training takes the whole training split's. One image alone has no frequencies to speak of and scores 0.
-    """
-
-    def __init__(
-        self,
-        references: Sequence[Sequence[Tokens]],
-        document_frequencies: DocumentFrequencies | None = None,
-    ) -> None:
-        frequencies = document_frequencies or DocumentFrequencies.of(references)
-        self._rarest = math.log(frequencies.num_images)
-        self._inverse_frequencies = {
-            ngram: self._rarest - math.log(count) for ngram, count in frequencies.counts.items()
-        }
-        self._references = [[self._vector(reference) for reference in image] for image in references]
-
-    def score(self, index: int, hypothesis: Tokens) -> float:
-        """CIDEr-D of the hypothesis for the image at this index of the references."""
-        return self._similarity(self._vector(hypothesis), self._references[index])
-
-    def _vector(self, tokens: Tokens) -> _CiderVector:
-        weights = {
-            ngram: count * self._inverse_frequencies.get(ngram, self._rarest)
-            for ngram, count in _ngram_counts(tokens).items()
-        }
-        squares = [0.0] * MAX_ORDER
-        for ngram, weight in weights.items():
-            squares[len(ngram) - 1] += weight * weight
-        return _CiderVector(weights, tuple(map(math.sqrt, squares)), max(0, len(tokens) - 1))
-
-    @staticmethod
-    def _similarity(hypothesis: _CiderVector, references: Sequence[_CiderVector]) -> float:
-        total = 0.0
-        for reference in references:
-            products = [0.0] * MAX_ORDER
-            for ngram, weight in hypothesis.weights.items():
-                reference_weight = reference.weights.get(ngram)
-                if reference_weight is not None:
-                    # Clipped: a word said twice as often as in the reference gains nothing.
-                    products[len(ngram) - 1] += min(weight, reference_weight) * reference_weight
-            cosines = (
-                product / (hypothesis_norm * reference_norm)
-                for product, hypothesis_norm, reference_norm in zip(
-                    products, hypothesis.norms, reference.norms, strict=True
-                )
-                if product
-            )
-            difference = hypothesis.num_bigrams - reference.num_bigrams
-            total += sum(cosines) * math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
-        return 10 * total / MAX_ORDER / len(references)
-
-
-def scored_tokens(text: str, tokenizer: str) -> list[str]:
-    """The tokens of a text that are scored. By the seed's protocol its markers of start and end are among them."""
-    tokens = tokenize(text, tokenizer)
-    return ["startseq", *tokens, "endseq"] if tokenizer == SEED else tokens
-
-
-def _require_references(references: Mapping[str, Sequence[str]]) -> None:
-    if not references:
-        raise DatasetError("no references: there is nothing to score against")
-    without = [image_id for image_id, texts in references.items() if not texts]
-    if without:
-        raise DatasetError(f"{len(without)} images have no reference, for example {without[0]!r}")
-
-
-def _require_same_images(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
-    _require_references(references)
-    uncaptioned = references.keys() - captions.keys()
-    unknown = captions.keys() - references.keys()
-    if uncaptioned or unknown:
-        examples = [
-            f"{len(image_ids)} {what}, for example {min(image_ids)!r}"
-            for what, image_ids in (
-                ("images with references have no caption", uncaptioned),
-                ("captions have no references", unknown),
-            )
-            if image_ids
-        ]
-        raise DatasetError(
-            f"captions and references must be of the same images, got {len(captions)} captions and "
-            f"{len(references)} images with references: {'; '.join(examples)}"
-        )
-
-
-def _collect_mappings(
-    captions: Mapping[str, str], references: Mapping[str, Sequence[str]], tokenizer: str
-) -> tuple[Corpus, NDArray[np.int64]]:
-    """The corpus and the hypotheses' numbers in it, in the order of the references."""
-    _require_same_images(captions, references)
-    corpus, [hypotheses] = _collect_texts(
-        references.values(), [(captions[image_id] for image_id in references)], tokenizer
-    )
-    return corpus, hypotheses
-
-
-def _collect_texts(
-    references: Iterable[Sequence[str]], groups: Sequence[Iterable[str]], tokenizer: str
-) -> tuple[Corpus, list[NDArray[np.int64]]]:
-    return _collect(
-        ([scored_tokens(text, tokenizer) for text in texts] for texts in references),
-        [(scored_tokens(text, tokenizer) for text in texts) for texts in groups],
-    )
-
-
-def _collect(
-    references: Iterable[Sequence[Tokens]], groups: Sequence[Iterable[Tokens]]
-) -> tuple[Corpus, list[NDArray[np.int64]]]:
-    """The corpus of the references and of these groups of sentences; the numbers of each group's."""
-    collector = SentenceCollector()
-    counts = array("q")
-    for image_references in references:
-        for tokens in image_references:
-            collector.add(tokens)
-        counts.append(len(image_references))
-    ends = [len(collector)]
-    for group in groups:
-        for tokens in group:
-            collector.add(tokens)
-        ends.append(len(collector))
-    return collector.to_corpus(counts), [np.arange(*pair) for pair in zip(ends, ends[1:], strict=False)]
-
-
-def _rows_of_tokens(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> NDArray[np.float64]:
-    corpus, [of_images] = _collect(references, [hypotheses])
-    return corpus.rows(of_images, corpus.inverse_frequencies())
 
 
 def _reference_text(references: Iterable[Sequence[str]], corpus: Corpus, sentence: int) -> str:
@@ -517,7 +299,7 @@ def _floor(corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: F
     chosen = np.array(list(central.values()))
     best = int(chosen[np.argmax(corpus.score_constants(chosen, inverse_frequencies))])
     hypotheses = np.full(corpus.num_images, best)
-    return best, _summary(corpus.rows(hypotheses, inverse_frequencies), corpus, [best])
+    return best, summarize_rows(corpus.rows(hypotheses, inverse_frequencies), corpus, [best])
 
 
 def _human(corpus: Corpus) -> Scores:
@@ -531,25 +313,15 @@ def _human(corpus: Corpus) -> Scores:
         is_annotated = corpus.has_other_than(annotator)
         hypotheses = corpus.first_reference[:-1] + annotator * is_annotated
         rows = corpus.rows(hypotheses, corpus.inverse_frequencies(without=annotator), without=annotator)
-        annotators.append(_summary(rows[is_annotated], corpus, hypotheses[is_annotated]).to_dict())
+        annotators.append(summarize_rows(rows[is_annotated], corpus, hypotheses[is_annotated]).to_dict())
         num_images.append(int(is_annotated.sum()))
     means = {
         name: float(np.average([scores[name] for scores in annotators], weights=num_images)) for name in annotators[0]
     }
     return Scores(
-        **{name: means[name] for name in (*_SCORE_NAMES, "length_ratio")},
+        **{name: means[name] for name in (*SCORE_NAMES, "length_ratio")},
         num_images=int((corpus.num_references > 1).sum()),
         num_distinct_captions=round(means["num_distinct_captions"]),
-    )
-
-
-def _summary(rows: NDArray[np.float64], corpus: Corpus, hypotheses: Iterable[int]) -> Scores:
-    sums = rows.sum(axis=0)
-    return Scores(
-        **dict(zip(_SCORE_NAMES, _corpus_scores(sums, len(rows)).tolist(), strict=True)),
-        num_images=len(rows),
-        length_ratio=float(sums[HYPOTHESIS_LENGTH] / max(1.0, sums[REFERENCE_LENGTH])),
-        num_distinct_captions=corpus.count_different(hypotheses),
     )
 
 
@@ -572,17 +344,17 @@ def _resampled(tables: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64
     generator = np.random.default_rng(RESAMPLING_SEED)
     num_images = len(tables[0])
     rows = np.hstack(tables)
-    found = np.empty((len(tables), NUM_RESAMPLES, len(_SCORE_NAMES)))
+    found = np.empty((len(tables), NUM_RESAMPLES, len(SCORE_NAMES)))
     for draw in range(NUM_RESAMPLES):
         times_drawn = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
         for table, sums in enumerate(np.split(times_drawn.astype(float) @ rows, len(tables))):
-            found[table, draw] = _corpus_scores(sums, num_images)
+            found[table, draw] = corpus_scores(sums, num_images)
     return list(found)
 
 
 def _interval_of_each(resamples: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
     lows, highs = np.quantile(resamples, [0.025, 0.975], axis=0).tolist()
-    return {name: (low, high) for name, low, high in zip(_SCORE_NAMES, lows, highs, strict=True)}
+    return {name: (low, high) for name, low, high in zip(SCORE_NAMES, lows, highs, strict=True)}
 
 
 def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float] | NDArray[Any]) -> list[ConfidencePoint]:
@@ -591,36 +363,14 @@ def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float] | 
     curve = []
     for share in SHARES:
         kept = order[: max(1, round(share * len(rows)))]
-        scores = _corpus_scores(rows[kept].sum(axis=0), len(kept))
+        scores = corpus_scores(rows[kept].sum(axis=0), len(kept))
         curve.append(ConfidencePoint(share, float(known[kept[-1]]), float(scores[3]), float(scores[5])))
     return curve
 
 
-def _corpus_scores(sums: NDArray[np.float64], num_images: int) -> NDArray[np.float64]:
-    """In the order of `_SCORE_NAMES`."""
-    return np.concatenate([_bleu(sums), sums[MEANS] / num_images])
-
-
-def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Brevity penalty times the geometric mean of the precisions of orders 1 to n, for n = 1 to 4."""
-    with np.errstate(divide="ignore"):  # log 0 is -inf, whose exp is the 0 that is meant
-        log_precisions = np.log(sums[MATCHES] / np.maximum(1, sums[TOTALS]))
-    log_brevity = min(0.0, 1 - sums[REFERENCE_LENGTH] / max(1, sums[HYPOTHESIS_LENGTH]))
-    bleu: NDArray[np.float64] = np.exp(log_brevity + np.cumsum(log_precisions) / np.arange(1, MAX_ORDER + 1))
-    return bleu
-
-
-def _ngram_counts(tokens: Tokens) -> Counter[Ngram]:
-    return Counter(
-        tuple(tokens[start : start + order])
-        for order in range(1, MAX_ORDER + 1)
-        for start in range(len(tokens) - order + 1)
-    )
-
-
 def _cells(scores: Scores) -> list[str]:
     values = scores.to_dict()
-    return [*(_cell(name, values[name]) for name in _SCORE_NAMES), f"{scores.length_ratio:.2f}"]
+    return [*(_cell(name, values[name]) for name in SCORE_NAMES), f"{scores.length_ratio:.2f}"]
 
 
 def _cell(name: str, value: float, *, signed: bool = False) -> str:

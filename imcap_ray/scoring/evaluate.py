@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from imcap_ray.data.datasets import SPLITS, TRAIN, CaptionedImages
 from imcap_ray.data.manifest import open_captions, read_run
 from imcap_ray.errors import DatasetError
-from imcap_ray.metrics import EvaluationReport, evaluate_texts
+from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate_texts
 
 ROWS_AT_A_TIME: Final = 10_000
 

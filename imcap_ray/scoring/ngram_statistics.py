@@ -19,23 +19,33 @@ import numpy as np
 from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
+
 Floats = NDArray[np.float64]
 
 MAX_ORDER: Final = 4  # of n-grams, in BLEU and in CIDEr-D
+
 ROUGE_BETA: Final = 1.2  # above 1 recall counts for more than precision
+
 CIDER_SIGMA: Final = 6.0  # tokens: the width of CIDEr-D's penalty on a difference in length
 
 # Columns of a row of `Corpus.rows`, from which every corpus score follows by summing rows: matched n-grams by order,
 # n-grams of the hypothesis by order, its length, the closest reference length, ROUGE-L, CIDEr-D.
 MATCHES: Final = slice(0, MAX_ORDER)
+
 TOTALS: Final = slice(MAX_ORDER, 2 * MAX_ORDER)
+
 HYPOTHESIS_LENGTH: Final = 2 * MAX_ORDER
+
 REFERENCE_LENGTH: Final = 2 * MAX_ORDER + 1
+
 MEANS: Final = slice(2 * MAX_ORDER + 2, 2 * MAX_ORDER + 4)
+
 NUM_COLUMNS: Final = 2 * MAX_ORDER + 4
 
 _REFERENCES_AT_A_TIME: Final = 40_000
+
 _PLACES_AT_A_TIME: Final = 4_000_000
+
 _MOST_BITS: Final = 64
 
 

@@ -1,0 +1,1 @@
+"""Captions and references -> scores, intervals and baselines."""
