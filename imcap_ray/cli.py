@@ -23,7 +23,7 @@ import click
 from imcap_ray import __version__, storage
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
 from imcap_ray.errors import INTERRUPTED, DatasetError, ImageError, ImcapError, InputError
-from imcap_ray.progress import LineSchedule, Pace
+from imcap_ray.runs.rate import LineSchedule, Pace
 from imcap_ray.text.escaping import printable
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from imcap_ray.data.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
     from imcap_ray.distributed.progress_counter import Progress
-    from imcap_ray.distributed.status import CaptioningStatus, TrainingStatus
     from imcap_ray.distributed.trainer import TrainingPlan
+    from imcap_ray.runs.status import CaptioningStatus, TrainingStatus
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -810,10 +810,10 @@ def write_captions_report(
     """
     from imcap_ray.data.columns import BY_NAME
     from imcap_ray.data.datasets import load_dataset
-    from imcap_ray.data.image_reading import CaptionedImageSource
-    from imcap_ray.data.manifest import folder_of, open_captions, read_run
     from imcap_ray.report import write_report
     from imcap_ray.report_model import read_model_of_run
+    from imcap_ray.runs.captioned_images import CaptionedImageSource
+    from imcap_ray.runs.captions_table import folder_of, open_captions, read_run
     from imcap_ray.scoring.evaluate import captioned_folder, evaluate_captions
 
     table = open_captions(captions)
@@ -941,9 +941,9 @@ def export(captions: str, output: str, **options: Any) -> None:
     """
     from dataclasses import asdict
 
-    from imcap_ray.data.image_reading import CaptionedImageSource
-    from imcap_ray.data.manifest import read_run, refuse_replacement
     from imcap_ray.exports import SHARD_IMAGES, export_captions
+    from imcap_ray.runs.captioned_images import CaptionedImageSource
+    from imcap_ray.runs.captions_table import read_run, refuse_replacement
 
     format = options["format"]
     for option, formats in (("existing", ["sidecar"]), ("shard_size", ["hf", "webdataset"])):
@@ -1019,7 +1019,7 @@ def demo(out: str) -> None:
     """Caption the sample photographs with the model that comes with the package; OUT gets Parquet and report.html."""
     import shutil
 
-    from imcap_ray.data.manifest import open_captions
+    from imcap_ray.runs.captions_table import open_captions
     from imcap_ray.samples import sample_photographs
 
     photographs = Path(out, "photographs")
@@ -1123,7 +1123,7 @@ def status(output: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from imcap_ray.distributed.status import CaptioningStatus, read_status
+    from imcap_ray.runs.status import CaptioningStatus, read_status
 
     found = read_status(output)
     if as_json:

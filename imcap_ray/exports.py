@@ -33,10 +33,11 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from imcap_ray import __version__, storage
-from imcap_ray.data.image_reading import CaptionedImageSource, location_of
-from imcap_ray.data.manifest import open_captions
+from imcap_ray.data.image_reading import location_of
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, IMAGE_EXTENSIONS, OK
 from imcap_ray.errors import ImageError, ImcapError, InputError, OutputError
+from imcap_ray.runs.captioned_images import CaptionedImageSource
+from imcap_ray.runs.captions_table import open_captions
 
 Format = Literal["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"]
 Existing = Literal["skip", "overwrite", "append"]

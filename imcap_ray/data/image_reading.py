@@ -3,34 +3,28 @@ tables or tars."""
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property, partial
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.dataset as pads
 
 from imcap_ray import storage
 from imcap_ray.data import tar_images
 from imcap_ray.data.image_decoding import MAX_FILE_BYTES, image_error_from_os_error
-from imcap_ray.data.manifest import folder_of, image_placer, is_tar, read_image_columns, read_run
+from imcap_ray.data.manifest import is_tar
 from imcap_ray.data.parquet_images import read_table_images
-from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.errors import ImageError, ImcapError, InputError
 
 Row = dict[str, Any]
 
-_THREADS: Final = 16
+READ_THREADS: Final = 16
 
-_IMAGES_AT_A_TIME: Final = 64
+IMAGES_PER_READ: Final = 64
 
 _BYTES_AT_A_TIME: Final = 32 * 2**20
 
-_SECONDS_BETWEEN_QUESTIONS: Final = 30
+SECONDS_BETWEEN_QUESTIONS: Final = 30
 """Between two questions whether a store is reachable, each of which may take 11 s."""
 
 
@@ -55,7 +49,7 @@ def read_rows(
         if row["table_path"]:
             in_tables[row["table_path"]].append(row)
         else:
-            yield row, _read_file(row["image_path"], root)
+            yield row, read_file(row["image_path"], root)
     for table_path, of_table in in_tables.items():
         yield from _TableReader(table_path, root, image_columns).read(of_table)
 
@@ -66,136 +60,12 @@ def root_of(rows: pa.Table) -> str:
     return first["table_path"] or storage.parent(first["image_path"])
 
 
-class CaptionedImageSource:
-    """The images of a captions table: files where `image_placer` lets them be, and rows of the tables and tars that
-    the run's own manifest names.
-
-    Args:
-        captions: a captions folder, or a Parquet file of it.
-        folders, allow_outside_paths: see `image_placer`.
-    """
-
-    def __init__(self, captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False) -> None:
-        self._place = image_placer(captions, folders=folders, allow_outside_paths=allow_outside_paths)
-        self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
-        self._input = str((read_run(captions) or {}).get("input", ""))
-        self._ask_again: dict[str, float] = {}
-        """By store, the time before which it is not asked whether it is reachable."""
-        self._not_asked: dict[str, tuple[str, ImageError]] = {}
-        """By store, the last image that could not be read and was not asked about."""
-
-    def find(self, rows: Sequence[Row]) -> list[Row | None]:
-        """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`; for
-        a row of a table all but `manifest_id` of `MANIFEST_SCHEMA`. None where the bytes were in a table that nothing
-        names any more.
-
-        Raises:
-            InputError: a path leads where it may not.
-        """
-        packed = self._find_packed([row["image_id"] for row in rows if not row["image_path"]])
-        return [
-            {**row, "image_path": self._place(row, row["image_path"]), "table_path": ""}
-            if row["image_path"]
-            else packed.get(row["image_id"])
-            for row in rows
-        ]
-
-    def _find_packed(self, image_ids: list[str]) -> dict[str, Row]:
-        parts = storage.list_parquet(self._manifest) if image_ids else []
-        if not parts:
-            return {}
-        filesystem = storage.resolve(self._manifest)[0]
-        manifest = pads.dataset([storage.resolve(part)[1] for part in parts], filesystem=filesystem, format="parquet")
-        columns = [name for name in MANIFEST_SCHEMA.names[1:] if name in manifest.schema.names]
-        found = manifest.to_table(columns=columns, filter=pads.field("image_id").isin(image_ids)).to_pylist()
-        for row in found:
-            self._place(row, row["table_path"])
-        return {row["image_id"]: row for row in found if row["table_path"]}
-
-    @cached_property
-    def _image_columns(self) -> list[str]:
-        return read_image_columns(self._manifest)
-
-    def _read_packed(self, places: list[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
-        return read_rows(places, None, image_columns=self._image_columns)
-
-    def load(self, rows: Sequence[Row], places: Sequence[Row | None] | None = None) -> Iterator[bytes | ImageError]:
-        """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
-
-        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`. A table
-        or tar that was rewritten makes a difference to rows without `sha256` only.
-
-        Args:
-            places: what `find` returned for these rows, where the caller needs it too.
-
-        Raises:
-            InputError: as `find`.
-        """
-        places = self.find(rows) if places is None else places
-        with ThreadPoolExecutor(_THREADS) as threads:  # a disk, or a store, is waited for
-            for start in range(0, len(rows), _IMAGES_AT_A_TIME):
-                captioned = rows[start : start + _IMAGES_AT_A_TIME]
-                chunk = places[start : start + _IMAGES_AT_A_TIME]
-                packed = [
-                    place | {"sha256": row.get("sha256")}
-                    for row, place in zip(captioned, chunk, strict=True)
-                    if place and place["table_path"]
-                ]
-                from_tables = {place["image_id"]: data for place, data in self._read_packed(packed)}
-                paths = [place["image_path"] for place in chunk if place and not place["table_path"]]
-                from_files = iter(threads.map(partial(_read_file, root=None), paths))
-                for row, place in zip(captioned, chunk, strict=True):
-                    if place is None:
-                        yield ImageError("missing", "its bytes were in a table")
-                    elif place["table_path"]:
-                        yield _as_captioned(row, from_tables[place["image_id"]])
-                    else:
-                        yield _as_captioned(row, next(from_files))
-
-    def require_reachable(self, location: str, error: ImageError) -> None:
-        """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is gone.
-
-        A store that has just answered is not asked again, see `require_still_reachable`: with a store that throttles,
-        the question takes seconds.
-
-        Args:
-            location: of the image, see `location_of`.
-            error: why it could not be read.
-        """
-        if storage.is_uri(location):
-            store = "/".join(location.split("/", 3)[:3])
-            if time.monotonic() < self._ask_again.get(store, 0.0):
-                self._not_asked[store] = location, error
-            else:
-                self._ask(store, location, error)
-        elif self._input and storage.is_inside(self._input, location):
-            _require_reachable(self._input, error)
-
-    def require_still_reachable(self) -> None:
-        """Ask the stores that `require_reachable` did not ask about their last error. Raises ImcapError likewise."""
-        for store, (location, error) in list(self._not_asked.items()):
-            self._ask(store, location, error)
-
-    def _ask(self, store: str, location: str, error: ImageError) -> None:
-        _require_reachable(location, error)
-        self._not_asked.pop(store, None)
-        self._ask_again[store] = time.monotonic() + _SECONDS_BETWEEN_QUESTIONS
-
-
 def location_of(place: Row | None) -> str:
     """The file, table or tar of a place that `CaptionedImageSource.find` returned; "" where nothing names it."""
     return (place["table_path"] or place["image_path"]) if place else ""
 
 
-def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
-    """The data, or an error if it is not what was captioned. Rows without a hash, as of a table made by hand, pass."""
-    expected = row.get("sha256")
-    if expected and isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != expected:
-        return ImageError("changed", "changed since it was captioned")
-    return data
-
-
-def _read_file(path: str, root: str | None) -> bytes | ImageError:
+def read_file(path: str, root: str | None) -> bytes | ImageError:
     if path.rpartition("/data:")[1]:
         return ImageError(
             "unsupported_format", f"expected the path of a file, got a data URI; put the bytes into a column: {path}"
@@ -203,7 +73,7 @@ def _read_file(path: str, root: str | None) -> bytes | ImageError:
     try:
         return storage.read_bytes(path, max_bytes=MAX_FILE_BYTES)
     except OSError as error:
-        _require_reachable(root, error)
+        require_reachable(root, error)
         return image_error_from_os_error(error, path)
     except MemoryError:
         return ImageError("out_of_memory", "not enough memory to read the file")
@@ -241,7 +111,7 @@ class _TableReader:
         try:
             self._version = self._find_version()
         except OSError as error:
-            _require_reachable(self._root, error)
+            require_reachable(self._root, error)
             yield from ((row, _unreadable(error, self._path)) for row in rows)
             return
         # A row's bytes are passed on only after the file was found unchanged once they had been read. A few rows are
@@ -251,7 +121,7 @@ class _TableReader:
         for row, data in self._read_places(rows):
             waiting.append((row, data))
             num_bytes += len(data) if isinstance(data, bytes) else 0
-            if len(waiting) == _IMAGES_AT_A_TIME or num_bytes >= _BYTES_AT_A_TIME:
+            if len(waiting) == IMAGES_PER_READ or num_bytes >= _BYTES_AT_A_TIME:
                 yield from self._confirm(waiting)
                 waiting, num_bytes = [], 0
         yield from self._confirm(waiting)
@@ -293,7 +163,7 @@ class _TableReader:
                 yield last, data if isinstance(data, bytes) else _explain(data, self._path)
         except (OSError, pa.ArrowException, InputError) as error:  # InputError: the table has other columns now
             if not isinstance(error, InputError):
-                _require_reachable(self._root, error)
+                require_reachable(self._root, error)
             yield from ((place, _unreadable(error, self._path)) for place in places if place > last)
 
     def _confirm(self, found: list[tuple[Row, bytes | ImageError]]) -> Iterator[tuple[Row, bytes | ImageError]]:
@@ -304,7 +174,7 @@ class _TableReader:
             try:
                 self._has_changed = not storage.is_same_version(self._path, self._version, self._find_version())
             except OSError as error:
-                _require_reachable(self._root, error)
+                require_reachable(self._root, error)
                 self._has_changed = isinstance(error, FileNotFoundError)
                 problem = _unreadable(error, self._path)
         if self._has_changed:
@@ -341,7 +211,7 @@ def _explain(error: Exception | None, path: str) -> ImageError:
     return _DamageError("read_error", f"the tar has changed or is damaged: {error}")
 
 
-def _require_reachable(root: str | None, error: Exception) -> None:
+def require_reachable(root: str | None, error: Exception) -> None:
     """An error of one image is its own. When all are gone, the run must stop and not write a million failures."""
     if root and not storage.is_reachable(root):
         raise ImcapError(f"{root} cannot be read any more: {error}")

@@ -26,7 +26,6 @@ from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.data.columns import BY_NAME, ColumnOptions
 from imcap_ray.data.manifest import InputSummary, build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder, require_owner
 from imcap_ray.distributed.cluster import ClusterResources, connect, require, without_ray_advice
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
 from imcap_ray.distributed.gcs_watch import when_lost
@@ -51,6 +50,8 @@ from imcap_ray.errors import (
     InputError,
     StalledError,
 )
+from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
+from imcap_ray.runs.lease import require_owner
 
 MAX_COUNTED: Final = 100_000
 """Images that a plan counts at most: it is to take seconds."""

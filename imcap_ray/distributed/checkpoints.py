@@ -16,8 +16,8 @@ from typing import Any, Final
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 
 from imcap_ray import storage
-from imcap_ray.distributed.seals import find_damage
 from imcap_ray.errors import ImcapError
+from imcap_ray.runs.checksums import find_damage
 from imcap_ray.training.phases import SCORE
 
 HISTORY_FILE: Final = "history.json"

@@ -28,14 +28,14 @@ from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
 from imcap_ray.devices import choose_device
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
-from imcap_ray.distributed.feature_folder import SEAL, FeatureFolder
 from imcap_ray.distributed.images import BatchReporter, map_images, origin_of, repeating, stack_pixels
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.distributed.seals import find_damage, seal, sealed_names
 from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
+from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
+from imcap_ray.runs.checksums import find_damage, seal, sealed_names
+from imcap_ray.runs.feature_folder import SEAL, FeatureFolder
 from imcap_ray.training.batches import augmentation
 
 FEATURES_SCHEMA: Final = pa.schema(

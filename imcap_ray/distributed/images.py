@@ -49,7 +49,7 @@ from imcap_ray.distributed.isolation import Isolated, is_repeated_work, process_
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
-from imcap_ray.progress import Pace
+from imcap_ray.runs.rate import Pace
 
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""

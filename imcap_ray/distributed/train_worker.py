@@ -33,12 +33,22 @@ from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.data.datasets import TRAIN, VALIDATION
 from imcap_ray.decoders import Decoder, build_decoder
 from imcap_ray.devices import require_cuda
-from imcap_ray.distributed.captions_folder import is_owner, require_owner
 from imcap_ray.distributed.checkpoints import HISTORY_FILE, EpochCheckpoint, checkpoint_name, newest_checkpoint
 from imcap_ray.distributed.failure_log import describe_failures
-from imcap_ray.distributed.seals import seal
-from imcap_ray.distributed.training_folder import VALIDATION_ADVICE, read_validation_ids, write_metrics, write_stop
 from imcap_ray.encoders import FINETUNED, Encoder
+from imcap_ray.runs.checksums import seal
+from imcap_ray.runs.lease import is_owner, require_owner
+from imcap_ray.runs.training_run import (
+    CAPTIONS_FILE,
+    RUN_FOLDER,
+    STATE_FILE,
+    VALIDATION_ADVICE,
+    VOCABULARY_FILE,
+    WEIGHTS_FILE,
+    read_validation_ids,
+    write_metrics,
+    write_stop,
+)
 from imcap_ray.text.tokenizers import scoring_tokenizer
 from imcap_ray.text.vocabulary import NEVER_SAID, Vocabulary
 from imcap_ray.training.loop import (
@@ -53,20 +63,6 @@ from imcap_ray.training.loop import (
 )
 from imcap_ray.training.optimization import EndToEnd, Optimization
 from imcap_ray.training.phases import CROSS_ENTROPY, FINETUNE, SELF_CRITICAL, kind_of, next_phase, phases, reads_pixels
-
-# In the training's work folder.
-CAPTIONS_FILE: Final = "captions.parquet"
-
-VOCABULARY_FILE: Final = "vocabulary.json"
-
-RUN_FOLDER: Final = "ray"
-"""What Ray Train keeps: the checkpoints."""
-
-# In a checkpoint.
-WEIGHTS_FILE: Final = "model.safetensors"
-"""Of what is kept: `decoder.NAME`, and `encoder.NAME` when the CNN has been trained as well."""
-
-_STATE_FILE: Final = "training_state.pt"
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
 
@@ -138,7 +134,7 @@ def train_worker(config: dict[str, Any]) -> None:
     checkpoint = EpochCheckpoint(**newest) if newest else None
     history = list(checkpoint.history) if checkpoint else []
     if checkpoint and checkpoint.phase == phase:
-        state = storage.read_bytes(storage.join(checkpoint.location, _STATE_FILE))
+        state = storage.read_bytes(storage.join(checkpoint.location, STATE_FILE))
         done = sum(row["phase"] == phase for row in history)
         optimization.load_state_dict(
             torch.load(io.BytesIO(state), map_location=device, weights_only=True), step=done * steps_per_epoch
@@ -385,11 +381,11 @@ def _report(
         cnn = kept.encoder.cnn if isinstance(kept, EndToEnd) else encoder.cnn
         tensors |= {f"encoder.{name}": tensor for name, tensor in cnn.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(optimization.state_dict(), Path(folder, _STATE_FILE))
+        torch.save(optimization.state_dict(), Path(folder, STATE_FILE))
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, Path(folder, WEIGHTS_FILE))
         Path(folder, HISTORY_FILE).write_text(json.dumps(history))
-        seal(folder, [_STATE_FILE, WEIGHTS_FILE, HISTORY_FILE])
+        seal(folder, [STATE_FILE, WEIGHTS_FILE, HISTORY_FILE])
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         check()
         ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(len(history)))

@@ -34,20 +34,27 @@ from imcap_ray.data.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, Captioned
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.manifest import read_image_columns
 from imcap_ray.data.parquet_files import write_table
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, require_owner, take_over
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, environment, require, runtime_environment
 from imcap_ray.distributed.failure_log import FailureLog, describe_failures, watch_failures
-from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.gpus import require_gpus
 from imcap_ray.distributed.images import LoadImages, default_num_actors, explain, read_images, repeating
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.distributed.train_worker import CAPTIONS_FILE, RUN_FOLDER, VOCABULARY_FILE, WEIGHTS_FILE, train_worker
-from imcap_ray.distributed.training_folder import (
+from imcap_ray.distributed.train_worker import train_worker
+from imcap_ray.encoders import FINETUNED, Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
+from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
+from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.lease import require_owner, take_over
+from imcap_ray.runs.training_run import (
+    CAPTIONS_FILE,
+    RUN_FOLDER,
     SETTINGS_FILE,
     VALIDATION_ADVICE,
+    VOCABULARY_FILE,
+    WEIGHTS_FILE,
     WORK_FOLDER,
     read_metrics,
     read_validation_ids,
@@ -56,8 +63,6 @@ from imcap_ray.distributed.training_folder import (
     write_metrics,
     write_validation_ids,
 )
-from imcap_ray.encoders import FINETUNED, Encoder, build_encoder, resolve_preprocessing
-from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
 from imcap_ray.training.experiment_trackers import Trackers, tracking
 from imcap_ray.training.loop import require_layer

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imcap_ray.data.datasets import SPLITS, TRAIN, CaptionedImages
-from imcap_ray.data.manifest import open_captions, read_run
 from imcap_ray.errors import DatasetError
+from imcap_ray.runs.captions_table import open_captions, read_run
 from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate_texts
 
 ROWS_AT_A_TIME: Final = 10_000

@@ -15,7 +15,7 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.captioner import read_model_folder
-from imcap_ray.data.manifest import open_captions
+from imcap_ray.runs.captions_table import open_captions
 from tests import small_data
 from tests.documented import shown_commands
 from tests.flaky_s3 import make_bucket, s3_environment

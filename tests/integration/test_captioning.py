@@ -22,15 +22,16 @@ from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.config import SearchConfig
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.image_decoding import decode_image
-from imcap_ray.data.image_reading import CaptionedImageSource, read_rows
+from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.distributed import cluster, images
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
-from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.images import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
+from imcap_ray.runs.captioned_images import CaptionedImageSource
+from imcap_ray.runs.captioning_run import CaptionsFolder
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
 from tests.hang_guard import HANG_SECONDS
 from tests.odd_images import OK, encode, odd_images, photo

@@ -19,12 +19,14 @@ from hypothesis import strategies as st
 
 from imcap_ray import storage
 from imcap_ray.cli import main
-from imcap_ray.data.manifest import build_manifest, open_captions
+from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.distributed.captions_folder import CaptionsFolder, _holds_any, is_owner
-from imcap_ray.distributed.status import CaptioningStatus, read_status
 from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.runs.captioning_run import CaptionsFolder, _holds_any
+from imcap_ray.runs.captions_table import open_captions
+from imcap_ray.runs.lease import is_owner
+from imcap_ray.runs.status import CaptioningStatus, read_status
 
 IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
 

@@ -10,8 +10,8 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.distributed.checkpoints import checkpoint_name, choose_best, newest_checkpoint, recover
-from imcap_ray.distributed.seals import SEAL_FILE, seal
 from imcap_ray.errors import ImcapError
+from imcap_ray.runs.checksums import SEAL_FILE, seal
 
 STATE = "state.bin"
 SNAPSHOT = "checkpoint_manager_snapshot.json"

@@ -219,7 +219,7 @@ def failing(location):
     except KeyboardInterrupt:
         raise ImcapError("a process of Ray has ended") from None
 
-from imcap_ray.distributed import status
+from imcap_ray.runs import status
 status.read_status = globals()[sys.argv[1]]
 cli.main(["status", "somewhere"])
 """

@@ -25,7 +25,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imcap_ray import storage
-from imcap_ray.data.image_reading import CaptionedImageSource
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
@@ -39,6 +38,7 @@ from imcap_ray.exports import (
     sidecar_name,
     webdataset_key,
 )
+from imcap_ray.runs.captioned_images import CaptionedImageSource
 from tests import small_data
 
 Row = dict[str, Any]

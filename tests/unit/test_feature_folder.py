@@ -24,12 +24,12 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.data.datasets.dataset import PackedImage
 from imcap_ray.data.parquet_files import write_table
-from imcap_ray.distributed import feature_folder
-from imcap_ray.distributed.feature_folder import DEAD_SECONDS, FeatureFolder
 from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, Views, cache_key, complete_cache
 from imcap_ray.distributed.images import origin_of
 from imcap_ray.encoders import EncoderWeights
 from imcap_ray.errors import DatasetError
+from imcap_ray.runs import feature_folder
+from imcap_ray.runs.feature_folder import DEAD_SECONDS, FeatureFolder
 
 NUM_IMAGES = 12
 ROWS_PER_PART = 5
@@ -308,7 +308,7 @@ def test_a_training_that_was_killed_is_waited_for_until_its_signs_of_life_are_ol
 
 
 def test_a_training_whose_process_has_ended_on_this_machine_is_not_waited_for(tmp_path: Path) -> None:
-    script = "import sys; from imcap_ray.distributed.feature_folder import FeatureFolder as F; F(sys.argv[1]).beat()"
+    script = "import sys; from imcap_ray.runs.feature_folder import FeatureFolder as F; F(sys.argv[1]).beat()"
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, timeout=50)
 
     assert len(list((tmp_path / "_imcap" / "users").iterdir())) == 1

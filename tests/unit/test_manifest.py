@@ -18,17 +18,11 @@ from imcap_ray.data import manifest
 from imcap_ray.data.columns import ColumnOptions, ImageColumns
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_reading import read_rows
-from imcap_ray.data.manifest import (
-    InputSummary,
-    build_manifest,
-    largest_row_group,
-    open_captions,
-    read_image_columns,
-    update_manifest,
-)
+from imcap_ray.data.manifest import InputSummary, build_manifest, largest_row_group, read_image_columns, update_manifest
 from imcap_ray.data.parquet_images import read_table_images
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import InputError
+from imcap_ray.runs.captions_table import open_captions
 from tests.small_data import jpeg, write_tar
 
 IMAGES = [jpeg(number, width=20, height=20) for number in range(7)]

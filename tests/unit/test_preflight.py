@@ -23,12 +23,12 @@ from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.distributed import submission, trainer
 from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
-from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
 from imcap_ray.distributed.trainer import TrainingPlan, prepare_training
-from imcap_ray.distributed.training_folder import write_metrics
 from imcap_ray.errors import ClusterError, InputError, OutputError
+from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.training_run import write_metrics
 from tests import small_data
 from tests.fakes import EchoCaptioner
 

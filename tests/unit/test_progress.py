@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from imcap_ray.progress import LineSchedule, Pace
+from imcap_ray.runs.rate import LineSchedule, Pace
 
 
 def moments_of_lines(seconds: int, *, start: float = 1000.0) -> list[float]:

@@ -22,10 +22,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from imcap_ray.cli import main
-from imcap_ray.data.image_reading import CaptionedImageSource
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.report import LoadImages, write_report
+from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.scoring.evaluation_report import SHARES, ConfidencePoint, EvaluationReport, Protocol
 from imcap_ray.scoring.metrics import Scores
 

@@ -18,12 +18,13 @@ from imcap_ray import storage
 from imcap_ray.data import image_reading, table_listing
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.datasets.dataset import Collector
-from imcap_ray.data.image_reading import CaptionedImageSource, Row, read_rows
+from imcap_ray.data.image_reading import Row, read_rows
 from imcap_ray.data.manifest import build_manifest, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.distributed.captions_folder import CaptionsFolder
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
+from imcap_ray.runs.captioned_images import CaptionedImageSource
+from imcap_ray.runs.captioning_run import CaptionsFolder
 from tests.small_data import jpeg, write_tar
 
 CONTENTS = {name: jpeg(number, width=20, height=20) for number, name in enumerate("abcdexyz")}
@@ -242,7 +243,7 @@ def test_nothing_that_was_read_before_a_table_was_rewritten_is_passed_on_after(
     tmp_path: Path, source: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The table is rewritten in its place after some rows were read: those read after that are another table's."""
-    monkeypatch.setattr(image_reading, "_IMAGES_AT_A_TIME", 2)
+    monkeypatch.setattr(image_reading, "IMAGES_PER_READ", 2)
     write_input(source, kind, "acde")
     build_manifest(str(source), str(tmp_path / "manifest"))
     reading = read_rows(manifest_rows(str(tmp_path / "manifest")), None)
@@ -379,7 +380,7 @@ def test_a_table_that_cannot_be_asked_for_its_version_is_a_read_error(
 
 def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_of_table(tmp_path, "ac")
-    monkeypatch.setattr(image_reading, "_IMAGES_AT_A_TIME", 1)
+    monkeypatch.setattr(image_reading, "IMAGES_PER_READ", 1)
     reading = read_rows(rows, None)
 
     answers = [next(reading)[1]]

@@ -18,11 +18,11 @@ from imcap_ray.config import (
     TrainingConfig,
 )
 from imcap_ray.decoders import build_decoder
-from imcap_ray.distributed.captions_folder import take_over
 from imcap_ray.distributed.train_worker import record_stop, share
-from imcap_ray.distributed.training_folder import take_stop
 from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
+from imcap_ray.runs.lease import take_over
+from imcap_ray.runs.training_run import take_stop
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import augmentation, make_batch
 from imcap_ray.training.loop import batch_maker, unfreeze

@@ -22,13 +22,13 @@ from imcap_ray.data.datasets import CaptionedImages, load_dataset
 from imcap_ray.distributed import features, trainer
 from imcap_ray.distributed.checkpoints import checkpoint_name
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.feature_folder import FeatureFolder
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.phase_start import start_of_phase
-from imcap_ray.distributed.seals import seal
 from imcap_ray.distributed.trainer import PreparedTraining, fix_validation, prepare_training, watch_room
-from imcap_ray.distributed.training_folder import read_validation_ids
 from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.runs.checksums import seal
+from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.training_run import read_validation_ids
 from tests import small_data
 
 RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Final
 
 from imcap_ray import storage
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS
 from imcap_ray.errors import ImcapError
+from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 
 WORK_FOLDER: Final = "_imcap"
+
 SEAL: Final = f"{WORK_FOLDER}/seal.json"
 
 DEAD_SECONDS: Final = 4 * HEARTBEAT_SECONDS

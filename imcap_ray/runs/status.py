@@ -10,14 +10,16 @@ from datetime import datetime, timezone
 from typing import Any, Final
 
 from imcap_ray import storage
-from imcap_ray.data.manifest import COMPLETE, REPLACING
-from imcap_ray.distributed.captions_folder import HEARTBEAT_SECONDS, CaptionsFolder
-from imcap_ray.distributed.training_folder import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
 from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
+from imcap_ray.runs.captions_table import COMPLETE, REPLACING
+from imcap_ray.runs.training_run import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
 
 RUNNING: Final = "running"
+
 SILENT: Final = "silent"
 """Said to be running, without a sign of life: it was killed, or its machine is gone."""
+
 STARTING: Final = "starting"
 
 SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS

@@ -25,10 +25,15 @@ from imcap_ray import storage
 from imcap_ray.errors import ImcapError
 
 WORK_FOLDER: Final = "_training"
+
 SETTINGS_FILE: Final = "settings.json"
+
 METRICS_FILE: Final = "metrics.jsonl"
+
 HEARTBEAT_FILE: Final = "heartbeat"
+
 VALIDATION_FILE: Final = "validation.json"
+
 STOPPED_FILE: Final = "stopped.json"
 
 VALIDATION_ADVICE: Final = (
@@ -104,3 +109,18 @@ def take_stop(work: str) -> str | None:
         reason = None
     storage.remove(location)
     return reason
+
+
+# In the training's work folder.
+CAPTIONS_FILE: Final = "captions.parquet"
+
+VOCABULARY_FILE: Final = "vocabulary.json"
+
+RUN_FOLDER: Final = "ray"
+"""What Ray Train keeps: the checkpoints."""
+
+# In a checkpoint.
+WEIGHTS_FILE: Final = "model.safetensors"
+"""Of what is kept: `decoder.NAME`, and `encoder.NAME` when the CNN has been trained as well."""
+
+STATE_FILE: Final = "training_state.pt"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -35,17 +34,24 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
-from imcap_ray.data.manifest import COMPLETE, NEXT_FOLDER, REPLACING, is_part, manifest_part, update_manifest
+from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.errors import ImcapError, OutputError
+from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part
+from imcap_ray.runs.lease import require_owner, take_over
 
 RUN_FILE: Final = "run.json"
+
 HEARTBEAT_FILE: Final = "heartbeat.json"
+
 HEARTBEAT_SECONDS: Final = 30
 """How often a run says that it lives; a small file each time, which an object store does not feel."""
+
 WORK_FOLDER: Final = "_imcap"
+
 _ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
+
 PENDING_SUFFIX: Final = ".pending.parquet"  # Ray's, of a file in done/ before the part is complete
 
 IDENTITY: Final = {
@@ -443,31 +449,6 @@ def _told_as_ours() -> Iterator[None]:
         yield
     except duckdb.Error as error:
         raise ImcapError(f"a question over all rows failed: {error}") from error
-
-
-def take_over(work: str) -> str:
-    """Become the one run that may write to this work folder; the name under which `is_owner` knows it.
-
-    A process of a run that was thought dead writes nothing after that.
-    """
-    token = uuid.uuid4().hex
-    storage.write_bytes(storage.join(work, "owner"), token.encode())
-    return token
-
-
-def is_owner(work: str, token: str) -> bool:
-    """Whether the run that took the name `token` may still write."""
-    return storage.read_bytes(storage.join(work, "owner")).decode() == token
-
-
-def require_owner(work: str, token: str) -> None:
-    """Raise ImcapError if another run has taken over.
-
-    Here, and not where images are captioned, for the processes that write parts need no torch: importing it costs each
-    of them seconds.
-    """
-    if not is_owner(work, token):
-        raise ImcapError(f"another run has taken over {storage.parent(work)}: this one must not write there")
 
 
 def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:

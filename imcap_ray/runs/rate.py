@@ -11,7 +11,9 @@ from typing import Final
 
 RATE_SECONDS: Final = 120
 """What the rate is measured over: long enough for batches that take seconds, short enough to follow a change."""
+
 _MIN_CHANGES: Final = 8  # kept however old they are: a slow machine's batches may take half a minute each
+
 _MIN_SECONDS: Final = 3  # a rate out of less is chance
 
 LINE_INTERVALS: Final = ((60, 10), (600, 60), (3600, 180), (float("inf"), 900))

@@ -1,0 +1,150 @@
+"""Rows of a captions table -> the bytes of their images."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
+
+import pyarrow.dataset as pads
+
+from imcap_ray import storage
+from imcap_ray.data.image_reading import (
+    IMAGES_PER_READ,
+    READ_THREADS,
+    SECONDS_BETWEEN_QUESTIONS,
+    Row,
+    read_file,
+    read_rows,
+    require_reachable,
+)
+from imcap_ray.data.manifest import read_image_columns
+from imcap_ray.data.schemas import MANIFEST_SCHEMA
+from imcap_ray.errors import ImageError
+from imcap_ray.runs.captions_table import folder_of, image_placer, read_run
+
+
+class CaptionedImageSource:
+    """The images of a captions table: files where `image_placer` lets them be, and rows of the tables and tars that
+    the run's own manifest names.
+
+    Args:
+        captions: a captions folder, or a Parquet file of it.
+        folders, allow_outside_paths: see `image_placer`.
+    """
+
+    def __init__(self, captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False) -> None:
+        self._place = image_placer(captions, folders=folders, allow_outside_paths=allow_outside_paths)
+        self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
+        self._input = str((read_run(captions) or {}).get("input", ""))
+        self._ask_again: dict[str, float] = {}
+        """By store, the time before which it is not asked whether it is reachable."""
+        self._not_asked: dict[str, tuple[str, ImageError]] = {}
+        """By store, the last image that could not be read and was not asked about."""
+
+    def find(self, rows: Sequence[Row]) -> list[Row | None]:
+        """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`; for
+        a row of a table all but `manifest_id` of `MANIFEST_SCHEMA`. None where the bytes were in a table that nothing
+        names any more.
+
+        Raises:
+            InputError: a path leads where it may not.
+        """
+        packed = self._find_packed([row["image_id"] for row in rows if not row["image_path"]])
+        return [
+            {**row, "image_path": self._place(row, row["image_path"]), "table_path": ""}
+            if row["image_path"]
+            else packed.get(row["image_id"])
+            for row in rows
+        ]
+
+    def _find_packed(self, image_ids: list[str]) -> dict[str, Row]:
+        parts = storage.list_parquet(self._manifest) if image_ids else []
+        if not parts:
+            return {}
+        filesystem = storage.resolve(self._manifest)[0]
+        manifest = pads.dataset([storage.resolve(part)[1] for part in parts], filesystem=filesystem, format="parquet")
+        columns = [name for name in MANIFEST_SCHEMA.names[1:] if name in manifest.schema.names]
+        found = manifest.to_table(columns=columns, filter=pads.field("image_id").isin(image_ids)).to_pylist()
+        for row in found:
+            self._place(row, row["table_path"])
+        return {row["image_id"]: row for row in found if row["table_path"]}
+
+    @cached_property
+    def _image_columns(self) -> list[str]:
+        return read_image_columns(self._manifest)
+
+    def _read_packed(self, places: list[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
+        return read_rows(places, None, image_columns=self._image_columns)
+
+    def load(self, rows: Sequence[Row], places: Sequence[Row | None] | None = None) -> Iterator[bytes | ImageError]:
+        """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
+
+        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`. A table
+        or tar that was rewritten makes a difference to rows without `sha256` only.
+
+        Args:
+            places: what `find` returned for these rows, where the caller needs it too.
+
+        Raises:
+            InputError: as `find`.
+        """
+        places = self.find(rows) if places is None else places
+        with ThreadPoolExecutor(READ_THREADS) as threads:  # a disk, or a store, is waited for
+            for start in range(0, len(rows), IMAGES_PER_READ):
+                captioned = rows[start : start + IMAGES_PER_READ]
+                chunk = places[start : start + IMAGES_PER_READ]
+                packed = [
+                    place | {"sha256": row.get("sha256")}
+                    for row, place in zip(captioned, chunk, strict=True)
+                    if place and place["table_path"]
+                ]
+                from_tables = {place["image_id"]: data for place, data in self._read_packed(packed)}
+                paths = [place["image_path"] for place in chunk if place and not place["table_path"]]
+                from_files = iter(threads.map(partial(read_file, root=None), paths))
+                for row, place in zip(captioned, chunk, strict=True):
+                    if place is None:
+                        yield ImageError("missing", "its bytes were in a table")
+                    elif place["table_path"]:
+                        yield _as_captioned(row, from_tables[place["image_id"]])
+                    else:
+                        yield _as_captioned(row, next(from_files))
+
+    def require_reachable(self, location: str, error: ImageError) -> None:
+        """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is gone.
+
+        A store that has just answered is not asked again, see `require_still_reachable`: with a store that throttles,
+        the question takes seconds.
+
+        Args:
+            location: of the image, see `location_of`.
+            error: why it could not be read.
+        """
+        if storage.is_uri(location):
+            store = "/".join(location.split("/", 3)[:3])
+            if time.monotonic() < self._ask_again.get(store, 0.0):
+                self._not_asked[store] = location, error
+            else:
+                self._ask(store, location, error)
+        elif self._input and storage.is_inside(self._input, location):
+            require_reachable(self._input, error)
+
+    def require_still_reachable(self) -> None:
+        """Ask the stores that `require_reachable` did not ask about their last error. Raises ImcapError likewise."""
+        for store, (location, error) in list(self._not_asked.items()):
+            self._ask(store, location, error)
+
+    def _ask(self, store: str, location: str, error: ImageError) -> None:
+        require_reachable(location, error)
+        self._not_asked.pop(store, None)
+        self._ask_again[store] = time.monotonic() + SECONDS_BETWEEN_QUESTIONS
+
+
+def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
+    """The data, or an error if it is not what was captioned. Rows without a hash, as of a table made by hand, pass."""
+    expected = row.get("sha256")
+    if expected and isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != expected:
+        return ImageError("changed", "changed since it was captioned")
+    return data
