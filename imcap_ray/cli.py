@@ -810,8 +810,8 @@ def write_captions_report(
     """
     from imcap_ray.data.columns import BY_NAME
     from imcap_ray.data.datasets import load_dataset
-    from imcap_ray.report import write_report
-    from imcap_ray.report_model import read_model_of_run
+    from imcap_ray.reports.html_report import write_report
+    from imcap_ray.reports.model_section import read_model_of_run
     from imcap_ray.runs.captioned_images import CaptionedImageSource
     from imcap_ray.runs.captions_table import folder_of, open_captions, read_run
     from imcap_ray.scoring.evaluate import captioned_folder, evaluate_captions

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
-from imcap_ray.report import write_report
+from imcap_ray.reports.html_report import write_report
 from tests.browser import Page, browser, find_chromium
 from tests.small_data import jpeg
 

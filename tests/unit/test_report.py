@@ -24,7 +24,7 @@ from PIL import Image
 from imcap_ray.cli import main
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
-from imcap_ray.report import LoadImages, write_report
+from imcap_ray.reports.html_report import LoadImages, write_report
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.scoring.evaluation_report import SHARES, ConfidencePoint, EvaluationReport, Protocol
 from imcap_ray.scoring.metrics import Scores

@@ -12,7 +12,7 @@ from imcap_ray.errors import ImcapError, ModelError
 
 if TYPE_CHECKING:
     from imcap_ray.captioner import Captioner
-    from imcap_ray.report import Attend
+    from imcap_ray.reports.html_report import Attend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

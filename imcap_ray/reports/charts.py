@@ -10,11 +10,15 @@ from typing import Any, Final
 from imcap_ray.scoring.evaluation_report import HALF
 
 WIDTH: Final = 360
+
 HEIGHT: Final = 120
+
 _HIGHEST_POINT: Final = 100  # of a curve, which leaves room for its label
 
 _LONGEST_BAR_WORDS: Final = 30
+
 _SCORE_BARS: Final = 20
+
 _FINEST_SCORE_BAR: Final = 0.1
 
 Chart = dict[str, Any]

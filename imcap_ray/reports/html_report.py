@@ -24,21 +24,23 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from imcap_ray import storage
-from imcap_ray.charts import curve_of_confidence, curve_of_epochs, histogram_of_lengths, histogram_of_scores
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
 from imcap_ray.errors import ConfigError, ImageError, ImcapError, InputError
+from imcap_ray.reports.charts import curve_of_confidence, curve_of_epochs, histogram_of_lengths, histogram_of_scores
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
 
 # One caption under more than a fifth of the images is the sign of a model that no longer looks at them.
 COLLAPSE_SHARE: Final = 0.2
+
 COLLAPSE_MIN_IMAGES: Final = 20
 
 # (longest side in pixels, JPEG quality), tried in turn until a thumbnail fits. A thousand of THUMBNAIL_BYTES
 # are 16 MB in base64, which leaves 4 MB of the 20 for the text of the page.
 _THUMBNAIL_TRIES: Final = ((256, 82), (256, 65), (256, 45), (192, 45), (128, 40), (64, 40))
+
 THUMBNAIL_BYTES: Final = 12_000
 
 CHANGED: Final = "changed since it was captioned"
@@ -46,14 +48,22 @@ CHANGED: Final = "changed since it was captioned"
 
 # Of the cards, failed images may always take a quarter; more where the others leave room.
 _FAILED_SHARE: Final = 0.25
+
 _WORST_SHARE: Final = 0.5
 """Of the photographs in a sample, those that are chosen for their low scores and confidences."""
+
 _FREQUENT_CAPTIONS: Final = 10
+
 _MESSAGE_LENGTH: Final = 400
+
 _THUMBNAILS_AT_A_TIME: Final = 64
+
 _MOST_WORDS_ATTENDED: Final = 40
+
 _HEAT_PIXELS_A_REGION: Final = 8
+
 _HEAT_COLOUR: Final = (8, 10, 24)
+
 _MOST_HEAT_ALPHA: Final = 205
 
 # Name in metrics.Scores: label, factor and format, as `imcap evaluate` prints them.
@@ -66,6 +76,7 @@ _SCORES: Final = {
     "cider_d": ("CIDEr-D", 1, ".3f"),
     "length_ratio": ("length ratio", 1, ".2f"),
 }
+
 _EVALUATED: Final = (
     ("scores", "this model"),
     ("floor", "best constant caption"),
@@ -73,7 +84,9 @@ _EVALUATED: Final = (
 )
 
 Row = dict[str, Any]
+
 LoadImages = Callable[[Sequence[Row]], Iterator[bytes | ImageError]]
+
 Attend = Callable[[bytes, str], Sequence[tuple[str, np.ndarray[Any, Any]]]]
 """An image and its caption -> for each word the weights (rows, columns) over the image."""
 

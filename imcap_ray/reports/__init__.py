@@ -1,0 +1,1 @@
+"""Captions, scores and thumbnails -> one HTML file."""
