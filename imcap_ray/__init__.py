@@ -6,10 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from imcap_ray.captioner import Captioner as Captioner
-    from imcap_ray.captions import Caption as Caption
     from imcap_ray.errors import ImageError as ImageError
     from imcap_ray.errors import ImcapError as ImcapError
+    from imcap_ray.models.caption import Caption as Caption
+    from imcap_ray.models.captioner import Captioner as Captioner
 
 __version__ = "0.1.0"
 

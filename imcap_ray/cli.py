@@ -334,9 +334,9 @@ def caption(input: str, output: str | None, **options: Any) -> None:
 
 
 def _print_caption(image: str, options: dict[str, Any]) -> None:
-    from imcap_ray.captioner import load_captioner
-    from imcap_ray.captions import no_memory
     from imcap_ray.errors import ImageError
+    from imcap_ray.models.caption import no_memory
+    from imcap_ray.models.captioner import load_captioner
 
     storage.refuse_secrets(image)
     if storage.is_folder(image):
@@ -358,7 +358,8 @@ def _print_caption(image: str, options: dict[str, Any]) -> None:
 
 def _search(options: dict[str, Any]) -> Any:
     """The model's search settings with those of the command line, or None to leave them as they are."""
-    from imcap_ray.captioner import override_search, read_model_folder
+    from imcap_ray.models.captioner import override_search
+    from imcap_ray.models.model_folder import read_model_folder
 
     names = ("beam_size", "max_length", "length_penalty", "num_captions")
     if all(options.get(name) is None for name in names):
@@ -986,8 +987,8 @@ def model(model: str | None, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from imcap_ray.captioner import read_model_folder
     from imcap_ray.config import to_mapping
+    from imcap_ray.models.model_folder import read_model_folder
 
     folder = read_model_folder(model)
     facts = {
@@ -1261,7 +1262,7 @@ def _refuse_what_is_not_there(command: str, parameters: Mapping[str, Any]) -> No
             if is_there is False:
                 raise InputError(f"no such {name}: {location}")
             if is_there and name in ("--model", "--start-from"):
-                from imcap_ray.captioner import read_model_folder
+                from imcap_ray.models.model_folder import read_model_folder
 
                 read_model_folder(location)
 

@@ -48,13 +48,10 @@ import torch
 from PIL import Image
 from ray.cluster_utils import Cluster
 
-from imcap_ray.captioner import Captioner, below, read_model_folder, search_captions
-from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.synthetic_images import write_photographs, write_table
-from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect, cores
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
@@ -69,8 +66,13 @@ from imcap_ray.distributed.speed import (
     steady_rate,
     watch_run,
 )
-from imcap_ray.encoders import build_encoder, optimize_for_inference
 from imcap_ray.errors import ImageError, ImcapError
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
+from imcap_ray.models.captioner import Captioner, search_captions
+from imcap_ray.models.decoders import AttentionDecoder, Decoder, build_decoder
+from imcap_ray.models.encoders import build_encoder
+from imcap_ray.models.inference_optimization import optimize_for_inference
+from imcap_ray.models.model_folder import below, read_model_folder
 from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import END_ID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import CaptionBatch, make_batch

@@ -12,7 +12,7 @@ from tests import small_data
 from tests.hang_guard import TIMEOUT_SECONDS
 
 if TYPE_CHECKING:
-    from imcap_ray.captioner import Captioner
+    from imcap_ray.models.captioner import Captioner
     from tests.flaky_s3 import S3Store
 
 _VARIABLES: Final = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_MODE")
@@ -57,7 +57,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def captioner(model_dir: Path) -> Captioner:
     """The captioner of `model_dir`, on the CPU."""
-    from imcap_ray.captioner import Captioner
+    from imcap_ray.models.captioner import Captioner
 
     return Captioner.load(model_dir, device="cpu")
 

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import ray
 
-from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import SearchConfig
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
 
 
 class EchoCaptioner:

@@ -103,10 +103,11 @@ def write_model_folder(
     """A tiny untrained model whose random weights, the CNN's among them, are large enough to tell images apart."""
     import torch
 
-    from imcap_ray.captioner import save_model_folder
     from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
-    from imcap_ray.decoders import build_decoder
-    from imcap_ray.encoders import EncoderWeights, build_encoder, resolve_preprocessing
+    from imcap_ray.models.decoders import build_decoder
+    from imcap_ray.models.encoder_weights import EncoderWeights
+    from imcap_ray.models.encoders import build_encoder, resolve_preprocessing
+    from imcap_ray.models.model_folder import save_model_folder
     from imcap_ray.text.vocabulary import Vocabulary
 
     encoder_config = EncoderConfig(name="timm:test_efficientnet")

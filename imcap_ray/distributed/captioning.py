@@ -21,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
-from imcap_ray.captions import Caption, compute_batch_size, no_memory
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.data.columns import BY_NAME, ColumnOptions
 from imcap_ray.data.manifest import InputSummary, build_manifest
@@ -50,6 +49,7 @@ from imcap_ray.errors import (
     InputError,
     StalledError,
 )
+from imcap_ray.models.caption import Caption, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
 from imcap_ray.runs.lease import require_owner
 
@@ -238,7 +238,7 @@ def load_captioner(
     models: Sequence[str] = (), *, search: SearchConfig | None = None, encoder_weights: str | None = None
 ) -> ImageCaptioner:
     """`imcap_ray.captioner.load_captioner`. Torch, which takes seconds to import, waits for the call."""
-    from imcap_ray.captioner import load_captioner
+    from imcap_ray.models.captioner import load_captioner
 
     return load_captioner(models, search=search, encoder_weights=encoder_weights)
 
@@ -470,7 +470,7 @@ def caption_images(
                 {
                     "imcap_ray.schema_version": SCHEMA_VERSION,
                     "imcap_ray.model_fingerprint": captioner.fingerprint,
-                    "imcap_ray.search": json.dumps(to_mapping(captioner.search)),
+                    "imcap_ray.models.beam_search": json.dumps(to_mapping(captioner.search)),
                 }
             ),
             actor_class=CaptionImages,

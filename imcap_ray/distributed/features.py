@@ -21,18 +21,20 @@ import torch
 from torch import Tensor
 
 from imcap_ray import storage
-from imcap_ray.batches import FixedBatches
-from imcap_ray.captions import compute_batch_size, no_memory, not_finite
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
-from imcap_ray.devices import choose_device
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
 from imcap_ray.distributed.images import BatchReporter, map_images, origin_of, repeating, stack_pixels
 from imcap_ray.distributed.progress_counter import Progress
-from imcap_ray.encoders import Encoder, EncoderWeights, optimize_for_inference, resolve_preprocessing
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
+from imcap_ray.models.batching import FixedBatches
+from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite
+from imcap_ray.models.devices import choose_device
+from imcap_ray.models.encoder_weights import EncoderWeights
+from imcap_ray.models.encoders import Encoder, resolve_preprocessing
+from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.checksums import find_damage, seal, sealed_names
 from imcap_ray.runs.feature_folder import SEAL, FeatureFolder

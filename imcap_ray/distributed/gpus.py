@@ -16,7 +16,7 @@ ANSWER_SECONDS: Final = 60.0
 
 @ray.remote(num_cpus=0, max_retries=0)
 def _look() -> None:
-    from imcap_ray.devices import require_cuda
+    from imcap_ray.models.devices import require_cuda
 
     require_cuda()
 

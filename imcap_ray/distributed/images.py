@@ -30,7 +30,6 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from imcap_ray import storage
-from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.data.image_decoding import DecodedImage, decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import largest_row_group, read_image_columns
@@ -49,6 +48,7 @@ from imcap_ray.distributed.isolation import Isolated, is_repeated_work, process_
 from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
 from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
 from imcap_ray.errors import ImageError, ImcapError, StalledError
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.runs.rate import Pace
 
 IMAGES_PER_BLOCK = 64

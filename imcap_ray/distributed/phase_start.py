@@ -11,11 +11,12 @@ import safetensors.torch
 import torch
 
 from imcap_ray import storage
-from imcap_ray.captioner import average_weights, below
 from imcap_ray.config import Recipe
 from imcap_ray.distributed.checkpoints import choose_best
-from imcap_ray.encoders import FINETUNED, Encoder, EncoderWeights
 from imcap_ray.errors import ImcapError
+from imcap_ray.models.encoder_weights import FINETUNED, EncoderWeights
+from imcap_ray.models.encoders import Encoder
+from imcap_ray.models.model_folder import average_weights, below
 from imcap_ray.runs.training_run import RUN_FOLDER, WEIGHTS_FILE
 from imcap_ray.training.phases import FINETUNE, SCORE, kind_of, phases
 

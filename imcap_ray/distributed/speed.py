@@ -28,7 +28,6 @@ import pyarrow.dataset as pads
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-from imcap_ray.captions import compute_batch_size
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
@@ -37,6 +36,7 @@ from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.distributed.images import repeating
 from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.errors import ImageError, ImcapError, InputError
+from imcap_ray.models.caption import compute_batch_size
 
 IMAGES_PER_ROUND: Final = 64
 """Of each core."""
@@ -283,7 +283,7 @@ class _Alone:
     def __init__(self, images: list[bytes], models: Sequence[str], *, on_gpu: bool) -> None:
         import torch
 
-        from imcap_ray.captioner import load_captioner
+        from imcap_ray.models.captioner import load_captioner
 
         self._images = images
         self._captioner = load_captioner(models)
@@ -303,7 +303,7 @@ class _Alone:
     def caption(self, batch_size: int) -> tuple[int, float]:
         import torch
 
-        from imcap_ray.captioner import search_captions
+        from imcap_ray.models.captioner import search_captions
 
         captioner = self._captioner
         # A GPU's batches are large, and one alone would tell little.

@@ -27,15 +27,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from imcap_ray import storage
-from imcap_ray.captioner import below
-from imcap_ray.captions import Caption
 from imcap_ray.config import Recipe, from_mapping
 from imcap_ray.data.datasets import TRAIN, VALIDATION
-from imcap_ray.decoders import Decoder, build_decoder
-from imcap_ray.devices import require_cuda
 from imcap_ray.distributed.checkpoints import HISTORY_FILE, EpochCheckpoint, checkpoint_name, newest_checkpoint
 from imcap_ray.distributed.failure_log import describe_failures
-from imcap_ray.encoders import FINETUNED, Encoder
+from imcap_ray.models.caption import Caption
+from imcap_ray.models.decoders import Decoder, build_decoder
+from imcap_ray.models.devices import require_cuda
+from imcap_ray.models.encoder_weights import FINETUNED
+from imcap_ray.models.encoders import Encoder
+from imcap_ray.models.model_folder import below
 from imcap_ray.runs.checksums import seal
 from imcap_ray.runs.lease import is_owner, require_owner
 from imcap_ray.runs.training_run import (

@@ -27,7 +27,6 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 
 from imcap_ray import storage
-from imcap_ray.captioner import CONFIG_FILE, ModelFolder, average_models, below, read_model_folder, save_model_folder
 from imcap_ray.config import Recipe, to_mapping
 from imcap_ray.data.columns import find_image_column_by_type, read_image_column
 from imcap_ray.data.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
@@ -43,8 +42,17 @@ from imcap_ray.distributed.images import LoadImages, default_num_actors, explain
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
 from imcap_ray.distributed.progress_counter import Progress
 from imcap_ray.distributed.train_worker import train_worker
-from imcap_ray.encoders import FINETUNED, Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
+from imcap_ray.models.encoder_weights import FINETUNED
+from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.models.model_folder import (
+    CONFIG_FILE,
+    ModelFolder,
+    average_models,
+    below,
+    read_model_folder,
+    save_model_folder,
+)
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.lease import require_owner, take_over

@@ -11,7 +11,7 @@ import numpy as np
 from imcap_ray.errors import ImcapError, ModelError
 
 if TYPE_CHECKING:
-    from imcap_ray.captioner import Captioner
+    from imcap_ray.models.captioner import Captioner
     from imcap_ray.reports.html_report import Attend
 
 
@@ -40,7 +40,8 @@ class ModelOfRun:
 
 def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelOfRun:
     """The model of a run, if it is still where it was and is still the same; else a note that says why not."""
-    from imcap_ray.captioner import Captioner, read_model_folder
+    from imcap_ray.models.captioner import Captioner
+    from imcap_ray.models.model_folder import read_model_folder
 
     name = run.get("model")
     if not name or not isinstance(name, str):

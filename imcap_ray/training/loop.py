@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imcap_ray.captioner import search_captions
-from imcap_ray.captions import Caption
 from imcap_ray.config import Recipe
-from imcap_ray.decoders import Decoder
-from imcap_ray.encoders import Encoder
 from imcap_ray.errors import ConfigError
+from imcap_ray.models.caption import Caption
+from imcap_ray.models.captioner import search_captions
+from imcap_ray.models.decoders import Decoder
+from imcap_ray.models.encoders import Encoder
 from imcap_ray.scoring.evaluation_report import HALF, confidence_curve
 from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import Vocabulary

@@ -20,8 +20,8 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from imcap_ray.config import TrainingConfig
-from imcap_ray.decoders import Decoder
-from imcap_ray.encoders import Encoder
+from imcap_ray.models.decoders import Decoder
+from imcap_ray.models.encoders import Encoder
 from imcap_ray.text.vocabulary import PADDING_ID
 from imcap_ray.training.batches import CaptionBatch
 

@@ -8,9 +8,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from imcap_ray.decoders import Decoder
+from imcap_ray.models.beam_search import sample
+from imcap_ray.models.decoders import Decoder
 from imcap_ray.scoring.cider import CiderD
-from imcap_ray.search import sample
 from imcap_ray.text.tokenizers import tokenize
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
 from imcap_ray.training.optimization import prefers_bfloat16

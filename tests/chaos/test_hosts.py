@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from imcap_ray.captioner import Captioner
-from imcap_ray.captions import Caption
+from imcap_ray.models.caption import Caption
+from imcap_ray.models.captioner import Captioner
 from tests import small_data
 from tests.hosts import BUCKET, Host, Hosts, running_hosts, wait_until
 

@@ -14,7 +14,7 @@ import pyarrow.dataset as pads
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.captioner import read_model_folder
+from imcap_ray.models.model_folder import read_model_folder
 from imcap_ray.runs.captions_table import open_captions
 from tests import small_data
 from tests.documented import shown_commands

@@ -17,8 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from imcap_ray.captioner import Captioner
-from imcap_ray.captions import COMPUTE_BATCH_SIZE
 from imcap_ray.config import SearchConfig
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.image_decoding import decode_image
@@ -30,6 +28,8 @@ from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.images import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
+from imcap_ray.models.captioner import Captioner
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.runs.captioning_run import CaptionsFolder
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
@@ -118,7 +118,7 @@ def test_rows_have_the_schema_of_the_contract_and_say_what_made_them(
     schema = pq.read_schema(file)
     assert schema.remove_metadata() == CAPTIONS_SCHEMA
     assert schema.metadata[b"imcap_ray.model_fingerprint"] == b"echo"
-    assert json.loads(schema.metadata[b"imcap_ray.search"])["beam_size"] == SearchConfig().beam_size
+    assert json.loads(schema.metadata[b"imcap_ray.models.beam_search"])["beam_size"] == SearchConfig().beam_size
 
 
 def test_summary_and_run_file_count_the_rows(run: Run, photographs: Path, tmp_path: Path) -> None:

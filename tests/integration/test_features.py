@@ -16,7 +16,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features
-from imcap_ray.encoders import Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 from tests import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

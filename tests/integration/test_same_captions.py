@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from imcap_ray.captioner import Captioner, below, read_model_folder
 from imcap_ray.config import SearchConfig
 from imcap_ray.data.datasets import VALIDATION, load_dataset
-from imcap_ray.decoders import Decoder
-from imcap_ray.encoders import build_encoder, optimize_for_inference
+from imcap_ray.models.captioner import Captioner
+from imcap_ray.models.decoders import Decoder
+from imcap_ray.models.encoders import build_encoder
+from imcap_ray.models.inference_optimization import optimize_for_inference
+from imcap_ray.models.model_folder import below, read_model_folder
 from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID
 

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from imcap_ray.captioner import Captioner, read_model_folder
 from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.trainer import TrainingResult, prepare_training, train
 from imcap_ray.errors import ClusterError, ImcapError, OutputError
+from imcap_ray.models.captioner import Captioner
+from imcap_ray.models.model_folder import read_model_folder
 from imcap_ray.runs.lease import take_over
 from tests import small_data
 from tests.hang_guard import HANG_SECONDS

@@ -70,9 +70,9 @@ FINE_TUNE = """
 from torch.nn.parallel import DistributedDataParallel
 
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, TrainingConfig
-from imcap_ray.decoders import build_decoder
+from imcap_ray.models.decoders import build_decoder
 from imcap_ray.training.loop import unfreeze
-from imcap_ray.encoders import build_encoder
+from imcap_ray.models.encoders import build_encoder
 from imcap_ray.training.optimization import EndToEnd
 from imcap_ray.training.optimization import Optimization
 from imcap_ray.training.batches import make_batch

@@ -14,13 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from imcap_ray.captioner import Captioner, average_models, default_model_folder, override_search, read_model_folder
-from imcap_ray.captions import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
 from imcap_ray.data.image_decoding import decode_image
-from imcap_ray.decoders import build_decoder
-from imcap_ray.encoders import Encoder, EncoderWeights, build_encoder, optimize_for_inference
 from imcap_ray.errors import ConfigError, ImageError, ModelError
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
+from imcap_ray.models.captioner import Captioner, override_search
+from imcap_ray.models.decoders import build_decoder
+from imcap_ray.models.encoder_weights import EncoderWeights
+from imcap_ray.models.encoders import Encoder, build_encoder
+from imcap_ray.models.inference_optimization import optimize_for_inference
+from imcap_ray.models.model_folder import average_models, default_model_folder, read_model_folder
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 
 Found = list[list[Caption]]
@@ -99,7 +102,7 @@ def test_its_cnn_is_made_fast_once_when_it_is_used_first(
         made_fast.append(optimize_for_inference(encoder, device))
         return made_fast[-1]
 
-    monkeypatch.setattr("imcap_ray.captioner.optimize_for_inference", optimize)
+    monkeypatch.setattr("imcap_ray.models.captioner.optimize_for_inference", optimize)
     captioner = Captioner.load(model_dir, device="cpu")
     assert not made_fast
 

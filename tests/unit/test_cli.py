@@ -18,10 +18,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from imcap_ray import __version__
-from imcap_ray.captioner import Captioner
 from imcap_ray.cli import main
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
+from imcap_ray.models.captioner import Captioner
 from imcap_ray.text.escaping import printable
 from tests import small_data
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from imcap_ray import decoders
-from imcap_ray.captioner import search_captions
 from imcap_ray.config import DecoderConfig, SearchConfig
-from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
+from imcap_ray.models import decoders
+from imcap_ray.models.captioner import search_captions
+from imcap_ray.models.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.text.vocabulary import PADDING_ID, START_ID, Vocabulary
 
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS = 3, 5, 12

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from imcap_ray.devices import choose_device, driver_version, require_cuda
 from imcap_ray.errors import ImcapError
+from imcap_ray.models.devices import choose_device, driver_version, require_cuda
 
 
 @pytest.fixture

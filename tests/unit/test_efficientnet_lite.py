@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from imcap_ray.efficientnet_lite import EfficientNetLite
+from imcap_ray.models.efficientnet_lite import EfficientNetLite
 from tests.small_data import randomise_batch_normalisation
 
 

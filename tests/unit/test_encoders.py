@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from imcap_ray import efficientnet_lite, encoders
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
-from imcap_ray.encoders import (
+from imcap_ray.errors import ConfigError, ModelError
+from imcap_ray.models import efficientnet_lite, encoder_weights, encoders, inference_optimization
+from imcap_ray.models.encoder_weights import EncoderWeights
+from imcap_ray.models.encoders import (
     ENCODERS,
     IMAGE_SIZE,
     IMAGENET_MEAN,
@@ -25,12 +27,10 @@ from imcap_ray.encoders import (
     LITE_STD,
     Encoder,
     EncoderEnsemble,
-    EncoderWeights,
     build_encoder,
-    optimize_for_inference,
     resolve_preprocessing,
 )
-from imcap_ray.errors import ConfigError, ModelError
+from imcap_ray.models.inference_optimization import optimize_for_inference
 from tests.small_data import randomise_batch_normalisation
 
 SMALL = PreprocessingConfig(image_size=64)
@@ -107,7 +107,7 @@ def test_a_cnn_whose_maps_come_near_the_end_of_float16_keeps_float32_on_a_gpu(
         return {parameter.dtype for parameter in optimize_for_inference(encoder, GPU).parameters()}
 
     assert dtypes() == {torch.float32}
-    monkeypatch.setattr(encoders, "FLOAT16_HEADROOM", 1)
+    monkeypatch.setattr(inference_optimization, "FLOAT16_HEADROOM", 1)
     assert dtypes() == ({torch.float16} if largest < torch.finfo(torch.float16).max else {torch.float32})
 
 
@@ -262,7 +262,7 @@ def test_the_wheels_tensors_are_all_there_in_their_places(number: int) -> None:
 
     theirs = torch.load(wheel_file(number), map_location="cpu", weights_only=True)
     ours = encoder.cnn.state_dict()
-    renamed = encoders._rename_lite_weights(theirs)
+    renamed = encoder_weights.rename_lite_weights(theirs)
     classes = {"cnn.classifier.weight", "cnn.classifier.bias"}
     assert renamed.keys() - classes == ours.keys()
     assert len(theirs) == len(renamed)
@@ -317,7 +317,7 @@ def test_torchvisions_names_are_turned_into_the_modules_names(name: str, layer: 
     loaded: dict[str, Tensor] = {}
     cnn.load_state_dict = loaded.update  # type: ignore[method-assign,assignment]
 
-    encoders._load_file(cnn, stand_in, ENCODERS[name].convert)
+    encoder_weights.load_weights_file(cnn, stand_in, ENCODERS[name].convert)
 
     assert loaded.keys() == cnn.state_dict().keys()
     converted = ENCODERS[name].convert(theirs)

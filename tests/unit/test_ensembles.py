@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from imcap_ray.captioner import Captioner, load_captioner
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.errors import ModelError
+from imcap_ray.models.captioner import Captioner, load_captioner
 from imcap_ray.text.vocabulary import START_ID
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 

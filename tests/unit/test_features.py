@@ -15,8 +15,8 @@ import torch
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.distributed.features import EncodeImages, Views
 from imcap_ray.distributed.images import loaded_schema
-from imcap_ray.encoders import Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.errors import ImcapError
+from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 
 SIZE = 32
 NUM_IMAGES = 5

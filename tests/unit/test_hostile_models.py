@@ -17,11 +17,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from imcap_ray.captioner import Captioner, default_model_folder, read_model_folder
 from imcap_ray.cli import main
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, Recipe, from_mapping, parse_override
-from imcap_ray.encoders import EncoderWeights, build_encoder
 from imcap_ray.errors import ConfigError, ModelError
+from imcap_ray.models.captioner import Captioner
+from imcap_ray.models.encoder_weights import EncoderWeights
+from imcap_ray.models.encoders import build_encoder
+from imcap_ray.models.model_folder import default_model_folder, read_model_folder
 from tests.small_data import write_model_folder
 
 NESTED = "[" * 100_000

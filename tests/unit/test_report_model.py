@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.captioner import Captioner, read_model_folder
+from imcap_ray.models.captioner import Captioner
+from imcap_ray.models.model_folder import read_model_folder
 from imcap_ray.reports.model_section import read_model_of_run
 from tests.small_data import jpeg, write_model_folder
 

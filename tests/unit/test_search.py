@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from imcap_ray.search import Hypothesis, State, Step, beam_search, sample
+from imcap_ray.models.beam_search import Hypothesis, State, Step, beam_search, sample
 
 VOCABULARY_SIZE, START, END = 4, 0, 1
 MAX_LENGTH = 3

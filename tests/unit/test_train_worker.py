@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from imcap_ray.captioner import below
 from imcap_ray.config import (
     DecoderConfig,
     EncoderConfig,
@@ -17,10 +16,11 @@ from imcap_ray.config import (
     SelfCriticalConfig,
     TrainingConfig,
 )
-from imcap_ray.decoders import build_decoder
 from imcap_ray.distributed.train_worker import record_stop, share
-from imcap_ray.encoders import Encoder, build_encoder
 from imcap_ray.errors import ConfigError
+from imcap_ray.models.decoders import build_decoder
+from imcap_ray.models.encoders import Encoder, build_encoder
+from imcap_ray.models.model_folder import below
 from imcap_ray.runs.lease import take_over
 from imcap_ray.runs.training_run import take_stop
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary

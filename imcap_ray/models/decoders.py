@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from imcap_ray.config import DecoderConfig
-from imcap_ray.search import State, Step
+from imcap_ray.models.beam_search import State, Step
 
 _Product = Callable[[Tensor], Tensor]
 """Vectors (..., D) times a matrix, and a bias."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 State = tuple[Tensor, ...]  # each (B, K, ...)
+
 Step = Callable[[Tensor, State], tuple[Tensor, State]]  # tokens (B, K), state -> log-probabilities (B, K, V), state
 
 

@@ -15,6 +15,7 @@ from imcap_ray.errors import ImageError
 # the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in. Where memory
 # runs out there are fewer, and the last digits of a confidence may be others.
 COMPUTE_BATCH_SIZE: Final = 16
+
 GPU_COMPUTE_BATCH_SIZE: Final = 64  # a step of a search takes a GPU as long for few images as for many
 
 

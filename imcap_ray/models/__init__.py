@@ -1,0 +1,1 @@
+"""Images -> features -> captions: encoders, decoders, search, and the model folder."""
