@@ -942,7 +942,8 @@ def export(captions: str, output: str, **options: Any) -> None:
     """
     from dataclasses import asdict
 
-    from imcap_ray.exports import SHARD_IMAGES, export_captions
+    from imcap_ray.exports.export import export_captions
+    from imcap_ray.exports.shards import SHARD_IMAGES
     from imcap_ray.runs.captioned_images import CaptionedImageSource
     from imcap_ray.runs.captions_table import read_run, refuse_replacement
 

@@ -16,7 +16,8 @@ import pytest
 from imcap_ray import storage
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError
-from imcap_ray.exports import ExportSummary, export_captions
+from imcap_ray.exports.captions_rows import ExportSummary
+from imcap_ray.exports.export import export_captions
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from tests import small_data
 from tests.flaky_s3 import Fault, S3Store

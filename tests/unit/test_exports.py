@@ -28,16 +28,12 @@ from imcap_ray import storage
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
-from imcap_ray.exports import (
-    COLUMNS,
-    ExportSummary,
-    Format,
-    coco_results_name,
-    export_captions,
-    guard_cell,
-    sidecar_name,
-    webdataset_key,
-)
+from imcap_ray.exports.captions_rows import COLUMNS, ExportSummary
+from imcap_ray.exports.coco import coco_results_name
+from imcap_ray.exports.export import export_captions
+from imcap_ray.exports.shards import Format, webdataset_key
+from imcap_ray.exports.sidecar import sidecar_name
+from imcap_ray.exports.text import guard_cell
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from tests import small_data
 

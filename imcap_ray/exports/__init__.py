@@ -1,0 +1,1 @@
+"""Captions -> the formats that other tools read."""

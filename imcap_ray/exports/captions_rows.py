@@ -1,0 +1,164 @@
+"""A captions table -> the rows to export, and the ones that are left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, OK
+from imcap_ray.errors import InputError
+from imcap_ray.runs.captions_table import open_captions
+
+COLUMNS: Final = tuple(name for name in CAPTIONS_SCHEMA.names if not name.startswith("error_"))
+"""Of a row in JSON and CSV. An exported row has no error."""
+
+NAMED_IMAGES: Final = 20
+"""How many of the images that are gone the summary names; all of them are counted."""
+
+# Of images that cannot be read, by their error's code; else its message.
+REASONS_LEFT_OUT: Final = {"missing": "gone", "permission_denied": "may not be read"}
+
+BATCH_ROWS: Final = 8192
+
+READ_THREADS: Final = 16
+
+ROWS_PER_REPORT: Final = 256
+
+# What Pillow calls a format, and what its files are called, where that is not the same.
+EXTENSION_OF_FORMAT: Final = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
+
+Row = dict[str, Any]
+
+
+@dataclass(slots=True)
+class ExportSummary:
+    """What became of the rows of a captions table. The counts add up to all of them."""
+
+    output: str
+    format: str
+    num_exported: int = 0
+    num_kept: int = 0
+    """Rows whose sidecar was there already and is left as it is."""
+    left_out_by_status: dict[str, int] = field(default_factory=dict)
+    """Rows without a caption, by status: `failed`, or a `duplicate` that a run has not come to yet."""
+    left_out_by_confidence: int = 0
+    left_out_without_image: int = 0
+    """Rows whose image is gone, may not be read, or has other bytes than those that were captioned."""
+    images_without: list[str] = field(default_factory=list)
+    """The first of these, each with the reason."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        captions = f"{self.num_exported:,} caption{'s' * (self.num_exported != 1)}"
+        kept = f", {self.num_kept:,} left as they were" if self.num_kept else ""
+        return f"{self.output}: {captions} as {self.format}{kept}; left out: {self.describe_left_out() or 'none'}"
+
+    def describe_left_out(self) -> str:
+        """How many rows for which reason; "" when there are none."""
+        reasons = [f"{count:,} {status}" for status, count in sorted(self.left_out_by_status.items())]
+        if self.left_out_by_confidence:
+            reasons.append(f"{self.left_out_by_confidence:,} below the confidence asked for")
+        if self.left_out_without_image:
+            reasons.append(f"{self.left_out_without_image:,} without their image")
+        return ", ".join(reasons)
+
+
+# --- which rows, and whether they can be exported
+@dataclass(slots=True)
+class _LeftOut:
+    """Rows that are not exported."""
+
+    by_status: Counter[str] = field(default_factory=Counter)
+    by_confidence: int = 0
+
+
+class CaptionsTable:
+    """The rows of a captions table that are to be exported; what the others were, by the way.
+
+    Raises:
+        InputError: on opening, or while it is read: no captions table, or a damaged one.
+    """
+
+    def __init__(self, location: str, min_confidence: float | None) -> None:
+        self.location = location
+        self._min_confidence = None if min_confidence is None else pa.scalar(min_confidence, pa.float32())
+        self._dataset: pads.Dataset = open_captions(location)
+        missing = [name for name in COLUMNS if name not in self._dataset.schema.names]
+        if missing:
+            raise InputError(
+                f"{location} is not what `imcap caption` writes: it lacks the columns {', '.join(missing)}"
+            )
+        with self._told_as_ours():
+            self._dataset.schema.empty_table().select(COLUMNS).cast(select_schema(COLUMNS))
+
+    def rows(self) -> Iterator[Row]:
+        """The rows to be exported, with `COLUMNS`; numbers that JSON does not know are None."""
+        for batch, _ in self.batches(COLUMNS):
+            for name in ("confidence", "logprob"):
+                # By way of the text: 0.3 in 32 bits is to be 0.3 in JSON, not 0.30000001192092896.
+                values = batch[name].cast(pa.string()).cast(pa.float64())
+                values = pc.if_else(pc.is_finite(values), values, None)
+                batch = batch.set_column(batch.schema.get_field_index(name), name, values)
+            yield from batch.select(COLUMNS).to_pylist()
+
+    def batches(self, columns: Iterable[str]) -> Iterator[tuple[pa.Table, _LeftOut]]:
+        """At least these columns of the rows to be exported, some thousand rows at a time; what the others were."""
+        wanted = dict.fromkeys([*columns, "image_id", "status", "caption", "confidence"])
+        for batch in self._read(list(wanted)):
+            left_out = _LeftOut()
+            is_captioned = pc.and_(
+                pc.is_in(batch["status"], value_set=pa.array([OK, DUPLICATE])),
+                pc.not_equal(pc.utf8_trim_whitespace(batch["caption"]), ""),
+            )
+            for status in batch["status"].filter(pc.invert(is_captioned)).value_counts().to_pylist():
+                left_out.by_status[status["values"] or "without a status"] += status["counts"]
+            batch = batch.filter(is_captioned)
+            if self._min_confidence is not None:
+                is_confident = pc.fill_null(pc.greater_equal(batch["confidence"], self._min_confidence), False)
+                left_out.by_confidence = pc.sum(pc.invert(is_confident)).as_py() or 0
+                batch = batch.filter(is_confident)
+            if pc.any(pc.equal(batch["image_id"], "")).as_py():
+                raise InputError(f"{self.location}: a row with a caption has no image_id")
+            yield batch, left_out
+
+    def _read(self, columns: list[str]) -> Iterator[pa.Table]:
+        with self._told_as_ours():
+            batches = self._dataset.to_batches(
+                columns=columns, batch_size=BATCH_ROWS, batch_readahead=4, fragment_readahead=1
+            )
+        while True:
+            with self._told_as_ours():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                table = pa.Table.from_batches([batch]).cast(select_schema(columns))
+                for number, column in enumerate(table.schema):
+                    if pa.types.is_string(column.type):
+                        table = table.set_column(number, column, pc.fill_null(table[column.name], ""))
+                table.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
+            yield table
+
+    @contextmanager
+    def _told_as_ours(self) -> Iterator[None]:
+        try:
+            yield
+        except pa.ArrowException as error:
+            raise InputError(f"{self.location} cannot be read as a captions table: {error}") from error
+
+
+def select_schema(columns: Iterable[str]) -> pa.Schema:
+    return pa.schema([CAPTIONS_SCHEMA.field(name) for name in columns])
+
+
+def file_name_of(row: Row) -> str:
+    """The image below the folder that was captioned; its full path where its id is not that."""
+    image_id, image_path = row["image_id"], row["image_path"]
+    is_below = f"/{image_path}".endswith(f"/{image_id}")
+    return str(image_id if is_below or not image_path else image_path)
