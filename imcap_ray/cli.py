@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from imcap_ray.data.columns import ColumnOptions
     from imcap_ray.data.datasets import CaptionedImages
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
-    from imcap_ray.distributed.progress_counter import Progress
-    from imcap_ray.distributed.trainer import TrainingPlan
+    from imcap_ray.distributed.progress import Progress
+    from imcap_ray.distributed.training_plan import TrainingPlan
     from imcap_ray.runs.status import CaptioningStatus, TrainingStatus
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -608,8 +608,8 @@ def train(data: str, model: str, **options: Any) -> None:
     from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import require_visible
-    from imcap_ray.distributed.trainer import prepare_training
     from imcap_ray.distributed.trainer import train as run_training
+    from imcap_ray.distributed.training_plan import prepare_training
 
     refuse_relative_paths_in_job(
         {"MODEL": model} | ({"--features": options["features"]} if options["features"] else {})
@@ -1093,7 +1093,7 @@ def bench(input: str | None, **options: Any) -> None:
     from tempfile import TemporaryDirectory
 
     from imcap_ray.data.synthetic_images import write_photographs
-    from imcap_ray.distributed.speed import compare_with_limit, describe_machine
+    from imcap_ray.distributed.benchmark import compare_with_limit, describe_machine
 
     with TemporaryDirectory(prefix="imcap-bench-") as folder:
         if input is None:
@@ -1220,7 +1220,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
             parameters = dict(context.params)
         _refuse_what_is_not_there(command[0], parameters)
         need = _need(command[0], parameters)
-    from imcap_ray.distributed import submission
+    from imcap_ray.distributed import jobs
 
     common = {
         "address": options["address"],
@@ -1229,9 +1229,9 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
         "echo": lambda line: _say(_COLOURS.sub("", line)),
     }
     if options["follow"]:
-        sys.exit(submission.follow(options["follow"], **common))
+        sys.exit(jobs.follow(options["follow"], **common))
     common |= {"submission_id": options["submission_id"], "wait": not options["no_wait"], "need": need}
-    sys.exit(submission.submit([command[0], *arguments], **common))
+    sys.exit(jobs.submit([command[0], *arguments], **common))
 
 
 _READ = {

@@ -52,10 +52,7 @@ from imcap_ray.config import SearchConfig, load_recipe
 from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.synthetic_images import write_photographs, write_table
-from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connect, cores
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
-from imcap_ray.distributed.speed import (
+from imcap_ray.distributed.benchmark import (
     IMAGES_PER_ROUND,
     Comparison,
     Rate,
@@ -66,6 +63,9 @@ from imcap_ray.distributed.speed import (
     steady_rate,
     watch_run,
 )
+from imcap_ray.distributed.captioning import caption_images
+from imcap_ray.distributed.cluster import connect, cores
+from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.models.captioner import Captioner, search_captions

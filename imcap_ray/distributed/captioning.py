@@ -27,9 +27,10 @@ from imcap_ray.data.manifest import InputSummary, build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
 from imcap_ray.distributed.cluster import ClusterResources, connect, require, without_ray_advice
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
+from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work
+from imcap_ray.distributed.duplicate_filter import end_image_index, start_image_index
 from imcap_ray.distributed.gcs_watch import when_lost
-from imcap_ray.distributed.image_index import end_image_index, start_image_index
-from imcap_ray.distributed.images import (
+from imcap_ray.distributed.image_pipeline import (
     GOES_ON,
     BatchReporter,
     default_num_actors,
@@ -38,8 +39,7 @@ from imcap_ray.distributed.images import (
     repeating,
     stack_pixels,
 )
-from imcap_ray.distributed.isolation import Isolated, is_repeated_work
-from imcap_ray.distributed.progress_counter import Progress
+from imcap_ray.distributed.progress import Progress
 from imcap_ray.errors import (
     FailureBudgetError,
     FullClusterError,

@@ -6,64 +6,58 @@ Knows nothing of images, models or job submission.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import json
 import logging
 import math
 import os
 import re
 import secrets
-import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any, Final
-from unittest.mock import patch
 
-# Of Ray's private side are used here, which is safe as long as the requirement keeps to one minor version: its reading
-# of addresses and tokens, because Ray re-reads neither from a changed environment by itself; the steps ray.init takes
-# to reach a cluster, because ray.init takes minutes to give up on them; its switch for signals; and what it starts, and
-# how it waits for that.
-import grpc  # type: ignore[import-untyped]
-import ray
 import ray.data
 import yaml
-from ray._private import node, parameter, ray_constants, services, worker
-from ray._private.state import GlobalState
+from ray._private import ray_constants, services, worker
 from ray._private.utils import get_num_cpus
-from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.exceptions import AuthenticationError, RayError
 
 from imcap_ray.distributed.contention import FreeResources
 from imcap_ray.distributed.gcs_watch import GcsWatch
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.private_folder import PrivateFolder
+from imcap_ray.distributed.ray_internals import (
+    START_TIMEOUT_SECONDS,
+    fewer_processes,
+    init_environment,
+    limit_ray_data_actors,
+    poll_training_often,
+    probe_gcs,
+    short_node_wait,
+    silence_ray_logs,
+)
 from imcap_ray.errors import ClusterError, InputError, RayStartError
 
-ANSWER_TIMEOUT_SECONDS: Final = 5
-NODE_TIMEOUT_SECONDS: Final = 5
-START_TIMEOUT_SECONDS: Final = 60.0
 START_TIMEOUT_VARIABLE: Final = "IMCAP_RAY_START_TIMEOUT_SECONDS"
 """The user's own limit for one attempt to start a private Ray."""
+
 START_ATTEMPTS: Final = 2
 
 FREE_SAMPLES: Final = 6
+
 FREE_SAMPLE_SECONDS: Final = 0.3
 
 # Ray Data holds CPUs for its readers and writers while the actors hold theirs: with fewer than this a pipeline that
 # resumes deadlocks (ray-project/ray#44687). Logical CPUs are tickets, not cores: spare ones cost nothing.
 MINIMUM_LOCAL_CPUS: Final = 4
-SPARE_LOCAL_CPUS: Final = 2
-MAXIMUM_ACTORS_PER_CORE: Final = 4
 
-# As in "[DATE TIME I 5360 5360] logging.cc:303: Set ray log level from environment variable ..."
-BACKEND_NOTICE: Final = r"^\[[-0-9]+ [0-9:,]+ [IW] [0-9]+ [0-9]+\] "
+SPARE_LOCAL_CPUS: Final = 2
+
+MAXIMUM_ACTORS_PER_CORE: Final = 4
 
 _private_node: Any = None
 """Ray's handle of the private Ray that this process has started, if it has."""
@@ -142,9 +136,9 @@ def connect(
         if not ray.is_initialized():
             _join(address, verbose=verbose)
             _watch_gcs(clean_up=lambda: None)
-    _quieten(verbose=verbose)
-    _keep_small()
-    _poll_often()
+    silence_ray_logs(verbose=verbose)
+    limit_ray_data_actors()
+    poll_training_often()
     return _resources() if _is_private() else _with_free(_resources())
 
 
@@ -219,21 +213,6 @@ def authentication_headers() -> dict[str, str]:
     return dict(token.get_token_for_http_header(ignore_auth_mode=True))
 
 
-@contextmanager
-def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -> None:
     global _private_node
     # Each phase of a training would start a process that watches for other nodes' notices of their end.
@@ -257,9 +236,9 @@ def _start(*, num_actors: int, verbose: bool, meanwhile: Callable[[], object]) -
         variables |= {"RAY_TMPDIR": folder.path, "RAY_gcs_server_port_wait_time_s": str(math.ceil(timeout))}
         try:
             with (
-                _init_environment(variables, verbose=verbose),
-                _fewer_processes(verbose=verbose),
-                _short_wait(meanwhile_once, timeout),
+                init_environment(variables, verbose=verbose),
+                fewer_processes(verbose=verbose),
+                short_node_wait(meanwhile_once, timeout),
             ):
                 ray.init(
                     address="local",
@@ -322,58 +301,6 @@ def _watch_gcs(*, clean_up: Callable[[], None]) -> None:
     atexit.register(_gcs_watch.stop)  # before everything that ends Ray: what is registered last is called first
 
 
-@contextmanager
-def _fewer_processes(*, verbose: bool) -> Iterator[None]:
-    """Let ray.init start, and wait for, what a private Ray needs and no more: 3.2 s instead of 5.5 on two cores.
-
-    It would wait for a dashboard though told to leave it out, and start an autoscaler, and a reader of logs that none
-    are shown of. The agent takes any free port: beside another Ray it tries for four seconds to get its own.
-    """
-    chosen: dict[str, Any] = {
-        "no_monitor": True,
-        "include_log_monitor": verbose,
-        "dashboard_agent_listen_port": 0,
-    }
-    make: Any = parameter.RayParams
-
-    def make_parameters(**others: Any) -> Any:
-        _hold_termination()
-        return make(**chosen, **others)
-
-    with (
-        patch.object(parameter, "RayParams", make_parameters),
-        patch.object(node.Node, "start_api_server", lambda *_, **__: None),
-    ):
-        yield
-
-
-@contextmanager
-def _short_wait(meanwhile: Callable[[], object], timeout: float) -> Iterator[None]:
-    """Let ray.init see at once that its node is there. It looks once a second, and a node takes about a second.
-
-    Args:
-        meanwhile: called when all processes have been started. Before that, what is busy in a thread holds ray.init up.
-        timeout: seconds after which ray.init raises TimeoutError. Its own limit is half a minute.
-    """
-    get_node: Any = services.get_node
-
-    def wait_and_get_node(gcs_address: str, node_id: str) -> Any:
-        meanwhile()
-        state: Any = GlobalState()  # type: ignore[no-untyped-call]
-        state._initialize_global_state(services._get_gcs_client_options(gcs_address))  # type: ignore[no-untyped-call]
-        deadline = time.monotonic() + timeout
-        while not state.node_table():
-            if _is_terminated.is_set():
-                raise KeyboardInterrupt
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"its processes were not ready after {timeout:g} s")
-            time.sleep(0.02)
-        return get_node(gcs_address, node_id)
-
-    with patch.object(services, "get_node", wait_and_get_node):
-        yield
-
-
 def _join(address: str, *, verbose: bool) -> None:
     if "://" in address:
         raise ClusterError(
@@ -387,9 +314,9 @@ def _join(address: str, *, verbose: bool) -> None:
         mode = os.environ.get("RAY_AUTH_MODE") or ("token" if headers else "disabled")
         if mode.lower() == "token" and not headers:
             raise AuthenticationError("RAY_AUTH_MODE=token, but there is none")  # Ray would abort the process
-        with _init_environment({"RAY_AUTH_MODE": mode}, verbose=verbose):
+        with init_environment({"RAY_AUTH_MODE": mode}, verbose=verbose):
             place = services.canonicalize_bootstrap_address_or_die(address)
-            _knock(place)
+            probe_gcs(place)
             ray.init(address=place, log_to_driver=verbose, logging_level=_logging_level(verbose))
     except AuthenticationError as error:
         reason = _one_line(error).split(". ")[0]  # Ray goes on with advice for those who run clusters
@@ -397,156 +324,6 @@ def _join(address: str, *, verbose: bool) -> None:
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
         advice = ": install the cluster's versions here" if "Version mismatch" in str(error) else ""
         raise ClusterError(f"cannot join the cluster at {address}: {_one_line(error)}{advice}") from error
-
-
-def _knock(place: str) -> None:
-    """Take the steps on which ray.init waits 20 to 120 s for a cluster that is not there, with short deadlines."""
-    channel = grpc.insecure_channel(place, options=[("grpc.enable_http_proxy", 0)])
-    try:
-        grpc.channel_ready_future(channel).result(timeout=ANSWER_TIMEOUT_SECONDS)
-    except grpc.FutureTimeoutError:
-        raise ConnectionError(
-            f"no Ray answered within {ANSWER_TIMEOUT_SECONDS} s: give the HOST:PORT that `ray start --head` prints, "
-            "usually with port 6379"
-        ) from None
-    finally:
-        channel.close()
-    client = GcsClient(address=place)
-    try:
-        services.get_node_to_connect_for_driver(client, timeout_seconds=NODE_TIMEOUT_SECONDS)
-    except RuntimeError:
-        raise ConnectionError("this machine is not one of its nodes: use `imcap submit` instead") from None
-
-
-@contextmanager
-def _init_environment(variables: Mapping[str, str], *, verbose: bool) -> Iterator[None]:
-    """Set variables that Ray reads while it starts, and take them back: its processes have them by then."""
-    defaults = {"RAY_USAGE_STATS_ENABLED": "0"}
-    if not verbose:
-        # Else an error line for every pool of actors (ray-project/ray#53727), about nothing one could change.
-        defaults["RAY_BACKEND_LOG_LEVEL"] = "fatal"
-    variables = {name: os.environ.get(name, value) for name, value in defaults.items()} | dict(variables)
-    # Else Ray's C++ side answers a SIGTERM first, by a stack trace, and on a busy machine by an abort: it allows itself
-    # three seconds. Only this process is meant: what kills a worker stays in its log.
-    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
-    with environment(variables), _own_termination(), nullcontext() if verbose else _without_backend_notices():
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
-        yield
-
-
-@contextmanager
-def _own_termination() -> Iterator[None]:
-    """Keep what this process does on SIGTERM: ray.init makes it exit with 15 or with 1, and without a word.
-
-    Its own handler is in place when it begins. What that raises becomes what ours would have raised, also where Python
-    has dropped it. While processes are started no handler may raise: an exception in a hook that follows a fork is only
-    printed, and leaves locked what the hook was to unlock.
-    """
-    _is_terminated.clear()
-    handler = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    try:
-        with _received_signals() as received:
-            yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-    else:
-        if signal.SIGTERM in received:
-            handler(signal.SIGTERM, None)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-
-
-_is_terminated = threading.Event()
-"""Whether SIGTERM has arrived while `_hold_termination` holds it."""
-
-
-def _hold_termination() -> None:
-    """Only note a SIGTERM, until `_own_termination` handles it."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if is_main and callable(signal.getsignal(signal.SIGTERM)):
-        signal.signal(signal.SIGTERM, lambda number, frame: _is_terminated.set())
-
-
-@contextmanager
-def _received_signals() -> Iterator[list[int]]:
-    """The numbers of the signals that arrive while the block runs; filled in at its end."""
-    received: list[int] = []
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.set_blocking(writer, False)
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
-        yield received
-    finally:
-        signal.set_wakeup_fd(before)
-        with contextlib.suppress(BlockingIOError):
-            received.extend(os.read(reader, 4096))
-        os.close(reader)
-        os.close(writer)
-
-
-@contextmanager
-def _without_backend_notices() -> Iterator[None]:
-    """Let stderr through, but for information and warnings of Ray's C++ side, which even says that it will be silent.
-
-    It writes to the file descriptor. Another process sifts, so that what an abort says is not lost.
-    """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    reading, writing = os.pipe()
-    sieve = subprocess.Popen(
-        ["grep", "-a", "-v", "-E", BACKEND_NOTICE], stdin=reading, stdout=stderr, start_new_session=True
-    )
-    os.close(reading)
-    os.dup2(writing, 2)
-    os.close(writing)
-    try:
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        sieve.wait()
-
-
-def _quieten(*, verbose: bool) -> None:
-    # imcap prints one line of its own. Ray warns that there will be no bars, and would log them instead.
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
-    if not verbose:
-        # Errors come back as exceptions, and are told in one line of ours.
-        for name in ("ray.data", "ray.train"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-        # What Ray's daemons have to say Ray prints to stdout, which belongs to our results.
-        worker.print_to_stdstream = _print_to_stderr
-
-
-def _keep_small() -> None:
-    """Let Ray Data start no processes that a manifest of a few files has no work for.
-
-    Its second reader of Parquet starts 32 actors to read footers (Ray 2.60, `RAY_DATA_PARQUET_FOOTER_NUM_ACTORS`), and
-    each costs two cores half a second and more; usage statistics are an actor too.
-    """
-    ray.data.DataContext.get_current().use_datasource_v2 = False
-    os.environ["RAY_DATA_USAGE_DISABLED"] = "1"
-
-
-def _poll_often() -> None:
-    """Let Ray Train take what its workers report twice a second.
-
-    Its default is every two seconds, for which a worker waits at the end of an epoch: a small data set's are shorter.
-    """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-
-
-def _print_to_stderr(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """In the place of Ray's own, which tells of worker processes that start: only what is an error is passed on."""
-    if data.get("is_err"):
-        print(*data["lines"], sep="\n", file=sys.stderr)
 
 
 def _is_private() -> bool:
@@ -639,6 +416,7 @@ def without_ray_advice(text: str) -> str:
 
 
 _SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
 _RAY_ADVICE: Final = re.compile(
     r"\bDataContext\b|\bds\.context\b|docs\.ray\.io|https://github\.com/ray-project|\bRAY_\w+=|"
     r"(set|setting) (the environment variable )?`?RAY_|s3fs|`ray (logs|stack|memory|start)|_system_config"

@@ -26,8 +26,8 @@ from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
-from imcap_ray.distributed.images import BatchReporter, map_images, origin_of, repeating, stack_pixels
-from imcap_ray.distributed.progress_counter import Progress
+from imcap_ray.distributed.image_pipeline import BatchReporter, map_images, origin_of, repeating, stack_pixels
+from imcap_ray.distributed.progress import Progress
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imcap_ray import storage
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.images import explain
+from imcap_ray.distributed.image_pipeline import explain
 from imcap_ray.errors import ClusterError, ImcapError
 
 MAX_NODES_ASKED: Final = 16

@@ -23,10 +23,10 @@ from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
-from imcap_ray.distributed import cluster, images
+from imcap_ray.distributed import cluster, image_pipeline
 from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.images import LoadImages, read_images
+from imcap_ray.distributed.image_pipeline import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.models.captioner import Captioner
@@ -294,7 +294,7 @@ def test_blocks_are_even_and_as_few_as_hold_what_is_computed_together_in_small_r
 def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
     monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, cores: int
 ) -> None:
-    monkeypatch.setattr(images, "own_cores", lambda: cores)
+    monkeypatch.setattr(image_pipeline, "own_cores", lambda: cores)
     build_manifest(str(photographs), str(tmp_path / "manifest"))
     load_images = LoadImages(image_size=32, root=str(photographs))
 
@@ -325,7 +325,7 @@ def test_only_on_a_cluster_ray_data_has_actors_of_its_own(
         return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
 
     if not is_private:
-        monkeypatch.setattr(images, "own_cores", lambda: None)
+        monkeypatch.setattr(image_pipeline, "own_cores", lambda: None)
     deadline = time.monotonic() + HANG_SECONDS
     while actors := ray.util.list_named_actors(all_namespaces=True):
         assert time.monotonic() < deadline, f"{actors} do not end"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.distributed import cluster
+from imcap_ray.distributed import cluster, ray_internals
 from imcap_ray.distributed.cluster import ClusterResources, refuse_relative_paths_in_job, require
 from imcap_ray.errors import ClusterError, InputError
 from tests.hang_guard import HANG_SECONDS
@@ -127,7 +127,7 @@ def test_an_address_without_ray_fails_after_seconds_of_ours_not_after_minutes_of
     assert said["error"] == "ClusterError"
     assert f"127.0.0.1:{port}" in said["message"] and "6379" in said["message"]
     # Ray itself would wait 20 to 120 s, and has another message.
-    assert f"no Ray answered within {cluster.ANSWER_TIMEOUT_SECONDS} s" in said["message"]
+    assert f"no Ray answered within {ray_internals.ANSWER_TIMEOUT_SECONDS} s" in said["message"]
     assert stderr == ""
 
 

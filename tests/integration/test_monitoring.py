@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
+from imcap_ray.distributed.ray_metrics import ActorMetrics, RunMetrics
 from tests.odd_images import encode, photo
 
 ROOT = Path(__file__).parents[2]

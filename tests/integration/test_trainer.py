@@ -18,7 +18,8 @@ import torch
 from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.trainer import TrainingResult, prepare_training, train
+from imcap_ray.distributed.trainer import TrainingResult, train
+from imcap_ray.distributed.training_plan import prepare_training
 from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.model_folder import read_model_folder

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from imcap_ray.distributed import cluster
-from imcap_ray.distributed.cluster import START_TIMEOUT_SECONDS, START_TIMEOUT_VARIABLE, without_ray_advice
-from imcap_ray.distributed.images import explain
+from imcap_ray.distributed.cluster import START_TIMEOUT_VARIABLE, without_ray_advice
+from imcap_ray.distributed.image_pipeline import explain
+from imcap_ray.distributed.ray_internals import START_TIMEOUT_SECONDS
 from imcap_ray.errors import InputError
 
 RETRIES = """[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device

@@ -12,7 +12,7 @@ import pytest
 
 from imcap_ray.distributed.cluster import ClusterResources, may_grow
 from imcap_ray.distributed.contention import FreeResources, RoomWatch, releasable
-from imcap_ray.distributed.images import default_num_actors
+from imcap_ray.distributed.image_pipeline import default_num_actors
 from imcap_ray.errors import FullClusterError
 
 FULL = FreeResources(cpus=4, free_cpus=0, gpus=0, free_gpus=0).lacks(cpus=1, gpus=0)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hashlib import sha256
 from pathlib import Path
 
-from imcap_ray.distributed.image_index import ImageIndex
+from imcap_ray.distributed.duplicate_filter import ImageIndex
 from tests.unit.test_captions_folder import HASHES, row, write_folder
 
 Index = ImageIndex.__ray_metadata__.modified_class  # the class itself, without an actor around it

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.distributed.isolation import took_longer
+from imcap_ray.distributed.crash_isolation import took_longer
 
-LIMIT = "from imcap_ray.distributed.isolation import process_ends_after; import ctypes, time\n"
+LIMIT = "from imcap_ray.distributed.crash_isolation import process_ends_after; import ctypes, time\n"
 
 
 def exit_code(code: str) -> int:
@@ -41,7 +41,7 @@ def test_only_decoding_counts_as_decoding_that_took_too_long(
     note = tmp_path / "note"
     note.write_bytes(bytes(8))
 
-    code = f"import os\nfrom imcap_ray.distributed.isolation import keep_note\nkeep_note({str(note)!r})\n{work}"
+    code = f"import os\nfrom imcap_ray.distributed.crash_isolation import keep_note\nkeep_note({str(note)!r})\n{work}"
 
     assert exit_code(code) == expected_exit
     with note.open("rb") as file:

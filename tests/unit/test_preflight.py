@@ -21,11 +21,11 @@ from imcap_ray.config import load_recipe
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import build_manifest
-from imcap_ray.distributed import submission, trainer
+from imcap_ray.distributed import jobs, training_plan
 from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
-from imcap_ray.distributed.trainer import TrainingPlan, prepare_training
+from imcap_ray.distributed.training_plan import TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
 from imcap_ray.runs.captioning_run import CaptionsFolder
 from imcap_ray.runs.training_run import write_metrics
@@ -97,17 +97,17 @@ def test_what_autoscaling_may_bring_counts_as_there() -> None:
 def test_a_package_with_data_in_it_is_not_sent(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "photographs.tar").open("wb") as file:
-        file.truncate(submission.MAX_PACKAGE_BYTES + 1)  # takes no room
+        file.truncate(jobs.MAX_PACKAGE_BYTES + 1)  # takes no room
 
     with pytest.raises(ClusterError, match=r"expected at most 200 MiB, found 200 MiB: .*photographs\.tar"):
-        submission.require_small(tmp_path)
+        jobs.require_small(tmp_path)
 
     shutil.move(tmp_path / "data", tmp_path / ".git")
-    submission.require_small(tmp_path)
+    jobs.require_small(tmp_path)
 
 
 def test_the_package_itself_is_small_enough() -> None:
-    submission.require_small(Path(imcap_ray.__file__).parent)
+    jobs.require_small(Path(imcap_ray.__file__).parent)
 
 
 # ---- what the user asks for
@@ -127,7 +127,7 @@ def test_the_package_itself_is_small_enough() -> None:
 def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
     monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    monkeypatch.setattr(submission, "_connect", lambda *_: pytest.fail("a cluster was asked"))
+    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
 
     result = CliRunner().invoke(cli.main, ["submit", *words])
 
@@ -148,7 +148,7 @@ def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
 def test_what_a_store_does_not_have_is_said_before_a_cluster_is_asked(
     monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
-    monkeypatch.setattr(submission, "_connect", lambda *_: pytest.fail("a cluster was asked"))
+    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
     storage.write_bytes("memory://preflight/here", b"")
 
     result = CliRunner().invoke(cli.main, ["submit", *words])
@@ -161,7 +161,7 @@ def test_a_store_that_does_not_answer_is_left_to_the_job(monkeypatch: pytest.Mon
     asked = threading.Event()
     monkeypatch.setattr(cli, "_LOOK_SECONDS", 0.05)
     monkeypatch.setattr(cli.storage, "exists", lambda location: asked.wait(10))
-    monkeypatch.setattr(submission, "submit", lambda command, **_: 0)
+    monkeypatch.setattr(jobs, "submit", lambda command, **_: 0)
 
     result = CliRunner().invoke(cli.main, ["submit", "caption", "s3://bucket/in", "s3://bucket/out"])
     asked.set()
@@ -319,7 +319,7 @@ def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path
     with pytest.raises(OutputError, match="exists and is no training of imcap"):
         plan()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_refuse_another", lambda *arguments: None)
+        patch.setattr(training_plan, "_refuse_another", lambda *arguments: None)
         settings = prepare_training(data, "", recipe=recipe, resources=RESOURCES).settings
     (tmp_path / "model" / "_training" / "settings.json").write_text(json.dumps(settings))
     assert (plan().num_epochs_done, plan().seconds) == (2, 21.0)

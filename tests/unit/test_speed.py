@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from imcap_ray.data.synthetic_images import write_photographs, write_table
-from imcap_ray.distributed.speed import Comparison, Limit, Rate, RunSpeed, some_files, steady_rate
+from imcap_ray.distributed.benchmark import Comparison, Limit, Rate, RunSpeed, some_files, steady_rate
 from imcap_ray.errors import InputError
 
 pytestmark = pytest.mark.unit

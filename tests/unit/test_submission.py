@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imcap_ray.cli import _with_absolute_paths, main
-from imcap_ray.distributed import submission
-from imcap_ray.distributed.submission import job_request
+from imcap_ray.distributed import jobs
+from imcap_ray.distributed.jobs import job_request
 from imcap_ray.errors import ClusterError, ImcapError
 
 HOSTILE = [
@@ -121,7 +121,7 @@ class Dashboard:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str]]:
     """Run a dashboard in a thread; its address."""
-    monkeypatch.setattr(submission, "LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(jobs, "LONGEST_PAUSE_SECONDS", 0.01)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -155,7 +155,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str
 def lines_of(address: str, job: str = "known") -> tuple[int, list[str]]:
     """The exit code and what was said after the first line, which tells how to come back."""
     lines: list[str] = []
-    code = submission.follow(job, address=address, echo=lines.append)
+    code = jobs.follow(job, address=address, echo=lines.append)
     assert f"imcap submit --address {address} --follow {job}" in lines[0]
     return code, lines[1:]
 
@@ -201,7 +201,7 @@ def test_what_ray_says_before_the_job_begins_is_left_out(
 def test_a_connection_that_is_silent_for_long_is_made_anew(
     serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(jobs, "SILENCE_SECONDS", 0.3)
     address = serve(Dashboard((10, "silent"), (len(LOG), "close"), details=SUCCEEDED))
 
     assert lines_of(address) == (0, LOG.split("\n"))
@@ -213,7 +213,7 @@ def test_a_job_that_has_ended_needs_no_log_to_tell_its_exit_code(serve: Callable
     code, lines = lines_of(serve(dashboard))
 
     assert (code, lines[-1]) == (3, "first"[: len(lines[-1])])
-    assert dashboard.num_connections == submission.LOG_ATTEMPTS
+    assert dashboard.num_connections == jobs.LOG_ATTEMPTS
 
 
 @pytest.mark.parametrize(
@@ -248,14 +248,14 @@ def test_a_cluster_of_other_versions_is_refused_before_anything_is_sent(
     address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED, **versions))
 
     with pytest.raises(ClusterError, match=said):
-        submission.submit(["demo"], address=address, echo=lambda line: None)
+        jobs.submit(["demo"], address=address, echo=lambda line: None)
 
 
 def test_another_python_that_imcap_runs_on_is_told(serve: Callable[[Dashboard], str]) -> None:
     lines: list[str] = []
     address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED, python_version="3.99.1"))
 
-    assert submission.follow("known", address=address, echo=lines.append) == 0
+    assert jobs.follow("known", address=address, echo=lines.append) == 0
     assert lines[0] == f"the job will run with the cluster's Python, 3.99.1; this is {platform.python_version()}"
 
 
@@ -265,7 +265,7 @@ def test_a_cluster_that_is_too_small_now_is_told_before_anything_is_sent(serve: 
 
     for need in (("--num-actors 6", 8, 0), ("--num-actors 9", 11, 9)):
         with pytest.raises(ClusterError, match="did not take the job"):  # this one takes none
-            submission.submit(["demo"], address=address, need=need, echo=lines.append)
+            jobs.submit(["demo"], address=address, need=need, echo=lines.append)
 
     end = "now: refused if it cannot grow"
     assert lines == [
@@ -277,7 +277,7 @@ def test_a_cluster_that_is_too_small_now_is_told_before_anything_is_sent(serve: 
 def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
     serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submission, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(jobs, "PATIENCE_SECONDS", 0.2)
     dashboard = Dashboard(*[(0, "away")] * 1000, details=SUCCEEDED)
 
     with pytest.raises(ImcapError, match=r"job known may go on: `imcap submit --address .* --follow known`") as raised:

@@ -24,7 +24,8 @@ from imcap_ray.distributed.checkpoints import checkpoint_name
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.phase_start import start_of_phase
-from imcap_ray.distributed.trainer import PreparedTraining, fix_validation, prepare_training, watch_room
+from imcap_ray.distributed.trainer import fix_validation, watch_room
+from imcap_ray.distributed.training_plan import PreparedTraining, prepare_training
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.runs.checksums import seal
 from imcap_ray.runs.feature_folder import FeatureFolder

@@ -20,12 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
-from ray.data.block import BlockAccessor
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.datasource import BlockBasedFileDatasink, FilenameProvider
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
@@ -43,10 +40,11 @@ from imcap_ray.distributed.contention import (
     RoomWatch,
     releasable,
 )
-from imcap_ray.distributed.fewer_actors import without_cluster_actors
-from imcap_ray.distributed.isolation import Isolated, is_repeated_work, process_ends_after
-from imcap_ray.distributed.monitoring import ActorMetrics, RunMetrics
-from imcap_ray.distributed.progress_counter import Progress, ProgressCounter
+from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work, process_ends_after
+from imcap_ray.distributed.parquet_sink import ParquetParts
+from imcap_ray.distributed.progress import Progress, ProgressCounter
+from imcap_ray.distributed.ray_internals import without_cluster_actors
+from imcap_ray.distributed.ray_metrics import ActorMetrics, RunMetrics
 from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.runs.rate import Pace
@@ -333,46 +331,6 @@ def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
     shape = (len(column), 3, image_size, image_size)
     start = column.offset * 3 * image_size**2
     return flat[start : start + math.prod(shape)].reshape(shape)
-
-
-class ParquetParts(BlockBasedFileDatasink):
-    """Parquet files of one schema that a reader never meets half-written.
-
-    Ray's own Parquet writer opens the final path and fills it, so that a reader, or a crash, finds a file without its
-    footer; and an upload that fails in the middle is published by closing it. Here a part appears at once. The schema's
-    key-value metadata goes into every file, and columns outside the schema are left out: Ray has noted `manifest_id` as
-    done by then.
-
-    Args:
-        folder: where the parts go.
-        min_rows_per_file: rows are collected until a file has this many.
-        check: called before a part appears; raises if none may any more.
-    """
-
-    def __init__(self, folder: str, *, schema: pa.Schema, min_rows_per_file: int, check: Callable[[], None]) -> None:
-        super().__init__(
-            folder,
-            min_rows_per_file=min_rows_per_file,
-            file_format="parquet",
-            filename_provider=FilenameProvider(file_format="parquet"),
-            filesystem=storage.resolve(folder)[0] if storage.is_uri(folder) else None,
-        )
-        self._folder = folder
-        self._schema = schema
-        self._check = check
-
-    def write_block(self, block: BlockAccessor, block_index: int, ctx: Any) -> None:
-        """Write one part, complete or not at all."""
-        part = pa.BufferOutputStream()
-        self.write_block_to_file(block, part)
-        name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
-        self._check()
-        storage.write_bytes(storage.join(self._folder, name), memoryview(part.getvalue()))
-
-    def write_block_to_file(self, block: BlockAccessor, file: pa.NativeFile) -> None:
-        """Write the rows under the schema."""
-        table = block.to_arrow().select(self._schema.names)
-        pq.write_table(table.cast(self._schema), file, compression="zstd")
 
 
 def map_images(

@@ -33,8 +33,8 @@ from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
-from imcap_ray.distributed.images import repeating
-from imcap_ray.distributed.progress_counter import Progress
+from imcap_ray.distributed.image_pipeline import repeating
+from imcap_ray.distributed.progress import Progress
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import compute_batch_size
 

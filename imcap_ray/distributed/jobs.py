@@ -30,17 +30,22 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import imcap_ray
 from imcap_ray import storage
-from imcap_ray.distributed.cluster import AUTHENTICATION_ADVICE, authentication_headers, environment
+from imcap_ray.distributed.cluster import AUTHENTICATION_ADVICE, authentication_headers
+from imcap_ray.distributed.ray_internals import environment
 from imcap_ray.errors import ClusterError, ImcapError
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
+
 ANSWER_TIMEOUT_SECONDS: Final = 5
 
 # A tunnel that drops, or a dashboard that restarts, does not end the job.
 PATIENCE_SECONDS: Final = 600
+
 LONGEST_PAUSE_SECONDS: Final = 30
+
 SILENCE_SECONDS: Final = 60
 """After so long without a line the log is asked for anew: a connection may be dead without either side knowing."""
+
 LOG_ATTEMPTS: Final = 3
 """How often the end of the log of a job that has ended is asked for."""
 
@@ -54,8 +59,11 @@ LOST: Final = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.Requ
 _PREAMBLE: Final = re.compile(r"(\x1b\[\d+m)*[-\d]+ [\d:,]+\s+INFO job_manager\.py:|Running entrypoint for job ")
 
 INTERRUPTED: Final = 130
+
 STOP: Final = "stop"
+
 DETACH: Final = "detach"
+
 ON_INTERRUPT: Final = (STOP, DETACH)
 
 
