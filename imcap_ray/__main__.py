@@ -13,7 +13,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the command of these words, or of the process's arguments."""
     # What the command line imports takes seconds on a busy machine, and an exception would end as a traceback there.
     signal.signal(signal.SIGTERM, _end)
-    from imcap_ray.cli import main as run
+    from imcap_ray.cli.main import main as run
 
     run(words)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 FILES = (

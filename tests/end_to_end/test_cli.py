@@ -102,7 +102,7 @@ def fail(**options):
     raise Exception("The current node timed out.\\n  GCS is overloaded.")
 
 ray.init = fail
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 
 main(sys.argv[1:])
 """

@@ -20,7 +20,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from tests import small_data
 from tests.documented import ROOT, Shown, shown_commands
 from tests.hang_guard import TIMEOUT_SECONDS

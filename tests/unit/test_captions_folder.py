@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imcap_ray import storage
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA

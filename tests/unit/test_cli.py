@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from imcap_ray import __version__
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.models.captioner import Captioner
@@ -69,7 +69,7 @@ def mistake(*arguments: object) -> str:
 def test_help_is_instant_and_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys\n"
-        "from imcap_ray.cli import main\n"
+        "from imcap_ray.cli.main import main\n"
         "main(['--help'], standalone_mode=False)\n"
         "print([name for name in ('torch', 'ray', 'timm', 'nltk', 'PIL') if name in sys.modules])"
     )
@@ -191,7 +191,8 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, photograph: Pa
 
 TERMINATED = """
 import os, signal, sys, threading, time
-from imcap_ray import cli, storage
+from imcap_ray.cli import main
+from imcap_ray import storage
 from imcap_ray.errors import ImcapError
 
 class Swallows:

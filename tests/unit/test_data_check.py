@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.data.dataset_check import DataCheck, Finding, check_dataset
 from imcap_ray.data.datasets import load_dataset

@@ -10,7 +10,7 @@ from types import ModuleType
 import click
 import pytest
 
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from tests.documented import ROOT, Shown, shown_commands
 from tests.small_data import jpeg
 

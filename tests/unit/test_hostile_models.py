@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, Recipe, from_mapping, parse_override
 from imcap_ray.errors import ConfigError, ModelError
 from imcap_ray.models.captioner import Captioner

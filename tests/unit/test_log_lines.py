@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from imcap_ray import cli
+from imcap_ray.cli import console, main, options
 from imcap_ray.errors import ImcapError
 
 
@@ -32,14 +32,14 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(cli, "time", found)
+    monkeypatch.setattr(main, "time", found)
     return found
 
 
 def log_of_a_captioning(clock: Clock, capfd: pytest.CaptureFixture[str], *, seconds: int, startup: int) -> list[str]:
     """The lines of a run in which Ray starts, 20 images/s are captioned, and the last parts are written."""
     total = 20 * (seconds - startup)
-    _, show = cli._counting_voice({"quiet": False})
+    _, show = console.progress_printers({"quiet": False})
     for second in range(seconds + 60):
         clock.now = 5000.0 + second
         show(min(total, 20 * max(0, second - startup)), total)
@@ -68,7 +68,7 @@ def test_the_time_left_does_not_count_the_start(clock: Clock, capfd: pytest.Capt
 
 
 def test_the_features_of_two_splits_are_told_apart(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
-    _, show = cli._counting_voice({"quiet": False})
+    _, show = console.progress_printers({"quiet": False})
     for second in range(120):
         clock.now = 5000.0 + second
         name, done = ("train", second) if second < 50 else ("validation", 2 * (second - 50))
@@ -82,7 +82,7 @@ def test_the_features_of_two_splits_are_told_apart(clock: Clock, capfd: pytest.C
 
 def test_of_a_hundred_short_epochs_a_log_tells_now_and_then_one(clock: Clock) -> None:
     told: list[str] = []
-    say_epoch = cli._epoch_voice(told.append)
+    say_epoch = console.epoch_printer(told.append)
     for epoch in range(1, 101):
         clock.now += 36  # an hour in all
         say_epoch(f"epoch {epoch}")
@@ -93,7 +93,7 @@ def test_of_a_hundred_short_epochs_a_log_tells_now_and_then_one(clock: Clock) ->
 
 def test_of_long_epochs_a_log_tells_each(clock: Clock) -> None:
     told: list[str] = []
-    say_epoch = cli._epoch_voice(told.append)
+    say_epoch = console.epoch_printer(told.append)
     for epoch in range(1, 19):
         clock.now += 199
         say_epoch(f"epoch {epoch}")
@@ -102,7 +102,7 @@ def test_of_long_epochs_a_log_tells_each(clock: Clock) -> None:
 
 
 @click.command()
-@cli._cluster_options
+@options.cluster_options
 def stumble(**options: Any) -> None:
     try:
         raise RuntimeError("out of a process of Ray's")
@@ -112,7 +112,7 @@ def stumble(**options: Any) -> None:
 
 @pytest.mark.parametrize(("words", "has_traceback"), [([], False), (["-v"], True)])
 def test_an_error_is_our_one_line_first_and_its_traceback_only_with_v(words: list[str], has_traceback: bool) -> None:
-    group = cli._Group(commands={"stumble": stumble})
+    group = main._Group(commands={"stumble": stumble})
 
     result = CliRunner().invoke(group, ["stumble", *words])
 

@@ -16,7 +16,8 @@ import pytest
 from click.testing import CliRunner
 
 import imcap_ray
-from imcap_ray import cli, storage
+from imcap_ray import storage
+from imcap_ray.cli import main, submit
 from imcap_ray.config import load_recipe
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets import load_dataset
@@ -129,7 +130,7 @@ def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
 ) -> None:
     monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
 
-    result = CliRunner().invoke(cli.main, ["submit", *words])
+    result = CliRunner().invoke(main.main, ["submit", *words])
 
     assert result.exit_code == 2
     assert said in result.stderr
@@ -151,7 +152,7 @@ def test_what_a_store_does_not_have_is_said_before_a_cluster_is_asked(
     monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
     storage.write_bytes("memory://preflight/here", b"")
 
-    result = CliRunner().invoke(cli.main, ["submit", *words])
+    result = CliRunner().invoke(main.main, ["submit", *words])
 
     assert result.exit_code == 2
     assert said in result.stderr
@@ -159,11 +160,11 @@ def test_what_a_store_does_not_have_is_said_before_a_cluster_is_asked(
 
 def test_a_store_that_does_not_answer_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
-    monkeypatch.setattr(cli, "_LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(cli.storage, "exists", lambda location: asked.wait(10))
+    monkeypatch.setattr(submit, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(main.storage, "exists", lambda location: asked.wait(10))
     monkeypatch.setattr(jobs, "submit", lambda command, **_: 0)
 
-    result = CliRunner().invoke(cli.main, ["submit", "caption", "s3://bucket/in", "s3://bucket/out"])
+    result = CliRunner().invoke(main.main, ["submit", "caption", "s3://bucket/in", "s3://bucket/out"])
     asked.set()
 
     assert result.exit_code == 0
@@ -173,8 +174,8 @@ def test_a_python_without_what_we_depend_on_is_one_line(monkeypatch: pytest.Monk
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
 
-    monkeypatch.setattr(cli.storage, "refuse_secrets", missing)
-    result = CliRunner().invoke(cli.main, ["submit", "demo"])
+    monkeypatch.setattr(main.storage, "refuse_secrets", missing)
+    result = CliRunner().invoke(main.main, ["submit", "demo"])
 
     assert result.exit_code == 2
     assert result.stderr == f"imcap: {sys.executable} has no module timm: install there what imcap_ray depends on\n"

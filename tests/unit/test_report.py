@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.reports.html_report import LoadImages, write_report

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imcap_ray import samples
+from imcap_ray.cli import demo_images
+from imcap_ray.cli.demo_images import sample_photographs
 from imcap_ray.errors import InputError
-from imcap_ray.samples import sample_photographs
 
 
 def test_there_are_at_least_six_photographs_that_pillow_can_read() -> None:
@@ -48,7 +48,7 @@ def test_finding_the_photographs_does_not_import_scikit_image() -> None:
 def test_a_missing_package_is_an_input_error_that_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(samples, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo_images, "find_spec", lambda name: None)
 
     with pytest.raises(InputError) as error:
         sample_photographs()
@@ -61,7 +61,7 @@ def test_a_package_without_the_photographs_is_an_input_error_that_names_the_file
 ) -> None:
     spec = ModuleSpec("skimage", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path)]
-    monkeypatch.setattr(samples, "find_spec", lambda name: spec)
+    monkeypatch.setattr(demo_images, "find_spec", lambda name: spec)
 
     with pytest.raises(InputError, match=r"astronaut\.png"):
         sample_photographs()

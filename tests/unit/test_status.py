@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from imcap_ray import storage
-from imcap_ray.cli import main
+from imcap_ray.cli.main import main
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.distributed.captioning import _Heartbeat
@@ -248,7 +248,7 @@ def test_the_command_starts_no_ray_and_imports_no_torch(tmp_path: Path) -> None:
     folder.write_heartbeat({"time": ago(1), "started": started, "images_per_second": 2.0})
     program = (
         "import sys\n"
-        "from imcap_ray.cli import main\n"
+        "from imcap_ray.cli.main import main\n"
         f"main(['status', {str(tmp_path)!r}], standalone_mode=False)\n"
         "print([name for name in ('torch', 'ray', 'PIL') if name in sys.modules])"
     )

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imcap_ray.cli import _with_absolute_paths, main
+from imcap_ray.cli.main import main
+from imcap_ray.cli.submit import _with_absolute_paths
 from imcap_ray.distributed import jobs
 from imcap_ray.distributed.jobs import job_request
 from imcap_ray.errors import ClusterError, ImcapError

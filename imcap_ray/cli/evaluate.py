@@ -1,0 +1,67 @@
+"""`imcap evaluate`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from imcap_ray import storage
+from imcap_ray.cli.console import print_dataset, print_line
+from imcap_ray.cli.main import main
+from imcap_ray.cli.options import (
+    column_options,
+    dataset_column_options,
+    output_options,
+    outside_option,
+    split_option,
+    tokenizer_option,
+)
+
+
+@main.command()
+@click.argument("captions")
+@click.argument("references")
+@split_option
+@tokenizer_option
+@click.option("--against", metavar="CAPTIONS", help="Other captions of the same images: is the difference real?")
+@click.option(
+    "--save",
+    help="Folder for scores.json, scores.md, and scores.parquet with each image's. Default: _imcap in CAPTIONS, if "
+    "that is a folder.",
+)
+@dataset_column_options
+@outside_option
+@output_options
+def evaluate(captions: str, references: str, **options: Any) -> None:
+    """Score CAPTIONS (a captions folder or Parquet) against the captions of the data set REFERENCES.
+
+    \b
+    imcap evaluate captions/ flickr8k/
+    imcap evaluate captions/ flickr8k/ --against captions-before/
+    """
+    import pyarrow as pa
+
+    from imcap_ray.data.datasets import load_dataset
+    from imcap_ray.data.parquet_files import write_table
+    from imcap_ray.scoring.evaluate import evaluate_captions
+
+    dataset = load_dataset(
+        references, columns=column_options(options), allow_outside_paths=options["allow_outside_paths"]
+    )
+    report = evaluate_captions(
+        captions, dataset, split=options["split"], tokenizer=options["tokenizer"], against=options["against"]
+    )
+    if not options["quiet"]:
+        print_dataset(dataset)
+    folder = options["save"] or (storage.join(captions, "_imcap") if storage.is_folder(captions) else None)
+    if folder:
+        storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
+        storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
+        write_table(storage.join(folder, "scores.parquet"), pa.table(dict(report.image_scores)))
+    if options["as_json"]:
+        click.echo(json.dumps(json.loads(report.to_json()), indent=2))  # without a letter that a terminal would obey
+    elif not options["quiet"]:
+        for line in report.to_text().splitlines():
+            print_line(line)

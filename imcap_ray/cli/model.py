@@ -1,0 +1,49 @@
+"""`imcap model`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from imcap_ray.cli.console import print_line
+from imcap_ray.cli.main import main
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def model(model: str | None, as_json: bool) -> None:
+    """What a model folder is: architecture, vocabulary, preprocessing, scores, size. Default: the package's own.
+
+    \b
+    imcap model
+    imcap model runs/mine --json
+    """
+    from dataclasses import asdict
+
+    from imcap_ray.config import to_mapping
+    from imcap_ray.models.model_folder import read_model_folder
+
+    folder = read_model_folder(model)
+    facts = {
+        "location": folder.location,
+        "fingerprint": folder.fingerprint,
+        "encoder": to_mapping(folder.encoder),
+        "encoder_weights": asdict(folder.encoder_weights),
+        "preprocessing": to_mapping(folder.preprocessing),
+        "decoder": to_mapping(folder.decoder),
+        "parameters": sum(tensor.numel() for tensor in folder.tensors.values()),
+        "vocabulary": {"tokens": len(folder.vocabulary), "tokenizer": folder.vocabulary.tokenizer},
+        "search": to_mapping(folder.search),
+        "metrics": folder.metrics,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(
+                f"{key} {item}" for key, item in value.items() if not isinstance(item, dict | list)
+            ) or json.dumps(value)
+        print_line(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
