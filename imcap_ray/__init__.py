@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {"Caption": "captions", "Captioner": "captioner", "ImageError": "errors", "ImcapError": "errors"}
+_HOMES = {
+    "Caption": "models.caption",
+    "Captioner": "models.captioner",
+    "ImageError": "errors",
+    "ImcapError": "errors",
+}
 
 __all__ = ["Caption", "Captioner", "ImageError", "ImcapError"]  # noqa: F822
 

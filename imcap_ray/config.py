@@ -398,9 +398,13 @@ def _listed(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
+def _recipes_folder() -> Any:
+    return resources.files("imcap_ray") / "training" / "recipes"
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes inside the package."""
-    folder = resources.files("imcap_ray") / "recipes"
+    folder = _recipes_folder()
     return sorted(entry.name[: -len(".toml")] for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
@@ -410,7 +414,9 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
     `overrides` maps dotted names to values and wins over the file: `{"training.epochs": 3}`.
     """
     if name_or_path in recipe_names():
-        text = (resources.files("imcap_ray") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
+        text = (resources.files("imcap_ray") / "training" / "recipes" / f"{name_or_path}.toml").read_text(
+            encoding="utf-8"
+        )
     elif Path(name_or_path).is_file():
         try:
             text = Path(name_or_path).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ FILES = (
     *sorted((ROOT / "jobs").glob("*.py")),
     *sorted((ROOT / "jobs").glob("*.yaml")),
     ROOT / "cluster.yaml",
-    *sorted((ROOT / "imcap_ray" / "models").glob("*/README.md")),
+    *sorted((ROOT / "imcap_ray" / "pretrained").glob("*/README.md")),
 )
 
 # At the start of a line, after what marks a comment, a variable or a virtual environment.

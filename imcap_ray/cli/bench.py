@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from imcap_ray.cli.console import print_line
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import parse_size
 from imcap_ray.config import DEFAULT_MODEL
 
 
-@main.command()
+@click.command()
 @click.argument("input", required=False)
 @click.option("--model", "models", multiple=True, help=f"Model folder. Default: {DEFAULT_MODEL}, the package's.")
 @click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Images that are made.")

@@ -10,7 +10,6 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import captioning_printers, describe_counts, format_duration, print_line
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import (
     cluster_options,
     column_options,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from imcap_ray.distributed.progress import Progress
 
 
-@main.command()
+@click.command()
 @click.argument("input")
 @click.argument("output", required=False)
 @model_options

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from imcap_ray.cli.console import CLEAR_LINE, print_line, progress_printers
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import column_options, dataset_column_options, output_options, outside_option
 from imcap_ray.config import DEFAULT_RECIPE
 
@@ -17,7 +16,7 @@ SPOILT = 3
 """`imcap check` has found what would spoil a training."""
 
 
-@main.command()
+@click.command()
 @click.argument("data")
 @click.option("--decode/--no-decode", default=True, help="Read every image; without it only names and captions.")
 @click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="Whose vocabulary the captions are for.")

@@ -79,12 +79,14 @@ def epoch_printer(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def format_duration(seconds: float) -> str:
+    """Seconds as hours and minutes, or minutes and seconds."""
     minutes, rest = divmod(int(max(0, seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> str:
+    """Rows by status, and failed ones by error code, in one line."""
     by_status = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items(), reverse=True))
     errors = ", ".join(f"{count:,} {code}" for code, count in error_counts.items())
     return f"{by_status} ({errors})" if errors else by_status

@@ -8,11 +8,10 @@ import click
 
 from imcap_ray.cli.caption import run_captioning
 from imcap_ray.cli.console import captioning_printers, print_line
-from imcap_ray.cli.main import main
 from imcap_ray.cli.report import write_captions_report
 
 
-@main.command()
+@click.command()
 @click.argument("out", default="imcap-demo")
 def demo(out: str) -> None:
     """Caption the sample photographs with the model that comes with the package; OUT gets Parquet and report.html."""

@@ -9,7 +9,6 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import print_dataset, print_line
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import (
     column_options,
     dataset_column_options,
@@ -20,7 +19,7 @@ from imcap_ray.cli.options import (
 )
 
 
-@main.command()
+@click.command()
 @click.argument("captions")
 @click.argument("references")
 @split_option

@@ -8,12 +8,11 @@ from typing import Any
 import click
 
 from imcap_ray.cli.console import progress_printers
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import output_options, outside_option
 from imcap_ray.errors import InputError
 
 
-@main.command()
+@click.command()
 @click.argument("captions")
 @click.argument("output", metavar="OUT")
 @click.option(

@@ -15,8 +15,19 @@ from typing import Any
 import click
 
 from imcap_ray import __version__, storage
+from imcap_ray.cli.bench import bench
+from imcap_ray.cli.caption import caption
+from imcap_ray.cli.check import check
 from imcap_ray.cli.console import print_line
+from imcap_ray.cli.demo import demo
+from imcap_ray.cli.evaluate import evaluate
+from imcap_ray.cli.export import export
+from imcap_ray.cli.model import model
 from imcap_ray.cli.options import VERBOSE_KEY
+from imcap_ray.cli.report import report
+from imcap_ray.cli.status import status
+from imcap_ray.cli.submit import submit
+from imcap_ray.cli.train import train
 from imcap_ray.errors import INTERRUPTED, ImcapError, InputError
 
 
@@ -115,3 +126,7 @@ def main() -> None:
     imcap export captions/ OUT --to jsonl   what other tools read
     imcap check flickr8k/                   what is wrong with a data set
     """
+
+
+for _command in (bench, caption, check, demo, evaluate, export, model, report, status, submit, train):
+    main.add_command(_command)

@@ -7,10 +7,9 @@ import json
 import click
 
 from imcap_ray.cli.console import print_line
-from imcap_ray.cli.main import main
 
 
-@main.command()
+@click.command()
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def model(model: str | None, as_json: bool) -> None:

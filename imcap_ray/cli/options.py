@@ -22,6 +22,7 @@ class WorkerCount(click.ParamType):  # type: ignore[type-arg]
     name = "N|MIN-MAX"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        """N, or the pair of MIN-MAX."""
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
         least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
         if not 1 <= least <= most:
@@ -97,6 +98,7 @@ dataset_column_options = _options(image_column_option, _caption_column_option, i
 
 
 def column_options(options: Mapping[str, Any]) -> ColumnOptions:
+    """The columns that the user named."""
     from imcap_ray.data.columns import ColumnOptions
 
     return ColumnOptions(
@@ -123,6 +125,7 @@ tokenizer_option = click.option(
 
 
 def parse_size(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    """WIDTHxHEIGHT in pixels."""
     match = re.fullmatch(r"(\d+)x(\d+)", value)
     if not match or not all(0 < int(side) <= 10_000 for side in match.groups()):
         raise click.BadParameter(f"expected WIDTHxHEIGHT in pixels, got {value!r}")

@@ -10,7 +10,6 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import print_dataset, print_line
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import column_options, dataset_column_options, outside_option, split_option, tokenizer_option
 from imcap_ray.errors import DatasetError, ImageError, InputError
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from imcap_ray.data.columns import ColumnOptions
 
 
-@main.command()
+@click.command()
 @click.argument("captions")
 @click.option("--references", help="A data set whose captions stand beside ours.")
 @split_option

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from imcap_ray.cli.console import describe_counts, format_duration, print_line
-from imcap_ray.cli.main import main
 
 if TYPE_CHECKING:
     from imcap_ray.runs.status import CaptioningStatus, TrainingStatus
 
 
-@main.command()
+@click.command()
 @click.argument("output")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def status(output: str, as_json: bool) -> None:

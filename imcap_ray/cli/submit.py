@@ -14,11 +14,10 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import COLOURS, print_line
-from imcap_ray.cli.main import main
 from imcap_ray.errors import ImcapError, InputError
 
 
-@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
 @click.option("--submission-id", help="A name for the job.")
 @click.option("--no-wait", is_flag=True, help="Submit the job and return.")
@@ -55,7 +54,8 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     if command:
         # Wrong usage is found here, and not in the job; and what this machine sees is not there.
         parent = click.get_current_context().parent
-        with main.commands[command[0]].make_context(command[0], list(arguments), parent=parent) as context:
+        assert parent and isinstance(parent.command, click.Group)
+        with parent.command.commands[command[0]].make_context(command[0], list(arguments), parent=parent) as context:
             parameters = dict(context.params)
         _refuse_what_is_not_there(command[0], parameters)
         need = _need(command[0], parameters)

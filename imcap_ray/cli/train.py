@@ -9,7 +9,6 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import epoch_printer, format_duration, print_line, progress_printers
-from imcap_ray.cli.main import main
 from imcap_ray.cli.options import (
     WorkerCount,
     cluster_options,
@@ -47,7 +46,7 @@ def _print_training_plan(plan: TrainingPlan, options: dict[str, Any]) -> None:
         )
 
 
-@main.command()
+@click.command()
 @click.argument("data")
 @click.argument("model")
 @click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="A recipe's name, or a TOML file.")
@@ -143,5 +142,6 @@ def train(data: str, model: str, **options: Any) -> None:
     else:
         say(
             f"{result.model}: epoch {result.metrics['epoch']} of {result.num_epochs} kept, validation CIDEr-D "
-            f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; {format_duration(result.seconds)}"
+            f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; "
+            f"{format_duration(result.seconds)}"
         )

@@ -78,6 +78,7 @@ JPEG_SEGMENT: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]")
 
 # --- what is wrong with data that do not decode ---
 def unidentified_image_error(data: bytes) -> ImageError:
+    """Why data that no decoder recognises cannot be captioned."""
     readable = format_name(data, READABLE_SIGNATURES)
     if readable == "heif" and not can_read_heif():
         return ImageError(
@@ -93,6 +94,7 @@ def unidentified_image_error(data: bytes) -> ImageError:
 
 
 def damaged_image_error(data: bytes, error: Exception) -> ImageError:
+    """The error for data whose decoder raised `error`."""
     text = plain_message(error)
     name = format_name(data, READABLE_SIGNATURES) or "image"
     if "MAX_TEXT_CHUNK" in text or "MAX_TEXT_MEMORY" in text:
@@ -192,10 +194,12 @@ def has_image_signature(data: bytes) -> bool:
 
 
 def format_name(data: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str:
+    """The name of the first signature that the data have; "" if they have none."""
     return next((name for position, mark, name in signatures if data.startswith(mark, position)), "")
 
 
 def drawing_format(data: bytes) -> str:
+    """The name of a vector format (SVG, ...), or ""."""
     beginning = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     is_svg = beginning.startswith((b"<svg", b"<!doctype svg")) or (
         beginning.startswith((b"<?xml", b"<!--")) and b"<svg" in beginning
@@ -204,6 +208,7 @@ def drawing_format(data: bytes) -> str:
 
 
 def can_read_heif() -> bool:
+    """Whether pillow_heif is installed; registers it with Pillow."""
     try:
         importlib.import_module("pillow_heif").register_heif_opener()
     except ImportError:
@@ -212,6 +217,7 @@ def can_read_heif() -> bool:
 
 
 def unsupported_message(name: str) -> str:
+    """The message for an image of a format that is not read."""
     return f"{name} is not read here; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
 
 

@@ -66,6 +66,11 @@ def location_of(place: Row | None) -> str:
 
 
 def read_file(path: str, root: str | None) -> bytes | ImageError:
+    """The bytes of an image file, or why there are none.
+
+    Raises:
+        ImcapError: `root` no longer exists.
+    """
     if path.rpartition("/data:")[1]:
         return ImageError(
             "unsupported_format", f"expected the path of a file, got a data URI; put the bytes into a column: {path}"

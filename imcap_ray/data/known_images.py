@@ -29,6 +29,7 @@ ID_COLUMN_KEY: Final = b"imcap_ray.id_column"
 
 
 def parse_image_columns(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    """The image columns that a manifest part records in its metadata."""
     return [str(name) for name in json.loads((metadata or {}).get(IMAGE_COLUMNS_KEY, b"[]"))]
 
 

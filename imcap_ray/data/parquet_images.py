@@ -86,6 +86,7 @@ def refuse_pickles(schema: pa.Schema, location: str) -> None:
 
 @contextmanager
 def open_table(table_path: str) -> Iterator[pq.ParquetFile]:
+    """An open Parquet table; InputError if it cannot be read or holds pickled objects."""
     filesystem, path = storage.resolve(table_path)
     try:
         with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
@@ -200,4 +201,5 @@ def _texts(values: pa.ChunkedArray) -> list[str | None]:
 
 
 def can_be_path(text: str) -> bool:
+    """Whether a text can be a path; data URIs and texts of thousands of characters cannot."""
     return len(text) <= _MAX_PATH_CHARACTERS and text[:5].lower() != "data:"

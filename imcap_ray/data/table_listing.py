@@ -101,6 +101,7 @@ def list_table_images(
 def manifest_entry(
     image_id: str, image_path: str, file: ListedFile, *, table_path: str = "", row_group: int = -1, row: int = -1
 ) -> dict[str, Any]:
+    """One row of a manifest without its `manifest_id`."""
     return {
         "image_id": image_id,
         "image_path": image_path,

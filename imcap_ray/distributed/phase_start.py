@@ -22,6 +22,7 @@ from imcap_ray.training.phases import FINETUNE, SCORE, kind_of, phases
 
 
 def start_weights_file(work: str, phase: str) -> str:
+    """Path of the weights that a phase starts from."""
     return storage.join(work, f"start_of_{phase}.safetensors")
 
 
@@ -82,6 +83,7 @@ def _is_readable(weights_file: str) -> bool:
 
 
 def read_weights(location: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; ImcapError if it is missing or damaged."""
     try:
         return safetensors.torch.load(storage.read_bytes(location))
     except (OSError, safetensors.SafetensorError) as error:

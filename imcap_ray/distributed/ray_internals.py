@@ -21,11 +21,7 @@ import ray
 import ray.data
 from ray._private import node, parameter, ray_constants, services, worker
 from ray._private.state import GlobalState
-from ray._raylet import (
-    AuthenticationTokenLoader,  # type: ignore[attr-defined]
-    Config,  # type: ignore[attr-defined]
-    GcsClient,  # type: ignore[attr-defined]
-)
+from ray._raylet import AuthenticationTokenLoader, Config, GcsClient  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -262,6 +258,7 @@ def _without_backend_notices() -> Iterator[None]:
 
 
 def silence_ray_logs(*, verbose: bool) -> None:
+    """Turn off Ray's progress bars and, unless `verbose`, its log lines."""
     # imcap prints one line of its own. Ray warns that there will be no bars, and would log them instead.
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -169,10 +169,12 @@ def prepare_training(
 
 
 def count_captions(images: pa.Table) -> int:
+    """Number of captions of these images."""
     return int(pa.compute.sum(pa.compute.list_value_length(images["captions"])).as_py())
 
 
 def max_workers(num_workers: int | tuple[int, int]) -> int:
+    """The largest number of workers that was asked for."""
     return num_workers[1] if isinstance(num_workers, tuple) else num_workers
 
 

@@ -154,6 +154,7 @@ class CaptionsTable:
 
 
 def select_schema(columns: Iterable[str]) -> pa.Schema:
+    """`CAPTIONS_SCHEMA` with these columns only."""
     return pa.schema([CAPTIONS_SCHEMA.field(name) for name in columns])
 
 

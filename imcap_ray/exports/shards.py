@@ -69,6 +69,7 @@ class Unread:
     """Some of them, each with the reason."""
 
     def describe(self) -> str:
+        """The first names, and how many more there are."""
         more = self.number - len(self.first)
         return ", ".join(self.first) + (f" and {more:,} more" if more else "")
 
@@ -177,6 +178,7 @@ def _extension_of(row: Row) -> str:
 
 @contextmanager
 def tar_shard(file: BinaryIO, *, key_of: Callable[[str], str]) -> Iterator[AddImage]:
+    """A function that adds an image and its caption to a WebDataset tar."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
 
         def add(row: Row, data: bytes) -> None:
@@ -214,6 +216,7 @@ _HF_SCHEMA: Final = pa.schema(
 
 @contextmanager
 def parquet_shard(file: BinaryIO) -> Iterator[AddImage]:
+    """A function that adds an image and its caption to a Parquet file as Hugging Face's datasets reads it."""
     waiting: list[Row] = []
     num_bytes = 0
     # Images do not repeat, and are compressed already.

@@ -34,6 +34,7 @@ def sidecar_name(image_id: str) -> str:
 
 
 def without_extension(image_id: str) -> str:
+    """The id without the extension of an image."""
     stem, extension = posixpath.splitext(image_id)
     return stem if extension[1:].lower() in IMAGE_EXTENSIONS else image_id
 

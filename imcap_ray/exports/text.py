@@ -19,16 +19,19 @@ _FORMULA: Final = re.compile("(?:^|(?<=[;\t\r\n]))(?='*[=+\\-@\t\r\n\uff1d\uff0b
 
 # --- one file of text
 def to_json_line(row: Mapping[str, Any]) -> bytes:
+    """A row as one line of JSON, without its line end."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
 
 
 def write_jsonl(rows: Iterator[Row], output: str) -> None:
+    """Write one JSON object per line."""
     with storage.replacing(output) as file:
         for row in rows:
             file.write(to_json_line(row) + b"\n")
 
 
 def write_csv(rows: Iterator[Row], output: str) -> None:
+    """Write CSV, with text that a spreadsheet would run guarded by `guard_cell`."""
     with storage.replacing(output) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         writer = csv.DictWriter(text, COLUMNS)

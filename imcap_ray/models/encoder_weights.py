@@ -33,6 +33,8 @@ class EncoderWeights:
 
 
 def find_wheel_weights(package: str, module: str) -> Callable[[], tuple[str, Path]]:
+    """A function that finds the weights inside an installed package; returns their source and path."""
+
     def find() -> tuple[str, Path]:
         specification = importlib.util.find_spec(module)
         if specification is None or not specification.submodule_search_locations:
@@ -88,6 +90,7 @@ def rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename_vgg16_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's VGG16 weights under the names of our layers, without the classes."""
     return {
         re.sub(r"^features\.", "0.", re.sub(r"^classifier\.", "3.", key)): tensor
         for key, tensor in weights.items()
@@ -96,6 +99,8 @@ def rename_vgg16_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def find_torchvision_weights(name: str) -> Callable[[], tuple[str, Path]]:
+    """A function that downloads torchvision's ImageNet weights; returns their source and path."""
+
     def find() -> tuple[str, Path]:
         from torchvision.models import get_model_weights
 
@@ -120,12 +125,14 @@ def find_torchvision_weights(name: str) -> Callable[[], tuple[str, Path]]:
 
 
 def drop_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights without those of the classifier."""
     return {key: tensor for key, tensor in weights.items() if not key.startswith("fc.")}
 
 
 def load_weights_file(
     cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
 ) -> None:
+    """Load weights from a file into a CNN; ModelError if they do not fit."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -75,7 +75,7 @@ class ModelFolder:
 
 def default_model_folder() -> str:
     """The folder of the model that comes with the package."""
-    return str(resources.files("imcap_ray") / "models" / DEFAULT_MODEL)
+    return str(resources.files("imcap_ray") / "pretrained" / DEFAULT_MODEL)
 
 
 def read_model_folder(model: str | Path | None = None) -> ModelFolder:

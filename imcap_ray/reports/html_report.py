@@ -505,7 +505,7 @@ def _clip(message: str) -> str:
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("imcap_ray"),
+        loader=jinja2.PackageLoader("imcap_ray.reports"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -99,6 +99,7 @@ def _require_references(references: Mapping[str, Sequence[str]]) -> None:
 
 
 def require_same_images(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    """Raise DatasetError unless captions and references are of the same images."""
     _require_references(references)
     uncaptioned = references.keys() - captions.keys()
     unknown = captions.keys() - references.keys()
@@ -131,6 +132,7 @@ def collect_mappings(
 def collect_texts(
     references: Iterable[Sequence[str]], groups: Sequence[Iterable[str]], tokenizer: str
 ) -> tuple[Corpus, list[NDArray[np.int64]]]:
+    """A corpus of references, and the hypotheses of each group as sentence numbers in it."""
     return _collect(
         ([scored_tokens(text, tokenizer) for text in texts] for texts in references),
         [(scored_tokens(text, tokenizer) for text in texts) for texts in groups],
@@ -161,6 +163,7 @@ def _rows_of_tokens(hypotheses: Sequence[Tokens], references: Sequence[Sequence[
 
 
 def summarize_rows(rows: NDArray[np.float64], corpus: Corpus, hypotheses: Iterable[int]) -> Scores:
+    """Corpus scores of per-image rows of statistics."""
     sums = rows.sum(axis=0)
     return Scores(
         **dict(zip(SCORE_NAMES, corpus_scores(sums, len(rows)).tolist(), strict=True)),

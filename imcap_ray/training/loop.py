@@ -203,6 +203,7 @@ def decoder_of(module: torch.nn.Module) -> Decoder:
 def score_captions(
     captions: Mapping[str, Caption], references: Mapping[str, Sequence[str]], tokenizer: str
 ) -> dict[str, Any]:
+    """Validation scores of captions: BLEU, ROUGE-L, CIDEr-D, and CIDEr-D of the more confident half."""
     texts = {image_id: caption.text for image_id, caption in captions.items()}
     confidences = {image_id: caption.confidence for image_id, caption in captions.items()}
     curve = confidence_curve(texts, references, confidences, tokenizer=tokenizer)

@@ -30,7 +30,7 @@ MEASURES = "bench"
 SHOWN = [
     shown
     for shown in {" ".join(shown.words): shown for shown in shown_commands()}.values()
-    if not shown.where.startswith("imcap_ray/models")  # how the card's model was trained is what README shows,
+    if not shown.where.startswith("imcap_ray/pretrained")  # how the card's model was trained is what README shows,
     and not (shown.where.startswith("jobs/RESULTS") and "train" in shown.words)  # and so is the seed's recipe
     and shown.words[1] in LOCAL
     and shown.words[1] != MEASURES

@@ -479,7 +479,7 @@ def test_a_report_on_single_references_has_no_human_line():
 
 
 def test_importing_loads_neither_nltk_nor_torch_nor_ray():
-    code = "import sys, imcap_ray.metrics; print([m for m in ('nltk', 'torch', 'ray') if m in sys.modules])"
+    code = "import sys, imcap_ray.scoring.metrics; print([m for m in ('nltk', 'torch', 'ray') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert (result.stdout.strip(), result.stderr) == ("[]", "")

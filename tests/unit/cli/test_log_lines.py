@@ -32,7 +32,7 @@ def signals_as_before() -> Iterator[None]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr(main, "time", found)
+    monkeypatch.setattr(console, "time", found)
     return found
 
 

@@ -222,7 +222,7 @@ def failing(location):
 
 from imcap_ray.runs import status
 status.read_status = globals()[sys.argv[1]]
-cli.main(["status", "somewhere"])
+main.main(["status", "somewhere"])
 """
 
 

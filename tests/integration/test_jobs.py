@@ -50,7 +50,7 @@ from imcap_ray.errors import ImcapError
 # Where the tests run in the background of a shell, Ctrl-C is ignored and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 stand_in, address, *command = sys.argv[1:]
-submission.imcap_ray = types.SimpleNamespace(__file__=stand_in)
+jobs.imcap_ray = types.SimpleNamespace(__file__=stand_in)
 lines = []
 
 def echo(line):
@@ -62,10 +62,10 @@ job = os.environ.get("JOB")
 how = {"address": address, "echo": echo, "on_interrupt": os.environ.get("ON_INTERRUPT", "stop")}
 try:
     if command:
-        said = {"exit_code": submission.submit(command, submission_id=job, **how)}
+        said = {"exit_code": jobs.submit(command, submission_id=job, **how)}
     else:
         how["echo"] = lines.append
-        said = {"exit_code": submission.follow(job, **how)}
+        said = {"exit_code": jobs.follow(job, **how)}
 except ImcapError as error:
     said = {"error": type(error).__name__, "message": str(error)}
 print(json.dumps(said | {"lines": lines}))
