@@ -133,6 +133,8 @@ def _print_caption(image: str, options: dict[str, Any]) -> None:
     if storage.is_folder(image):
         raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
     captioner = load_captioner(options["models"], search=_search(options), encoder_weights=options["encoder_weights"])
+    if options["gpus_per_worker"]:
+        captioner.require_gpu()
     try:
         captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0] or no_memory()
         if isinstance(captions, ImageError):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections import Counter
@@ -524,4 +525,5 @@ def explain(error: BaseException) -> str:
     # traceback is code, what follows is the exception.
     lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
     last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
-    return without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__
+    text = without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__
+    return re.sub(r"^imcap_ray\.errors\.\w+: ", "", text)  # our own messages need no class name

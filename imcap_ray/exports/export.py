@@ -179,9 +179,9 @@ def _survey(table: CaptionsTable, names: _Names, summary: ExportSummary, images:
         summary.left_out_by_confidence += left_out.by_confidence
         if summary.format in SHARD_FILE_NAMES:
             _check_images(batch, summary.format, images)
-        if name_of := _NAMERS.get(summary.format):
-            image_ids = batch["image_id"].to_pylist()
-            names.add(image_ids, [name_of(image_id) for image_id in image_ids])
+        image_ids = batch["image_id"].to_pylist()
+        name_of = _NAMERS.get(summary.format, lambda image_id: "")
+        names.add(image_ids, [name_of(image_id) for image_id in image_ids])
     summary.left_out_by_status = dict(by_status)
     if not total:
         raise InputError(f"{table.location} has no caption to export: {summary.describe_left_out() or 'it is empty'}")

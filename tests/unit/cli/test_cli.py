@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from imcap_ray import __version__
@@ -419,6 +420,16 @@ def test_one_image_is_captioned_on_stdout(photograph: Path, model_dir: Path, cap
 
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == f"{expected.text}\n"
+
+
+def test_one_image_is_not_captioned_on_a_cpu_where_a_gpu_was_asked_for(photograph: Path, model_dir: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+
+    result = imcap("caption", photograph, "--model", model_dir, "--gpus-per-worker", 1)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "CUDA cannot be used" in result.stderr and "--gpus-per-worker 0" in result.stderr
 
 
 def test_one_image_as_json(photograph: Path, model_dir: Path) -> None:

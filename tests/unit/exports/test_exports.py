@@ -213,6 +213,16 @@ def captions(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_captions_with_a_copied_part_are_refused(format: str, captions: Path, tmp_path: Path) -> None:
+    (captions / "part-2.parquet").write_bytes((captions / "part-0.parquet").read_bytes())
+
+    with pytest.raises(InputError, match="image ids must be unique, but '0.jpg'"):
+        export(captions, tmp_path / "out", format)
+
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_the_tool_it_is_for_finds_each_caption_under_its_image(format: str, tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", ODD_NAMES)
     folder = write_captions(tmp_path / "captions", rows[::2], rows[1::2])
