@@ -180,7 +180,7 @@ def _survey(table: CaptionsTable, names: _Names, summary: ExportSummary, images:
         if summary.format in SHARD_FILE_NAMES:
             _check_images(batch, summary.format, images)
         image_ids = batch["image_id"].to_pylist()
-        name_of = _NAMERS.get(summary.format, lambda image_id: "")
+        name_of = _NAMERS.get(summary.format, str)
         names.add(image_ids, [name_of(image_id) for image_id in image_ids])
     summary.left_out_by_status = dict(by_status)
     if not total:
@@ -188,7 +188,7 @@ def _survey(table: CaptionsTable, names: _Names, summary: ExportSummary, images:
     shared = names.first_shared("image_id")
     if shared:
         raise InputError(
-            f"{table.location}: image ids must be unique, but {shared[0]!r} is there more than once; if a part was "
+            f"{table.location}: image ids must be unique, but {shared[0]!r} occurs more than once; if a part was "
             "copied there, the same `imcap caption` command removes the copy"
         )
     shared = names.first_shared("name") if summary.format == "sidecar" else None
@@ -246,7 +246,6 @@ def _reporting(rows: Iterator[Row], total: int, on_progress: ReportProgress) -> 
 _NAMERS: Final[dict[str, Callable[[str], str]]] = {
     "coco": coco_number,
     "sidecar": sidecar_name,
-    "hf": str,
     "webdataset": partial(webdataset_key, keep_extension=False),
 }
-"""What an image is called in an export. Where it is called something, ids must be unique."""
+"""What an image is called in an export, if not by its id."""
