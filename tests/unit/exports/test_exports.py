@@ -331,7 +331,7 @@ def test_an_id_that_stands_for_two_images_is_refused(format: str, tmp_path: Path
     rows = write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
     folder = write_captions(tmp_path / "captions", rows, rows[1:])
 
-    with pytest.raises(InputError, match=r"'b\.jpg' is there more than once"):
+    with pytest.raises(InputError, match=r"'b\.jpg' occurs more than once"):
         export(folder, tmp_path / "out", format)
 
     assert not (tmp_path / "out").exists()
