@@ -237,7 +237,7 @@ class CaptioningPlan:
 def load_captioner(
     models: Sequence[str] = (), *, search: SearchConfig | None = None, encoder_weights: str | None = None
 ) -> ImageCaptioner:
-    """`imcap_ray.captioner.load_captioner`. Torch, which takes seconds to import, waits for the call."""
+    """`imcap_ray.models.captioner.load_captioner`. Torch, which takes seconds to import, waits for the call."""
     from imcap_ray.models.captioner import load_captioner
 
     return load_captioner(models, search=search, encoder_weights=encoder_weights)
