@@ -1,4 +1,4 @@
-"""The judge of `imcap_ray.metrics`: every score by its definition, an image and an n-gram at a time, BLEU by nltk."""
+"""The judge of `imcap_ray.scoring`: every score by its definition, an image and an n-gram at a time, BLEU by nltk."""
 
 from __future__ import annotations
 

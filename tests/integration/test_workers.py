@@ -123,7 +123,7 @@ class Optimization:
 
 optimization = Optimization()
 batches = ((torch.zeros(1), ["1.jpg"]) for _ in range(500))
-learnt = _run_epoch(optimization, lambda inputs, ids: (None, {}), batches, partial(_first_of, 2, device))
+learnt = run_epoch(optimization, lambda inputs, ids: (None, {}), batches, partial(_first_of, 2, device))
 print(json.dumps([learnt.bad_step, optimization.num_steps]))
 """
 

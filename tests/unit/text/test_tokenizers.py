@@ -141,7 +141,7 @@ def test_an_unknown_tokenizer_is_answered_with_the_known_ones():
 
 
 def test_importing_loads_neither_nltk_nor_torch_nor_ray():
-    code = "import sys, imcap_ray.tokenization; print([m for m in ('nltk', 'torch', 'ray') if m in sys.modules])"
+    code = "import sys, imcap_ray.text.tokenizers; print([m for m in ('nltk', 'torch', 'ray') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
