@@ -38,7 +38,13 @@ def test_file_names_are_unique_and_sorted_so_that_they_can_serve_as_image_ids() 
 
 
 def test_finding_the_photographs_does_not_import_scikit_image() -> None:
-    program = "import sys; from imcap_ray.cli.demo_images import *; sample_photographs(); print('skimage' in sys.modules)"
+    program = """
+import sys
+from imcap_ray.cli.demo_images import sample_photographs
+
+sample_photographs()
+print("skimage" in sys.modules)
+"""
 
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
 
