@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 @click.argument("output", required=False)
 @model_options
 @click.option("--recursive/--no-recursive", default=True, help="Folders below INPUT too.")
-@click.option("--limit", type=click.IntRange(1), help="Only the first so many images.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N images.")
 @click.option("--num-actors", type=click.IntRange(1), help="Processes with a model. Default: one per GPU, or per core.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images an actor takes at a time.")
-@click.option("--overwrite", is_flag=True, help="Start anew; the old rows go when the new ones are complete.")
+@click.option("--overwrite", is_flag=True, help="Start again; the old rows are removed when the new ones are complete.")
 @click.option("--retry-failed", is_flag=True, help="Caption the images that failed before once more.")
 @click.option(
     "--max-failure-rate",

@@ -34,7 +34,7 @@ from imcap_ray.errors import ImcapError, InputError
 def submit(command: tuple[str, ...], **options: Any) -> None:
     """Run an imcap COMMAND as a Ray job on a cluster, follow it, and return its exit code.
 
-    A connection that breaks is made again. The job does not need it, nor the terminal: --follow shows it anew.
+    A connection that breaks is made again. The job does not need it, nor the terminal: --follow shows it again.
 
     \b
     imcap submit caption s3://bucket/images s3://bucket/captions
