@@ -8,7 +8,6 @@ import click
 
 from imcap_ray.cli.caption import run_captioning
 from imcap_ray.cli.console import captioning_printers, print_line
-from imcap_ray.cli.report import write_captions_report
 
 
 @click.command()
@@ -18,6 +17,7 @@ def demo(out: str) -> None:
     import shutil
 
     from imcap_ray.cli.demo_images import sample_photographs
+    from imcap_ray.reports.captions_report import write_captions_report
     from imcap_ray.runs.captions_table import open_captions
 
     photographs = Path(out, "photographs")
@@ -56,5 +56,5 @@ def demo(out: str) -> None:
     for sample in samples:
         row = rows[sample.file_name]
         print_line(f"{sample.file_name:24} {row['caption']}  ({row['confidence']:.2f})")
-    report_path = write_captions_report(captions, str(Path(out, "report.html")))
+    report_path = write_captions_report(captions, str(Path(out, "report.html"))).path
     print_line(f"{summary.output}: {summary.num_images} rows of Parquet; {report_path}: the report")
