@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from imcap_ray import storage
-from imcap_ray.cli.console import captioning_printers, describe_counts, format_duration, print_line
+from imcap_ray.cli.console import describe_counts, print_line, progress_reporter
 from imcap_ray.cli.options import (
     cluster_options,
     column_options,
@@ -21,10 +20,11 @@ from imcap_ray.cli.options import (
 )
 from imcap_ray.config import DEFAULT_MODEL
 from imcap_ray.errors import InputError
+from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningPlan, CaptioningSummary
-    from imcap_ray.distributed.progress import Progress
+    from imcap_ray.runs.progress_reporter import ProgressReporter
 
 
 @click.command()
@@ -116,11 +116,10 @@ def caption(input: str, output: str | None, **options: Any) -> None:
     if output is None:
         _print_caption(input, options)
         return
-    say, progress_line = captioning_printers(options)
     if options["dry_run"]:
         _print_plan(plan(input, output, options), options)
         return
-    summary = run_captioning(input, output, options, say=say, on_progress=progress_line)
+    summary = run_captioning(input, output, options, reporter=progress_reporter(quiet=options["quiet"]))
     _print_summary(summary, options)
 
 
@@ -166,8 +165,7 @@ def run_captioning(
     output: str,
     options: dict[str, Any],
     *,
-    say: Callable[[str], None],
-    on_progress: Callable[[Progress, int], None],
+    reporter: ProgressReporter,
 ) -> CaptioningSummary:
     """Connect, load, caption: what `imcap caption` and `imcap demo` share."""
     arguments, models = _prepare_captioning(input, output, options)
@@ -179,8 +177,7 @@ def run_captioning(
         batch_size=options["batch_size"],
         retry_failed=options["retry_failed"],
         max_failure_rate=options["max_failure_rate"],
-        echo=say,
-        on_progress=on_progress,
+        reporter=reporter,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from imcap_ray.cli.console import CLEAR_LINE, print_line, progress_printers
+from imcap_ray.cli.console import CLEAR_LINE, print_line, progress_reporter
 from imcap_ray.cli.options import column_options, dataset_column_options, output_options, outside_option
 from imcap_ray.config import DEFAULT_RECIPE
 
@@ -49,12 +49,11 @@ def check(data: str, **options: Any) -> None:
         look_for_files=False,
         refuse_leaks=False,
     )
-    _, show = progress_printers(options)
     found = check_dataset(
         dataset,
         recipe=recipe,
         decode=options["decode"],
-        on_progress=show,
+        on_progress=progress_reporter(quiet=options["quiet"]).report_images,
     )
     if sys.stderr.isatty() and options["decode"] and not options["quiet"]:
         click.echo(CLEAR_LINE, err=True, nl=False)

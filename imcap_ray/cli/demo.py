@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from imcap_ray.cli.caption import run_captioning
-from imcap_ray.cli.console import captioning_printers, print_line
+from imcap_ray.cli.console import print_line, progress_reporter
 
 
 @click.command()
@@ -50,8 +50,7 @@ def demo(out: str) -> None:
         "verbose": False,
         "quiet": False,
     }
-    say, show = captioning_printers(options)
-    summary = run_captioning(str(photographs), captions, options, say=say, on_progress=show)
+    summary = run_captioning(str(photographs), captions, options, reporter=progress_reporter())
     rows = {row["image_id"]: row for row in open_captions(captions).to_table().to_pylist()}
     for sample in samples:
         row = rows[sample.file_name]

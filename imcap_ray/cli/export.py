@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from imcap_ray.cli.console import progress_printers
+from imcap_ray.cli.console import progress_reporter
 from imcap_ray.cli.options import output_options, outside_option
 from imcap_ray.errors import InputError
 
@@ -65,10 +65,10 @@ def export(captions: str, output: str, **options: Any) -> None:
     for option, formats in (("existing", ["sidecar"]), ("shard_size", ["hf", "webdataset"])):
         if options[option] is not None and format not in formats:
             raise InputError(f"--{option.replace('_', '-')} is for {' and '.join(formats)}, not for {format}")
-    say, show = progress_printers(options)
+    reporter = progress_reporter(quiet=options["quiet"])
     refuse_replacement(captions)
     if (read_run(captions) or {}).get("state", "complete") != "complete":
-        say(f"{captions}: the run that writes these captions is not complete; what is there is exported")
+        reporter.report(f"{captions}: the run that writes these captions is not complete; what is there is exported")
     summary = export_captions(
         captions,
         output,
@@ -78,13 +78,13 @@ def export(captions: str, output: str, **options: Any) -> None:
         existing=options["existing"] or "skip",
         shard_images=options["shard_size"] or SHARD_IMAGES,
         overwrite=options["overwrite"],
-        on_progress=show,
+        on_progress=reporter.report_images,
     )
     if options["as_json"]:
         click.echo(json.dumps(asdict(summary)))
         return
     for image in summary.images_without:
-        say(f"left out: {image}")
+        reporter.report(f"left out: {image}")
     if summary.left_out_without_image > len(summary.images_without):
-        say(f"left out: {summary.left_out_without_image - len(summary.images_without):,} more")
-    say(summary.describe())
+        reporter.report(f"left out: {summary.left_out_without_image - len(summary.images_without):,} more")
+    reporter.report(summary.describe())

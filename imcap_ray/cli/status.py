@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imcap_ray.cli.console import describe_counts, format_duration, print_line
+from imcap_ray.cli.console import describe_counts, print_line
+from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
     from imcap_ray.runs.status import CaptioningStatus, TrainingStatus

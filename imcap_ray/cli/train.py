@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imcap_ray import storage
-from imcap_ray.cli.console import epoch_printer, format_duration, print_line, progress_printers
+from imcap_ray.cli.console import print_line, progress_reporter
 from imcap_ray.cli.options import (
     WorkerCount,
     cluster_options,
@@ -18,6 +18,7 @@ from imcap_ray.cli.options import (
     outside_option,
 )
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
+from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.training_plan import TrainingPlan
@@ -109,10 +110,10 @@ def train(data: str, model: str, **options: Any) -> None:
     dataset = load_dataset(data, columns=column_options(options), allow_outside_paths=options["allow_outside_paths"])
     for split in (TRAIN, VALIDATION):
         dataset.split(split)
-    say, show = progress_printers(options)
-    say(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
+    reporter = progress_reporter(quiet=options["quiet"])
+    reporter.report(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     if dataset.columns_note:
-        say(f"{dataset.location}: {dataset.columns_note}")
+        reporter.report(f"{dataset.location}: {dataset.columns_note}")
     resources = connect(options["address"], verbose=options["verbose"])
     written = {"MODEL": model, "--features": options["features"] or storage.parent(storage.absolute(model))}
     require_visible(
@@ -133,14 +134,12 @@ def train(data: str, model: str, **options: Any) -> None:
         recipe_name=options["recipe"],
         recipe_options=options["overrides"],
         features=options["features"],
-        echo=say,
-        echo_epoch=epoch_printer(say),
-        on_features=lambda split, progress, total: show(progress.num_images, total, f"{split} split"),
+        reporter=reporter,
     )
     if options["as_json"]:
         click.echo(json.dumps(asdict(result)))
     else:
-        say(
+        reporter.report(
             f"{result.model}: epoch {result.metrics['epoch']} of {result.num_epochs} kept, validation CIDEr-D "
             f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; "
             f"{format_duration(result.seconds)}"

@@ -34,9 +34,9 @@ from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.distributed.image_pipeline import repeating
-from imcap_ray.distributed.progress import Progress
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import compute_batch_size
+from imcap_ray.runs.progress_reporter import ProgressReporter
 
 IMAGES_PER_ROUND: Final = 64
 """Of each core."""
@@ -379,7 +379,7 @@ def watch_run(
     """
     if os.getsid(0) != os.getpid():
         os.setsid()  # what this run starts has its session's id
-    timeline: list[tuple[float, int]] = []
+    reporter = _TimelineReporter(start)
     watch = _ProcessWatch()
     try:
         resources, captioner = connect_and_load(load, "local", num_actors=num_actors)
@@ -393,8 +393,7 @@ def watch_run(
                 num_actors=num_actors,
                 batch_size=batch_size,
                 max_failure_rate=1.0,
-                echo=lambda line: None,
-                on_progress=lambda progress, total: _note(timeline, time.time() - start, progress),
+                reporter=reporter,
             )
             seconds = time.time() - start
         spilled_bytes = _spilled_bytes()
@@ -403,8 +402,8 @@ def watch_run(
     return RunSpeed(
         num_images=summary.num_new,
         seconds=seconds,
-        first_seconds=timeline[0][0] if timeline else seconds,
-        steady=steady_rate(timeline),
+        first_seconds=reporter.timeline[0][0] if reporter.timeline else seconds,
+        steady=steady_rate(reporter.timeline),
         cpu_seconds=watch.cpu_seconds,
         peak_bytes=watch.peak_bytes,
         spilled_bytes=spilled_bytes,
@@ -418,9 +417,18 @@ def _spilled_bytes() -> int:
     return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)  # type: ignore[no-untyped-call]
 
 
-def _note(timeline: list[tuple[float, int]], seconds: float, progress: Progress) -> None:
-    if progress.num_images:
-        timeline.append((seconds, progress.num_images))
+class _TimelineReporter(ProgressReporter):
+    """Prints nothing, and records how many images were done at what moment."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__(None)
+        self._start = start
+        self.timeline: list[tuple[float, int]] = []
+
+    def report_images(self, done: int, total: int, task: str = "") -> None:
+        """Record the moment."""
+        if done:
+            self.timeline.append((time.time() - self._start, done))
 
 
 def steady_rate(timeline: Sequence[tuple[float, int]]) -> float | None:

@@ -52,6 +52,7 @@ from imcap_ray.errors import (
 from imcap_ray.models.caption import Caption, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
 from imcap_ray.runs.lease import require_owner
+from imcap_ray.runs.progress_reporter import ProgressReporter
 
 MAX_COUNTED: Final = 100_000
 """Images that a plan counts at most: it is to take seconds."""
@@ -367,8 +368,7 @@ def caption_images(
     columns: ColumnOptions = BY_NAME,
     allow_outside_paths: bool = False,
     max_failure_rate: float = 0.1,
-    echo: Callable[[str], None] = print,
-    on_progress: Callable[[Progress, int], None] = lambda progress, total: None,
+    reporter: ProgressReporter | None = None,
 ) -> CaptioningSummary:
     """Caption every image of `input` and write one row for each to Parquet files in `output`.
 
@@ -386,7 +386,7 @@ def caption_images(
         retry_failed: caption the images that failed before once more.
         columns: of Parquet tables, as the user names them.
         allow_outside_paths: see `build_manifest`.
-        on_progress: called about once a second with the progress and the number of images to do.
+        reporter: None: lines are printed to stdout.
 
     Raises:
         InputError: something does not fit, found before work began.
@@ -394,6 +394,7 @@ def caption_images(
         ImcapError: the run failed; what is written stays and the same call goes on.
     """
     start = time.time()
+    reporter = reporter or ProgressReporter(print)
     input, output = storage.absolute(input), storage.absolute(output)
     actors, gpus = _choose_actors(resources, num_actors, gpus_per_actor)
     captioner = captioner or load_captioner()
@@ -424,11 +425,11 @@ def caption_images(
 
     def show(progress: Progress) -> None:
         heartbeat.num_images = progress.num_images
-        on_progress(progress, num_new)
+        reporter.report_images(progress.num_images, num_new)
 
     def report_waiting(line: str) -> None:
         if line:
-            echo(line)
+            reporter.report(line)
         heartbeat.waiting = line
         heartbeat.beat()
 
@@ -448,13 +449,13 @@ def caption_images(
             ),
             check=check,
             retry_failed=retry_failed,
-            echo=echo,
+            reporter=reporter,
         )
         total, done = folder.count_manifest(), len(folder.done_ids())
         num_new, progress = total - done, Progress()
         actors = min(actors, max(1, num_blocks(num_new)))
         if num_new:
-            echo(
+            reporter.report(
                 f"captioning {num_new:,} of {total:,} images with {actors} actor{'s' * (actors != 1)}"
                 + (f", {done:,} are done" if done else "")
             )
@@ -509,7 +510,7 @@ def caption_images(
                     if left >= actors and not isinstance(error, FullClusterError):
                         raise
                     actors = min(actors, left)
-                    echo(f"continuing with {actors} actor{'s' * (actors != 1)}")
+                    reporter.report(f"continuing with {actors} actor{'s' * (actors != 1)}")
                     index = start_image_index(folder.location, total, num_done=done)
                     continue
             check()
@@ -626,7 +627,7 @@ def _prepare(
     build: Callable[[str, str], InputSummary],
     check: Callable[[], None],
     retry_failed: bool,
-    echo: Callable[[str], None],
+    reporter: ProgressReporter,
 ) -> int:
     """Bring the folder and its manifest up to date; how many images or parts that were done need work again.
 
@@ -639,7 +640,7 @@ def _prepare(
         folder.write_run(run | {"state": "running"})  # whose it is, before anything else lies there
     elif num_copied := folder.recover():
         parts = f"{num_copied:,} part{'s' * (num_copied != 1)}"
-        echo(f"{folder.location}: removed {parts} that repeated images of other parts")
+        reporter.report(f"{folder.location}: removed {parts} that repeated images of other parts")
     try:
         found = build(run["input"], folder.manifest)
     except (InputError, InputChangedError):
@@ -650,9 +651,9 @@ def _prepare(
     check()
     if found.num_ignored:
         files = "file is no image by its name" if found.num_ignored == 1 else "files are no images by their names"
-        echo(f"{run['input']}: {found.num_ignored:,} {files}: ignored")
+        reporter.report(f"{run['input']}: {found.num_ignored:,} {files}: ignored")
     for note in found.notes:
-        echo(note)
+        reporter.report(note)
     if found.image_column:
         run |= {"image_column": found.image_column, "id_column": found.id_column}
     folder.write_run(run | {"state": "running"})
@@ -660,7 +661,7 @@ def _prepare(
     num_failed = folder.forget_failed() if retry_failed else 0
     for number, what in ((num_changed, "changed since"), (num_failed, "failed before")):
         if number:
-            echo(f"{number:,} image{'s' * (number != 1)} {what}: to be captioned again")
+            reporter.report(f"{number:,} image{'s' * (number != 1)} {what}: to be captioned again")
     return num_changed + num_failed + num_copied
 
 

@@ -27,7 +27,6 @@ from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
 from imcap_ray.distributed.image_pipeline import BatchReporter, map_images, origin_of, repeating, stack_pixels
-from imcap_ray.distributed.progress import Progress
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite
@@ -38,6 +37,7 @@ from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.checksums import find_damage, seal, sealed_names
 from imcap_ray.runs.feature_folder import SEAL, FeatureFolder
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.training.batches import augmentation
 
 FEATURES_SCHEMA: Final = pa.schema(
@@ -191,11 +191,11 @@ def cache_features(
     views: Views,
     num_actors: int,
     gpus_per_actor: float,
-    on_progress: Callable[[Progress, int], None],
+    reporter: ProgressReporter,
+    task: str = "",
     can_grow: bool = False,
     can_release: bool = False,
     training: str = "",
-    echo: Callable[[str], None] = lambda line: None,
     check: Callable[[], None] = lambda: None,
     on_use: Callable[[FeatureFolder], None] = lambda use: None,
 ) -> FeatureCache:
@@ -206,10 +206,9 @@ def cache_features(
     another training encodes in this folder, this one waits for it.
 
     Args:
-        on_progress: called about once a second with the progress and the number of images to do.
+        task: see `ProgressReporter.report_images`.
         can_release: see `map_images`.
         training: see `FeatureFolder`.
-        echo: called with a line if another training, or room on the cluster, has to be waited for.
         check: raises if this training may not write any more.
         on_use: called with this training's use of the folder as soon as it has given a sign of life.
 
@@ -222,7 +221,7 @@ def cache_features(
     on_use(use)
     with (
         repeating(use.try_to_beat, seconds=HEARTBEAT_SECONDS),
-        use.encoding(echo=echo, check=check),
+        use.encoding(echo=reporter.report, check=check),
     ):
         return complete_cache(
             manifest,
@@ -234,10 +233,10 @@ def cache_features(
                 views=views,
                 num_actors=num_actors,
                 gpus_per_actor=gpus_per_actor,
-                on_progress=on_progress,
+                reporter=reporter,
+                task=task,
                 can_grow=can_grow,
                 can_release=can_release,
-                echo=echo,
                 check=check,
             ),
             shape=(views.count, encoder.num_regions, encoder.num_channels),
@@ -383,17 +382,17 @@ def _encode(
     views: Views,
     num_actors: int,
     gpus_per_actor: float,
-    on_progress: Callable[[Progress, int], None],
+    reporter: ProgressReporter,
+    task: str,
     can_grow: bool,
     can_release: bool,
-    echo: Callable[[str], None],
     check: Callable[[], None],
 ) -> None:
     """Add parts with the features of these rows' images to the folder."""
 
     def report_waiting(line: str) -> None:
         if line:
-            echo(line)
+            reporter.report(line)
 
     write_table(storage.join(use.work, "manifest", "part-0.parquet"), manifest)
     encode = partial(
@@ -410,7 +409,7 @@ def _encode(
         num_images=manifest.num_rows,
         gpus_per_actor=gpus_per_actor,
         batch_size=2 * compute_batch_size(on_gpu=gpus_per_actor > 0),
-        on_progress=lambda progress: on_progress(progress, manifest.num_rows),
+        on_progress=lambda progress: reporter.report_images(progress.num_images, manifest.num_rows, task),
         can_release=can_release,
         check=check,
         on_waiting=report_waiting,
@@ -420,7 +419,7 @@ def _encode(
             encode(num_actors=num_actors, can_grow=can_grow)
             break
         except FullClusterError as error:
-            echo(f"{error}; released {num_actors} actor{'s' * (num_actors != 1)}")
+            reporter.report(f"{error}; released {num_actors} actor{'s' * (num_actors != 1)}")
             # One for Ray Data's actor that leaves out what is done.
             wait_for_room(cpus=2 + ROOM_FOR_TASKS, gpus=gpus_per_actor, check=check, on_waiting=report_waiting)
             num_actors, can_grow = max(1, num_actors // 2), False

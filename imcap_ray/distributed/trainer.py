@@ -38,7 +38,6 @@ from imcap_ray.distributed.features import FeatureCache, Views, cache_features, 
 from imcap_ray.distributed.gpus import require_gpus
 from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, explain, read_images, repeating
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
-from imcap_ray.distributed.progress import Progress
 from imcap_ray.distributed.ray_internals import environment
 from imcap_ray.distributed.train_worker import train_worker
 from imcap_ray.distributed.training_plan import (
@@ -55,6 +54,7 @@ from imcap_ray.models.model_folder import below, save_model_folder
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.lease import require_owner, take_over
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import (
     CAPTIONS_FILE,
     RUN_FOLDER,
@@ -132,9 +132,7 @@ def train(
     seed: int = 0,
     encoder_weights: str | None = None,
     features: str | None = None,
-    echo: Callable[[str], None] = print,
-    echo_epoch: Callable[[str], None] | None = None,
-    on_features: Callable[[str, Progress, int], None] = lambda split, progress, total: None,
+    reporter: ProgressReporter | None = None,
 ) -> TrainingResult:
     """Train a decoder on the data set's training split and write the model folder.
 
@@ -148,15 +146,15 @@ def train(
         num_workers: data-parallel processes; None: one per GPU, or one where there is none. The least and the most:
             as many as the cluster has room for, fewer when a node dies and more when one joins.
         features: folder for cached features; None: `_features` beside the model folder, shared by its neighbours.
-        echo_epoch: called with the line of an epoch, one after the other; None: `echo`.
-        on_features: called about once a second with the split whose images are encoded, the progress, and the number
-            of images to do.
+        reporter: None: lines are printed to stdout.
 
     Raises:
         InputError: something does not fit, found before work began.
         ImcapError: the training failed; the same call goes on from the last epoch, or the message says what to do.
     """
     start = time.time()
+    reporter = reporter or ProgressReporter(print)
+    echo = reporter.report
     prepared = prepare_training(
         data,
         model,
@@ -198,8 +196,7 @@ def train(
             resources=resources,
             gpus=min(1.0, gpus),  # a CNN runs on one
             training=model if storage.is_uri(model) else f"{socket.gethostname()}:{model}",
-            echo=echo,
-            on_features=on_features,
+            reporter=reporter,
             check=check,
             on_use=uses.append,
         )
@@ -251,7 +248,7 @@ def train(
                         if resources.is_local
                         else 1,
                         watchers=[
-                            _watch_epochs(work, echo_epoch or echo, trackers, check),
+                            _watch_epochs(work, reporter.report_epoch, trackers, check),
                             watch_room(num_workers, gpus, echo),
                         ],
                     )
@@ -323,8 +320,7 @@ def _cache(
     resources: ClusterResources,
     gpus: float,
     training: str,
-    echo: Callable[[str], None],
-    on_features: Callable[[str, Progress, int], None],
+    reporter: ProgressReporter,
     check: Callable[[], None],
     on_use: Callable[[FeatureFolder], None],
 ) -> dict[str, FeatureCache]:
@@ -360,14 +356,14 @@ def _cache(
             gpus_per_actor=gpus,
             can_grow=not resources.is_local,
             can_release=resources.max_cpus <= resources.cpus,
-            on_progress=partial(on_features, split),
+            reporter=reporter,
+            task=f"{split} split",
             training=training,
-            echo=echo,
             check=check,
             on_use=on_use,
         )
         for note in caches[split].notes:
-            echo(f"{split} images: {note}")
+            reporter.report(f"{split} images: {note}")
     return caches
 
 

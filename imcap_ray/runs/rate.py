@@ -78,3 +78,10 @@ class Pace:
             return None
         last, done = self._changes[-1]
         return max(0.0, (total - done) / rate - (now - last))
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(int(max(0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -30,12 +30,13 @@ import sys
 from functools import partial
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import WaitsForFiles
 
 address, photographs, output, nodes, num_files = sys.argv[1:]
 captioner = partial(WaitsForFiles, folder=nodes, num_files=int(num_files))
-echo = partial(print, flush=True)
-caption_images(photographs, output, load_captioner=captioner, resources=connect(address), echo=echo)
+reporter = ProgressReporter(partial(print, flush=True))
+caption_images(photographs, output, load_captioner=captioner, resources=connect(address), reporter=reporter)
 """
 
 

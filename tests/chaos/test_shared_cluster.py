@@ -29,7 +29,7 @@ address, photographs, output, num_actors = sys.argv[1:]
 num_actors = int(num_actors) or None
 resources = connect(address, num_actors=num_actors)
 summary = caption_images(
-    photographs, output, load_captioner=TakesSteps, resources=resources, num_actors=num_actors, echo=print
+    photographs, output, load_captioner=TakesSteps, resources=resources, num_actors=num_actors
 )
 """
 

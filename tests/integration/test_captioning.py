@@ -32,6 +32,7 @@ from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
 from tests.hang_guard import HANG_SECONDS
 from tests.odd_images import OK, encode, odd_images, photo
@@ -53,7 +54,7 @@ def run(local_ray: ClusterResources) -> Run:
         resources=local_ray,
         num_actors=2,
         max_failure_rate=1.0,
-        echo=lambda line: None,
+        reporter=ProgressReporter(None),
     )
 
 
@@ -222,7 +223,13 @@ def test_the_column_that_is_named_is_captioned_noted_and_kept(run: Run, photogra
     lines: list[str] = []
     named = ColumnOptions(image="right", id="sku")
 
-    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), columns=named, limit=10, echo=lines.append)
+    run(
+        str(tmp_path / "in.parquet"),
+        str(tmp_path / "out"),
+        columns=named,
+        limit=10,
+        reporter=ProgressReporter(lines.append),
+    )
     with pytest.raises(InputError, match="left .bytes. and right .bytes.: give --image-column to choose one"):
         run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="read from column right, and would now be read from left"):
@@ -548,7 +555,7 @@ def test_images_that_are_all_gone_stop_the_run(run: Run, photographs: Path, tmp_
             photographs.rename(gone)
 
     with pytest.raises(ImcapError, match="cannot be read any more.*the same command resumes"):
-        run(str(photographs), str(tmp_path / "out"), echo=unmount)
+        run(str(photographs), str(tmp_path / "out"), reporter=ProgressReporter(unmount))
     gone.rename(photographs)
 
     assert run(str(photographs), str(tmp_path / "out")).counts == {"ok": 100}
@@ -617,7 +624,7 @@ def test_copies_of_parts_and_their_notes_do_not_disturb_the_next_run(
         for path in (part, output / "_imcap" / "done" / part.name):
             path.with_name(copy).write_bytes(path.read_bytes())
 
-    summary = run(str(photographs), str(output), echo=lines.append)
+    summary = run(str(photographs), str(output), reporter=ProgressReporter(lines.append))
 
     assert read(output) == rows
     assert (summary.num_images, summary.num_new, summary.counts) == (100, 0, {"ok": 100})

@@ -17,6 +17,7 @@ from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -43,6 +44,17 @@ def encoder() -> Encoder:
     return build_encoder(config, resolve_preprocessing(config, PreprocessingConfig(image_size=32)), load_weights=False)
 
 
+class RecordingReporter(ProgressReporter):
+    """Records how many images were reported as encoded."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.encoded: list[int] = []
+
+    def report_images(self, done: int, total: int, task: str = "") -> None:
+        self.encoded.append(done)
+
+
 def features_by_image(cache: FeatureCache) -> dict[str, bytes]:
     rows = [row for file in cache.files() for row in pq.read_table(file).to_pylist()]
     assert len(rows) == len({row["image_id"] for row in rows}) == NUM_IMAGES
@@ -53,9 +65,10 @@ def test_damaged_files_are_made_anew_and_only_those(
     local_ray: ClusterResources, manifest: pa.Table, encoder: Encoder, tmp_path: Path
 ) -> None:
     folder = tmp_path / "features"
-    encoded: list[int] = []
+    reporter = RecordingReporter()
+    encoded = reporter.encoded
     options: dict[str, Any] = {"encoder": encoder, "views": Views(), "num_actors": 1, "gpus_per_actor": 0.0}
-    options["on_progress"] = lambda progress, total: encoded.append(progress.num_images)
+    options["reporter"] = reporter
     first = features_by_image(cache_features(manifest, str(folder), **options))
     changed, deleted, *_ = sorted(folder.glob("*.parquet"))
     in_others = NUM_IMAGES - sum(pq.read_metadata(file).num_rows for file in (changed, deleted))

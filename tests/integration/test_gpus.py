@@ -32,6 +32,7 @@ from imcap_ray.distributed.captioning import caption_images, load_captioner
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.distributed.trainer import train
 from imcap_ray.errors import ImcapError
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 from tests.fakes import EchoCaptioner
 
@@ -49,14 +50,14 @@ def outcome(function):
 
 def caption(output, load):
     summary = caption_images(str(root / "data" / "Flicker8k_Dataset"), str(root / output), load_captioner=load,
-        resources=resources, num_actors=1, echo=lambda line: None)
+        resources=resources, num_actors=1, reporter=ProgressReporter(None))
     return summary.counts
 
 
 def learn():
     recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING | {"training.epochs": 1})
     train(load_dataset(str(root / "data")), str(root / "trained"), recipe=recipe, recipe_name="tiny",
-        resources=resources, echo=lambda line: None)
+        resources=resources, reporter=ProgressReporter(None))
 
 
 print(json.dumps([

@@ -24,6 +24,7 @@ from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.model_folder import read_model_folder
 from imcap_ray.runs.lease import take_over
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 from tests.hang_guard import HANG_SECONDS
 
@@ -49,6 +50,17 @@ def tiny_flickr8k(tmp_path: Path) -> Path:
     return small_data.write_flickr8k(tmp_path / "flickr8k", num_train=12, num_validation=4)
 
 
+class EpochReporter(ProgressReporter):
+    """Calls a function after each epoch, and prints other lines."""
+
+    def __init__(self, on_epoch: Callable[[str], None], write: Callable[[str], None] | None = None) -> None:
+        super().__init__(write)
+        self._on_epoch = on_epoch
+
+    def report_epoch(self, line: str) -> None:
+        self._on_epoch(line)
+
+
 @pytest.fixture
 def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Callable[..., TrainingResult]:
     def run(name: str = "model", recipe: Recipe | None = None, **options: object) -> TrainingResult:
@@ -60,7 +72,7 @@ def run(local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path) -> Cal
             **{  # type: ignore[arg-type]
                 "recipe_name": "small",
                 "features": str(tmp_path / "features"),
-                "echo": lambda line: None,
+                "reporter": ProgressReporter(None),
                 **options,
             },
         )
@@ -179,7 +191,7 @@ def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, t
         ),
         recipe_name="small",
         resources=local_ray,
-        echo=lambda line: None,
+        reporter=ProgressReporter(None),
     )
 
     [caption] = Captioner.load(tmp_path / "モデル").caption([small_data.jpeg(1)])
@@ -217,7 +229,7 @@ def test_a_training_that_another_run_has_taken_over_stops_and_writes_no_more(
             num_epochs.append(len(metrics.read_text().splitlines()))
 
     with pytest.raises(ImcapError, match=f"another run has taken over {model}: this one must not write there"):
-        run(recipe=small_recipe(epochs=1000, patience=0), num_workers=2, echo_epoch=begin_another)
+        run(recipe=small_recipe(epochs=1000, patience=0), num_workers=2, reporter=EpochReporter(begin_another))
 
     assert not (model / "config.json").exists()
     assert len(metrics.read_text().splitlines()) <= num_epochs[0] + 1  # one may have been on its way
@@ -243,7 +255,7 @@ def test_images_that_disappear_between_phases_are_named_and_validation_does_not_
     with pytest.raises(
         ImcapError, match=r"2 validation images cannot be read \(0012_photo.jpg: .*missing.*0013"
     ) as found:
-        run(recipe=recipe, echo=lines.append, echo_epoch=take_away)
+        run(recipe=recipe, reporter=EpochReporter(take_away, lines.append))
     assert "the scores of all epochs must be of the same images: bring these back" in str(found.value)
     assert any(
         re.match(r"finetune: 1 training image cannot be read \(0005_photo.jpg: .*left out", line) for line in lines
@@ -279,7 +291,7 @@ def test_a_folder_of_features_may_be_relative_and_images_that_changed_are_encode
     for number in range(12):
         (tiny_flickr8k / "Flicker8k_Dataset" / f"{number:04}_photo.jpg").write_bytes(small_data.jpeg(100 + number))
 
-    second = run("second", recipe=small_recipe(epochs=1), features="cache", echo=lines.append)
+    second = run("second", recipe=small_recipe(epochs=1), features="cache", reporter=ProgressReporter(lines.append))
 
     assert list((tmp_path / "cache").glob("*/*.parquet"))
     assert second.metrics["train_loss"] != first.metrics["train_loss"]

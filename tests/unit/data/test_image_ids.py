@@ -20,6 +20,7 @@ from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.distributed.captioning import _prepare
 from imcap_ray.errors import DatasetError, ImageError
 from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.small_data import captions_of, jpeg
 
 UUIDS = [uuid.uuid5(uuid.NAMESPACE_URL, str(number)) for number in range(4)]
@@ -206,7 +207,7 @@ def test_a_run_says_once_that_ids_are_not_used(tmp_path: Path) -> None:
         build=build_manifest,
         check=lambda: None,
         retry_failed=False,
-        echo=lines.append,
+        reporter=ProgressReporter(lines.append),
     )
 
     assert [("the ids of images are not taken from id (struct<a: int64>)" in line) for line in lines].count(True) == 1

@@ -29,6 +29,7 @@ from imcap_ray.distributed.training_plan import PreparedTraining, prepare_traini
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.runs.checksums import seal
 from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import read_validation_ids
 from tests import small_data
 
@@ -312,8 +313,7 @@ def test_naming_the_column_that_is_chosen_anyway_finds_the_same_cache_and_both_s
             resources=RESOURCES,
             gpus=0.0,
             training="",
-            echo=print,
-            on_features=lambda *arguments: None,
+            reporter=ProgressReporter(None),
             check=lambda: None,
             on_use=uses.append,
         )
