@@ -17,6 +17,8 @@ ImcapError            exit code 1: the run failed; what was written is kept, the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 INTERRUPTED: Final = 130
@@ -104,3 +106,12 @@ class ImageError(ImcapError):
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
         return type(self), (self.code, self.message)
+
+
+@contextmanager
+def translate_errors(*kinds: type[Exception], to: type[ImcapError], message: str) -> Iterator[None]:
+    """Raise exceptions of these kinds, which libraries raise, as `to`: "message: text of the exception"."""
+    try:
+        yield
+    except kinds as error:
+        raise to(f"{message}: {error}") from error

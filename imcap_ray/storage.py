@@ -143,7 +143,7 @@ def _decode(location: str) -> str:
     return location
 
 
-def place(
+def locate(
     path: str,
     *,
     base: str,

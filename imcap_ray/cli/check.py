@@ -12,7 +12,7 @@ from imcap_ray.cli.console import CLEAR_LINE, print_line, progress_reporter
 from imcap_ray.cli.options import column_options, dataset_column_options, output_options, outside_option
 from imcap_ray.config import DEFAULT_RECIPE
 
-SPOILT = 3
+DATASET_UNUSABLE = 3
 """`imcap check` has found what would spoil a training."""
 
 
@@ -46,7 +46,7 @@ def check(data: str, **options: Any) -> None:
         data,
         columns=column_options(options),
         allow_outside_paths=options["allow_outside_paths"],
-        look_for_files=False,
+        count_missing_files=False,
         refuse_leaks=False,
     )
     found = check_dataset(
@@ -63,4 +63,4 @@ def check(data: str, **options: Any) -> None:
         for line in found.to_text().splitlines():
             print_line(line)
     if found.spoils:
-        sys.exit(SPOILT)
+        sys.exit(DATASET_UNUSABLE)

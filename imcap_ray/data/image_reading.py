@@ -24,7 +24,7 @@ IMAGES_PER_READ: Final = 64
 
 _BYTES_AT_A_TIME: Final = 32 * 2**20
 
-SECONDS_BETWEEN_QUESTIONS: Final = 30
+REACHABILITY_INTERVAL_SECONDS: Final = 30
 """Between two questions whether a store is reachable, each of which may take 11 s."""
 
 

@@ -50,6 +50,23 @@ _OBJECTS_ASKED: Final = 8
 """Of those that a table next to image files names in a store; each is a request."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputOptions:
+    """Which images of an input are listed, as the user chooses."""
+
+    recursive: bool = True
+    """Whether folders below the input are listed too."""
+    limit: int | None = None
+    """Maximum number of images; None: all."""
+    allow_outside_paths: bool = False
+    """Whether paths in a table may point outside the input, or outside the folder of a single table."""
+    columns: ColumnOptions = BY_NAME
+    """Columns of Parquet tables."""
+
+
+DEFAULT_OPTIONS: Final = InputOptions()
+
+
 @dataclass(frozen=True, slots=True)
 class InputSummary:
     """What a manifest was made of, in words for the user."""
@@ -71,12 +88,9 @@ class InputSummary:
 def build_manifest(
     location: str,
     folder: str,
+    options: InputOptions = DEFAULT_OPTIONS,
     *,
-    recursive: bool = True,
-    limit: int | None = None,
-    allow_outside_paths: bool = False,
     output: str | None = None,
-    columns: ColumnOptions = BY_NAME,
     check: Callable[[], None] = lambda: None,
     known_from: str | None = None,
 ) -> InputSummary:
@@ -91,9 +105,7 @@ def build_manifest(
     and left as they stand, until `update_manifest` is called.
 
     Args:
-        allow_outside_paths: whether paths in a table may lead out of `location`, or of a single table's folder.
         output: where the captions go, which must not be taken for tables of images.
-        columns: of the tables, as the user names them.
         check: called before anything is written; raises if nothing may be any more.
         known_from: the manifest that lists the known images; None: the one in `folder`. Only the new ones are written
             to `folder` then.
@@ -107,17 +119,9 @@ def build_manifest(
     if not storage.exists(location):
         raise InputError(f"no such input: {location}")
     known = KnownImages(known_from or folder)
-    images = _InputImages(
-        location,
-        recursive=recursive,
-        limit=limit,
-        allow_outside_paths=allow_outside_paths,
-        output=output,
-        columns=columns,
-        known=known,
-    )
+    images = _InputImages(location, options, output=output, known=known)
     next_id, num_images, changed = known.num_images, 0, []
-    entries = islice(images.entries(), limit)
+    entries = islice(images.entries(), options.limit)
     while chunk := list(islice(entries, ROWS_PER_PART)):
         num_images += len(chunk)
         rows = pa.Table.from_pylist(chunk, schema=MANIFEST_SCHEMA.remove(0))
@@ -348,17 +352,7 @@ def _count(files: Sequence[ListedFile], what: str) -> str:
 class _InputImages:
     """The images of an input, listed one by one, and what is found out about them on the way."""
 
-    def __init__(
-        self,
-        location: str,
-        *,
-        recursive: bool,
-        limit: int | None,
-        allow_outside_paths: bool,
-        output: str | None,
-        columns: ColumnOptions,
-        known: KnownImages,
-    ) -> None:
+    def __init__(self, location: str, options: InputOptions, *, output: str | None, known: KnownImages) -> None:
         self.metadata: dict[bytes, bytes] = {}
         """Of the parts of the manifest."""
         self.notes: list[str] = []
@@ -368,15 +362,13 @@ class _InputImages:
         self._is_folder = storage.is_folder(location)
         self.description = "folder" if self._is_folder else "image"
         self._num_ignored_tables = 0
-        self._listing = Listing(location, recursive=recursive, output=output)
-        self._recursive = recursive
-        self._limit = limit
+        self._listing = Listing(location, recursive=options.recursive, output=output)
+        self._options = options
         self._output = output
-        self._options = columns
         self._known = known
-        self._columns = ImageColumns(columns.image, known=known.image_columns, is_by_type=known.is_by_type)
+        self._columns = ImageColumns(options.columns.image, known=known.image_columns, is_by_type=known.is_by_type)
         folder = location if self._is_folder else storage.parent(location)
-        self._places = TablePaths(folder, allow_outside_paths, self._columns)
+        self._places = TablePaths(folder, options.allow_outside_paths, self._columns)
 
     @property
     def num_ignored(self) -> int:
@@ -405,10 +397,10 @@ class _InputImages:
         kinds += [f"WebDataset, {_count(tars, 'tar')}"] if tars else []
         kinds += [f"Parquet, {_count(tables, 'file')}"] if tables else []
         self.description = " and ".join(kinds)
-        if self._options.given() and not tables:
+        given = self._options.columns.given()
+        if given and not tables:
             raise InputError(
-                f"{', '.join(self._options.given())} applies only to Parquet tables, and {self._location} has none "
-                "with images"
+                f"{', '.join(given)} applies only to Parquet tables, and {self._location} has none with images"
             )
         if not tars and not tables:
             return
@@ -423,15 +415,15 @@ class _InputImages:
         yield from self._with_ids_of_their_own(entries) if num_images else entries
 
     def _entries_of_tables(self, tables: list[ListedFile]) -> Iterator[dict[str, Any]]:
-        self._places.check([table.location for table in tables], self._limit)
-        id_columns = IdColumns(self._options.id, known=self._known)
+        self._places.check([table.location for table in tables], self._options.limit)
+        id_columns = IdColumns(self._options.columns.id, known=self._known)
         ids = choose_ids(self._location, tables, self._known.id_source, self._columns, id_columns)
         self.metadata[ID_SOURCE_KEY] = IDS_FROM_POSITION.encode() if ids is None else IDS_FROM_TABLE.encode()
-        if self._options.id:
-            self.metadata[ID_COLUMN_KEY] = self._options.id.encode()
+        if self._options.columns.id:
+            self.metadata[ID_COLUMN_KEY] = self._options.columns.id.encode()
         if self._columns.names:
             self.metadata[IMAGE_COLUMNS_KEY] = json.dumps(self._columns.names).encode()
-        if not self._options.id:
+        if not self._options.columns.id:
             self.notes.extend(_describe_ids(tables[0].location))
         self.image_column = ", ".join(column.name for column in self._columns.chosen)
         self.id_column = ", ".join(id_columns.chosen) if ids is not None and id_columns.chosen else None
@@ -441,7 +433,7 @@ class _InputImages:
 
     def _with_ids_of_their_own(self, entries: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The entries of tars and tables; InputError if one has the id of an image file. Takes 12 bytes a file."""
-        listing = Listing(self._location, recursive=self._recursive, output=self._output)
+        listing = Listing(self._location, recursive=self._options.recursive, output=self._output)
         names = tar_images.IdSet(file.name for file in listing.images())
         for entry in entries:
             if entry["image_id"] in names:

@@ -139,7 +139,7 @@ class TablePaths:
     def _place(self, path: str, table_path: str, row: int) -> str:
         if not can_be_path(path):
             path = f"{path[:_SHOWN_CHARACTERS]}... ({len(path):,} characters)"
-        return storage.place(
+        return storage.locate(
             path,
             base=storage.parent(table_path),
             folders=[self._folder],

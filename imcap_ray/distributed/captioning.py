@@ -23,7 +23,7 @@ import pyarrow as pa
 from imcap_ray import __version__, storage
 from imcap_ray.config import SearchConfig, to_mapping
 from imcap_ray.data.columns import BY_NAME, ColumnOptions
-from imcap_ray.data.manifest import InputSummary, build_manifest
+from imcap_ray.data.manifest import InputOptions, InputSummary, build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
 from imcap_ray.distributed.cluster import ClusterResources, connect, require, without_ray_advice
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
@@ -300,11 +300,13 @@ def plan_captioning(
         found = build_manifest(
             input,
             manifest,
-            recursive=recursive,
-            limit=min(limit or MAX_COUNTED, MAX_COUNTED),
-            allow_outside_paths=allow_outside_paths,
+            InputOptions(
+                recursive=recursive,
+                limit=min(limit or MAX_COUNTED, MAX_COUNTED),
+                allow_outside_paths=allow_outside_paths,
+                columns=columns,
+            ),
             output=output,
-            columns=columns,
             known_from=known_from,
         )
     num_images, num_done = found.num_images, 0
@@ -440,11 +442,10 @@ def caption_images(
             run,
             build=partial(
                 build_manifest,
-                recursive=recursive,
-                limit=limit,
-                allow_outside_paths=allow_outside_paths,
+                options=InputOptions(
+                    recursive=recursive, limit=limit, allow_outside_paths=allow_outside_paths, columns=columns
+                ),
                 output=output,
-                columns=columns,
                 check=check,
             ),
             check=check,

@@ -51,7 +51,7 @@ from imcap_ray.runs.training_run import (
     write_stop,
 )
 from imcap_ray.text.tokenizers import scoring_tokenizer
-from imcap_ray.text.vocabulary import NEVER_SAID, Vocabulary
+from imcap_ray.text.vocabulary import SUPPRESSED_TOKEN_IDS, Vocabulary
 from imcap_ray.training.loop import (
     LearningState,
     batch_maker,
@@ -126,7 +126,7 @@ def train_worker(config: dict[str, Any]) -> None:
         total_steps=settings.epochs * steps_per_epoch,
         encoder_learning_rate=recipe.finetune.encoder_learning_rate,
         temperature=recipe.self_critical.temperature if kind == SELF_CRITICAL else 1.0,
-        forbidden_ids=NEVER_SAID if kind == SELF_CRITICAL else (),
+        forbidden_ids=SUPPRESSED_TOKEN_IDS if kind == SELF_CRITICAL else (),
     )
     # Not `ray.train.get_checkpoint()`: that is the last which Ray has noted, damaged or not. Ray looks every two
     # seconds, and a checkpoint whose worker died in between is whole but not noted.

@@ -31,7 +31,7 @@ from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder, d
 from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.models.model_folder import CONFIG_FILE, WEIGHTS_FILE, below, read_model_folder
 from imcap_ray.text.tokenizers import tokenize
-from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
+from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def search_captions(
         max_length=search.max_length,
         length_penalty=search.length_penalty,
         num_captions=search.num_captions,
-        forbidden_ids=NEVER_SAID,
+        forbidden_ids=SUPPRESSED_TOKEN_IDS,
     )
     return [
         [

@@ -13,8 +13,8 @@ import pyarrow.dataset as pads
 from imcap_ray import storage
 from imcap_ray.data.image_reading import (
     IMAGES_PER_READ,
+    REACHABILITY_INTERVAL_SECONDS,
     READ_THREADS,
-    SECONDS_BETWEEN_QUESTIONS,
     Row,
     read_file,
     read_rows,
@@ -139,7 +139,7 @@ class CaptionedImageSource:
     def _ask(self, store: str, location: str, error: ImageError) -> None:
         require_reachable(location, error)
         self._not_asked.pop(store, None)
-        self._ask_again[store] = time.monotonic() + SECONDS_BETWEEN_QUESTIONS
+        self._ask_again[store] = time.monotonic() + REACHABILITY_INTERVAL_SECONDS
 
 
 def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:

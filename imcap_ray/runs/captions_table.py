@@ -108,6 +108,6 @@ def image_placer(
 
     def place(row: Mapping[str, Any], path: str) -> str:
         source = f"{captions}, image {row['image_id']!r}"
-        return storage.place(path, base=base, folders=inside, source=source, allow_outside=allow_outside_paths)
+        return storage.locate(path, base=base, folders=inside, source=source, allow_outside=allow_outside_paths)
 
     return place

@@ -14,8 +14,8 @@ SPECIAL_TOKENS = ("<padding>", "<start>", "<end>", "<unknown>")
 
 PADDING_ID, START_ID, END_ID, UNKNOWN_ID = range(4)
 
-NEVER_SAID = (PADDING_ID, START_ID, UNKNOWN_ID)
-"""Tokens that no caption of ours has."""
+SUPPRESSED_TOKEN_IDS = (PADDING_ID, START_ID, UNKNOWN_ID)
+"""Tokens that a caption must not contain."""
 
 
 class Vocabulary:
@@ -23,7 +23,7 @@ class Vocabulary:
 
     Args:
         tokens: the words, without the special tokens, in the order of their ids.
-        tokenizer: a name of `tokenization.TOKENIZERS`.
+        tokenizer: a name of `tokenizers.TOKENIZERS`.
     """
 
     def __init__(self, tokens: Sequence[str], *, tokenizer: str = "ptb") -> None:

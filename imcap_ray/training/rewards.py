@@ -12,7 +12,7 @@ from imcap_ray.models.beam_search import sample
 from imcap_ray.models.decoders import Decoder
 from imcap_ray.scoring.cider import CiderD
 from imcap_ray.text.tokenizers import tokenize
-from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID, Vocabulary
+from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
 from imcap_ray.training.optimization import prefers_bfloat16
 
 
@@ -70,7 +70,7 @@ def draw_captions(
             end_id=END_ID,
             max_length=max_length,
             temperature=temperature,
-            forbidden_ids=NEVER_SAID,
+            forbidden_ids=SUPPRESSED_TOKEN_IDS,
         )
 
 

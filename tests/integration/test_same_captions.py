@@ -20,7 +20,7 @@ from imcap_ray.models.encoders import build_encoder
 from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.models.model_folder import below, read_model_folder
 from imcap_ray.scoring.metrics import score
-from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, START_ID
+from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS
 
 NUM_IMAGES = 100
 FLICKR8K = os.environ.get("IMCAP_FLICKR8K", "")
@@ -42,7 +42,7 @@ def plain_caption(decoder: Decoder, features: Tensor, search: SearchConfig) -> t
         image_of_caption = torch.zeros(len(live), dtype=torch.long)
         logits = decoder(features, torch.tensor([words for _, words in live]), lengths, image_of_caption)
         for (logprob, words), log_probs in zip(live, logits[-len(live) :].log_softmax(dim=-1), strict=True):
-            log_probs[list(NEVER_SAID)] = float("-inf")
+            log_probs[list(SUPPRESSED_TOKEN_IDS)] = float("-inf")
             values, next_words = log_probs.topk(search.beam_size)
             if position == search.max_length:
                 values, next_words = log_probs[[END_ID]], torch.tensor([END_ID])

@@ -299,13 +299,13 @@ def test_what_leads_out_of_a_folder_is_not_inside_it(folder: str, location: str)
 
 def test_the_message_on_a_path_that_leads_out_says_where_it_stands_and_how_to_allow_it() -> None:
     with pytest.raises(InputError) as caught:
-        storage.place("../b.jpg", base="/in/deep/er", folders=["/in/deep/er"], source="a, row 3", allow_outside=False)
+        storage.locate("../b.jpg", base="/in/deep/er", folders=["/in/deep/er"], source="a, row 3", allow_outside=False)
 
     for words in ("a, row 3: ", "'../b.jpg'", " /in/deep/er;", "--allow-outside-paths"):
         assert words in str(caught.value)
-    place = storage.place("../b.jpg", base="/in/deep", folders=["/in/deep"], source="", allow_outside=True)
+    place = storage.locate("../b.jpg", base="/in/deep", folders=["/in/deep"], source="", allow_outside=True)
     assert place == "/in/deep/../b.jpg"
-    assert storage.place("../b.jpg", base="/in/deep", folders=["/in"], source="", allow_outside=False) == place
+    assert storage.locate("../b.jpg", base="/in/deep", folders=["/in"], source="", allow_outside=False) == place
 
 
 # ---- secrets
@@ -334,7 +334,7 @@ def test_a_uri_with_a_secret_is_refused_without_repeating_it(location: str) -> N
         storage.absolute(location)
     assert PLANTED not in str(caught.value)
     with pytest.raises(InputError) as caught:
-        storage.place(location, base="/a", folders=["/a"], source="a.parquet, row 1", allow_outside=True)
+        storage.locate(location, base="/a", folders=["/a"], source="a.parquet, row 1", allow_outside=True)
     assert "a.parquet, row 1" in str(caught.value)
     assert PLANTED not in str(caught.value)
 
@@ -363,7 +363,7 @@ def test_a_key_never_reaches_a_file_system(caplog: pytest.LogCaptureFixture) -> 
 )
 def test_a_uri_without_a_secret_is_taken(location: str) -> None:
     storage.absolute(location)
-    storage.place(location, base="/", folders=["/"], source="", allow_outside=True)
+    storage.locate(location, base="/", folders=["/"], source="", allow_outside=True)
 
 
 def test_a_key_in_a_bucket_may_look_like_a_query() -> None:

@@ -47,7 +47,7 @@ def load_dataset(
     *,
     columns: ColumnOptions = BY_NAME,
     allow_outside_paths: bool = False,
-    look_for_files: bool = True,
+    count_missing_files: bool = True,
     refuse_leaks: bool = True,
 ) -> CaptionedImages:
     """The captioned images of a folder or file, its format recognised by looking.
@@ -55,7 +55,7 @@ def load_dataset(
     Args:
         columns: of Parquet tables, as the user names them; an error where the data are in another format.
         allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
-        look_for_files: whether to note how many of the images have no file, where they are on a local disk.
+        count_missing_files: whether to note how many of the images have no file, where they are on a local disk.
         refuse_leaks: whether an image in two splits is an error.
 
     Raises:
@@ -80,7 +80,11 @@ def load_dataset(
             if dataset.leaks and refuse_leaks:
                 raise _leaks(dataset)
             dataset = _in_the_form_on_disk(dataset)
-            return replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)]) if look_for_files else dataset
+            return (
+                replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)])
+                if count_missing_files
+                else dataset
+            )
     raise DatasetError(f"{location} holds no captioned images: expected {_EXPECTED}")
 
 
@@ -138,7 +142,7 @@ def _check_places(dataset: CaptionedImages, folder: str, allow_outside_paths: bo
         for number, row in enumerate(table.select(["image_id", "image_path"]).to_pylist()):
             if row["image_path"]:
                 name = number if storage.is_uri(row["image_id"]) else repr(row["image_id"])  # a URI may hold a secret
-                storage.place(
+                storage.locate(
                     row["image_path"],
                     base=folder,
                     folders=[folder],

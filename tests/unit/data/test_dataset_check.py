@@ -30,7 +30,9 @@ def flickr8k(tmp_path: Path, make_flickr8k: Callable[..., Path]) -> Path:
 
 
 def check(data: Path, **options: Any) -> DataCheck:
-    return check_dataset(load_dataset(str(data), look_for_files=False, refuse_leaks=False), recipe=Recipe(), **options)
+    return check_dataset(
+        load_dataset(str(data), count_missing_files=False, refuse_leaks=False), recipe=Recipe(), **options
+    )
 
 
 def image(data: Path, number: int) -> Path:

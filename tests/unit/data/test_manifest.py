@@ -18,7 +18,14 @@ from imcap_ray.data import manifest
 from imcap_ray.data.columns import ColumnOptions, ImageColumns
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_reading import read_rows
-from imcap_ray.data.manifest import InputSummary, build_manifest, largest_row_group, read_image_columns, update_manifest
+from imcap_ray.data.manifest import (
+    InputOptions,
+    InputSummary,
+    build_manifest,
+    largest_row_group,
+    read_image_columns,
+    update_manifest,
+)
 from imcap_ray.data.parquet_images import read_table_images
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import InputError
@@ -94,7 +101,7 @@ def test_a_folder_is_read_with_all_below_it(source: Path, target: str) -> None:
 def test_a_folder_is_read_alone_when_asked(source: Path, target: str) -> None:
     touch(source, "a.jpg", "deep/b.jpg", "deep/c.txt")
 
-    summary = build_manifest(str(source), target, recursive=False)
+    summary = build_manifest(str(source), target, InputOptions(recursive=False))
 
     assert summary == InputSummary(num_images=1, num_ignored=0, description="folder")
     assert ids(target) == ["a.jpg"]
@@ -145,7 +152,7 @@ def test_a_name_that_is_not_utf8_is_a_row_like_the_others(source: Path, target: 
 def test_a_limit_takes_the_first(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(5)))
 
-    assert build_manifest(str(source), target, limit=3).num_images == 3
+    assert build_manifest(str(source), target, InputOptions(limit=3)).num_images == 3
     assert ids(target) == ["0.jpg", "1.jpg", "2.jpg"]
 
 
@@ -190,7 +197,7 @@ def test_new_images_get_numbers_behind_the_old_ones(source: Path, target: str) -
 
 def test_a_limit_can_be_lifted_later(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(4)))
-    build_manifest(str(source), target, limit=2)
+    build_manifest(str(source), target, InputOptions(limit=2))
 
     assert build_manifest(str(source), target).num_images == 4
     assert ids(target) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
@@ -286,7 +293,7 @@ def test_a_path_that_leads_out_of_the_folder_is_refused_before_anything_is_writt
     for words in (f"{table}, row 4: ", repr(path), f" {source};", "--allow-outside-paths"):
         assert words in str(caught.value)
     assert not Path(target).exists()
-    assert build_manifest(str(table), target, limit=3).num_images == 3
+    assert build_manifest(str(table), target, InputOptions(limit=3)).num_images == 3
 
 
 @pytest.mark.parametrize("kind", ["path", "struct"])
@@ -294,7 +301,7 @@ def test_a_path_may_lead_anywhere_when_that_is_allowed(source: Path, target: str
     column = {"path": OUTSIDE} if kind == "path" else {"image": hugging_face([None] * 5, OUTSIDE)}
     write_table(source / "list.parquet", column)
 
-    build_manifest(str(source / "list.parquet"), target, allow_outside_paths=True)
+    build_manifest(str(source / "list.parquet"), target, InputOptions(allow_outside_paths=True))
 
     assert [row["image_path"] for row in read(target)] == [
         *OUTSIDE[:2],
@@ -329,7 +336,7 @@ def test_a_path_with_a_secret_is_refused_even_where_paths_may_lead_out(source: P
     path = write_table(source / "list.parquet", {"path": ["a.jpg", signed]})
 
     with pytest.raises(InputError, match=f"{path}, row 1: ") as caught:
-        build_manifest(str(path), target, allow_outside_paths=True)
+        build_manifest(str(path), target, InputOptions(allow_outside_paths=True))
     assert "planted" not in str(caught.value)
 
 
@@ -390,7 +397,7 @@ def test_a_null_is_an_image_that_is_missing_and_stays_a_row(source: Path, target
 def test_a_limit_ends_within_a_table(source: Path, target: str) -> None:
     path = write_table(source / "a.parquet", {"image": IMAGES, "id": list("abcdefg")})
 
-    assert build_manifest(str(path), target, limit=5).num_images == 5
+    assert build_manifest(str(path), target, InputOptions(limit=5)).num_images == 5
     assert ids(target) == list("abcde")
 
 
@@ -486,7 +493,7 @@ def test_bytes_that_are_no_images_are_never_guessed(source: Path, target: str, n
     with pytest.raises(InputError, match=f"no column of images: .*--image-column.*; the values of {name} are not imag"):
         build_manifest(str(table), target)
 
-    build_manifest(str(table), target, columns=ColumnOptions(image=name))
+    build_manifest(str(table), target, InputOptions(columns=ColumnOptions(image=name)))
     assert captured_bytes(read(target), target) == [bytes(600)] * 7
 
 
@@ -505,7 +512,7 @@ def test_several_columns_of_images_are_refused_until_one_is_named(source: Path, 
     with pytest.raises(InputError, match=r"columns of images, left \(bytes\) and right \(bytes\): give --image-column"):
         build_manifest(str(table), target)
     assert not Path(target).exists()
-    summary = build_manifest(str(table), target, columns=ColumnOptions(image="right"))
+    summary = build_manifest(str(table), target, InputOptions(columns=ColumnOptions(image="right")))
 
     assert summary.notes == (f"{table}: images from column right (bytes), ids from column id",)
     assert captured_bytes(read(target), target) == THUMBNAILS
@@ -533,14 +540,14 @@ def test_a_column_that_is_named_and_does_not_fit_is_refused(
     table = {"image": IMAGES[:2], "number": [1, 1], "words": [["a"], ["b"]]}
 
     with pytest.raises(InputError, match=message):
-        build_manifest(str(write_table(source / "a.parquet", table)), target, columns=columns)
+        build_manifest(str(write_table(source / "a.parquet", table)), target, InputOptions(columns=columns))
     assert not Path(target).exists()
 
 
 def test_the_ids_are_those_of_the_column_that_is_named(source: Path, target: str) -> None:
     table = write_table(source / "a.parquet", {"image": IMAGES[:2], "id": [1, 2], "sku": ["x", "y"]})
 
-    summary = build_manifest(str(table), target, columns=ColumnOptions(id="sku"))
+    summary = build_manifest(str(table), target, InputOptions(columns=ColumnOptions(id="sku")))
 
     assert ids(target) == ["x", "y"]
     assert summary.id_column == "sku"
@@ -549,13 +556,13 @@ def test_the_ids_are_those_of_the_column_that_is_named(source: Path, target: str
 def test_the_columns_of_an_input_stay_what_they_were(source: Path, target: str) -> None:
     columns = {"image": IMAGES[:3], "photo": THUMBNAILS[:3], "id": list("abc"), "sku": list("xyz")}
     table = str(write_table(source / "a.parquet", columns))
-    build_manifest(table, target, columns=ColumnOptions(image="photo", id="sku"))
+    build_manifest(table, target, InputOptions(columns=ColumnOptions(image="photo", id="sku")))
 
     with pytest.raises(InputError, match="read from column photo, and would now be read from image: give --image-col"):
         build_manifest(table, target)
     with pytest.raises(InputError, match="those of column sku, and would now be those of column id: give --id-column"):
-        build_manifest(table, target, columns=ColumnOptions(image="photo"))
-    assert build_manifest(table, target, columns=ColumnOptions(image="photo", id="sku")).num_images == 3
+        build_manifest(table, target, InputOptions(columns=ColumnOptions(image="photo")))
+    assert build_manifest(table, target, InputOptions(columns=ColumnOptions(image="photo", id="sku"))).num_images == 3
     assert ids(target) == list("xyz")
     assert captured_bytes(read(target), target) == THUMBNAILS[:3]
 
@@ -644,12 +651,12 @@ def test_the_manifest_of_an_earlier_version_is_read_as_it_was_and_grows(source: 
 def test_the_manifest_of_an_earlier_version_that_chose_otherwise_is_refused(source: Path, target: str) -> None:
     columns = {"thumbnail": THUMBNAILS[:3], "image_path": ["a.jpg", "b.jpg", "c.jpg"], "id": list("abc")}
     table = str(write_table(source / "a.parquet", columns))
-    build_manifest(table, target, columns=ColumnOptions(image="thumbnail"))
+    build_manifest(table, target, InputOptions(columns=ColumnOptions(image="thumbnail")))
     without_columns(target)
 
     with pytest.raises(InputError, match="read from column thumbnail, and would now be read from image_path: give"):
         build_manifest(table, target)
-    build_manifest(table, target, columns=ColumnOptions(image="thumbnail"))
+    build_manifest(table, target, InputOptions(columns=ColumnOptions(image="thumbnail")))
     assert captured_bytes(read(target), target) == THUMBNAILS[:3]
 
 
@@ -699,7 +706,7 @@ def test_a_table_that_names_other_images_than_those_next_to_it_is_refused_by_nam
         InputError, match=r"1 image file, and its table data/t.parquet names images .*row 1: .*photos/a"
     ):
         build_manifest(str(source), target)
-    assert build_manifest(str(source / "data"), target, allow_outside_paths=True).num_images == 2
+    assert build_manifest(str(source / "data"), target, InputOptions(allow_outside_paths=True)).num_images == 2
 
 
 @pytest.mark.parametrize(
@@ -956,11 +963,11 @@ def test_what_a_table_of_paths_names_has_changed_when_that_file_has(source: Path
     (source / "tables").mkdir()
     table = source / "tables" / "t.parquet"
     write_table(table, {"path": [f"{source}/a.jpg", f"{source}/b.jpg"]})
-    build_manifest(str(table), target, allow_outside_paths=True)
+    build_manifest(str(table), target, InputOptions(allow_outside_paths=True))
     (source / "b.jpg").write_bytes(b"changed")
     write_table(table, {"path": [f"{source}/{name}.jpg" for name in "abc"]})
 
-    summary = build_manifest(str(table), target, allow_outside_paths=True)
+    summary = build_manifest(str(table), target, InputOptions(allow_outside_paths=True))
 
     assert ids(target) == [f"{source}/{name}.jpg" for name in "abc"]
     assert summary.changed["image_id"].to_pylist() == [f"{source}/b.jpg"]

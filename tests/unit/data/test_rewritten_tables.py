@@ -19,7 +19,7 @@ from imcap_ray.data import image_reading, table_listing
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.datasets.dataset import Collector
 from imcap_ray.data.image_reading import Row, read_rows
-from imcap_ray.data.manifest import build_manifest, update_manifest
+from imcap_ray.data.manifest import InputOptions, build_manifest, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
@@ -59,7 +59,7 @@ def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False,
     """What a captioning run does, without Ray: list, take out what is to be done again, read, write."""
     if folder.read_run() is None:
         folder.write_run({"input": str(source), "state": "running"})
-    found = build_manifest(str(source), folder.manifest, limit=limit)
+    found = build_manifest(str(source), folder.manifest, InputOptions(limit=limit))
     folder.forget_changed(found.changed)
     if retry_failed:
         folder.forget_failed()

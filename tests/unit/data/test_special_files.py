@@ -20,7 +20,7 @@ import pytest
 from imcap_ray import storage
 from imcap_ray.data import tar_images
 from imcap_ray.data.image_reading import read_rows
-from imcap_ray.data.manifest import build_manifest
+from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.errors import ImageError, InputError
 from tests.small_data import jpeg, write_tar
@@ -158,7 +158,7 @@ def test_a_file_with_any_modification_time_is_listed_and_read(tmp_path: Path, ki
         pq.write_table(pa.table({"path": [str(path)]}), location)
 
     for _ in range(2):
-        found = build_manifest(str(location), str(tmp_path / "manifest"), allow_outside_paths=True)
+        found = build_manifest(str(location), str(tmp_path / "manifest"), InputOptions(allow_outside_paths=True))
         assert (found.num_images, found.changed.num_rows) == (1, 0)
 
     [(_, data)] = read_rows(manifest_rows(tmp_path / "manifest"), None)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imcap_ray.data.image_reading import read_rows
-from imcap_ray.data.manifest import InputSummary, build_manifest
+from imcap_ray.data.manifest import InputOptions, InputSummary, build_manifest
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.data.tar_images import (
     IdSet,
@@ -85,7 +85,7 @@ def test_ids_are_keys_and_stay_when_tars_are_added(tmp_path: Path) -> None:
     write_tar(source / "deep/1.tar", {"a.jpg": jpeg(3), ".hidden.jpg": jpeg(4), "a.webp": jpeg(5), "c.jpg.bak": b"x"})
     ids = ["a", "deep/b", "deep/b.right.png", "deep/1/a", "a.webp"]
 
-    first = build_manifest(str(source), str(tmp_path / "manifest"), limit=3)
+    first = build_manifest(str(source), str(tmp_path / "manifest"), InputOptions(limit=3))
     assert [row["image_id"] for row in read_manifest(tmp_path / "manifest")] == ids[:3]
     build_manifest(str(source), str(tmp_path / "manifest"))
     assert [row["image_id"] for row in read_manifest(tmp_path / "manifest")] == ids

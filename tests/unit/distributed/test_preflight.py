@@ -21,7 +21,7 @@ from imcap_ray.cli import main, submit
 from imcap_ray.config import load_recipe
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets import load_dataset
-from imcap_ray.data.manifest import build_manifest
+from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.distributed import jobs, training_plan
 from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
 from imcap_ray.distributed.cluster import ClusterResources, require
@@ -228,7 +228,7 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
         plan(None)
     found = plan("left")
     folder.write_run(_identity(str(table), EchoCaptioner()) | {"image_column": "left", "id_column": "id"})
-    build_manifest(str(table), folder.manifest, columns=ColumnOptions(image="left"))
+    build_manifest(str(table), folder.manifest, InputOptions(columns=ColumnOptions(image="left")))
 
     assert (found.image_column, found.id_column) == ("left", "id")
     assert found.notes == (f"{table}: images from column left (bytes), ids from column id",)

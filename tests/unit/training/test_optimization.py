@@ -17,7 +17,7 @@ from torch import Tensor
 from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCriticalConfig, TrainingConfig
 from imcap_ray.models.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.scoring.cider import CiderD
-from imcap_ray.text.vocabulary import END_ID, NEVER_SAID, PADDING_ID, START_ID, Vocabulary
+from imcap_ray.text.vocabulary import END_ID, PADDING_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
 from imcap_ray.training import batches, optimization
 from imcap_ray.training.batches import make_batch
 from imcap_ray.training.optimization import Optimization, learning_rate_factor
@@ -234,7 +234,7 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
 
     step, state = decoder.start(features, 1)
     probabilities = step(torch.tensor([[START_ID]]), state)[0][0, 0].exp().detach()
-    probabilities[list(NEVER_SAID)] = 0.0
+    probabilities[list(SUPPRESSED_TOKEN_IDS)] = 0.0
     probabilities = probabilities / probabilities.sum()
     frequencies = torch.bincount(torch.tensor(drawn), minlength=VOCABULARY_SIZE) / len(drawn)
     errors = (probabilities * (1 - probabilities) / len(drawn)).sqrt()
@@ -252,10 +252,10 @@ def test_a_step_knows_the_probabilities_that_captions_are_drawn_with(decoder: De
             step, state = decoder.start(features[image : image + 1], 1)
             for token, following in itertools.pairwise(ids):
                 log_probs, state = step(torch.tensor([[token]]), state)
-                log_probs[..., list(NEVER_SAID)] = float("-inf")
+                log_probs[..., list(SUPPRESSED_TOKEN_IDS)] = float("-inf")
                 expected -= float((log_probs.detach() / temperature).log_softmax(dim=-1)[0, 0, following])
     optimization = Optimization(
-        decoder, decoder, PLAIN, total_steps=9, temperature=temperature, forbidden_ids=NEVER_SAID
+        decoder, decoder, PLAIN, total_steps=9, temperature=temperature, forbidden_ids=SUPPRESSED_TOKEN_IDS
     )
 
     found, num_tokens = optimization.step(make_batch(features, drawn, CPU, advantages=[[0.3, -0.1, -0.2]] * NUM_IMAGES))
@@ -264,7 +264,7 @@ def test_a_step_knows_the_probabilities_that_captions_are_drawn_with(decoder: De
     assert num_tokens == sum(len(ids) - 1 for of_image in drawn for ids in of_image)
     bias = decoder.output_bias if isinstance(decoder, AttentionDecoder) else decoder.output.bias
     assert bias.grad is not None
-    assert bias.grad[list(NEVER_SAID)].tolist() == [0.0, 0.0, 0.0]
+    assert bias.grad[list(SUPPRESSED_TOKEN_IDS)].tolist() == [0.0, 0.0, 0.0]
 
 
 def test_what_is_rewarded_is_said_more_often() -> None:
