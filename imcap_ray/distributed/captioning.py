@@ -31,8 +31,8 @@ from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.duplicate_filter import end_image_index, start_image_index
 from imcap_ray.distributed.gcs_watch import when_lost
 from imcap_ray.distributed.image_pipeline import (
-    GOES_ON,
-    BatchReporter,
+    RESUME_HINT,
+    ActorReporter,
     default_num_actors,
     map_images,
     num_blocks,
@@ -51,7 +51,7 @@ from imcap_ray.errors import (
 )
 from imcap_ray.models.caption import Caption, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
-from imcap_ray.runs.lease import require_owner
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
 MAX_COUNTED: Final = 100_000
@@ -105,7 +105,7 @@ class CaptionImages:
     """
 
     def __init__(
-        self, *, load_captioner: Callable[[], ImageCaptioner], reporter: BatchReporter, gpus: float = 0.0
+        self, *, load_captioner: Callable[[], ImageCaptioner], reporter: ActorReporter, gpus: float = 0.0
     ) -> None:
         self._reporter = reporter
         self._isolated = Isolated(partial(_CaptionRows, load_captioner, gpus)) if is_repeated_work() else None
@@ -407,7 +407,7 @@ def caption_images(
     # The same command that died while the new took the place of the old has nothing more to replace.
     is_replacing = overwrite and final.read_run() is not None and not (is_replaced and final.is_of(identity))
     if is_replacing:
-        final.take_over()  # whoever writes there stops
+        Lease.acquire(final.work)  # whoever writes there stops
         final.recover()
         folder = final.next()
         if not folder.is_of(identity):
@@ -422,7 +422,7 @@ def caption_images(
         "started": started,
     }
     before = folder.read_run()
-    check = partial(require_owner, folder.work, folder.take_over())
+    check = Lease.acquire(folder.work).require
     heartbeat = _Heartbeat(folder, started, check)
 
     def show(progress: Progress) -> None:
@@ -518,7 +518,7 @@ def caption_images(
             folder.recover()  # of processes that this run has lost sight of
             # What was taken for a duplicate and has no twin is not done after all. It is not asked for again: the
             # index would answer the same.
-            is_settled = folder.settle_duplicates() == 0
+            is_settled = folder.resolve_duplicates() == 0
             end_image_index(index)
             index = None
             done, done_before = len(folder.done_ids()), done
@@ -528,7 +528,7 @@ def caption_images(
                     "are damaged: give --overwrite to start anew"
                 )
         check()
-        folder.check_accounts()
+        folder.verify_row_counts()
         counts, error_counts = folder.count_rows()
         seconds = time.time() - start
         summary = CaptioningSummary(
@@ -563,7 +563,7 @@ def _told_as_ours() -> Iterator[None]:
         yield
     except (OSError, pa.ArrowException) as error:
         reason = storage.hide_secrets(without_ray_advice(str(error)))
-        raise ImcapError(f"stopped by an error: {reason}; {GOES_ON}") from error
+        raise ImcapError(f"stopped by an error: {reason}; {RESUME_HINT}") from error
 
 
 @contextmanager
@@ -658,8 +658,8 @@ def _prepare(
     if found.image_column:
         run |= {"image_column": found.image_column, "id_column": found.id_column}
     folder.write_run(run | {"state": "running"})
-    num_changed = folder.forget_changed(found.changed)
-    num_failed = folder.forget_failed() if retry_failed else 0
+    num_changed = folder.delete_changed_rows(found.changed)
+    num_failed = folder.delete_failed_rows() if retry_failed else 0
     for number, what in ((num_changed, "changed since"), (num_failed, "failed before")):
         if number:
             reporter.report(f"{number:,} image{'s' * (number != 1)} {what}: to be captioned again")

@@ -17,7 +17,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError
-from imcap_ray.runs.checksums import find_damage
+from imcap_ray.runs.checksums import find_corrupt_files
 from imcap_ray.training.phases import SCORE
 
 HISTORY_FILE: Final = "history.json"
@@ -152,7 +152,7 @@ def _locations(run: str) -> list[str]:
 
 
 def _load(location: str) -> EpochCheckpoint:
-    for name, what in find_damage(location).items():
+    for name, what in find_corrupt_files(location).items():
         raise DamagedCheckpointError(f"checkpoint {location}: {name} {what}")
     place = storage.join(location, HISTORY_FILE)
     try:

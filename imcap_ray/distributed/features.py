@@ -26,7 +26,7 @@ from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
-from imcap_ray.distributed.image_pipeline import BatchReporter, map_images, origin_of, repeating, stack_pixels
+from imcap_ray.distributed.image_pipeline import ActorReporter, map_images, origin_of, repeating, stack_pixels
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite
@@ -35,8 +35,8 @@ from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.models.encoders import Encoder, resolve_preprocessing
 from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
-from imcap_ray.runs.checksums import find_damage, seal, sealed_names
-from imcap_ray.runs.feature_folder import SEAL, FeatureFolder
+from imcap_ray.runs.checksums import checksummed_files, find_corrupt_files, write_checksums
+from imcap_ray.runs.feature_folder import CHECKSUM_FILE, FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.training.batches import augmentation
 
@@ -110,7 +110,7 @@ class EncodeImages:
     """Loaded images -> their features. One lives in each actor of the pool."""
 
     def __init__(
-        self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: BatchReporter, gpus: float = 0.0
+        self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: ActorReporter, gpus: float = 0.0
     ) -> None:
         device = choose_device(gpus)
         with reporter.working():
@@ -249,12 +249,12 @@ def complete_cache(
     """Encode what the folder lacks of the images of a manifest, and seal the parts that have all of them."""
     folder, notes = use.location, []
     origins = {row["image_id"]: origin_of(row) for batch in manifest.to_batches() for row in batch.to_pylist()}
-    damage = find_damage(folder, seal_name=SEAL)
-    if SEAL not in damage:
+    damage = find_corrupt_files(folder, file_name=CHECKSUM_FILE)
+    if CHECKSUM_FILE not in damage:
         notes = [f"{folder}/{name} {what}: its images are encoded again" for name, what in damage.items()]
         for name in damage:  # a part that no seal names is taken to be intact
             storage.remove(storage.join(folder, name))
-    sealed = sealed_names(folder, seal_name=SEAL)
+    sealed = checksummed_files(folder, file_name=CHECKSUM_FILE)
     found = _survey(folder, origins, sealed)
     notes += found.describe(manifest)
     left = manifest.filter(
@@ -278,7 +278,7 @@ def complete_cache(
         )
     parts = sorted(found.whole) + [_copy_rows(folder, name, rows) for name, rows in found.mixed.items()]
     if damage or set(parts) != set(sealed):
-        seal(folder, parts, seal_name=SEAL)
+        write_checksums(folder, parts, file_name=CHECKSUM_FILE)
     use.remove_all_but(parts)
     return FeatureCache(folder, shape, manifest.num_rows, failures, parts, notes, use)
 

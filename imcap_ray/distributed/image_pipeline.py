@@ -59,7 +59,7 @@ SMALL_RUN = 512
 MOST_BLOCKS_READ = 200
 """Up to so many blocks, Ray is told how many a manifest makes."""
 
-GOES_ON = "what is written is kept; the same command resumes"
+RESUME_HINT = "what is written is kept; the same command resumes"
 
 DECODE_MEMORY = 4 * 2**30
 """Bytes for images that may have killed a process before; the largest that are decoded take about 2 GiB."""
@@ -98,7 +98,7 @@ def origin_of(row: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json.dumps([row[name] for name in names]).encode(), digest_size=12).hexdigest()
 
 
-class BatchReporter:
+class ActorReporter:
     """Tells the counter, and whoever watches Ray's metrics, how an actor of the operator spends its time."""
 
     def __init__(self, counter: Any, operator: str) -> None:
@@ -443,7 +443,7 @@ def map_images(
         stack.enter_context(repeating(functools.partial(look, release), seconds=0.5))
         dataset: Dataset = read_images(manifest, load, num_images=num_images).map_batches(
             actor_class,
-            fn_constructor_kwargs={**actor_arguments, "reporter": BatchReporter(counter, actor_class.__name__)},
+            fn_constructor_kwargs={**actor_arguments, "reporter": ActorReporter(counter, actor_class.__name__)},
             batch_size=batch_size,
             batch_format="pyarrow",
             num_cpus=1,
@@ -463,9 +463,9 @@ def map_images(
                 dataset.write_datasink(sink)
         except ExecutionTimeoutError as error:  # its text is a page about operators
             seconds = context.execution_no_progress_timeout_s
-            raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {GOES_ON}") from error
+            raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {RESUME_HINT}") from error
         except (RayError, OSError) as error:
-            raise ImcapError(f"stopped by an error: {explain(error)}; {GOES_ON}") from error
+            raise ImcapError(f"stopped by an error: {describe_error(error)}; {RESUME_HINT}") from error
     return progress
 
 
@@ -519,7 +519,7 @@ def repeating(look: Callable[[], None], *, seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def explain(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What went wrong, in one line, out of the tracebacks of Ray's processes."""
     # A chain of exceptions from other processes arrives as text, the first cause on top; the last indented line of a
     # traceback is code, what follows is the exception.

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imcap_ray import storage
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.image_pipeline import explain
+from imcap_ray.distributed.image_pipeline import describe_error
 from imcap_ray.errors import ClusterError, ImcapError
 
 MAX_NODES_ASKED: Final = 16
@@ -54,7 +54,7 @@ def require_visible(
             except (TaskUnschedulableError, WorkerCrashedError, NodeDiedError):
                 continue  # the node is gone
             except RayError as error:
-                problem = f"imcap cannot run: {explain(error)}: install on every node what imcap_ray depends on"
+                problem = f"imcap cannot run: {describe_error(error)}: install on every node what imcap_ray depends on"
             if problem:
                 raise ClusterError(f"on the cluster's node {nodes[reference]} {problem}")
 

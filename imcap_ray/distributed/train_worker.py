@@ -37,8 +37,8 @@ from imcap_ray.models.devices import require_cuda
 from imcap_ray.models.encoder_weights import FINETUNED
 from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.model_folder import below
-from imcap_ray.runs.checksums import seal
-from imcap_ray.runs.lease import is_owner, require_owner
+from imcap_ray.runs.checksums import write_checksums
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.training_run import (
     CAPTIONS_FILE,
     RUN_FOLDER,
@@ -93,7 +93,7 @@ def train_worker(config: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(config["threads"])
     # Ray starts the workers again after a failure. Was it that another run has taken over, the driver will say so.
-    if not share(is_owner(work, config["owner"]), world_size, device)[0]:
+    if not share(Lease(work, config["owner"]).is_held(), world_size, device)[0]:
         return
 
     vocabulary = Vocabulary.from_json(storage.read_bytes(storage.join(work, VOCABULARY_FILE)).decode())
@@ -184,7 +184,7 @@ def train_worker(config: dict[str, Any]) -> None:
         # Rank 0's on every worker, so that all stop at the same epoch.
         history.append(share(metrics, world_size, device)[0])
         if rank == 0:
-            _report(optimization, encoder, history, work, partial(require_owner, work, config["owner"]))
+            _report(optimization, encoder, history, work, Lease(work, config["owner"]).require)
         else:
             ray.train.report(history[-1], checkpoint_dir_name=checkpoint_name(len(history)))
 
@@ -192,7 +192,7 @@ def train_worker(config: dict[str, Any]) -> None:
 def record_stop(work: str, owner: str, reason: str) -> None:
     """Record why the workers of this run have stopped, unless another run has taken over: it would take the reason for
     its own workers'."""
-    if is_owner(work, owner):
+    if Lease(work, owner).is_held():
         write_stop(work, reason)
 
 
@@ -386,7 +386,7 @@ def _report(
         contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
         safetensors.torch.save_file(contiguous, Path(folder, WEIGHTS_FILE))
         Path(folder, HISTORY_FILE).write_text(json.dumps(history))
-        seal(folder, [STATE_FILE, WEIGHTS_FILE, HISTORY_FILE])
+        write_checksums(folder, [STATE_FILE, WEIGHTS_FILE, HISTORY_FILE])
         checkpoint = ray.train.Checkpoint.from_directory(folder)
         check()
         ray.train.report(history[-1], checkpoint=checkpoint, checkpoint_dir_name=checkpoint_name(len(history)))

@@ -36,7 +36,7 @@ from imcap_ray.distributed.cluster import ClusterResources, runtime_environment
 from imcap_ray.distributed.failure_log import FailureLog, describe_failures, watch_failures
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.gpus import require_gpus
-from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, explain, read_images, repeating
+from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, describe_error, read_images, repeating
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
 from imcap_ray.distributed.ray_internals import environment
 from imcap_ray.distributed.train_worker import train_worker
@@ -53,7 +53,7 @@ from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.model_folder import below, save_model_folder
 from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.feature_folder import FeatureFolder
-from imcap_ray.runs.lease import require_owner, take_over
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import (
     CAPTIONS_FILE,
@@ -175,8 +175,8 @@ def train(
     features = storage.absolute(features) if features else storage.join(storage.parent(model), "_features")
     if storage.is_file(features):
         raise InputError(f"--features must be a folder, got a file: {features}")
-    owner = take_over(work)  # before anything else, so that an older run of the same training writes no more
-    check = partial(require_owner, work, owner)
+    lease = Lease.acquire(work)  # before anything else, so that an older run of the same training writes no more
+    check = lease.require
     storage.remove_temporary(work)
     storage.write_bytes(storage.join(work, SETTINGS_FILE), json.dumps(prepared.settings, indent=2).encode())
     for note in data.notes:
@@ -237,7 +237,7 @@ def train(
                         inputs,
                         echo=echo,
                         work=work,
-                        owner=owner,
+                        owner=lease.token,
                         recipe=recipe,
                         seed=seed,
                         encoder=current,
@@ -515,8 +515,9 @@ def _fit(
             except SystemExit as error:  # what Ray Train makes of Ctrl-C, without a word
                 raise KeyboardInterrupt from error
             except (RayError, ray.train.TrainingFailedError) as error:
+                cause = describe_error(error)
                 raise ImcapError(
-                    f"training stopped by an error: {explain(error)}; the same command resumes after its last epoch"
+                    f"training stopped by an error: {cause}; the same command resumes after its last epoch"
                 ) from error
             finally:  # Ray Train leaves its own in place, which ends the process with 0 once the training is over
                 if threading.current_thread() is threading.main_thread():

@@ -21,7 +21,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -39,7 +38,7 @@ from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.errors import ImcapError, OutputError
 from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part
-from imcap_ray.runs.lease import require_owner, take_over
+from imcap_ray.runs.lease import Lease
 
 RUN_FILE: Final = "run.json"
 
@@ -145,10 +144,6 @@ class CaptionsFolder:
         if storage.is_folder(self.location) and not any(True for _ in storage.list_files(self.location)):
             storage.remove(self.location)
 
-    def take_over(self) -> str:
-        """Become the one run that may write here, see the function of this name."""
-        return take_over(self.work)
-
     # --- what is done ---
 
     def parts(self) -> list[str]:
@@ -189,7 +184,7 @@ class CaptionsFolder:
             counts[status] = counts.get(status, 0) + number
         return counts, {code: number for _, code, number in rows if code}
 
-    def check_accounts(self) -> None:
+    def verify_row_counts(self) -> None:
         """Raise ImcapError unless every image of the manifest is exactly one row."""
         with self._questions() as database:
             lost, repeated = database.execute(
@@ -288,7 +283,7 @@ class CaptionsFolder:
 
     # --- rows taken out and changed ---
 
-    def forget_failed(self) -> int:
+    def delete_failed_rows(self) -> int:
         """Take out the rows of failed images, so that they are captioned again; how many."""
         with self._questions() as database:
             ids = _query(
@@ -297,13 +292,13 @@ class CaptionsFolder:
             )
         return self._take_out(ids)
 
-    def forget_changed(self, changed: pa.Table) -> int:
+    def delete_changed_rows(self, changed: pa.Table) -> int:
         """Take out the rows of images whose files have changed, given as new rows of the manifest; how many."""
         count = self._take_out(changed.select(["manifest_id", "image_id"]))
         update_manifest(self.manifest, changed)
         return count
 
-    def settle_duplicates(self) -> int:
+    def resolve_duplicates(self) -> int:
         """Give images of the same bytes the same answer; how many rows were taken out, for want of one.
 
         A run captions the first that it meets and writes the others as duplicates of nothing yet. Here they get the
@@ -400,7 +395,7 @@ class CaptionsFolder:
         new = self.next()
         # Nobody who wrote to the old may write to the new; and of two that are at this, the first has to stop before
         # the second is done, for then there is no new any more, and all would be taken for old.
-        check = partial(require_owner, self.work, self.take_over())
+        check = Lease.acquire(self.work).require
         run, kept = new.read_run() or {}, {_name(path) for path in new._done_files()}
         check()
         self.write_run(run | {"output": self.location, "state": REPLACING})

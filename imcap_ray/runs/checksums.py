@@ -1,4 +1,4 @@
-"""Finished files of a folder -> a seal, by which damage to any of them is noticed later. Knows nothing of Ray."""
+"""Finished files of a folder -> their SHA-256 hashes in a file, by which corrupt files are found later."""
 
 from __future__ import annotations
 
@@ -11,57 +11,56 @@ from typing import Final
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError
 
-SEAL_FILE: Final = "seal.json"
+CHECKSUM_FILE: Final = "seal.json"
 
 _CHUNK_BYTES: Final = 16 * 2**20
 
 
-def seal(folder: str, names: Iterable[str], *, seal_name: str = SEAL_FILE) -> None:
+def write_checksums(folder: str, names: Iterable[str], *, file_name: str = CHECKSUM_FILE) -> None:
     """Write the hashes of these files of the folder to another file in it."""
     hashes = _hash_files(folder, list(names))
-    storage.write_bytes(storage.join(folder, seal_name), json.dumps(hashes, indent=2).encode())
+    storage.write_bytes(storage.join(folder, file_name), json.dumps(hashes, indent=2).encode())
 
 
-def sealed_names(folder: str, *, seal_name: str = SEAL_FILE) -> list[str]:
-    """Names of the files that the seal of a folder names; none where it is missing or unreadable.
+def checksummed_files(folder: str, *, file_name: str = CHECKSUM_FILE) -> list[str]:
+    """Names of the files whose hashes are recorded; none if the record is missing or is not JSON.
 
     Raises:
-        ImcapError: a seal is there and cannot be read.
+        ImcapError: the record exists and cannot be read.
     """
     try:
-        sealed = json.loads(_read(storage.join(folder, seal_name)))
+        hashes = json.loads(_read(storage.join(folder, file_name)))
     except (FileNotFoundError, ValueError):
         return []
-    return [str(name) for name in sealed] if isinstance(sealed, dict) else []
+    return [str(name) for name in hashes] if isinstance(hashes, dict) else []
 
 
-def find_damage(folder: str, *, seal_name: str = SEAL_FILE) -> dict[str, str]:
-    """What is wrong with the files of a sealed folder, by name; empty where each is as it was sealed.
+def find_corrupt_files(folder: str, *, file_name: str = CHECKSUM_FILE) -> dict[str, str]:
+    """What is wrong with the files whose hashes are recorded, by name; empty if nothing is.
 
-    A seal that is missing or unreadable is the only damage told of, for then nothing is known of the others.
+    If the record itself is missing or corrupt, it is the only file reported, because nothing is known of the others.
 
     Raises:
-        ImcapError: a file is there and cannot be read, so that nothing can be said of it.
+        ImcapError: a file exists and cannot be read, so that its hash is unknown.
     """
     try:
-        sealed = json.loads(_read(storage.join(folder, seal_name)))
-        hashes = {str(name): str(value) for name, value in sealed.items()}
+        hashes = {str(name): str(value) for name, value in json.loads(_read(storage.join(folder, file_name))).items()}
     except FileNotFoundError:
-        return {seal_name: "is missing"}
+        return {file_name: "is missing"}
     except (ValueError, AttributeError):
-        return {seal_name: "is not the JSON that was written"}
+        return {file_name: "is not the JSON that was written"}
     if not hashes:
-        return {seal_name: "names no file"}
-    found = _hash_files(folder, list(hashes))
+        return {file_name: "names no file"}
+    actual = _hash_files(folder, list(hashes))
     return {
-        name: "is missing" if found[name] is None else "is not what was written"
+        name: "is missing" if actual[name] is None else "is not what was written"
         for name, expected in hashes.items()
-        if found[name] != expected
+        if actual[name] != expected
     }
 
 
 def _hash_files(folder: str, names: list[str]) -> dict[str, str | None]:
-    """SHA-256 of each file; None where it is missing."""
+    """SHA-256 of each file; None if it is missing."""
     with ThreadPoolExecutor(max_workers=8) as pool:
         return dict(zip(names, pool.map(lambda name: _hash_file(storage.join(folder, name)), names), strict=True))
 

@@ -29,7 +29,7 @@ from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 
 WORK_FOLDER: Final = "_imcap"
 
-SEAL: Final = f"{WORK_FOLDER}/seal.json"
+CHECKSUM_FILE: Final = f"{WORK_FOLDER}/seal.json"
 
 DEAD_SECONDS: Final = 4 * HEARTBEAT_SECONDS
 """Age of a user's last sign of life at which it counts as dead."""

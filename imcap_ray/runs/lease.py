@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import uuid
+from dataclasses import dataclass
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError
 
 
-def take_over(work: str) -> str:
-    """Become the one run that may write to this work folder; the name under which `is_owner` knows it.
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One run's right to write to a work folder. Processes of other machines may hold copies of it."""
 
-    A process of a run that was thought dead writes nothing after that.
-    """
-    token = uuid.uuid4().hex
-    storage.write_bytes(storage.join(work, "owner"), token.encode())
-    return token
+    work: str
+    """The work folder, `_imcap` or `_training`, below the output."""
+    token: str
+    """What the folder's file `owner` holds while this run may write."""
 
+    @classmethod
+    def acquire(cls, work: str) -> Lease:
+        """Acquire the lease. A run that held it before, or a process of it that was thought dead, writes no more."""
+        lease = cls(work, uuid.uuid4().hex)
+        storage.write_bytes(storage.join(work, "owner"), lease.token.encode())
+        return lease
 
-def is_owner(work: str, token: str) -> bool:
-    """Whether the run that took the name `token` may still write."""
-    return storage.read_bytes(storage.join(work, "owner")).decode() == token
+    def is_held(self) -> bool:
+        """Whether no other run has acquired the lease since."""
+        return storage.read_bytes(storage.join(self.work, "owner")).decode() == self.token
 
-
-def require_owner(work: str, token: str) -> None:
-    """Raise ImcapError if another run has taken over.
-
-    Here, and not where images are captioned, for the processes that write parts need no torch: importing it costs each
-    of them seconds.
-    """
-    if not is_owner(work, token):
-        raise ImcapError(f"another run has taken over {storage.parent(work)}: this one must not write there")
+    def require(self) -> None:
+        """Raise ImcapError if another run has acquired the lease."""
+        if not self.is_held():
+            raise ImcapError(f"another run has taken over {storage.parent(self.work)}: this one must not write there")

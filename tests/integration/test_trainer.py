@@ -23,7 +23,7 @@ from imcap_ray.distributed.training_plan import prepare_training
 from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.model_folder import read_model_folder
-from imcap_ray.runs.lease import take_over
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 from tests.hang_guard import HANG_SECONDS
@@ -225,7 +225,7 @@ def test_a_training_that_another_run_has_taken_over_stops_and_writes_no_more(
 
     def begin_another(line: str) -> None:
         if line.startswith("epoch 1:"):
-            take_over(str(model / "_training"))
+            Lease.acquire(str(model / "_training"))
             num_epochs.append(len(metrics.read_text().splitlines()))
 
     with pytest.raises(ImcapError, match=f"another run has taken over {model}: this one must not write there"):

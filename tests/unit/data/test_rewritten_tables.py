@@ -60,9 +60,9 @@ def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False,
     if folder.read_run() is None:
         folder.write_run({"input": str(source), "state": "running"})
     found = build_manifest(str(source), folder.manifest, InputOptions(limit=limit))
-    folder.forget_changed(found.changed)
+    folder.delete_changed_rows(found.changed)
     if retry_failed:
-        folder.forget_failed()
+        folder.delete_failed_rows()
     read_and_write(folder, manifest_rows(folder.manifest))
 
 
@@ -95,7 +95,7 @@ def read_and_write(folder: CaptionsFolder, rows: list[Row]) -> None:
 
 def results(folder: CaptionsFolder) -> dict[str, str]:
     """By image id the name of the content that was captioned, or the error code."""
-    folder.check_accounts()
+    folder.verify_row_counts()
     rows = [row for part in folder.parts() for row in read_table(part).to_pylist()]
     return {row["image_id"]: row["caption"] or row["error_code"] for row in rows}
 

@@ -11,7 +11,7 @@ import pytest
 from imcap_ray import storage
 from imcap_ray.distributed.checkpoints import checkpoint_name, choose_best, newest_checkpoint, recover
 from imcap_ray.errors import ImcapError
-from imcap_ray.runs.checksums import SEAL_FILE, seal
+from imcap_ray.runs.checksums import CHECKSUM_FILE, write_checksums
 
 STATE = "state.bin"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -33,7 +33,7 @@ def write_checkpoint(run: str, scores: list[float], phases: Sequence[str] = ()) 
     ]
     storage.write_bytes(storage.join(folder, STATE), bytes(range(256)) * len(scores))
     storage.write_bytes(storage.join(folder, "history.json"), json.dumps(history).encode())
-    seal(folder, [STATE, "history.json"])
+    write_checksums(folder, [STATE, "history.json"])
     return folder
 
 
@@ -58,7 +58,7 @@ def recovered(run: str, *, finished_epochs: int) -> tuple[int, list[str]]:
     return (newest.epoch if newest else 0), lines
 
 
-@pytest.mark.parametrize("name", [STATE, "history.json", SEAL_FILE])
+@pytest.mark.parametrize("name", [STATE, "history.json", CHECKSUM_FILE])
 @pytest.mark.parametrize("damage", [truncate, corrupt, storage.remove])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_newest(run: str, name: str, damage: Damage) -> None:
     folders = write_epochs(run, 0.1, 0.2, 0.3)
@@ -82,7 +82,7 @@ def test_a_checkpoint_whose_seal_does_not_name_what_is_lost_is_passed_over(
     run: str, sealed: list[str], lost: str
 ) -> None:
     folders = write_epochs(run, 0.1, 0.2)
-    seal(folders[1], sealed)
+    write_checksums(folders[1], sealed)
     storage.remove(storage.join(folders[1], lost))
 
     epoch, lines = recovered(run, finished_epochs=2)
@@ -94,7 +94,7 @@ def test_a_checkpoint_whose_seal_does_not_name_what_is_lost_is_passed_over(
 def test_a_checkpoint_without_an_epoch_in_its_history_is_passed_over(run: str, content: bytes) -> None:
     folders = write_epochs(run, 0.1, 0.2)
     storage.write_bytes(storage.join(folders[1], "history.json"), content)
-    seal(folders[1], [STATE, "history.json"])
+    write_checksums(folders[1], [STATE, "history.json"])
 
     assert recovered(run, finished_epochs=2)[0] == 1
 
@@ -184,7 +184,7 @@ def test_a_training_without_one_whole_checkpoint_stops_and_says_why_and_what_to_
 
 
 def test_a_first_checkpoint_that_a_kill_cut_short_is_no_reason_to_stop(run: str) -> None:
-    storage.remove(storage.join(write_checkpoint(run, [0.1]), SEAL_FILE))
+    storage.remove(storage.join(write_checkpoint(run, [0.1]), CHECKSUM_FILE))
 
     epoch, lines = recovered(run, finished_epochs=0)
 

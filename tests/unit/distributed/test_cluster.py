@@ -6,7 +6,7 @@ import pytest
 
 from imcap_ray.distributed import cluster
 from imcap_ray.distributed.cluster import START_TIMEOUT_VARIABLE, without_ray_advice
-from imcap_ray.distributed.image_pipeline import explain
+from imcap_ray.distributed.image_pipeline import describe_error
 from imcap_ray.distributed.ray_internals import START_TIMEOUT_SECONDS
 from imcap_ray.errors import InputError
 
@@ -24,7 +24,7 @@ def test_advice_for_programmers_of_ray_is_cut_and_the_cause_stays() -> None:
     )
 
     assert without_ray_advice(RETRIES) == cause
-    assert explain(OSError(RETRIES)) == cause
+    assert describe_error(OSError(RETRIES)) == cause
 
 
 @pytest.mark.parametrize(

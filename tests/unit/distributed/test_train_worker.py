@@ -21,7 +21,7 @@ from imcap_ray.errors import ConfigError
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder
 from imcap_ray.models.model_folder import below
-from imcap_ray.runs.lease import take_over
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.training_run import take_stop
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import augmentation, make_batch
@@ -188,10 +188,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_a_worker_of_a_run_that_was_superseded_stops_nobody(tmp_path: Path) -> None:
     work = str(tmp_path)
-    first = take_over(work)
+    first = Lease.acquire(work).token
     record_stop(work, first, "the loss is not finite")
     assert take_stop(work) == "the loss is not finite"
 
-    take_over(work)
+    Lease.acquire(work)
     record_stop(work, first, "the loss is not finite")
     assert take_stop(work) is None

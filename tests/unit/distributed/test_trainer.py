@@ -27,7 +27,7 @@ from imcap_ray.distributed.phase_start import start_of_phase
 from imcap_ray.distributed.trainer import fix_validation, watch_room
 from imcap_ray.distributed.training_plan import PreparedTraining, prepare_training
 from imcap_ray.errors import ImcapError, InputError, OutputError
-from imcap_ray.runs.checksums import seal
+from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import read_validation_ids
@@ -69,7 +69,7 @@ def write_epochs(work: str, *scores: float, phases: Sequence[str] = PHASES) -> l
             weights["encoder.w"] = torch.tensor([float(epoch)])
         storage.write_bytes(storage.join(folder, "model.safetensors"), safetensors.torch.save(weights))
         storage.write_bytes(storage.join(folder, "history.json"), json.dumps(history).encode())
-        seal(folder, ["model.safetensors", "history.json"])
+        write_checksums(folder, ["model.safetensors", "history.json"])
     return history
 
 

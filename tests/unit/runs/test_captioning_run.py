@@ -25,7 +25,7 @@ from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.runs.captioning_run import CaptionsFolder, _holds_any
 from imcap_ray.runs.captions_table import open_captions
-from imcap_ray.runs.lease import is_owner
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.status import CaptioningStatus, read_status
 
 IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
@@ -96,13 +96,13 @@ def test_a_waiting_duplicate_gets_the_answer_of_its_twin(tmp_path: Path) -> None
         tmp_path, [row("a", content="x"), row("b", content="y")], [row("c", "duplicate", content="x")]
     )
 
-    assert folder.settle_duplicates() == 0
+    assert folder.resolve_duplicates() == 0
 
     assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("ok", "says y", ""), "c": ("duplicate", "says x", "a")}
     assert read_table(folder.parts()[1]).schema == CAPTIONS_SCHEMA
     twin = read_table(folder.parts()[1]).to_pylist()[0]
     assert (twin["captions"], twin["confidence"], twin["num_tokens"]) == (["says x"], 0.5, 2)
-    folder.check_accounts()
+    folder.verify_row_counts()
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,12 @@ def test_the_first_of_the_manifest_is_the_original_whoever_was_captioned_first(
 ) -> None:
     folder = write_folder(tmp_path, *parts, manifest="abc")
 
-    folder.settle_duplicates()
+    folder.resolve_duplicates()
 
     wanted = {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a"), "c": ("duplicate", "says x", "a")}
     assert rows(folder) == wanted
     before = [Path(part).stat().st_mtime_ns for part in folder.parts()]
-    assert folder.settle_duplicates() == 0
+    assert folder.resolve_duplicates() == 0
     assert [Path(part).stat().st_mtime_ns for part in folder.parts()] == before
 
 
@@ -142,7 +142,7 @@ def test_a_duplicate_without_a_twin_is_taken_out_to_be_captioned(tmp_path: Path)
         [row("d", "duplicate", content="z")],
     )
 
-    assert folder.settle_duplicates() == 3
+    assert folder.resolve_duplicates() == 3
 
     assert set(rows(folder)) == {"a"}
     assert done_names(folder) == ["a"]
@@ -151,7 +151,7 @@ def test_a_duplicate_without_a_twin_is_taken_out_to_be_captioned(tmp_path: Path)
 def test_a_twin_whose_image_killed_its_process_is_not_tried_again(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", "failed", content="x"), row("b", "duplicate", content="x")])
 
-    assert folder.settle_duplicates() == 0
+    assert folder.resolve_duplicates() == 0
 
     assert rows(folder) == {"a": ("failed", "", ""), "b": ("failed", "", "")}
     assert [one["error_code"] for one in read_table(folder.parts()[0]).to_pylist()] == ["internal", "internal"]
@@ -161,7 +161,7 @@ def test_failed_images_without_a_hash_are_no_twins(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", "failed"), row("b", "failed"), row("c", content="x")])
     before = rows(folder)
 
-    assert folder.settle_duplicates() == 0
+    assert folder.resolve_duplicates() == 0
 
     assert rows(folder) == before
 
@@ -172,7 +172,7 @@ def test_failed_images_without_a_hash_are_no_twins(tmp_path: Path) -> None:
 def test_failed_rows_are_taken_out_and_nothing_else(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a"), row("b", "failed")], [row("c", "failed")], [row("d")])
 
-    assert folder.forget_failed() == 2
+    assert folder.delete_failed_rows() == 2
 
     assert set(rows(folder)) == {"a", "d"}
     assert done_names(folder) == ["a", "d"]
@@ -271,7 +271,7 @@ def test_a_copy_of_a_part_and_its_note_is_removed(tmp_path: Path, to: str) -> No
     assert rows(folder) == before
     assert folder.done_ids().tolist() == [0, 1, 2]
     assert {path.name for path in tmp_path.glob("*.parquet")} == {f"{RUN}_000000.parquet", f"{RUN}_000001.parquet"}
-    folder.check_accounts()
+    folder.verify_row_counts()
     assert folder.recover() == 0
 
 
@@ -294,7 +294,7 @@ def test_an_older_copy_without_the_answers_of_duplicates_gets_them(tmp_path: Pat
     copy_part(folder, f"{RUN}_000001.parquet", to=older, rows=[row("b", "duplicate", content="x")])
 
     assert folder.recover() == 1
-    folder.settle_duplicates()
+    folder.resolve_duplicates()
 
     assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a")}
 
@@ -369,7 +369,7 @@ def test_a_copy_of_a_manifest_file_is_removed(tmp_path: Path) -> None:
     folder.recover()
 
     assert storage.list_parquet(folder.manifest) == [original]
-    folder.check_accounts()
+    folder.verify_row_counts()
 
 
 def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> 
     stray = tmp_path / f"{OTHER}_000000.parquet"
     write_table(str(stray), pa.Table.from_pylist([row("b", content="x")], schema=CAPTIONS_SCHEMA))
 
-    assert folder.settle_duplicates() == 0
+    assert folder.resolve_duplicates() == 0
     stray.unlink()
 
     assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a")}
@@ -385,7 +385,7 @@ def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> 
 
 def test_a_run_that_was_killed_in_its_first_moment_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
     folder = CaptionsFolder(str(tmp_path))
-    folder.take_over()
+    Lease.acquire(folder.work)
     Path(folder.work, ".run.json.0123abcd").write_bytes(b"{")
 
     folder.claim(IDENTITY)
@@ -437,7 +437,7 @@ def test_of_two_that_put_the_new_in_the_place_of_the_old_the_first_stops_and_not
         folder.recover()
         assert rows(folder) == {name: ("ok", f"says {name}", "") for name in names}, stall_at
         assert (folder.read_run() or {})["model_fingerprint"] == "b" * 64
-        folder.check_accounts()
+        folder.verify_row_counts()
         assert num_steps >= min(stall_at, 12)
 
 
@@ -452,7 +452,7 @@ def test_changed_images_are_taken_out_and_the_manifest_knows_them_anew(tmp_path:
     (source / "b.jpg").write_bytes(b"newer")
 
     found = build_manifest(str(source), folder.manifest)
-    assert folder.forget_changed(found.changed) == 1
+    assert folder.delete_changed_rows(found.changed) == 1
 
     assert set(rows(folder)) == {"a.jpg", "c.jpg"}
     assert folder.done_ids().tolist() == [0, 2]
@@ -488,9 +488,9 @@ def test_accounts_that_do_not_add_up_are_an_error(
 
     if told:
         with pytest.raises(ImcapError, match=told):
-            folder.check_accounts()
+            folder.verify_row_counts()
     else:
-        folder.check_accounts()
+        folder.verify_row_counts()
 
 
 def test_a_row_of_no_image_is_an_error(tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def test_a_row_of_no_image_is_an_error(tmp_path: Path) -> None:
     write_table(folder.parts()[0], pa.Table.from_pylist([row("a"), row("z")], schema=CAPTIONS_SCHEMA))
 
     with pytest.raises(ImcapError, match="1 rows have no image"):
-        folder.check_accounts()
+        folder.verify_row_counts()
 
 
 # ---- whose it is
@@ -507,10 +507,10 @@ def test_a_row_of_no_image_is_an_error(tmp_path: Path) -> None:
 def test_only_the_run_that_came_last_may_write(tmp_path: Path) -> None:
     folder = CaptionsFolder(str(tmp_path))
 
-    first, second = folder.take_over(), folder.take_over()
+    first, second = Lease.acquire(folder.work), Lease.acquire(folder.work)
 
-    assert not is_owner(folder.work, first)
-    assert is_owner(folder.work, second)
+    assert not first.is_held()
+    assert second.is_held()
 
 
 @pytest.mark.parametrize(
@@ -576,7 +576,7 @@ def test_the_new_takes_the_place_of_the_old_whenever_it_is_interrupted(tmp_path:
 
     assert rows(folder) == {"a": ("ok", "says x", ""), "d": ("ok", "says y", "")}
     assert (folder.read_run() or {})["model"] == "new"
-    folder.check_accounts()
+    folder.verify_row_counts()
     assert np.array_equal(folder.done_ids(), [0, 1])
 
 
@@ -651,7 +651,7 @@ def test_readers_never_see_two_generations_whenever_a_replacement_is_killed(tmp_
         folder.recover()
 
         assert rows(folder) == {"a": ("ok", "says x", ""), "d": ("ok", "says y", "")}
-        folder.check_accounts()
+        folder.verify_row_counts()
         assert (folder.read_run() or {})["state"] == "complete"
         assert open_captions(str(location)).count_rows() == 2
     assert refused > 10
@@ -687,7 +687,7 @@ def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
 def test_parts_stay_readable_by_anyone(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x")], [row("b", "duplicate", content="x"), row("c")])
 
-    folder.settle_duplicates()
+    folder.resolve_duplicates()
 
     assert pq.read_table(tmp_path, schema=CAPTIONS_SCHEMA).num_rows == 3
 
