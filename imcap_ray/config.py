@@ -1,7 +1,7 @@
 """Every setting: frozen dataclasses, and TOML or JSON -> dataclass.
 
 Settings that change the answers (encoder, preprocessing, vocabulary, decoder, search, training) travel in recipes
-and model folders. Settings that change only the speed are arguments of the functions that run the work.
+and model folders, or in a `CaptioningConfig`. Settings that change only the speed are a `ResourcesConfig`.
 """
 
 from __future__ import annotations
@@ -308,6 +308,65 @@ class Recipe:
         if self.finetune.epochs and not self.self_critical.epochs:  # nothing would start from their mean
             found = self.finetune.repetitions
             _require(found == 1, "finetune.repetitions", "1 where self_critical.epochs is 0", found)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptioningConfig:
+    """What a captioning run captions, with which model, and where to: everything that changes its answers."""
+
+    input: str
+    """Folder, image, Parquet or WebDataset tars; path or URI."""
+    output: str
+    """Folder for the captions; path or URI; on a cluster one that every node sees."""
+    models: tuple[str, ...] = ()
+    """Model folders, paths or URIs; several caption together. Empty: the model of the package."""
+    encoder_weights: str | None = None
+    """File with the CNN's weights; None: they are in the model folder or are downloaded."""
+    beam_size: int | None = None
+    """As in `SearchConfig`; None here and below: as the model folder says."""
+    max_length: int | None = None
+    """As in `SearchConfig`."""
+    length_penalty: float | None = None
+    """As in `SearchConfig`."""
+    num_captions: int | None = None
+    """As in `SearchConfig`."""
+    recursive: bool = True
+    """Whether folders below the input are captioned too."""
+    limit: int | None = None
+    """Maximum number of images; None: all."""
+    image_column: str | None = None
+    """Column of a Parquet input that holds the images; None: recognised by its name and values."""
+    id_column: str | None = None
+    """Column of a Parquet input that holds the image ids; None: recognised by its name."""
+    allow_outside_paths: bool = False
+    """Whether paths in a table may point outside the input."""
+    overwrite: bool = False
+    """Start again; the old rows are removed when the new ones are complete."""
+    retry_failed: bool = False
+    """Caption images again that failed in an earlier run."""
+    max_failure_rate: float = 0.1
+    """Share of images that may fail before the run ends with exit code 3."""
+
+    @property
+    def model_name(self) -> str:
+        """The models, for people."""
+        return ", ".join(self.models) or DEFAULT_MODEL
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourcesConfig:
+    """What a command runs on: everything that changes only its speed."""
+
+    address: str | None = None
+    """A running Ray: HOST:PORT or auto; None: `RAY_ADDRESS`, otherwise this machine alone."""
+    num_actors: int | None = None
+    """Captioning processes; None: one per GPU, or per core, and more when nodes join the cluster."""
+    num_workers: int | tuple[int, int] | None = None
+    """Training processes, or the least and the most; None: one per GPU, or one."""
+    gpus_per_worker: float | None = None
+    """GPUs of each such process; None: 1 if there are any."""
+    batch_size: int | None = None
+    """Images that an actor takes at a time; None: as many as it computes together."""
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:

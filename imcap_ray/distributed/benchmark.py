@@ -33,9 +33,9 @@ from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
-from imcap_ray.distributed.image_pipeline import repeating
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import compute_batch_size
+from imcap_ray.runs.heartbeat import repeating
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
 IMAGES_PER_ROUND: Final = 64

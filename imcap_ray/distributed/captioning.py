@@ -36,7 +36,6 @@ from imcap_ray.distributed.image_pipeline import (
     default_num_actors,
     map_images,
     num_blocks,
-    repeating,
     stack_pixels,
 )
 from imcap_ray.distributed.progress import Progress
@@ -50,7 +49,8 @@ from imcap_ray.errors import (
     StalledError,
 )
 from imcap_ray.models.caption import Caption, compute_batch_size, no_memory
-from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 

@@ -71,7 +71,7 @@ def _read_digests(output: str) -> Iterator[bytes]:
     import pyarrow.compute as pc
 
     from imcap_ray.data.schemas import DUPLICATE
-    from imcap_ray.runs.captioning_run import CaptionsFolder
+    from imcap_ray.runs.captions_folder import CaptionsFolder
 
     # Those that wait for a twin do not tell that there is one.
     waits = (pc.field("status") == DUPLICATE) & (pc.field("duplicate_of") == "")

@@ -26,7 +26,7 @@ from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
 from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
-from imcap_ray.distributed.image_pipeline import ActorReporter, map_images, origin_of, repeating, stack_pixels
+from imcap_ray.distributed.image_pipeline import ActorReporter, map_images, origin_of, stack_pixels
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite
@@ -34,9 +34,9 @@ from imcap_ray.models.devices import choose_device
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.models.encoders import Encoder, resolve_preprocessing
 from imcap_ray.models.inference_optimization import optimize_for_inference
-from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.checksums import checksummed_files, find_corrupt_files, write_checksums
 from imcap_ray.runs.feature_folder import CHECKSUM_FILE, FeatureFolder
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.training.batches import augmentation
 

@@ -48,6 +48,7 @@ from imcap_ray.distributed.ray_internals import without_cluster_actors
 from imcap_ray.distributed.ray_metrics import ActorMetrics, RunMetrics
 from imcap_ray.errors import ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
+from imcap_ray.runs.heartbeat import repeating
 from imcap_ray.runs.rate import Pace
 
 IMAGES_PER_BLOCK = 64
@@ -498,25 +499,6 @@ def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> in
     if gpus_per_actor:
         return max(1, min(int(gpus / gpus_per_actor), int(cpus) - 2))
     return max(1, min(resources.physical_cores, int(cpus) - 2))
-
-
-@contextlib.contextmanager
-def repeating(look: Callable[[], None], *, seconds: float) -> Iterator[None]:
-    """Call `look` every so many seconds from a thread of its own while the block runs, and once more at its end."""
-    finished = threading.Event()
-
-    def watch() -> None:
-        while not finished.wait(seconds):
-            look()
-        look()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
 
 
 def describe_error(error: BaseException) -> str:

@@ -36,7 +36,7 @@ from imcap_ray.distributed.cluster import ClusterResources, runtime_environment
 from imcap_ray.distributed.failure_log import FailureLog, describe_failures, watch_failures
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
 from imcap_ray.distributed.gpus import require_gpus
-from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, describe_error, read_images, repeating
+from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, describe_error, read_images
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
 from imcap_ray.distributed.ray_internals import environment
 from imcap_ray.distributed.train_worker import train_worker
@@ -51,8 +51,8 @@ from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.models.encoder_weights import FINETUNED
 from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.model_folder import below, save_model_folder
-from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
 from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import (

@@ -25,7 +25,7 @@ from typing import Final
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError
-from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS
 
 WORK_FOLDER: Final = "_imcap"
 

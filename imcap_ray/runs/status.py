@@ -11,8 +11,9 @@ from typing import Any, Final
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError, InputError
-from imcap_ray.runs.captioning_run import HEARTBEAT_SECONDS, CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.captions_table import COMPLETE, REPLACING
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, SILENT_SECONDS
 from imcap_ray.runs.training_run import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
 
 RUNNING: Final = "running"
@@ -21,8 +22,6 @@ SILENT: Final = "silent"
 """Said to be running, without a sign of life: it was killed, or its machine is gone."""
 
 STARTING: Final = "starting"
-
-SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
 
 IDLE_SECONDS: Final = 2 * HEARTBEAT_SECONDS
 """After this long without an image the speed of before says nothing about the time left."""

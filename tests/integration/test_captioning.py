@@ -31,7 +31,7 @@ from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, Imcap
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.runs.captioned_images import CaptionedImageSource
-from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
 from tests.hang_guard import HANG_SECONDS

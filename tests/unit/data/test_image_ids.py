@@ -19,7 +19,7 @@ from imcap_ray.data.manifest import build_manifest, largest_row_group
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.distributed.captioning import _prepare
 from imcap_ray.errors import DatasetError, ImageError
-from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.small_data import captions_of, jpeg
 

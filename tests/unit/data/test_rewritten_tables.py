@@ -24,7 +24,7 @@ from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from imcap_ray.runs.captioned_images import CaptionedImageSource
-from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
 from tests.small_data import jpeg, write_tar
 
 CONTENTS = {name: jpeg(number, width=20, height=20) for number, name in enumerate("abcdexyz")}

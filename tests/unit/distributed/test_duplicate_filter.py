@@ -4,7 +4,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from imcap_ray.distributed.duplicate_filter import ImageIndex
-from tests.unit.runs.test_captioning_run import HASHES, row, write_folder
+from tests.unit.runs.test_captions_folder import HASHES, row, write_folder
 
 Index = ImageIndex.__ray_metadata__.modified_class  # the class itself, without an actor around it
 

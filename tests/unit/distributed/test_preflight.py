@@ -28,7 +28,7 @@ from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
 from imcap_ray.distributed.training_plan import TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
-from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.training_run import write_metrics
 from tests import small_data
 from tests.fakes import EchoCaptioner

@@ -21,7 +21,7 @@ from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.distributed.captioning import _Heartbeat
 from imcap_ray.errors import ImcapError, InputError
-from imcap_ray.runs.captioning_run import CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.status import CaptioningStatus, TrainingStatus, read_status
 from imcap_ray.runs.training_run import METRICS_FILE, WORK_FOLDER, write_heartbeat
 

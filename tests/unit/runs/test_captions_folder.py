@@ -23,7 +23,7 @@ from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
-from imcap_ray.runs.captioning_run import CaptionsFolder, _holds_any
+from imcap_ray.runs.captions_folder import CaptionsFolder, _holds_any
 from imcap_ray.runs.captions_table import open_captions
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.status import CaptioningStatus, read_status

@@ -44,9 +44,6 @@ RUN_FILE: Final = "run.json"
 
 HEARTBEAT_FILE: Final = "heartbeat.json"
 
-HEARTBEAT_SECONDS: Final = 30
-"""How often a run says that it lives; a small file each time, which an object store does not feel."""
-
 WORK_FOLDER: Final = "_imcap"
 
 _ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
