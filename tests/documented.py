@@ -15,15 +15,19 @@ FILES = (
     ROOT / "README.md",
     ROOT / "jobs" / "RESULTS.md",
     *sorted((ROOT / "jobs").glob("*.py")),
+    *sorted((ROOT / "jobs" / "benchmarks").glob("*.py")),
     *sorted((ROOT / "jobs").glob("*.yaml")),
     ROOT / "cluster.yaml",
     *sorted((ROOT / "imcap_ray" / "pretrained").glob("*/README.md")),
 )
 
 # At the start of a line, after what marks a comment, a variable or a virtual environment.
-_LINE = re.compile(r"^[#\s]*((?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?(?:imcap|ray job submit|python jobs/\w+\.py) \S.*)$")
+_LINE = re.compile(
+    r"^[#\s]*((?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?"
+    r"(?:(?:imcap|ray job submit|python jobs/\w+\.py) \S.*|python jobs/benchmarks/\w+\.py.*))$"
+)
 # In running text, with what it is given: `imcap train` alone is a name.
-_INLINE = re.compile(r"`((?:imcap [a-z]+ |python jobs/\w+\.py [a-z])[^`]+)`")
+_INLINE = re.compile(r"`(imcap [a-z]+ [^`]+|python jobs/\w+\.py [^`]+|python jobs/benchmarks/\w+\.py[^`]*)`")
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Shown:
             words = words[words.index("--") + 1 :]
         while "=" in words[0]:
             words = words[1:]
-        if words[0] == "python" and words[1] != "jobs/benchmark.py":
+        if words[0] == "python" and not words[1].startswith("jobs/benchmarks/"):
             return ["imcap", Path(words[1]).stem, *words[2:]]
         return [words[0].removeprefix(".venv/bin/"), *words[1:]]
 

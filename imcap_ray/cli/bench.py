@@ -24,7 +24,7 @@ def bench(input: str | None, **options: Any) -> None:
     """Images per second on this machine: what its cores or its GPU could do at best, and what `imcap caption` does.
 
     The images are those of INPUT, a folder or Parquet, or else made for it: noise that is as much work as photographs.
-    Nothing is left behind. `jobs/benchmark.py` has more: other ways to caption, training, millions of images.
+    Nothing is left behind. `jobs/benchmarks/` has more: alternatives, training, millions of images.
 
     \b
     imcap bench

@@ -217,7 +217,7 @@ def evaluate_texts(
 ) -> EvaluationReport:
     """As `evaluate`, of captions and references that come one after the other, in one order of the images.
 
-    No text is kept, only integers; `jobs/benchmark.py evaluate` measures the memory and the time of any size.
+    No text is kept, only integers; `jobs/benchmarks/scoring.py` measures the memory and the time of any size.
 
     Args:
         references: gone through twice. Every image has one or more.

@@ -40,8 +40,8 @@ SHOWN = [
 
 
 def _name(shown: Shown) -> str:
-    """Of the command, or of the measurement."""
-    return shown.words[2] if shown.words[0] == "python" else shown.words[1]
+    """The name of the command, or of the benchmark."""
+    return Path(shown.words[1]).stem
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +143,8 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
 # What makes a measurement short. The others take minutes however few the images are, or tell no rate then.
 FEW = {
     "bench": ["--images", "64"],
-    "beam-search": ["--images", "4", "--rounds", "1"],
-    "evaluate": ["--images", "1000"],
+    "beam_search": ["--images", "4", "--rounds", "1"],
+    "scoring": ["--images", "1000"],
     "estimate": [],
 }
 MEASURED = [shown for shown in shown_commands() if shown.words[0] == "python" or shown.words[1] == MEASURES]

@@ -1,11 +1,11 @@
-"""What the documentation shows is what the commands take."""
+"""The commands and programs accept the lines that the documentation shows."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import click
 import pytest
@@ -15,31 +15,53 @@ from tests.documented import ROOT, Shown, shown_commands
 from tests.small_data import jpeg
 
 SHOWN = shown_commands()
+BENCHMARKS = ROOT / "jobs" / "benchmarks"
+PROGRAMS = [path for path in sorted(BENCHMARKS.glob("*.py")) if path.name != "shared.py"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the names of the examples exist."""
+    """A folder in which the names of the examples exist."""
     monkeypatch.chdir(tmp_path)
     for name in ("captions", "flickr8k"):
         (tmp_path / name).mkdir()
     yield tmp_path
 
 
-@pytest.mark.parametrize("shown", SHOWN, ids=lambda shown: shown.line)
-def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path, benchmark: ModuleType) -> None:
-    program, *words = shown.words
-    if program == "python":
-        command, (_, name, *arguments) = benchmark.main, words
-    else:
-        command, (name, *arguments) = main, [word for word in words if word != "--help"]
-    above = click.Context(command, **command.context_settings)
-    subcommand = command.get_command(above, name)
+@pytest.mark.parametrize(
+    "shown", [shown for shown in SHOWN if shown.words[0] == "python"], ids=lambda shown: shown.line
+)
+def test_a_benchmark_that_is_shown_is_understood(shown: Shown, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, program, *arguments = shown.words
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    benchmark = importlib.import_module(Path(program).stem)
+    assert Path(benchmark.__file__ or "") == ROOT / program
+    try:
+        benchmark.main.make_context(program, arguments).close()
+    except click.UsageError as error:
+        pytest.fail(f"{shown.where}: {shown.line}: {error.format_message()}")
+
+
+@pytest.mark.parametrize("program", [path.name for path in PROGRAMS])
+def test_every_benchmark_is_shown_or_runs_for_another_one(program: str) -> None:
+    assert any(f"jobs/benchmarks/{program}" in shown.words for shown in SHOWN) or any(
+        f'"{program}"' in path.read_text() for path in PROGRAMS
+    )
+
+
+@pytest.mark.parametrize(
+    "shown", [shown for shown in SHOWN if shown.words[0] != "python"], ids=lambda shown: shown.line
+)
+def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path) -> None:
+    words = shown.words[1:]
+    name, *arguments = [word for word in words if word != "--help"]
+    above = click.Context(main, **main.context_settings)
+    subcommand = main.get_command(above, name)
     assert subcommand is not None, f"{shown.where}: there is no {name}"
     if "--help" in words:
         return
     if name == "submit" and "--follow" not in arguments:
-        start = next(place for place, word in enumerate(arguments) if word in main.commands)
+        start = next(position for position, word in enumerate(arguments) if word in main.commands)
         inner, *rest = arguments[start:]
         main.commands[inner].make_context(inner, rest, parent=above).close()
     try:
@@ -50,7 +72,7 @@ def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path, bench
 
 @pytest.mark.parametrize("name", [name for name, command in main.commands.items() if not command.hidden])
 def test_every_command_is_shown_somewhere(name: str) -> None:
-    assert any(shown.words[1:2] == [name] for shown in SHOWN), f"imcap {name} stands nowhere"
+    assert any(shown.words[1:2] == [name] for shown in SHOWN), f"imcap {name} is shown nowhere"
 
 
 @pytest.mark.parametrize("name", list(main.commands))
