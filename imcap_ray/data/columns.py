@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
+from imcap_ray.data.image_formats import has_image_signature
 from imcap_ray.errors import InputError
 
 BYTES_COLUMNS: Final = (
@@ -244,8 +245,6 @@ def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
 
 def holds_image_bytes(location: str, column: ImageColumn) -> bool | None:
     """Whether the first values of a column of bytes are images; None if there is no value to look at."""
-    from imcap_ray.data.image_formats import has_image_signature
-
     values = list(islice(_first_values(location, column), _VALUES_READ))
     return sum(map(has_image_signature, values)) * 2 >= len(values) if values else None
 

@@ -30,10 +30,10 @@ from imcap_ray import storage
 from imcap_ray.config import Recipe
 from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.image_formats import is_image_name
 from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import image_columns_of
 from imcap_ray.data.near_duplicates import describe_look, find_lookalikes
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS
 from imcap_ray.errors import ImageError, InputError
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import FAULTS
@@ -229,20 +229,15 @@ def _check_files(
             spoils=num_in_splits > MAX_BAD_IMAGES * len(rows),
         )
     known = {os.path.normpath(path) for path in _paths(dataset)}
-    found = (f"{folder}/{name}" for folder in sorted(files) for name in sorted(files[folder]) if _is_image(name))
+    found = (f"{folder}/{name}" for folder in sorted(files) for name in sorted(files[folder]) if is_image_name(name))
     without = [path.rpartition("/")[2] for path in found if os.path.normpath(path) not in known]
     yield from _found("without_captions", without, "image file has no caption", "image files have no caption")
-    odd = [row["image_id"] for row in captioned if not _is_image(row["image_path"])]
+    odd = [row["image_id"] for row in captioned if not is_image_name(row["image_path"])]
     if len(odd) < len(captioned) / 2:  # else it is how images are named here
         ending = "does not end like an image's"
         yield from _found(
             "odd_names", odd, f"captioned name {ending}", f"captioned names {ending.replace('does', 'do')}"
         )
-
-
-def _is_image(name: str) -> bool:
-    file_name = name.rpartition("/")[2]
-    return file_name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not file_name.startswith(".")
 
 
 def _shared_beginning(missing: Sequence[str], captioned: Sequence[Mapping[str, Any]]) -> str:

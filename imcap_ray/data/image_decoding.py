@@ -1,20 +1,20 @@
-"""Image bytes to upright uint8 RGB pixels of one square size, or an ImageError that says why not.
+"""Image bytes -> upright uint8 RGB pixels of one square size, or an ImageError that says why not.
 
-Knows nothing of files, models or Ray. Colour profiles (ICC) are ignored, as in most training pipelines: the
-stored numbers are taken for sRGB. A photograph in another colour space looks a little pale, and is captioned.
+Knows nothing of files, models or Ray; the formats are those of `image_formats.FORMATS`. Colour profiles (ICC) are
+ignored, as in most training pipelines: the stored numbers are taken for sRGB. A photograph in another colour space
+looks a little pale, and is captioned.
 
 What an error code means here, beyond its name:
 
-    truncated           the data end before the picture does; it may be whole at its source
+    truncated           the data end before the picture does; it may be complete at its source
     not_an_image        not image data at all, or an image so damaged that it does not decode
-    unsupported_format  an image, but of a kind that is not read here
+    unsupported_format  an image, but of a format or variant that is not read here
     too_large           more pixels, scans, metadata or decoding time than is allowed
-    internal            an error that this module did not expect, and so most likely ours
+    internal            an error that this module did not expect, so most likely a bug in it
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import re
@@ -33,74 +33,60 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin, UnidentifiedImageError
 
-from imcap_ray.data.image_formats import (
-    JPEG_SEGMENT,
-    READABLE_SIGNATURES,
-    UNSUPPORTED_SIGNATURES,
-    can_read_heif,
+from imcap_ray.data.image_errors import (
     damaged_image_error,
-    drawing_format,
-    format_name,
-    has_zero_filled_pixels,
-    is_zero_filled,
     plain_message,
+    refuse_unreadable,
     unidentified_image_error,
-    unsupported_message,
+    unsupported_error,
 )
+from imcap_ray.data.image_formats import JPEG_SEGMENT, end_of_jpeg, ends_early, readers
 from imcap_ray.errors import ImageError
 
 MAX_PIXELS: Final = 178_956_970
-"""Most pixels that are decoded: Pillow's own limit, 512 MiB of three bytes each."""
-
-MAX_FILE_BYTES: Final = 2**30
-"""Longest file that is read: longer than so many pixels are when nothing compresses them."""
+"""Maximum number of pixels of a picture: Pillow's own limit, 512 MiB of three bytes each."""
 
 MAX_JPEG_SCANS: Final = 100
-"""Most scans of a JPEG that are decoded. Every scan passes over the whole picture again, so that thousands of them, in
+"""Maximum number of scans of a JPEG. Every scan passes over the entire picture again, so that thousands of them, in
 less than a megabyte, take minutes. GDAL and libtiff stop at 100 by default (GDAL_JPEG_MAX_ALLOWED_SCAN_NUMBER,
 LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER); encoders write 10 to 20."""
 
 _MAX_HEADER_READS: Final = 20_000
-"""Most pieces in which Pillow may read what precedes the picture: metadata of a few megabytes have a few thousand.
+"""Maximum number of pieces in which Pillow may read the data before the picture: metadata of a few megabytes have a few
+thousand.
 Pillow joins the pieces of a JPEG's EXIF data one by one, which takes minutes for 48 MB of small ones."""
-
-# Pillow reads more than these. Left out are those that run a program (EPS runs Ghostscript), that only
-# recognise a file without reading it (HDF5, GRIB, MPEG), or that lack a signature and take noise for pixels.
-_FORMATS: Final[tuple[str, ...]] = (
-    *("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "ICO", "PPM", "PSD", "QOI"),
-    *("ICNS", "CUR", "DDS", "PCX", "SGI", "SUN", "XBM", "XPM"),
-)
 
 # PhotometricInterpretation of a TIFF whose numbers grow from white to black.
 _WHITE_IS_ZERO: Final = 0
 
-# What Pillow's readers raise on damaged data; anything else is a surprise, and `internal`.
+# Exceptions that Pillow's readers raise on damaged data; any other is unexpected, and becomes `internal`.
 _DAMAGE: Final = (
     *(OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, RuntimeError),
     *(AttributeError, AssertionError, struct.error, zlib.error),
 )
 
-# Of the JPEG library's warnings, those that say that pixels are missing, and one that says how many bytes were left
-# before the end mark.
-_SAYS_JPEG_ENDS_EARLY: Final = re.compile(r"premature end of data segment|found marker 0xd9 instead of RST")
+# Warnings of the JPEG library: pixels are missing; so many bytes were left before the end marker.
+_MEANS_JPEG_ENDS_EARLY: Final = re.compile(r"premature end of data segment|found marker 0xd9 instead of RST")
 
-# The same and the end mark: where a scan, or the picture, ends.
-_JPEG_MARK: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
+_NUM_UNUSED_BYTES: Final = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
+
+# Markers at which a scan, or the picture, ends.
+_JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 
 # How simplejpeg names the pixels of a JPEG that Pillow opens in this mode.
 _JPEG_COLOURS: Final = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 _MAX_PNG_TEXT_BYTES: Final = 16 * 2**20
-"""Longest text or colour profile of a PNG, unpacked; Pillow's own limit, 1 MiB, refuses valid files."""
+"""Maximum size of a text or colour profile of a PNG, unpacked; Pillow's own limit, 1 MiB, refuses valid files."""
 
 _MAX_PPM_COMMENTS: Final = 10_000
-"""Most comments of a PPM of text: for each, Pillow copies a megabyte."""
+"""Maximum number of comments of a text PPM: for each, Pillow copies a megabyte."""
 
 _MAX_TILES: Final = 200_000
-"""Most strips or tiles of a TIFF; each takes Pillow some microseconds, however few pixels it has."""
+"""Maximum number of strips or tiles of a TIFF; each takes Pillow some microseconds, however few pixels it has."""
 
 _MAX_PNG_PROFILES: Final = 10
-"""Most colour profiles of a PNG, which should have one. Each is unpacked, from a thousandth of its size."""
+"""Maximum number of colour profiles of a PNG, which should have one. Each unpacks to a thousand times its size."""
 
 _TRANSPOSES: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -115,14 +101,14 @@ _TRANSPOSES: Final = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DecodedImage:
-    """An upright picture, squashed to a square, and what its file said of it."""
+    """An upright picture, resized to a square, and facts about its file."""
 
     pixels: npt.NDArray[np.uint8]
     """(3, image_size, image_size), C-contiguous, red green blue."""
     width: int
-    """Of the full picture, upright."""
+    """Width of the full picture, upright."""
     height: int
-    """Of the full picture, upright."""
+    """Height of the full picture, upright."""
     format: str
     """Pillow's name in lower case: jpeg, png, webp, ..."""
     sha256: str
@@ -130,14 +116,14 @@ class DecodedImage:
 
 
 def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) -> DecodedImage:
-    """The whole picture, upright and squashed to image_size x image_size, for its proportions are not kept.
+    """The complete picture, upright and resized to image_size x image_size, whatever its proportions.
 
-    A picture of that size already comes back unchanged. Transparency is laid on white, an animation gives its
-    first frame. A JPEG much larger than needed is decoded at an eighth, quarter or half of its size, never
-    less than twice image_size. Above Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, `max_pixels` has no
-    effect: that one belongs to the whole process and is not changed here.
+    A picture that has this size already comes back unchanged. Transparency becomes white, an animation gives its first
+    frame. A JPEG much larger than needed is decoded at an eighth, quarter or half of its size, but at no less than
+    twice image_size. Above Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, `max_pixels` has no effect: that limit
+    belongs to the entire process and is not changed here.
 
-    Raises ImageError, and nothing else, when there is no picture to be had from the data.
+    Raises ImageError, and nothing else, when the data give no picture.
     """
     if not data:
         raise ImageError("empty_file", "expected an image, got zero bytes")
@@ -152,37 +138,22 @@ def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) 
         raise ImageError("internal", f"unexpected {type(error).__name__}: {plain_message(error)}") from error
 
 
-def image_error_from_os_error(error: OSError, path: object) -> ImageError:
-    """The ImageError that tells why the file or URI `path` could not be read."""
-    if isinstance(error, FileNotFoundError):
-        return ImageError("missing", f"no such file: {path}")
-    if isinstance(error, PermissionError):
-        return ImageError("permission_denied", f"not allowed to read {path}")
-    if error.errno == errno.EFBIG:
-        return ImageError("too_large", f"expected at most {MAX_FILE_BYTES:,} bytes: {path}")
-    if error.errno == errno.ENOMEM:
-        return ImageError("out_of_memory", f"not enough memory to read {path}")
-    return ImageError("read_error", f"cannot read {path}: {error.strerror or plain_message(error)}")
-
-
 def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
-    # Another library may have set this for the whole process; half a picture would then pass for a whole one.
+    # Another library may have set this for the entire process; half a picture would then pass for a complete one.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     PngImagePlugin.MAX_TEXT_CHUNK = _MAX_PNG_TEXT_BYTES  # all together stay below its MAX_TEXT_MEMORY, 64 MiB
-    unreadable = format_name(data, UNSUPPORTED_SIGNATURES) or drawing_format(data)
-    if unreadable:
-        raise ImageError("unsupported_format", unsupported_message(unreadable))
+    refuse_unreadable(data)
     _check_parts(data)
     try:
         image = _open(data)
         with image:
             width, height = image.size
             _check_size(width, height, max_pixels=max_pixels)
-            _check_is_no_preview(image)
+            _refuse_preview(image)
             if len(image.tile) > _MAX_TILES:
                 raise ImageError("too_large", f"the picture is stored in more than {_MAX_TILES:,} parts")
             # Twice: 4000 x 3000 to 288 x 288 takes 18 ms instead of 107, and 93 % of 1,000 captions stay the same (94 %
-            # at 224 x 224, where the following was measured). What differs is rounding: at half the size it is 93 %,
+            # at 224 x 224, where the following was measured). The rest is rounding: at half the size it is 93 %,
             # and 93 % when the photograph is saved at quality 95 instead of 90. At an eighth of the size it would take
             # 13 ms, for 85 %. CIDEr-D differs by less than 0.001.
             reduced = image.draft(None, (2 * image_size, 2 * image_size)) is not None
@@ -191,7 +162,7 @@ def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
                 width, height = image.size
             orientation = _orientation(image)
             image_format = (image.format or "unknown").lower()
-            if is_zero_filled(data):
+            if _is_zero_filled(data):
                 raise ImageError("truncated", "the picture data end early and are filled up with zeros")
             rgb = _to_rgb(picture)
     except Image.DecompressionBombError as error:
@@ -202,7 +173,7 @@ def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
         raise damaged_image_error(data, error) from error
 
     rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    if orientation in _TRANSPOSES:  # after resizing, for now it costs nothing
+    if orientation in _TRANSPOSES:  # after resizing, when it costs nothing
         rgb = rgb.transpose(_TRANSPOSES[orientation])
         if orientation >= 5:
             width, height = height, width
@@ -216,13 +187,8 @@ def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    formats = _FORMATS
-    if format_name(data, READABLE_SIGNATURES) == "heif" and can_read_heif():
-        formats += ("HEIF",)
-    if data.endswith(b"TRUEVISION-XFILE.\0"):  # a TGA has its signature, if any, at its end
-        formats += ("TGA",)
     file = _CountedFile(data)
-    image = Image.open(file, formats=formats)
+    image = Image.open(file, formats=readers(data))
     file.reads_left = sys.maxsize
     return image
 
@@ -240,7 +206,7 @@ class _CountedFile(io.BytesIO):
 
 
 def _check_parts(data: bytes) -> None:
-    """Raise ImageError for more parts than are decoded where each takes much time and little space."""
+    """Raise ImageError for too many parts of a kind that takes much time and little space."""
     if data.startswith(b"\xff\xd8"):
         _check_scans(data)
     elif data.startswith(b"\x89PNG"):
@@ -251,20 +217,20 @@ def _check_parts(data: bytes) -> None:
 
 
 def _check_scans(data: bytes) -> None:
-    """Raise ImageError for a JPEG with more scans than are decoded. It takes 0.4 % of the decoding, or less."""
+    """Raise ImageError for a JPEG with too many scans. This takes 0.4 % of the time of decoding, or less."""
     if _is_read_in_one_scan(data):
         return
     # At even and at odd positions, six times as fast as bytes.count. Thumbnails, videos behind the picture and chance
-    # add to the number, so that a large one says nothing yet.
+    # add to the number, so that a large number proves nothing.
     pairs = [np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1)]
     if sum(np.count_nonzero(numbers == 0xDAFF) for numbers in pairs) <= MAX_JPEG_SCANS:
         return
     num_scans, position = 0, 2
-    while (mark := _JPEG_MARK.search(data, position)) and mark[0] != b"\xff\xd9":
-        num_scans += mark[0] == b"\xff\xda"
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != b"\xff\xd9":
+        num_scans += marker[0] == b"\xff\xda"
         if num_scans > MAX_JPEG_SCANS:
-            raise ImageError("too_large", f"the jpeg has more than {MAX_JPEG_SCANS} scans, the most that are decoded")
-        position = mark.end() + int.from_bytes(data[mark.end() : mark.end() + 2], "big")
+            raise ImageError("too_large", f"expected at most {MAX_JPEG_SCANS} scans, the jpeg has more")
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
 
 
 def _check_size(width: int, height: int, *, max_pixels: int) -> None:
@@ -275,11 +241,11 @@ def _check_size(width: int, height: int, *, max_pixels: int) -> None:
         )
 
 
-def _check_is_no_preview(image: ImageFile.ImageFile) -> None:
-    """Camera raw files are TIFFs whose first picture is a thumbnail, and says so in NewSubfileType."""
+def _refuse_preview(image: ImageFile.ImageFile) -> None:
+    """Raise ImageError for a camera raw file: a TIFF whose first picture is a thumbnail by its NewSubfileType."""
     kind = _tiff_tag(image, ExifTags.Base.NewSubfileType)
     if isinstance(kind, int) and kind & 1:
-        raise ImageError("unsupported_format", unsupported_message("a camera raw file (TIFF with a preview first)"))
+        raise unsupported_error("a camera raw file (TIFF with a preview first)")
 
 
 def _load(image: ImageFile.ImageFile) -> Image.Image:
@@ -290,13 +256,14 @@ def _load(image: ImageFile.ImageFile) -> Image.Image:
 def _load_jpeg(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, int]) -> Image.Image:
     """The picture at the size that `draft` has chosen, with Pillow's pixels; ImageError where the data end early.
 
-    Pillow makes grey pixels of what is missing before an end mark, and drops the warning that says so. simplejpeg has
-    the same decoder, and raises it; all pixels of 7,000 photographs are equal, and the time is the same within 5 %.
-    Whatever it refuses for another reason, Pillow decodes.
+    Pillow fills missing pixels with grey where an end marker follows, and drops the warning about it. simplejpeg has
+    the same decoder and raises an error; all pixels of 7,000 photographs are equal, and the time is the same within
+    5 %. Pillow decodes the files that simplejpeg refuses for another reason.
 
-    These still pass as whole when an end mark follows: a progressive JPEG cut between two scans, or cut where few bits
-    were missing and filled up with zeros; any that is filled up with other bytes; one with another fault before the
-    cut, for only the first is told; and one that simplejpeg does not read, of an odd sampling of colours.
+    These still pass as complete when an end marker follows: a progressive JPEG cut between two scans, or cut where few
+    bits were missing and filled up with zeros; any file that is filled up with other bytes; a file with another fault
+    before the cut, because only the first fault is reported; and a file that simplejpeg does not read, with an unusual
+    chroma subsampling.
     """
     width, height = image.size
     is_reduced = image.size != full_size
@@ -312,9 +279,9 @@ def _load_jpeg(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, in
         )
     except ValueError as error:
         warning = str(error)
-        if _SAYS_JPEG_ENDS_EARLY.search(warning) or has_zero_filled_pixels(data, warning):
+        if _MEANS_JPEG_ENDS_EARLY.search(warning) or _has_zero_filled_pixels(data, warning):
             raise ImageError(
-                "truncated", f"the jpeg picture ends before its end mark: {plain_message(error)}"
+                "truncated", f"the jpeg picture ends before its end marker: {plain_message(error)}"
             ) from error
         return _load(image)
     if decoded.shape != pixels.shape:
@@ -323,8 +290,23 @@ def _load_jpeg(image: ImageFile.ImageFile, data: bytes, full_size: tuple[int, in
     return Image.frombuffer(image.mode, image.size, pixels, "raw", stored_as, 0, 1)
 
 
+def _has_zero_filled_pixels(data: bytes, warning: str) -> bool:
+    """Whether zeros precede a JPEG's end marker, and more of them than the warning calls unneeded."""
+    unused = _NUM_UNUSED_BYTES.search(warning)
+    if not unused:
+        return False
+    end = end_of_jpeg(data)
+    num_zeros = end - len(data[:end].rstrip(b"\0"))
+    return num_zeros > int(unused[1]) + 16  # a decoder reads up to 8 bytes ahead of what it needs
+
+
+def _is_zero_filled(data: bytes) -> bool:
+    """Whether a JPEG has zeros where its end was, after a broken download: a decoder makes grey pixels of zeros."""
+    return data.startswith(b"\xff\xd8") and data.endswith(bytes(64)) and ends_early(data)
+
+
 def _orientation(image: Image.Image) -> int:
-    """1 to 8 as in EXIF; 1, upright, when the EXIF data are damaged, which says nothing of the pixels."""
+    """Orientation as in EXIF, 1 to 8; 1, upright, when the EXIF data are damaged, because the pixels may be fine."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGE:
@@ -345,14 +327,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:  # LAB, for one
-        raise ImageError("unsupported_format", unsupported_message(f"an image of {image.mode} pixels")) from error
+        raise unsupported_error(f"an image of {image.mode} pixels") from error
 
 
 def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Grey of more than 8 bits in 8, by the range it is stored in.
+    """Grey pixels of more than 8 bits, scaled to 8 bits by the range they are stored in.
 
-    That is 16 bits, or as many as a TIFF says, or 8 bits in wider numbers, or 0 to 1 for floats; and where the values
-    fit none of these, whatever lies between the darkest and the lightest pixel. A TIFF may count from white to black.
+    The range is 16 bits, or the number of bits in a TIFF's header, or 8 bits in wider numbers, or 0 to 1 for floats.
+    Where the values fit none of these, it is that from the darkest to the lightest pixel. A TIFF may count from white
+    to black.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
     darkest, lightest = float(values.min()), float(values.max())
@@ -367,19 +350,19 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
         darkest, lightest = 0.0, 65535.0
     scaled = (values - darkest) * (255.0 / max(lightest - darkest, 1e-30))
     pixels: npt.NDArray[np.uint8] = np.rint(scaled).clip(0, 255).astype(np.uint8)
-    # Pillow turns these over itself where they are of at most 8 bits.
+    # Pillow inverts pixels of at most 8 bits itself.
     return 255 - pixels if _tiff_tag(image, ExifTags.Base.PhotometricInterpretation) == _WHITE_IS_ZERO else pixels
 
 
 def _tiff_tag(image: Image.Image, tag: int) -> object:
-    """The tag's value, or the first of its values; None where there is none, and for other formats."""
+    """The tag's value, or the first of its values; None if there is none, and for other formats."""
     tags = getattr(image, "tag_v2", None) if image.format == "TIFF" else None
     value = tags.get(tag) if tags else None
     return value[0] if isinstance(value, tuple) and value else value
 
 
 def _is_read_in_one_scan(jpeg: bytes) -> bool:
-    """Whether the first scan has all colours of a JPEG that is not progressive: decoders read no other then."""
+    """Whether the first scan of a JPEG that is not progressive has all colours: decoders then read no other scan."""
     num_colours, position = 0, 2
     while segment := JPEG_SEGMENT.search(jpeg, position):
         start = segment.end()
@@ -395,7 +378,7 @@ def _is_read_in_one_scan(jpeg: bytes) -> bool:
 
 # --- warnings ---
 class _AnyTextWhileDecoding:
-    """Takes the place of a warnings filter's pattern: matches any text, in threads that are decoding only."""
+    """Pattern of a warnings filter that matches any text, but only in threads that are decoding."""
 
     def __init__(self) -> None:
         self.thread = threading.local()
@@ -413,10 +396,10 @@ _filter_lock: Final = threading.Lock()
 
 @contextmanager
 def _warnings_ignored_in_this_thread() -> Iterator[None]:
-    """Pillow warns of damaged EXIF and the like, which fills the log, or raises where warnings are errors.
+    """Ignore Pillow's warnings of damaged EXIF data and the like, which fill the log, or raise if warnings are errors.
 
-    `warnings.catch_warnings` swaps the filters of all threads, and threads that overlap leave them wrong. So
-    one filter stays in the list, first, and asks in which thread it is: other threads warn as ever.
+    `warnings.catch_warnings` replaces the filters of all threads, and threads that overlap leave the wrong filters. So
+    one filter stays first in the list and asks in which thread it is: other threads warn as usual.
     """
     filters: Any = warnings.filters
     if not filters or filters[0] is not _FILTER:

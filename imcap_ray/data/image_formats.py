@@ -1,176 +1,88 @@
-"""Image formats -> signatures, names, and what is wrong with a file that cannot be decoded."""
+"""The table of image formats: name, signatures, file extensions, reader, and what cannot be read.
+
+A format is added with one `ImageFormat` in `FORMATS`. Knows neither pixels nor files.
+"""
 
 from __future__ import annotations
 
 import importlib
 import re
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Literal
 
-from imcap_ray.errors import ImageError
-
-# (position, bytes, name) of kinds in _FORMATS, for files whose header is damaged or cut.
-READABLE_SIGNATURES: Final = (
-    (0, b"\xff\xd8\xff", "jpeg"),
-    (0, b"\x89PNG", "png"),
-    (0, b"GIF8", "gif"),
-    (8, b"WEBP", "webp"),
-    (0, b"II*\0", "tiff"),
-    (0, b"MM\0*", "tiff"),
-    (0, b"II+\0", "tiff"),
-    (0, b"MM\0+", "tiff"),
-    (4, b"ftypavif", "avif"),
-    (4, b"ftypavis", "avif"),
-    (4, b"ftyphe", "heif"),
-    (4, b"ftypmif1", "heif"),
-    (4, b"ftypmsf1", "heif"),
-    (0, b"BM", "bmp"),
-    (0, b"8BPS\0\1", "psd"),
-    (0, b"DDS ", "dds"),
-    (0, b"\0\0\0\x0cjP  ", "jpeg2000"),
-    (0, b"\xff\x4f\xff\x51", "jpeg2000"),
-    (0, b"\0\0\1\0", "ico"),
-    (0, b"icns", "icns"),
-    (0, b"qoif", "qoi"),
-)
-
-UNSUPPORTED_SIGNATURES: Final = (
-    (0, b"%PDF", "a PDF document"),
-    (0, b"%!PS", "a PostScript drawing"),
-    (0, b"\xc5\xd0\xd3\xc6", "a PostScript drawing"),
-    (8, b"CR\x02", "a Canon camera raw file"),
-    (4, b"ftypcrx ", "a Canon camera raw file"),
-    (0, b"FUJIFILMCCD-RAW", "a Fujifilm camera raw file"),
-    (0, b"IIRO", "an Olympus camera raw file"),
-    (0, b"IIRS", "an Olympus camera raw file"),
-    (0, b"MMOR", "an Olympus camera raw file"),
-    (0, b"IIU\0", "a Panasonic camera raw file"),
-    (0, b"FOVb", "a Sigma camera raw file"),
-    (0, b"\xff\x0a", "a JPEG XL image"),
-    (0, b"\0\0\0\x0cJXL ", "a JPEG XL image"),
-    (0, b"II\xbc", "a JPEG XR image"),
-    (0, b"8BPS\0\2", "a large Photoshop document (PSB)"),
-    (0, b"gimp xcf", "a GIMP document"),
-    (0, b"v/1\1", "an OpenEXR image"),
-    (0, b"#?RADIANCE", "a Radiance image"),
-    (0, b"AT&TFORM", "a DjVu document"),
-    (0, b"SIMPLE  =", "a FITS image"),
-    (0, b"\x89HDF", "an HDF5 file"),
-    (0, b"\xd7\xcd\xc6\x9a", "a Windows metafile"),
-    (40, b" EMF", "a Windows metafile"),
-)
-
-# Kinds with so many sub-kinds that a header which Pillow refuses is more likely unknown than damaged.
-_MANY_KINDS: Final = ("tiff", "bmp", "psd", "dds", "avif", "heif", "jpeg2000")
-
-# In bytes. What is shorter, and begins like an image, is the beginning of one.
-_SHORTEST_HEADER: Final = 32
-
-_SAYS_TRUNCATED: Final = re.compile(r"truncated|end of file|EOF|not enough|not large enough", re.IGNORECASE)
-
-_SAYS_HOW_MANY_UNUSED: Final = re.compile(r"(\d+) extraneous bytes before marker 0xd9")
-
-_SAYS_UNSUPPORTED: Final = re.compile(r"unsupported|not supported|not available", re.IGNORECASE)
-
-# The marks in a JPEG that a length follows: all but the fill bytes, the restart marks and those of start and end.
+# Markers of a JPEG that a length follows: all but fill bytes, restart markers, and those of start and end.
 JPEG_SEGMENT: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd9\xff]")
 
-
-# --- what is wrong with data that do not decode ---
-def unidentified_image_error(data: bytes) -> ImageError:
-    """Why data that no decoder recognises cannot be captioned."""
-    readable = format_name(data, READABLE_SIGNATURES)
-    if readable == "heif" and not can_read_heif():
-        return ImageError(
-            "unsupported_format", f"{unsupported_message('a HEIC image')}; the package pillow_heif adds it"
-        )
-    if not readable:
-        return ImageError("not_an_image", f"expected an image, got data that begin with {_beginning(data)}")
-    if _ends_early(data) or len(data) < _SHORTEST_HEADER:
-        return ImageError("truncated", f"the {readable} data end early, after {len(data):,} bytes")
-    if readable in _MANY_KINDS:
-        return ImageError("unsupported_format", f"this kind of {readable} is not read here, or it is damaged")
-    return ImageError("not_an_image", f"begins like a {readable} image, but its header makes no sense")
+SHORTEST_HEADER: Final = 32
+"""In bytes. Shorter data that begin like an image are the beginning of one."""
 
 
-def damaged_image_error(data: bytes, error: Exception) -> ImageError:
-    """The error for data whose decoder raised `error`."""
-    text = plain_message(error)
-    name = format_name(data, READABLE_SIGNATURES) or "image"
-    if "MAX_TEXT_CHUNK" in text or "MAX_TEXT_MEMORY" in text:
-        return ImageError("too_large", "the texts stored beside the picture are too large when unpacked")
-    if "out of memory" in text.lower():
-        return ImageError("out_of_memory", "not enough memory to decode the image")
-    if _ends_early(data) or isinstance(error, EOFError) or _SAYS_TRUNCATED.search(text):
-        return ImageError("truncated", f"the {name} data end early, after {len(data):,} bytes: {text}")
-    if isinstance(error, NotImplementedError) or _SAYS_UNSUPPORTED.search(text):
-        return ImageError("unsupported_format", f"this kind of {name} is not read here: {text}")
-    return ImageError("not_an_image", f"the {name} data are damaged: {text}")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageFormat:
+    """One image format, or one kind of file that people take for an image."""
+
+    name: str
+    """Name in the column `format` and in messages: Pillow's name in lower case."""
+    reader: str = ""
+    """Pillow's name of the reader; "" if there is none."""
+    unreadable: str = ""
+    """Description for the error message of a format that is not read, or not without `package`; "" if it is read."""
+    package: str = ""
+    """Optional package that adds the reader to Pillow with `register_<name>_opener`."""
+    signatures: tuple[tuple[int, bytes], ...] = ()
+    """Offsets and the bytes there; one of them is enough."""
+    trailer: bytes = b""
+    """Last bytes of the file, for a format without a signature; the reader is tried only where they are."""
+    matches_text: Callable[[bytes], bool] | None = None
+    """Recognises a text format, which has no signature."""
+    extensions: tuple[str, ...] = ()
+    """Extensions by which files of a folder or tar are recognised as images; the first one is used for exports."""
+    other_names: tuple[str, ...] = ()
+    """Pillow's names of variants that have the same file extension."""
+    has_variants: bool = False
+    """Whether there are so many variants that a header which Pillow refuses is more likely an unsupported variant than
+    a damaged file."""
+    ends_early: Callable[[bytes], bool] | None = None
+    """Whether the end marker is missing, or the declared length exceeds the data. Called only for data that did not
+    decode without complaint, because many a GIF without its end marker is complete to the last pixel."""
+
+    def has_signature(self, data: bytes) -> bool:
+        """Whether the data begin like this format."""
+        if self.matches_text is not None:
+            return self.matches_text(data)
+        return any(data.startswith(magic, offset) for offset, magic in self.signatures)
 
 
-def _ends_early(data: bytes) -> bool:
-    """Whether the end mark of the format is missing, or its declared length reaches beyond the data.
-
-    Asked only of data that are in doubt, for many a GIF without its end mark is complete to the last pixel.
-    """
-    match format_name(data, READABLE_SIGNATURES):
-        case "jpeg":
-            return _end_of_jpeg(data) < 0
-        case "png":
-            return b"IEND" not in data
-        case "gif":
-            return not data.rstrip(b"\0").endswith(b";")
-        case "webp":
-            return 8 + int.from_bytes(data[4:8], "little") > len(data)
-        case "bmp":
-            return int.from_bytes(data[2:6], "little") > len(data)
-        case "tiff":
-            return _directory_ends_early(data)
-        case "avif" | "heif":
-            return _boxes_end_early(data)
-        case "jpeg2000":  # from the start of the picture, for before it there may be a colour profile
-            return data.find(b"\xff\xd9", data.find(b"\xff\x4f\xff\x51")) < 0
-        case "ico":
-            return _icons_end_early(data)
-        case "icns":
-            return int.from_bytes(data[4:8], "big") > len(data)
-        case _:
-            return False
+def _jpeg_ends_early(data: bytes) -> bool:
+    return end_of_jpeg(data) < 0
 
 
-def _end_of_jpeg(data: bytes) -> int:
-    """Where the first picture's end mark is, or -1. Thumbnails in its header, and what follows it, have their own."""
+def end_of_jpeg(data: bytes) -> int:
+    """Position of the first picture's end marker, or -1. Thumbnails in the header, and data that follow the picture,
+    have end markers of their own."""
     position = 2
     while segment := JPEG_SEGMENT.search(data, position):
-        if segment[0] == b"\xff\xda":  # pixels, in which every ff is followed by 0 or by a restart mark
+        if segment[0] == b"\xff\xda":  # pixels, in which every ff is followed by 0 or by a restart marker
             return data.find(b"\xff\xd9", segment.end())
         position = segment.end() + int.from_bytes(data[segment.end() : segment.end() + 2], "big")
-    is_whole = b"\xff\xda" in data and data.endswith(b"\xff\xd9")  # but with a wrong length in its header
-    return len(data) - 2 if is_whole else -1
+    is_complete = b"\xff\xda" in data and data.endswith(b"\xff\xd9")  # but with a wrong length in its header
+    return len(data) - 2 if is_complete else -1
 
 
-def has_zero_filled_pixels(data: bytes, warning: str) -> bool:
-    """Whether zeros stand before a JPEG's end mark, and more of them than the warning says were not needed."""
-    unused = _SAYS_HOW_MANY_UNUSED.search(warning)
-    if not unused:
-        return False
-    end = _end_of_jpeg(data)
-    zeros = end - len(data[:end].rstrip(b"\0"))
-    return zeros > int(unused[1]) + 16  # a decoder reads up to 8 bytes ahead of what it needs
+def _tiff_ends_early(data: bytes) -> bool:
+    order: Literal["little", "big"] = "little" if data.startswith(b"I") else "big"
+    start = int.from_bytes(data[4:8], order)
+    num_entries = int.from_bytes(data[start : start + 2], order)
+    return start + 2 + 12 * num_entries + 4 > len(data)  # two bytes of count, the entries, the next directory
 
 
-def _icons_end_early(ico: bytes) -> bool:
-    num_icons = int.from_bytes(ico[4:6], "little")
-    if 6 + 16 * num_icons > len(ico):
+def _ico_ends_early(data: bytes) -> bool:
+    num_icons = int.from_bytes(data[4:6], "little")
+    if 6 + 16 * num_icons > len(data):
         return True
-    return any(size + start > len(ico) for size, start in struct.iter_unpack("<8xII", ico[6 : 6 + 16 * num_icons]))
-
-
-def _directory_ends_early(tiff: bytes) -> bool:
-    order: Literal["little", "big"] = "little" if tiff.startswith(b"I") else "big"
-    start = int.from_bytes(tiff[4:8], order)
-    num_entries = int.from_bytes(tiff[start : start + 2], order)
-    return start + 2 + 12 * num_entries + 4 > len(tiff)  # two bytes of count, the entries, the next directory
+    return any(size + start > len(data) for size, start in struct.iter_unpack("<8xII", data[6 : 6 + 16 * num_icons]))
 
 
 def _boxes_end_early(data: bytes) -> bool:
@@ -183,53 +95,197 @@ def _boxes_end_early(data: bytes) -> bool:
     return position != len(data) or b"mdat" not in data
 
 
-def is_zero_filled(data: bytes) -> bool:
-    """A JPEG of a broken download or disk, zeros where its end was: a decoder makes grey pixels of zeros."""
-    return data.startswith(b"\xff\xd8") and data.endswith(bytes(64)) and _ends_early(data)
+def _jpeg2000_ends_early(data: bytes) -> bool:
+    # Searched from the start of the picture, because a colour profile may precede it.
+    return data.find(b"\xff\xd9", data.find(b"\xff\x4f\xff\x51")) < 0
+
+
+def _is_svg(data: bytes) -> bool:
+    beginning = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return beginning.startswith((b"<svg", b"<!doctype svg")) or (
+        beginning.startswith((b"<?xml", b"<!--")) and b"<svg" in beginning
+    )
+
+
+FORMATS: Final[tuple[ImageFormat, ...]] = (
+    # Formats that are read; Pillow tries their readers in this order. Pillow reads more. Left out are readers that run
+    # a program (EPS runs Ghostscript), that only recognise a file without reading it (HDF5, GRIB, MPEG), or that lack
+    # a signature and take noise for pixels.
+    ImageFormat(
+        name="jpeg",
+        reader="JPEG",
+        signatures=((0, b"\xff\xd8\xff"),),
+        extensions=("jpg", "jpeg", "jpe", "jfif"),
+        other_names=("mpo",),
+        ends_early=_jpeg_ends_early,
+    ),
+    ImageFormat(
+        name="png",
+        reader="PNG",
+        signatures=((0, b"\x89PNG"),),
+        extensions=("png",),
+        ends_early=lambda data: b"IEND" not in data,
+    ),
+    ImageFormat(
+        name="webp",
+        reader="WEBP",
+        signatures=((8, b"WEBP"),),
+        extensions=("webp",),
+        ends_early=lambda data: 8 + int.from_bytes(data[4:8], "little") > len(data),
+    ),
+    ImageFormat(
+        name="gif",
+        reader="GIF",
+        signatures=((0, b"GIF8"),),
+        extensions=("gif",),
+        ends_early=lambda data: not data.rstrip(b"\0").endswith(b";"),
+    ),
+    ImageFormat(
+        name="bmp",
+        reader="BMP",
+        signatures=((0, b"BM"),),
+        extensions=("bmp", "dib"),
+        has_variants=True,
+        ends_early=lambda data: int.from_bytes(data[2:6], "little") > len(data),
+    ),
+    ImageFormat(
+        name="tiff",
+        reader="TIFF",
+        signatures=((0, b"II*\0"), (0, b"MM\0*"), (0, b"II+\0"), (0, b"MM\0+")),
+        extensions=("tif", "tiff"),
+        has_variants=True,
+        ends_early=_tiff_ends_early,
+    ),
+    ImageFormat(
+        name="avif",
+        reader="AVIF",
+        signatures=((4, b"ftypavif"), (4, b"ftypavis")),
+        extensions=("avif",),
+        has_variants=True,
+        ends_early=_boxes_end_early,
+    ),
+    ImageFormat(
+        name="jpeg2000",
+        reader="JPEG2000",
+        signatures=((0, b"\0\0\0\x0cjP  "), (0, b"\xff\x4f\xff\x51")),
+        extensions=("jp2", "j2k"),
+        has_variants=True,
+        ends_early=_jpeg2000_ends_early,
+    ),
+    ImageFormat(
+        name="ico", reader="ICO", signatures=((0, b"\0\0\1\0"),), extensions=("ico",), ends_early=_ico_ends_early
+    ),
+    ImageFormat(name="ppm", reader="PPM", extensions=("ppm", "pgm", "pbm", "pnm")),
+    ImageFormat(name="psd", reader="PSD", signatures=((0, b"8BPS\0\1"),), extensions=("psd",), has_variants=True),
+    ImageFormat(name="qoi", reader="QOI", signatures=((0, b"qoif"),), extensions=("qoi",)),
+    ImageFormat(
+        name="icns",
+        reader="ICNS",
+        signatures=((0, b"icns"),),
+        ends_early=lambda data: int.from_bytes(data[4:8], "big") > len(data),
+    ),
+    ImageFormat(name="cur", reader="CUR"),
+    ImageFormat(name="dds", reader="DDS", signatures=((0, b"DDS "),), has_variants=True),
+    ImageFormat(name="pcx", reader="PCX", extensions=("pcx",)),
+    ImageFormat(name="sgi", reader="SGI"),
+    ImageFormat(name="sun", reader="SUN"),
+    ImageFormat(name="xbm", reader="XBM"),
+    ImageFormat(name="xpm", reader="XPM"),
+    ImageFormat(
+        name="heif",
+        reader="HEIF",
+        unreadable="a HEIC image",
+        package="pillow_heif",
+        signatures=((4, b"ftyphe"), (4, b"ftypmif1"), (4, b"ftypmsf1")),
+        extensions=("heif", "heic"),
+        has_variants=True,
+        ends_early=_boxes_end_early,
+    ),
+    ImageFormat(name="tga", reader="TGA", trailer=b"TRUEVISION-XFILE.\0", extensions=("tga",)),
+    # Formats that are not read, because Pillow has no reader for them or reads only a preview of them.
+    ImageFormat(name="pdf", unreadable="a PDF document", signatures=((0, b"%PDF"),)),
+    ImageFormat(name="eps", unreadable="a PostScript drawing", signatures=((0, b"%!PS"), (0, b"\xc5\xd0\xd3\xc6"))),
+    ImageFormat(name="cr2", unreadable="a Canon camera raw file", signatures=((8, b"CR\x02"), (4, b"ftypcrx "))),
+    ImageFormat(name="raf", unreadable="a Fujifilm camera raw file", signatures=((0, b"FUJIFILMCCD-RAW"),)),
+    ImageFormat(
+        name="orf",
+        unreadable="an Olympus camera raw file",
+        signatures=((0, b"IIRO"), (0, b"IIRS"), (0, b"MMOR")),
+    ),
+    ImageFormat(name="rw2", unreadable="a Panasonic camera raw file", signatures=((0, b"IIU\0"),)),
+    ImageFormat(name="x3f", unreadable="a Sigma camera raw file", signatures=((0, b"FOVb"),)),
+    ImageFormat(name="jxl", unreadable="a JPEG XL image", signatures=((0, b"\xff\x0a"), (0, b"\0\0\0\x0cJXL "))),
+    ImageFormat(name="jxr", unreadable="a JPEG XR image", signatures=((0, b"II\xbc"),)),
+    ImageFormat(name="psb", unreadable="a large Photoshop document (PSB)", signatures=((0, b"8BPS\0\2"),)),
+    ImageFormat(name="xcf", unreadable="a GIMP document", signatures=((0, b"gimp xcf"),)),
+    ImageFormat(name="exr", unreadable="an OpenEXR image", signatures=((0, b"v/1\1"),)),
+    ImageFormat(name="hdr", unreadable="a Radiance image", signatures=((0, b"#?RADIANCE"),)),
+    ImageFormat(name="djvu", unreadable="a DjVu document", signatures=((0, b"AT&TFORM"),)),
+    ImageFormat(name="fits", unreadable="a FITS image", signatures=((0, b"SIMPLE  ="),)),
+    ImageFormat(name="hdf5", unreadable="an HDF5 file", signatures=((0, b"\x89HDF"),)),
+    ImageFormat(name="wmf", unreadable="a Windows metafile", signatures=((0, b"\xd7\xcd\xc6\x9a"), (40, b" EMF"))),
+    ImageFormat(name="svg", unreadable="an SVG drawing", matches_text=_is_svg, extensions=("svg",)),
+)
+
+IMAGE_EXTENSIONS: Final = frozenset(extension for one in FORMATS for extension in one.extensions)
+"""Files with these extensions are listed as images; what a file really holds shows when it is decoded."""
+
+_BY_NAME: Final = {name: one for one in FORMATS for name in (one.name, *one.other_names)}
+
+
+def extension_of(path: str) -> str:
+    """The part of a path behind its last dot, in lower case; "" without a dot."""
+    return path.rpartition(".")[2].lower() if "." in path else ""
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a file is listed as an image, by its name. Hidden files are not."""
+    return extension_of(path) in IMAGE_EXTENSIONS and not path.rpartition("/")[2].startswith(".")
+
+
+def file_extension(format_name: str) -> str:
+    """The extension of files of a format, without the dot; the name itself for formats without a usual extension."""
+    known = _BY_NAME.get(format_name)
+    return known.extensions[0] if known and known.extensions else format_name
+
+
+def identify(data: bytes) -> ImageFormat | None:
+    """The format that is read, perhaps with an optional package, and whose signature the data have."""
+    return next((one for one in FORMATS if one.reader and one.has_signature(data)), None)
+
+
+def identify_unreadable(data: bytes) -> ImageFormat | None:
+    """The format that is never read and whose signature the data have."""
+    return next((one for one in FORMATS if not one.reader and one.has_signature(data)), None)
 
 
 def has_image_signature(data: bytes) -> bool:
-    """Whether bytes begin like an image of a kind that is read here."""
-    return len(data) >= _SHORTEST_HEADER and format_name(data, READABLE_SIGNATURES) != ""
+    """Whether data begin like an image of a format that is read."""
+    return len(data) >= SHORTEST_HEADER and identify(data) is not None
 
 
-def format_name(data: bytes, signatures: tuple[tuple[int, bytes, str], ...]) -> str:
-    """The name of the first signature that the data have; "" if they have none."""
-    return next((name for position, mark, name in signatures if data.startswith(mark, position)), "")
+def ends_early(data: bytes) -> bool:
+    """Whether the data end before the picture does, see `ImageFormat.ends_early`."""
+    known = identify(data)
+    return known is not None and known.ends_early is not None and known.ends_early(data)
 
 
-def drawing_format(data: bytes) -> str:
-    """The name of a vector format (SVG, ...), or ""."""
-    beginning = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    is_svg = beginning.startswith((b"<svg", b"<!doctype svg")) or (
-        beginning.startswith((b"<?xml", b"<!--")) and b"<svg" in beginning
-    )
-    return "an SVG drawing" if is_svg else ""
+def readers(data: bytes) -> list[str]:
+    """Pillow's names of the readers that may open the data."""
+    return [one.reader for one in FORMATS if one.reader and _may_read(one, data)]
 
 
-def can_read_heif() -> bool:
-    """Whether pillow_heif is installed; registers it with Pillow."""
+def _may_read(image_format: ImageFormat, data: bytes) -> bool:
+    if image_format.trailer:
+        return data.endswith(image_format.trailer)
+    return not image_format.package or (identify(data) is image_format and is_installed(image_format))
+
+
+def is_installed(image_format: ImageFormat) -> bool:
+    """Whether the format's optional package is installed; registers it with Pillow."""
     try:
-        importlib.import_module("pillow_heif").register_heif_opener()
+        package = importlib.import_module(image_format.package)
     except ImportError:
         return False
+    getattr(package, f"register_{image_format.name}_opener")()
     return True
-
-
-def unsupported_message(name: str) -> str:
-    """The message for an image of a format that is not read."""
-    return f"{name} is not read here; expected JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF"
-
-
-def _beginning(data: bytes) -> str:
-    head = data[:24]
-    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
-        return f"the text {' '.join(head.decode('ascii').split())!r}"
-    return f"the bytes {head[:12].hex(' ')}"
-
-
-def plain_message(error: BaseException) -> str:
-    """The error's text on one short line, without the addresses and objects that differ from run to run."""
-    text = re.sub(r"<[^<>]*>|\b0x[0-9a-fA-F]+", "", str(error))
-    text = "".join(letter if letter.isprintable() else " " for letter in text)
-    return " ".join(text.split())[:160] or type(error).__name__

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data import tar_images
-from imcap_ray.data.image_decoding import MAX_FILE_BYTES, image_error_from_os_error
+from imcap_ray.data.image_errors import MAX_FILE_BYTES, image_error_from_os_error
 from imcap_ray.data.manifest import is_tar
 from imcap_ray.data.parquet_images import read_table_images
 from imcap_ray.errors import ImageError, ImcapError, InputError

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 from imcap_ray.data import tar_images
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns, holds_image_bytes
+from imcap_ray.data.image_formats import extension_of, has_image_signature, is_image_name
 from imcap_ray.data.known_images import (
     ID_COLUMN_KEY,
     ID_SOURCE_KEY,
@@ -29,7 +30,7 @@ from imcap_ray.data.known_images import (
 )
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.parquet_images import TablePaths, open_table
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS, MANIFEST_SCHEMA
+from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.data.table_listing import (
     IDS_FROM_POSITION,
     IDS_FROM_TABLE,
@@ -181,23 +182,23 @@ class Listing:
         """The image files. The rest is known when all of them have been asked for."""
         if storage.is_file(self._location):
             file = storage.describe_file(self._location)
-            if _extension(file.name) in self._packed:
-                self._packed[_extension(file.name)].append(file)
+            if extension_of(file.name) in self._packed:
+                self._packed[extension_of(file.name)].append(file)
                 return
             files: Iterable[ListedFile] = [file]
         else:
             files = storage.list_files(self._location, recursive=self._recursive)
         for file in files:
             folder, _, name = file.name.rpartition("/")
-            if _is_image(file.name):
+            if is_image_name(file.name):
                 self.num_images += 1
                 yield file
             elif (
-                _extension(name) in self._packed
+                extension_of(name) in self._packed
                 and not name.startswith(("_", "."))
                 and not (self._output and storage.is_inside(self._output, file.location))
             ):
-                self._packed[_extension(name)].append(file)
+                self._packed[extension_of(name)].append(file)
             else:
                 self._num_others += 1
             before, work, _ = f"/{folder}/".partition("/_imcap/")
@@ -278,7 +279,7 @@ class Listing:
     def _is_listed(self, path: str) -> bool:
         """Whether a file that a table names would be among the image files, if it is there."""
         is_below = storage.is_inside(self._location, path)
-        return _is_image(path) and (is_below if self._recursive else storage.parent(path) == self._location)
+        return is_image_name(path) and (is_below if self._recursive else storage.parent(path) == self._location)
 
 
 def _first_rows(paths: Iterable[str | None], first_row: int) -> Iterator[tuple[str, int]]:
@@ -310,15 +311,15 @@ class _NamedFiles:
     def add(self, path: str, row: int, *, is_listed: bool) -> None:
         """Count a value of the column, which leads to this place."""
         self._num_values += 1
-        self._num_image_names += _is_image(path) and (storage.is_uri(path) or os.path.isfile(path))
+        self._num_image_names += is_image_name(path) and (storage.is_uri(path) or os.path.isfile(path))
         if is_listed or self._image is not None:
             return
-        if storage.is_uri(path) and not (storage.is_inside(self._folder, path) and not _is_image(path)):
+        if storage.is_uri(path) and not (storage.is_inside(self._folder, path) and not is_image_name(path)):
             is_web = path.lower().startswith(("http://", "https://"))
-            if _is_image(urlsplit(path).path) or not is_web:
+            if is_image_name(urlsplit(path).path) or not is_web:
                 self._image = path, row
         elif self._is_there(path):
-            if _is_image(path) or _begins_like_an_image(path):
+            if is_image_name(path) or _begins_like_an_image(path):
                 self._image = path, row
             elif self._file is None:
                 self._file = path, row
@@ -335,8 +336,6 @@ class _NamedFiles:
 
 
 def _begins_like_an_image(path: str) -> bool:
-    from imcap_ray.data.image_formats import has_image_signature
-
     filesystem, inner = storage.resolve(path)
     try:
         with filesystem.open_input_file(inner) as file:
@@ -494,7 +493,7 @@ def with_image_columns(rows: pa.Table, names: Sequence[str]) -> pa.Table:
 
 def is_tar(table_path: str) -> bool:
     """Whether what a manifest calls a table is a tar."""
-    return _extension(table_path) == "tar"
+    return extension_of(table_path) == "tar"
 
 
 def largest_row_group(manifest: str) -> int:
@@ -508,14 +507,6 @@ def largest_row_group(manifest: str) -> int:
         greatest = rows[1] if rows else pc.max(read_table(part, ["row"])["row"]).as_py()
         largest = max(largest, -1 if greatest is None else greatest + 1)
     return largest
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower() if "." in name else ""
-
-
-def _is_image(name: str) -> bool:
-    return _extension(name) in IMAGE_EXTENSIONS and not name.rpartition("/")[2].startswith(".")
 
 
 def _describe_ids(table_path: str) -> tuple[str, ...]:
@@ -535,7 +526,7 @@ def _tar_entries(tars: list[ListedFile]) -> Iterator[dict[str, Any]]:
         try:
             with tar_images.open_tar(tar.location) as opened:
                 for member in tar_images.list_files(opened):
-                    if _is_image(member.name):
+                    if is_image_name(member.name):
                         block = tar_images.block_of(member)
                         yield manifest_entry(
                             ids.choose(tar.name, member), "", tar, table_path=tar.location, row_group=block, row=0

@@ -50,35 +50,3 @@ OK: Final = "ok"
 FAILED: Final = "failed"
 
 DUPLICATE: Final = "duplicate"
-
-IMAGE_EXTENSIONS: Final = frozenset(
-    [
-        "avif",
-        "bmp",
-        "dib",
-        "gif",
-        "heic",
-        "heif",
-        "ico",
-        "j2k",
-        "jfif",
-        "jp2",
-        "jpe",
-        "jpeg",
-        "jpg",
-        "pbm",
-        "pcx",
-        "pgm",
-        "png",
-        "pnm",
-        "ppm",
-        "psd",
-        "qoi",
-        "svg",
-        "tga",
-        "tif",
-        "tiff",
-        "webp",
-    ]
-)
-"""File names that are taken for images in a folder; what a file really holds is found by decoding it."""

@@ -31,9 +31,6 @@ READ_THREADS: Final = 16
 
 ROWS_PER_REPORT: Final = 256
 
-# What Pillow calls a format, and what its files are called, where that is not the same.
-EXTENSION_OF_FORMAT: Final = {"jpeg": "jpg", "mpo": "jpg", "jpeg2000": "jp2", "tiff": "tif"}
-
 Row = dict[str, Any]
 
 

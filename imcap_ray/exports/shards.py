@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
+from imcap_ray.data.image_formats import file_extension
 from imcap_ray.data.image_reading import location_of
 from imcap_ray.errors import ImageError
 from imcap_ray.exports.captions_rows import (
     BATCH_ROWS,
     COLUMNS,
-    EXTENSION_OF_FORMAT,
     NAMED_IMAGES,
     REASONS_LEFT_OUT,
     ExportSummary,
@@ -172,7 +172,7 @@ def _percent(found: re.Match[str]) -> str:
 
 def _extension_of(row: Row) -> str:
     name = row["format"] if row["format"] not in ("", "unknown") else posixpath.splitext(row["image_id"])[1][1:]
-    name = EXTENSION_OF_FORMAT.get(name.lower(), name.lower())
+    name = file_extension(name.lower())
     return name if re.fullmatch(f"[a-z0-9]{{1,{_EXTENSION_BYTES}}}", name) else "bin"
 
 

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Literal
 
 from imcap_ray import storage
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
 from imcap_ray.errors import InputError
 from imcap_ray.exports.captions_rows import READ_THREADS, ROWS_PER_REPORT, Row
 

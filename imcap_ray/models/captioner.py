@@ -20,7 +20,8 @@ from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.config import SearchConfig
-from imcap_ray.data.image_decoding import MAX_FILE_BYTES, decode_image, image_error_from_os_error
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.image_errors import MAX_FILE_BYTES, image_error_from_os_error
 from imcap_ray.errors import ImageError, InputError, ModelError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.beam_search import State, beam_search

@@ -13,7 +13,7 @@ from typing import Any, Final
 from imcap_ray import storage
 from imcap_ray.data.datasets.dataset import SPLIT_NAMES, CaptionedImages, Collector, Source, split_in_path
 from imcap_ray.data.datasets.fields import add_record, captions_in, has_caption_field
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
 from imcap_ray.errors import DatasetError
 from imcap_ray.text.encodings import split_lines
 

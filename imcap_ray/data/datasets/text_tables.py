@@ -11,7 +11,7 @@ from typing import Final
 from imcap_ray import storage
 from imcap_ray.data.datasets.dataset import SPLIT_NAMES, SPLITS, CaptionedImages, Collector, Source, find_image_folder
 from imcap_ray.data.datasets.fields import ID_FIELDS, IMAGE_FIELDS, add_record, has_caption_field
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, extension_of
 from imcap_ray.text.encodings import split_lines
 
 _FLICKR8K: Final = "Flickr8k as distributed"
@@ -104,7 +104,7 @@ def _read_table(collector: Collector, text: str, lines: Sequence[str]) -> None:
             fields = [*fields[:caption_column], separator.join(fields[caption_column:end]), *fields[end:]]
         fields = [field.strip() for field in fields]
         # Without a header nothing else tells that a line of any text is not a name and a caption.
-        is_name = has_header or fields[0].rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+        is_name = has_header or extension_of(fields[0]) in IMAGE_EXTENSIONS
         if num_extra < 0 or not fields[caption_column] or not is_name:
             collector.odd(f"line is not `{expected}`", f"lines are not `{expected}`", f"line {number}")
             continue

@@ -18,7 +18,7 @@ from imcap_ray.data.datasets.dataset import (
     split_in_path,
 )
 from imcap_ray.data.datasets.image_folders import CAPTION_EXTENSIONS, caption_texts
-from imcap_ray.data.schemas import IMAGE_EXTENSIONS
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
 
 MAX_CAPTION_BYTES: Final = 2**20
 """A longer member is no caption."""

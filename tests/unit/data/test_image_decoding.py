@@ -18,7 +18,8 @@ import pytest
 from PIL import Image, ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 
-from imcap_ray.data.image_decoding import DecodedImage, decode_image, image_error_from_os_error
+from imcap_ray.data.image_decoding import DecodedImage, decode_image
+from imcap_ray.data.image_errors import image_error_from_os_error
 from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
 from tests.odd_images import (
     JPEG_END,
