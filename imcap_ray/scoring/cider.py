@@ -17,14 +17,14 @@ Ngram: TypeAlias = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class DocumentFrequencies:
-    """In the references of how many images an n-gram occurs."""
+    """The number of images whose references contain an n-gram."""
 
     counts: Mapping[Ngram, int]
     num_images: int
 
     @classmethod
     def of(cls, references: Iterable[Sequence[Tokens]]) -> DocumentFrequencies:
-        """Counted over the references, one sequence of references per image."""
+        """Count over references, given as one sequence of references per image."""
         counts: Counter[Ngram] = Counter()
         num_images = 0
         for image_references in references:
@@ -37,14 +37,14 @@ class DocumentFrequencies:
 class _CiderVector:
     weights: dict[Ngram, float]
     norms: tuple[float, ...]  # of the weights of each order
-    num_bigrams: int  # what coco-caption takes for the length
+    num_bigrams: int  # coco-caption uses this as the length
 
 
 class CiderD:
     """CIDEr-D of one caption at a time against fixed references: 0 to 10, equal to `cider_d`.
 
-    The document frequencies are those of the references, or of another corpus when given: the reward in
-    training takes the whole training split's. One image alone has no frequencies to speak of and scores 0.
+    The document frequencies are those of the references unless others are given: the reward in training uses those of
+    the complete training split. A single image has no meaningful frequencies and scores 0.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class CiderD:
             for ngram, weight in hypothesis.weights.items():
                 reference_weight = reference.weights.get(ngram)
                 if reference_weight is not None:
-                    # Clipped: a word said twice as often as in the reference gains nothing.
+                    # Clipped: repeating a word more often than the reference does gains nothing.
                     products[len(ngram) - 1] += min(weight, reference_weight) * reference_weight
             cosines = (
                 product / (hypothesis_norm * reference_norm)

@@ -1,6 +1,6 @@
 """A captions table and a data set's references -> scores.
 
-Texts stay in Arrow's tables and become Python's a few thousand at a time.
+Texts stay in Arrow tables; only a few thousand at a time become Python strings.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from imcap_ray.errors import DatasetError
 from imcap_ray.runs.captions_table import open_captions, read_run
 from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate_texts
 
-ROWS_AT_A_TIME: Final = 10_000
+ROWS_PER_SLICE: Final = 10_000
 
 
 def read_captions(location: str) -> pa.Table:
-    """image_id, caption and confidence of a captions table (folder or Parquet file).
+    """Read image_id, caption and confidence of a captions table (folder or Parquet file).
 
-    A caption is "" for an image that has none, a confidence null where it is not known.
+    The caption is "" for an image without one, and the confidence is null if it is unknown.
 
     Raises:
-        DatasetError: an id occurs more than once, or a column is of another kind.
+        DatasetError: an id occurs more than once, or a column has the wrong type.
     """
     dataset = open_captions(location)
     columns = ["image_id", "caption", "confidence"]
@@ -42,7 +42,7 @@ def read_captions(location: str) -> pa.Table:
                 else pa.nulls(num_rows, pa.float64()),
             }
         )
-        captions.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
+        captions.validate(full=True)  # Parquet's readers do not check that text is UTF-8
     except pa.ArrowException as error:
         raise DatasetError(f"{location} cannot be read as a captions table: {error}") from error
     num_ids = pc.count_distinct(captions["image_id"], mode="all").as_py()
@@ -61,96 +61,99 @@ def evaluate_captions(
 ) -> EvaluationReport:
     """Score the captions table at `location` against a data set.
 
-    An image is looked up by its id, with the folder before it where one of the data's own folders was captioned. Where
-    no id is known, it is looked up by its file name, if only one captioned image and one of the data set has that name.
-    Captions of images that the data set has without a caption are left aside. With a split the captions of other images
-    are left aside too; without one there must be none, and the captions must be of all images of one split, or of all
-    images. The notes count the captioned images without references.
+    Images are matched by id, with the folder's name in front if one of the data set's folders was captioned. If no id
+    matches, they are matched by file name, as long as the name is unique in both tables. Captions of images that have
+    no references in the data set are ignored, and the notes count them.
+
+    With a split, captions of other images are ignored too. Without one, every captioned image must be in the data set,
+    and the captions must cover one split or all images.
 
     Args:
-        against: another captions table, of the same images at least, to be compared with.
+        against: another captions table of the same images, to compare with.
 
     Raises:
-        DatasetError: the captions are of other images, or some of the split's images have none.
+        DatasetError: the captions are of other images, or some images of the split have no caption.
     """
     captions = _match(location, read_captions(location), references)
     if split is None:
-        _refuse_strangers(location, captions, references)
-        split = _split_of(captions, references)
-    num_strangers = _strangers(captions, references).length()
-    wanted = references.split(split) if split else references.table
-    captions = _of_all(captions, wanted, location, f"{split or 'captioned'} images of {references.location}")
+        _refuse_unknown_images(location, captions, references)
+        split = _find_split(captions, references)
+    num_without_references = _ids_without_references(captions, references).length()
+    images = references.split(split) if split else references.table
+    captions = _select(captions, images, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
-        found = _match(against, read_captions(against), references)
-        found = _of_all(found, wanted, against, f"images that {location} is scored on")
-        other = (against, _Values(found["caption"]))
-    confidences = captions["confidence"].to_numpy()  # nan where it is not known
-    pa.default_memory_pool().release_unused()  # what reading took
+        other_captions = _match(against, read_captions(against), references)
+        other_captions = _select(other_captions, images, against, f"images that {location} is scored on")
+        other = (against, _Values(other_captions["caption"]))
+    confidences = captions["confidence"].to_numpy()  # nan if it is unknown
+    pa.default_memory_pool().release_unused()  # return the memory that reading took
     return evaluate_texts(
         _Values(captions["caption"]),
-        _Values(wanted["captions"]),
-        image_ids=wanted["image_id"].to_pylist(),
+        _Values(images["captions"]),
+        image_ids=images["image_id"].to_pylist(),
         split=split or "",
         tokenizer=tokenizer,
-        notes="; ".join(_notes(location, split, num_strangers)),
+        notes="; ".join(_notes(location, split, num_without_references)),
         confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
         against=other,
     )
 
 
-def _notes(location: str, split: str | None, num_strangers: int) -> Iterator[str]:
-    """What a reader of the scores has to know: how the captions were sought, and of what images they are."""
-    if num_strangers:
-        yield f"{num_strangers:,} captioned image{'s have' if num_strangers != 1 else ' has'} no references"
+def _notes(location: str, split: str | None, num_without_references: int) -> Iterator[str]:
+    """Yield facts that the scores depend on: the search, the model and the images."""
+    if num_without_references:
+        verb = "has" if num_without_references == 1 else "have"
+        yield f"{num_without_references:,} captioned image{'s' * (verb == 'have')} {verb} no references"
     run = read_run(location) or {}
     if isinstance(search := run.get("search"), dict):
         yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
     if fingerprint := run.get("model_fingerprint"):
         yield f"model {str(fingerprint)[:12]}"
     if split == TRAIN:
-        yield "images of the training split: no measure of quality"
+        yield "images of the training split, so the scores are no measure of quality"
 
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of a column, a few thousand of them in memory at a time."""
+    """Iterates over a column with only a few thousand values in memory at a time."""
 
     column: pa.ChunkedArray
 
     def __iter__(self) -> Iterator[Any]:
-        for start in range(0, len(self.column), ROWS_AT_A_TIME):
-            yield from self.column.slice(start, ROWS_AT_A_TIME).to_pylist()
+        for start in range(0, len(self.column), ROWS_PER_SLICE):
+            yield from self.column.slice(start, ROWS_PER_SLICE).to_pylist()
 
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
 
 
-def _of_all(captions: pa.Table, wanted: pa.Table, location: str, what: str) -> pa.Table:
-    """The captions of the wanted images, in their order; DatasetError when one has none."""
-    positions = pc.index_in(wanted["image_id"], value_set=captions["image_id"])
+def _select(captions: pa.Table, images: pa.Table, location: str, description: str) -> pa.Table:
+    """The captions of these images, in their order; DatasetError if one has none."""
+    positions = pc.index_in(images["image_id"], value_set=captions["image_id"])
     if positions.null_count:
         first = pc.index(positions.is_null(), True).as_py()
         raise DatasetError(
-            f"{location} has captions for {wanted.num_rows - positions.null_count:,} of the {wanted.num_rows:,} "
-            f"{what}, {wanted['image_id'][first]} is missing: "
-            "caption them all, or name the --split they are of; a score over a part cannot be compared"
+            f"{location} has captions for {images.num_rows - positions.null_count:,} of the {images.num_rows:,} "
+            f"{description}, {images['image_id'][first]} is missing: caption all of them, or name their --split; "
+            "a score over some of the images cannot be compared"
         )
     return captions.take(positions)
 
 
 def captioned_folder(location: str, references: CaptionedImages) -> str:
-    """What stands before the name of an image in the data set, and not in the captions, where one of the data set's
-    folders was captioned: `val/`; else ""."""
+    """The captioned folder's path within the data set, such as `val/`; "" if no folder inside it was captioned.
+
+    The data set's image ids begin with this path, and those of the captions do not.
+    """
     captioned = str((read_run(location) or {}).get("input", ""))
-    above = f"{references.location}/"
-    return f"{captioned.removeprefix(above)}/" if captioned.startswith(above) else ""
+    parent = f"{references.location}/"
+    return f"{captioned.removeprefix(parent)}/" if captioned.startswith(parent) else ""
 
 
 def _match(location: str, captions: pa.Table, references: CaptionedImages) -> pa.Table:
-    """The captions under the data set's image ids: with the folder before them that was captioned, where that is one of
-    the data's; their own; or their file names, where one captioned image and one of the data set has that name."""
+    """Give the captions the data set's image ids, see `evaluate_captions`."""
     ids, known = captions["image_id"], references.table["image_id"]
     if folder := captioned_folder(location, references):
         with_folder = pc.binary_join_element_wise(folder, ids, "")
@@ -159,42 +162,43 @@ def _match(location: str, captions: pa.Table, references: CaptionedImages) -> pa
     if pc.any(pc.is_in(ids, value_set=known)).as_py():
         return captions
     names = _file_names(ids)
-    of_one_image = pc.and_(
-        pc.is_in(names, value_set=_distinct(names)), pc.is_in(names, value_set=_distinct(_file_names(known)))
+    is_unique = pc.and_(
+        pc.is_in(names, value_set=_find_unique(names)), pc.is_in(names, value_set=_find_unique(_file_names(known)))
     )
-    return captions.set_column(0, "image_id", pc.if_else(of_one_image, names, ids))
+    return captions.set_column(0, "image_id", pc.if_else(is_unique, names, ids))
 
 
 def _file_names(ids: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.replace_substring_regex(ids, "(?s)^.*/", "")
 
 
-def _distinct(names: pa.ChunkedArray) -> pa.Array:
-    """The names that occur once."""
+def _find_unique(names: pa.ChunkedArray) -> pa.Array:
+    """The names that occur exactly once."""
     counts = pc.value_counts(names)
     return counts.field("values").filter(pc.equal(counts.field("counts"), 1))
 
 
-def _strangers(captions: pa.Table, references: CaptionedImages) -> pa.ChunkedArray:
+def _ids_without_references(captions: pa.Table, references: CaptionedImages) -> pa.ChunkedArray:
     """Ids of captioned images that have no references."""
     is_known = pc.is_in(captions["image_id"], value_set=references.table["image_id"])
     return captions["image_id"].filter(pc.invert(is_known))
 
 
-def _refuse_strangers(location: str, captions: pa.Table, references: CaptionedImages) -> None:
+def _refuse_unknown_images(location: str, captions: pa.Table, references: CaptionedImages) -> None:
     """Raise DatasetError if a captioned image is not in the data set, not even without a caption."""
-    others = _strangers(captions, references)
-    is_there = pc.is_in(others, value_set=pa.array(sorted(references.without_captions), pa.string()))
-    strangers = others.filter(pc.invert(is_there))
-    if len(strangers):
+    ids = _ids_without_references(captions, references)
+    is_known = pc.is_in(ids, value_set=pa.array(sorted(references.without_captions), pa.string()))
+    unknown = ids.filter(pc.invert(is_known))
+    if len(unknown):
         raise DatasetError(
-            f"{location} does not match {references.location}: {len(strangers):,} of {captions.num_rows:,} captioned "
-            f"images have no references there, the first is {strangers[0]}; --split leaves others than a split's aside"
+            f"{location} does not match {references.location}: {len(unknown):,} of {captions.num_rows:,} captioned "
+            f"images have no references there, the first is {unknown[0]}; with --split, images outside the split are "
+            "ignored"
         )
 
 
-def _split_of(captions: pa.Table, references: CaptionedImages) -> str | None:
-    """The split that all captioned images are of; None where they are of several."""
+def _find_split(captions: pa.Table, references: CaptionedImages) -> str | None:
+    """The split that contains all captioned images; None if they are in several."""
     is_captioned = pc.is_in(references.table["image_id"], value_set=captions["image_id"])
-    found = set(references.table["split"].filter(is_captioned).unique().to_pylist())
-    return found.pop() if len(found) == 1 and found <= set(SPLITS) else None
+    splits = set(references.table["split"].filter(is_captioned).unique().to_pylist())
+    return splits.pop() if len(splits) == 1 and splits <= set(SPLITS) else None

@@ -1,7 +1,8 @@
-"""Captions and references to scores, with the protocol that gives the scores a meaning. No image, no model.
+"""Captions and references -> scores, with the protocol and the baselines that give them a meaning.
 
-BLEU is the corpus's, as nltk has it; ROUGE-L and CIDEr-D are defined as in coco-caption. Two lines stand beside every
-evaluation: the best caption for all images, and people against each other.
+BLEU is computed over the corpus, as in nltk; ROUGE-L and CIDEr-D are defined as in coco-caption. Every evaluation has
+two baselines: the best constant caption, and the agreement of the human references with each other. Knows nothing of
+images or models.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ DEFINITIONS: Final = (
     "recall over the references; CIDEr-D, n = 1 to 4, sigma 6, document frequencies from these references"
 )
 
-# Of 1,500 Flickr8k captions the one with the best score was the first by centrality, and the next three
-# were among its first seven.
-NUM_FLOOR_CANDIDATES: Final = 50
+# Among 1,500 captions of Flickr8k the one with the best score was the first by centrality, and the next three were
+# among the first seven.
+NUM_CONSTANT_CANDIDATES: Final = 50
 
 NUM_RESAMPLES: Final = 1000
 
@@ -45,8 +46,8 @@ SHARES: Final = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 HALF: Final = 0.5
 
 SEED_NOTE: Final = (
-    "words of one letter are dropped and markers of start and end counted, as Keras tutorials do: compare with scores "
-    "of that kind alone"
+    "words of one letter are dropped, and markers of start and end are counted, as in Keras tutorials: compare them "
+    "only with scores computed the same way"
 )
 
 RESAMPLING_SEED: Final = 0
@@ -54,83 +55,84 @@ RESAMPLING_SEED: Final = 0
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How scores were computed: scores with different protocols cannot be compared."""
+    """How scores were computed. Scores with different protocols cannot be compared."""
 
     tokenizer: str
     references_per_image: tuple[int, int]
-    """Least and most."""
+    """The smallest and the largest number."""
     num_images: int
     split: str
     notes: str
-    """What the scores depend on and metrics cannot know, such as the beam."""
+    """Other facts that the scores depend on, such as the beam size."""
     nltk_version: str
     definitions: str = DEFINITIONS
 
 
 @dataclass(frozen=True, slots=True)
 class ConfidencePoint:
-    """The scores of the most confident captions alone."""
+    """Scores of the most confident captions only."""
 
     share: float
-    """Of the images, how many are kept; 1 is all."""
+    """Share of the images that are kept; 1 is all."""
     min_confidence: float
-    """The least confidence among those that are kept."""
+    """The lowest confidence among those that are kept."""
     bleu_4: float
     cider_d: float
-    """With the document frequencies of all images."""
+    """Computed with the document frequencies of all images."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Scores of other captions of the same images, and how sure a difference is (Koehn 2004, W04-3250)."""
+    """Scores of other captions of the same images, and the significance of the difference (Koehn 2004, W04-3250)."""
 
     name: str
-    """Of the other captions."""
+    """Name of the other captions."""
     scores: Scores
     differences: Mapping[str, float]
     """This model's scores minus the other's."""
     intervals: Mapping[str, tuple[float, float]]
-    """95 % bootstrap interval of a difference, both drawn on the same images; without 0 in it, the difference is more
-    than the choice of images."""
+    """95 % bootstrap interval of each difference, with both models resampled on the same images. An interval that does
+    not contain 0 is a difference that the choice of images does not explain."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationReport:
-    """Scores, their protocol, and the two lines that give them meaning."""
+    """Scores, their protocol and two baselines."""
 
     protocol: Protocol
     scores: Scores
     intervals: Mapping[str, tuple[float, float]]
     """95 % bootstrap interval over the images, by name of the score."""
     floor_caption: str
-    """The caption that scores best when it is given to every image; chosen on these very references."""
+    """The best constant caption: the reference that scores best if every image has it as its caption."""
     floor: Scores
+    """Scores of the best constant caption, which is chosen on the same references."""
     human: Scores | None
-    """Each reference scored against the others; None where no image has two."""
+    """Human agreement: each reference scored against the others; None if no image has two."""
     confidence_curve: Sequence[ConfidencePoint] = ()
-    """From all captions to the most confident tenth; empty where confidences are not known."""
+    """From all captions to the most confident tenth; empty if confidences are unknown."""
     comparison: Comparison | None = None
     image_scores: Mapping[str, Sequence[str] | NDArray[Any]] = field(default_factory=dict)
-    """Columns with a value for each image: image_id, cider_d, rouge_l, and what the corpus's BLEU is the sums of.
+    """Columns with a value for each image: image_id, cider_d, rouge_l, and the counts that corpus BLEU sums up.
 
-    There is no BLEU of one image that BLEU would be the mean of: matched_n and num_n are the n-grams of the caption
-    that its references have and all of its n-grams, num_1 its length, reference_length the closest one's."""
+    Corpus BLEU is not a mean over images. matched_n is the number of the caption's n-grams that its references contain,
+    num_n the number of all its n-grams (num_1 is its length), reference_length the length of the closest reference."""
 
     def to_json(self) -> str:
-        """A json object, without the scores of each image."""
+        """The report as a JSON object, without the scores of each image."""
         values = asdict(replace(self, image_scores={}))
         del values["image_scores"]
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def to_markdown(self) -> str:
-        """A table, BLEU and ROUGE-L in percent, and the protocol below it."""
+        """The report as a table, with BLEU and ROUGE-L in percent, and the protocol below it."""
         header, *rows = self._table()
         rule = ["---", *["---:"] * (len(header) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]]
         return "\n".join([*lines, "", *(f"- {markdown(line)}" for line in self._footer())]) + "\n"
 
     def to_text(self) -> str:
-        """The same table and protocol for a terminal."""
+        """The same table and protocol, for a terminal."""
         table = self._table()
         widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in table]
@@ -183,10 +185,10 @@ def evaluate(
     confidences: Mapping[str, float] | None = None,
     against: tuple[str, Mapping[str, str]] | None = None,
 ) -> EvaluationReport:
-    """Scores of the captions (image_id to text) with all that is needed to read them; see `score`.
+    """Score captions (image_id to text) and compute the baselines; see `score`.
 
     Args:
-        confidences: of the captions, by image_id.
+        confidences: confidence of each caption, by image_id.
         against: name and captions of another model, to be compared image by image.
     """
     require_same_images(captions, references)
@@ -215,46 +217,38 @@ def evaluate_texts(
     confidences: Sequence[float] | NDArray[Any] | None = None,
     against: tuple[str, Iterable[str]] | None = None,
 ) -> EvaluationReport:
-    """As `evaluate`, of captions and references that come one after the other, in one order of the images.
+    """As `evaluate`, for captions and references that are read one after the other, in the same order of images.
 
-    No text is kept, only integers; `jobs/benchmarks/scoring.py` measures the memory and the time of any size.
+    Texts are not kept, only integers.
 
     Args:
-        references: gone through twice. Every image has one or more.
+        references: iterated twice. Every image has at least one.
     """
     groups = [captions] if against is None else [captions, against[1]]
     corpus, (hypotheses, *others) = collect_texts(references, groups, tokenizer)
     inverse_frequencies = corpus.inverse_frequencies()
     rows = corpus.rows(hypotheses, inverse_frequencies)
-    scores = summarize_rows(rows, corpus, hypotheses)
-    tables = [rows] if against is None else [rows, corpus.rows(others[0], inverse_frequencies)]
-    resamples = _resampled(tables)
+    tables = [rows, *(corpus.rows(numbers, inverse_frequencies) for numbers in others)]
+    resamples = _resample(tables)
     comparison = None
     if against is not None:
-        differences = corpus_scores(rows.sum(axis=0), len(rows)) - corpus_scores(tables[1].sum(axis=0), len(rows))
-        comparison = Comparison(
-            name=against[0],
-            scores=summarize_rows(tables[1], corpus, others[0]),
-            differences=dict(zip(SCORE_NAMES, differences.tolist(), strict=True)),
-            intervals=_interval_of_each(resamples[0] - resamples[1]),
-        )
-    best, floor = _floor(corpus, np.arange(corpus.first_reference[-1]), inverse_frequencies)
-    del inverse_frequencies  # people have others
-    counts = corpus.num_references
+        comparison = _compare(against[0], tables, resamples, summarize_rows(tables[1], corpus, others[0]))
+    best_constant, constant_scores = _find_best_constant(corpus, inverse_frequencies)
+    del inverse_frequencies  # free the memory: human agreement needs other ones
     return EvaluationReport(
         protocol=Protocol(
             tokenizer=tokenizer,
-            references_per_image=(int(counts.min()), int(counts.max())),
+            references_per_image=(int(corpus.num_references.min()), int(corpus.num_references.max())),
             num_images=corpus.num_images,
             split=split,
             notes=notes,
             nltk_version=version("nltk"),
         ),
-        scores=scores,
-        intervals=_interval_of_each(resamples[0]),
-        floor_caption=_reference_text(references, corpus, best),
-        floor=floor,
-        human=_human(corpus) if counts.max() > 1 else None,
+        scores=summarize_rows(rows, corpus, hypotheses),
+        intervals=_compute_intervals(resamples[0]),
+        floor_caption=_find_text(references, corpus, best_constant),
+        floor=constant_scores,
+        human=_score_human_agreement(corpus) if corpus.num_references.max() > 1 else None,
         confidence_curve=() if confidences is None else _confidence_curve(rows, confidences),
         comparison=comparison,
         image_scores=_image_scores(image_ids, rows),
@@ -268,33 +262,47 @@ def confidence_curve(
     *,
     tokenizer: str = "ptb",
 ) -> list[ConfidencePoint]:
-    """Scores of the most confident captions: of all of them, of nine tenths, and so on."""
+    """Scores of all captions, of the most confident nine tenths, and so on."""
     corpus, hypotheses = collect_mappings(captions, references, tokenizer)
     rows = corpus.rows(hypotheses, corpus.inverse_frequencies())
     return _confidence_curve(rows, [confidences[image_id] for image_id in references])
 
 
 def describe_point(point: ConfidencePoint) -> str:
-    """One line."""
+    """Describe a point of the curve in one line."""
     return (
         f"the {point.share:.0%} most confident captions (confidence {point.min_confidence:.3f} and more): "
         f"CIDEr-D {point.cider_d:.3f}, BLEU-4 {100 * point.bleu_4:.1f}"
     )
 
 
-def _reference_text(references: Iterable[Sequence[str]], corpus: Corpus, sentence: int) -> str:
-    """The text of a reference, by its number in the corpus."""
+def _compare(
+    name: str, tables: Sequence[NDArray[np.float64]], resamples: Sequence[NDArray[np.float64]], scores: Scores
+) -> Comparison:
+    """Compare two tables of rows; `scores` are those of the second."""
+    first, second = (corpus_scores(table.sum(axis=0), len(table)) for table in tables)
+    return Comparison(
+        name=name,
+        scores=scores,
+        differences=dict(zip(SCORE_NAMES, (first - second).tolist(), strict=True)),
+        intervals=_compute_intervals(resamples[0] - resamples[1]),
+    )
+
+
+def _find_text(references: Iterable[Sequence[str]], corpus: Corpus, sentence: int) -> str:
+    """The text of a reference, given its number in the corpus."""
     image = int(np.searchsorted(corpus.first_reference, sentence, side="right")) - 1
     return next(islice(references, image, None))[sentence - int(corpus.first_reference[image])]
 
 
-def _floor(corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: Frequencies) -> tuple[int, Scores]:
-    """The candidate (a sentence's number) that scores best when all images have it, and its scores."""
+def _find_best_constant(corpus: Corpus, inverse_frequencies: Frequencies) -> tuple[int, Scores]:
+    """Find the reference (a sentence's number) that scores best if all images have it as caption, and its scores."""
+    candidates = np.arange(corpus.first_reference[-1])
     centralities = corpus.centralities(candidates, inverse_frequencies)
     central: dict[bytes, int] = {}
     for candidate in candidates[np.argsort(-centralities, kind="stable")].tolist():
         central.setdefault(corpus.tokens_of(candidate), candidate)
-        if len(central) == NUM_FLOOR_CANDIDATES:
+        if len(central) == NUM_CONSTANT_CANDIDATES:
             break
     chosen = np.array(list(central.values()))
     best = int(chosen[np.argmax(corpus.score_constants(chosen, inverse_frequencies))])
@@ -302,11 +310,11 @@ def _floor(corpus: Corpus, candidates: NDArray[np.int64], inverse_frequencies: F
     return best, summarize_rows(corpus.rows(hypotheses, inverse_frequencies), corpus, [best])
 
 
-def _human(corpus: Corpus) -> Scores:
-    """Each annotator's references scored against the others' of the same image; the mean over annotators.
+def _score_human_agreement(corpus: Corpus) -> Scores:
+    """Score each annotator's references against the others' of the same image, and average over annotators.
 
-    The n-th references are taken for those of the n-th annotator, who counts by the images that have one: in COCO a few
-    have a sixth and a seventh. Images with one reference are left out.
+    The n-th reference of every image is taken as the n-th annotator's. Annotators are weighted by their number of
+    images, because a few images of COCO have a sixth and a seventh reference. Images with one reference are left out.
     """
     annotators, num_images = [], []
     for annotator in range(int(corpus.num_references.max())):
@@ -326,7 +334,7 @@ def _human(corpus: Corpus) -> Scores:
 
 
 def _image_scores(image_ids: Sequence[str], rows: NDArray[np.float64]) -> dict[str, Sequence[str] | NDArray[Any]]:
-    """The columns of `EvaluationReport.image_scores`."""
+    """Build the columns of `EvaluationReport.image_scores`."""
     rouge_l_of_image, cider_d_of_image = rows[:, MEANS].T
     columns: dict[str, NDArray[Any]] = {"cider_d": cider_d_of_image, "rouge_l": rouge_l_of_image}
     counts = rows[:, : MEANS.start].astype(int)
@@ -336,29 +344,29 @@ def _image_scores(image_ids: Sequence[str], rows: NDArray[np.float64]) -> dict[s
     return {"image_id": image_ids, **columns}
 
 
-def _resampled(tables: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    """For each table of rows the corpus scores of images drawn with replacement, a row a draw.
+def _resample(tables: Sequence[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """For each table of rows, the corpus scores of images drawn with replacement, one row per draw.
 
-    The same images for all tables, and at every call.
+    All tables, and all calls, draw the same images.
     """
     generator = np.random.default_rng(RESAMPLING_SEED)
     num_images = len(tables[0])
     rows = np.hstack(tables)
-    found = np.empty((len(tables), NUM_RESAMPLES, len(SCORE_NAMES)))
+    results = np.empty((len(tables), NUM_RESAMPLES, len(SCORE_NAMES)))
     for draw in range(NUM_RESAMPLES):
         times_drawn = np.bincount(generator.integers(num_images, size=num_images), minlength=num_images)
         for table, sums in enumerate(np.split(times_drawn.astype(float) @ rows, len(tables))):
-            found[table, draw] = corpus_scores(sums, num_images)
-    return list(found)
+            results[table, draw] = corpus_scores(sums, num_images)
+    return list(results)
 
 
-def _interval_of_each(resamples: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
+def _compute_intervals(resamples: NDArray[np.float64]) -> dict[str, tuple[float, float]]:
     lows, highs = np.quantile(resamples, [0.025, 0.975], axis=0).tolist()
     return {name: (low, high) for name, low, high in zip(SCORE_NAMES, lows, highs, strict=True)}
 
 
 def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float] | NDArray[Any]) -> list[ConfidencePoint]:
-    known = np.nan_to_num(np.asarray(confidences, dtype=float), nan=0.0)  # a failed image has none
+    known = np.nan_to_num(np.asarray(confidences, dtype=float), nan=0.0)  # a failed image has no confidence
     order = np.argsort(-known, kind="stable")
     curve = []
     for share in SHARES:

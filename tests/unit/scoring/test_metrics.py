@@ -15,10 +15,9 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from imcap_ray.errors import DatasetError
-from imcap_ray.scoring import metrics
-from imcap_ray.scoring import ngram_statistics as corpus_module
+from imcap_ray.scoring import metrics, ngram_statistics
 from imcap_ray.scoring.cider import CiderD, DocumentFrequencies
-from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate
+from imcap_ray.scoring.evaluation_report import SEED_NOTE, EvaluationReport, evaluate
 from imcap_ray.scoring.metrics import Scores, cider_d, corpus_bleu, rouge_l, score, scored_tokens
 from imcap_ray.text.tokenizers import tokenize
 from tests import slow_scores
@@ -208,12 +207,12 @@ def values_of(scores: Scores) -> dict[str, float]:
     return {name: getattr(scores, name) for name in slow_scores.NAMES}
 
 
-@pytest.mark.parametrize(("references_at_a_time", "places_at_a_time"), [(3, 7), (40_000, 4_000_000)])
+@pytest.mark.parametrize(("references_per_slice", "positions_per_slice"), [(3, 7), (40_000, 4_000_000)])
 def test_every_number_of_a_report_is_that_of_the_slow_judge(
-    references_at_a_time: int, places_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+    references_per_slice: int, positions_per_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_REFERENCES_AT_A_TIME", references_at_a_time)
-    monkeypatch.setattr(corpus_module, "_PLACES_AT_A_TIME", places_at_a_time)
+    monkeypatch.setattr(ngram_statistics, "REFERENCES_PER_SLICE", references_per_slice)
+    monkeypatch.setattr(ngram_statistics, "POSITIONS_PER_SLICE", positions_per_slice)
     references = make_references(60)
     for number, image_id in enumerate(references):  # one to five references, some without a word, some long
         references[image_id] = references[image_id][: 1 + number % 5]
@@ -242,7 +241,7 @@ def test_every_number_of_a_report_is_that_of_the_slow_judge(
 def test_the_rows_of_any_sentences_are_those_of_the_slow_judge(images: list[tuple[list[str], ...]]) -> None:
     hypotheses, references = [image[0] for image in images], [image[1:] for image in images]
 
-    rows = metrics._rows_of_tokens(hypotheses, references)
+    rows = metrics.compute_rows(hypotheses, references)
 
     assert rows == pytest.approx(slow_scores.image_rows(hypotheses, references), abs=1e-9)
 
@@ -316,7 +315,7 @@ def test_missing_and_unknown_images_are_counted_and_named():
 def test_an_image_without_references_is_refused():
     with pytest.raises(DatasetError, match="1 images have no reference, for example 'a.jpg'"):
         score({"a.jpg": "a dog"}, {"a.jpg": []})
-    with pytest.raises(DatasetError, match="nothing to score against"):
+    with pytest.raises(DatasetError, match="no references"):
         score({}, {})
 
 
@@ -494,5 +493,5 @@ def test_the_seeds_protocol_counts_its_markers_and_says_so() -> None:
     assert scored_tokens("A man, 2 dogs's", "seed") == ["startseq", "man", "dogss", "endseq"]
     assert by_seed.scores.bleu_1 == pytest.approx(0.5)  # of five tokens the markers are always right, and once "the"
     assert evaluate(constant, references).scores.bleu_1 == pytest.approx(1 / 6)  # "the", once
-    assert "markers of start and end counted" in by_seed.to_text()
+    assert SEED_NOTE in by_seed.to_text()
     assert "markers" not in evaluate(constant, references).to_text()
