@@ -116,29 +116,22 @@ class DecoderConfig:
     """The recurrent network that turns features into a caption."""
 
     name: str = "attention"
-    """`attention`: attention over the regions between two LSTMs; `lstm`: one LSTM, merged before the softmax."""
+    """A name in `imcap_ray.models.decoders.DECODERS`."""
     embedding_size: int = 512
     """Size of a token's vector."""
     hidden_size: int = 512
     """Size of an LSTM's state."""
     num_heads: int = 8
-    """Attention heads; `lstm` has none and ignores it."""
+    """Attention heads, a divisor of `hidden_size`; decoders without attention ignore it."""
     dropout: float = 0.5
     """Share of units dropped in training."""
 
     def __post_init__(self) -> None:
-        _require(self.name in ("attention", "lstm"), "decoder.name", "'attention' or 'lstm'", self.name)
         _require(0 <= self.dropout < 1, "decoder.dropout", "in [0, 1)", self.dropout)
         for name in ("embedding_size", "hidden_size", "num_heads"):
             size = getattr(self, name)
             _require(size >= 1, f"decoder.{name}", "at least 1", size)
             _require(size <= MAX_LAYER_SIZE, f"decoder.{name}", f"at most {MAX_LAYER_SIZE:,}", size)
-        _require(
-            self.name != "attention" or self.hidden_size % self.num_heads == 0,
-            "decoder.num_heads",
-            f"a divisor of decoder.hidden_size ({self.hidden_size})",
-            self.num_heads,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,13 +101,15 @@ def write_model_folder(
     **changes: Any,
 ) -> Path:
     """A tiny untrained model whose random weights, the CNN's among them, are large enough to tell images apart."""
+    from dataclasses import fields
+
     import torch
 
     from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
     from imcap_ray.models.decoders import build_decoder
     from imcap_ray.models.encoder_weights import EncoderWeights
     from imcap_ray.models.encoders import build_encoder, resolve_preprocessing
-    from imcap_ray.models.model_folder import save_model_folder
+    from imcap_ray.models.model_folder import ModelSettings, save_model_folder
     from imcap_ray.text.vocabulary import Vocabulary
 
     encoder_config = EncoderConfig(name="timm:test_efficientnet")
@@ -134,7 +136,9 @@ def write_model_folder(
         "card": "# A tiny model\n",
         "encoder_tensors": encoder.cnn.state_dict(),
     }
-    save_model_folder(folder, **arguments | changes)
+    arguments |= changes
+    settings = ModelSettings(**{field.name: arguments.pop(field.name) for field in fields(ModelSettings)})
+    save_model_folder(folder, settings, **arguments)
     return folder
 
 

@@ -16,7 +16,7 @@ from imcap_ray.distributed.checkpoints import choose_best
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoder_weights import FINETUNED, EncoderWeights
 from imcap_ray.models.encoders import Encoder
-from imcap_ray.models.model_folder import average_weights, below
+from imcap_ray.models.model_folder import average_weights, select_tensors
 from imcap_ray.runs.training_run import RUN_FOLDER, WEIGHTS_FILE
 from imcap_ray.training.phases import FINETUNE, SCORE, kind_of, phases
 
@@ -92,7 +92,7 @@ def read_weights(location: str) -> dict[str, torch.Tensor]:
 
 def with_cnn_weights(encoder: Encoder, weights: Mapping[str, torch.Tensor]) -> Encoder:
     """The encoder with the CNN that is among these weights; itself where there is none."""
-    cnn = below("encoder.", weights)
+    cnn = select_tensors("encoder.", weights)
     if not cnn:
         return encoder
     finetuned = copy.deepcopy(encoder)

@@ -36,7 +36,7 @@ from imcap_ray.models.decoders import Decoder, build_decoder
 from imcap_ray.models.devices import require_cuda
 from imcap_ray.models.encoder_weights import FINETUNED
 from imcap_ray.models.encoders import Encoder
-from imcap_ray.models.model_folder import below
+from imcap_ray.models.model_folder import select_tensors
 from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.training_run import (
@@ -105,7 +105,7 @@ def train_worker(config: dict[str, Any]) -> None:
     encoder: Encoder = config["load_encoder"]()
     decoder = build_decoder(recipe.decoder, num_channels=encoder.num_channels, vocabulary_size=len(vocabulary))
     if start_file := config["start_file"]:
-        decoder.load_state_dict(below("decoder.", safetensors.torch.load(storage.read_bytes(start_file))))
+        decoder.load_state_dict(select_tensors("decoder.", safetensors.torch.load(storage.read_bytes(start_file))))
     trained: Decoder | EndToEnd = decoder
     if kind == FINETUNE:
         unfreeze(encoder, recipe.finetune.first_layer)

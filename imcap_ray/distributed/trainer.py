@@ -50,7 +50,7 @@ from imcap_ray.distributed.training_plan import (
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.models.encoder_weights import FINETUNED
 from imcap_ray.models.encoders import Encoder
-from imcap_ray.models.model_folder import below, save_model_folder
+from imcap_ray.models.model_folder import ModelSettings, save_model_folder, select_tensors
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
 from imcap_ray.runs.lease import Lease
@@ -273,12 +273,14 @@ def train(
     check()
     save_model_folder(
         model,
-        encoder=recipe.encoder,
-        encoder_weights=kept.weights,
-        preprocessing=recipe.preprocessing,
-        decoder=recipe.decoder,
-        decoder_tensors=below("decoder.", weights),
-        search=recipe.search,
+        ModelSettings(
+            encoder=recipe.encoder,
+            encoder_weights=kept.weights,
+            preprocessing=recipe.preprocessing,
+            decoder=recipe.decoder,
+            search=recipe.search,
+        ),
+        decoder_tensors=select_tensors("decoder.", weights),
         vocabulary=vocabulary,
         metrics={
             "validation": metrics,

@@ -18,8 +18,9 @@ from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.phase_start import with_cnn_weights
 from imcap_ray.errors import DatasetError, InputError, OutputError
+from imcap_ray.models.decoders import find_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
-from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, below, read_model_folder
+from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
 from imcap_ray.runs.training_run import SETTINGS_FILE, WORK_FOLDER, read_metrics
 from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.loop import require_layer
@@ -130,6 +131,7 @@ def prepare_training(
             f"finetune.repetitions {recipe.finetune.repetitions} must have one start, but training.epochs is 0: "
             "give --start-from, or more epochs"
         )
+    find_decoder(recipe.decoder)
     start_model = None
     if start_from:
         start_model = average_models([read_model_folder(place) for place in start_from])
@@ -192,7 +194,7 @@ def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
 
 def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str | None) -> Encoder:
     """The CNN of a recipe, with the weights of the model where that has its own."""
-    if model and (inside := below("encoder.", model.tensors)):
+    if model and (inside := select_tensors("encoder.", model.tensors)):
         return with_cnn_weights(build_encoder(recipe.encoder, recipe.preprocessing, tensors=inside), model.tensors)
     expected = model.encoder_weights if model else None
     return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)

@@ -1,4 +1,4 @@
-"""Pixels of images -> what a function computes of them, in batches of one fixed shape.
+"""Applies a function to pixels in batches of one fixed shape, and halves the batches when memory runs out.
 
 B images, S pixels a side.
 """
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from imcap_ray.models.caption import compute_batch_size
 
-# What torch says when memory runs out and it has no type for it: on the CPU, and inside CUDA's libraries.
+# Messages of torch when memory runs out on the CPU or inside CUDA's libraries; they have no exception type.
 _OUT_OF_MEMORY: Final = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|CUDA error: out of memory|ALLOC(ATION)?_FAILED"
 )
 
-# What it says when none of cuDNN's ways gets the memory it wants; or when there is none, with all of the memory.
+# torch's message when no algorithm of cuDNN gets the memory it needs, or when no algorithm exists at all.
 _NO_ENGINE: Final = re.compile(r"unable to find an engine")
 
 Computed = TypeVar("Computed")
@@ -35,18 +35,18 @@ class FixedBatches:
     def __init__(self, image_size: int, device: torch.device) -> None:
         self._image_size = image_size
         self._device = device
-        if device.type == "cuda":  # what is in float32 there would have ten bits of a factor's digits, as float16 has
+        if device.type == "cuda":  # otherwise factors in float32 would be rounded to ten bits, like float16
             torch.backends.cudnn.allow_tf32 = False
         self.size = compute_batch_size(on_gpu=device.type == "cuda")
-        """Images computed together: half as many, once or more often, after memory has run out."""
+        """Images computed together. It is halved whenever memory runs out."""
 
     def compute(
         self, pixels: np.ndarray[Any, Any] | Tensor, function: Callable[[Tensor], Computed]
     ) -> Iterator[tuple[Computed | None, int]]:
-        """What the function makes of `size` images at a time, and how many of them are real.
+        """Apply the function to `size` images at a time; yield its result and how many of the images are real.
 
-        Where memory runs out, the images are computed again, half as many at a time, and so are all later ones; None
-        where it runs out for an image alone.
+        When memory runs out, these images and all later ones are computed in batches of half the size. If it runs out
+        even for a single image, the result is None.
 
         Args:
             pixels: uint8 (B, 3, S, S).
@@ -58,12 +58,12 @@ class FixedBatches:
         while start < len(pixels):
             part = pixels[start : start + self.size]
             try:
-                computed = function(self._filled_up(part))
+                computed = function(self._pad(part))
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error, is_alone=self.size == 1):
                     raise
                 computed = None
-            if computed is None:  # only here, for the exception has held on to all that was computed
+            if computed is None:  # not in the except block, where the exception keeps all that was computed alive
                 if self._device.type == "cuda":
                     torch.cuda.empty_cache()
                 if self.size > 1:
@@ -73,10 +73,10 @@ class FixedBatches:
             yield computed, len(part)
             start += len(part)
 
-    def _filled_up(self, part: np.ndarray[Any, Any] | Tensor) -> Tensor:
-        """The images, and blank ones up to `size`, on the device."""
+    def _pad(self, part: np.ndarray[Any, Any] | Tensor) -> Tensor:
+        """Move the images to the device, with blank ones added up to `size`."""
         chunk = torch.zeros(self.size, *part.shape[1:], dtype=torch.uint8, pin_memory=self._device.type == "cuda")
-        # torch warns of arrays that cannot be written to, as Ray's: it gets a copy.
+        # Ray's arrays are read-only, which torch warns about, so copy them.
         chunk[: len(part)] = part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
         return chunk.to(self._device, non_blocking=True)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imcap_ray.config import SearchConfig
+
 State = tuple[Tensor, ...]  # each (B, K, ...)
 
 Step = Callable[[Tensor, State], tuple[Tensor, State]]  # tokens (B, K), state -> log-probabilities (B, K, V), state
@@ -25,38 +27,36 @@ class Hypothesis:
     logprob: float
     """Sum over the tokens and the end token, in nats."""
     num_tokens: int
-    """Tokens with the end token."""
+    """Number of tokens, including the end token."""
 
 
 def beam_search(
     step: Step,
     state: State,
     *,
+    search: SearchConfig,
     start_id: int,
     end_id: int,
-    beam_size: int,
-    max_length: int,
-    length_penalty: float = 0.0,
-    num_captions: int = 1,
     forbidden_ids: Sequence[int] = (),
 ) -> list[list[Hypothesis]]:
-    """For each image the `num_captions` best finished sequences, the best first.
+    """Find the `search.num_captions` best finished sequences of each image, the best first.
 
     A sequence's score is its log-probability divided by its number of tokens (the end counts) to the power of
-    `length_penalty` (Wu et al. 2016, arXiv 1609.08144, section 7, without the constants). A beam that
-    ends leaves the beam and waits in the pool of finished ones; after `max_length` tokens the end is forced. With
-    beam size 1 this is greedy search. Fewer than `num_captions` come back only when the search space has no more.
+    `length_penalty` (Wu et al. 2016, arXiv 1609.08144, section 7, without the constants). A sequence that ends moves
+    from the beam to a pool of finished sequences; after `max_length` tokens the end is forced. With a beam size of 1
+    this is greedy search. The result has fewer than `num_captions` sequences only if the search space has no more.
 
     Args:
         step: tokens (B, K) and state to log-probabilities (B, K, V) of the next token and the next state.
         state: each tensor (B, K, ...), equal along K at the start.
         forbidden_ids: tokens that never occur in a result.
     """
+    beam_size, max_length, length_penalty = search.beam_size, search.max_length, search.length_penalty
     num_images = state[0].shape[0]
     device = state[0].device
     minus_infinity = float("-inf")
 
-    # All beams are equal at the start, so there is one; it parts into as many as there are to be, or are possible.
+    # All beams are equal at the start, so begin with one; the first step expands it to `beam_size` or all there are.
     state = tuple(tensor[:, :1] for tensor in state)
     tokens = torch.full((num_images, 1), start_id, dtype=torch.long, device=device)
     forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=device)
@@ -96,12 +96,12 @@ def beam_search(
         pool_sequences = _gather_beams(torch.cat([pool_sequences, sequences], dim=1), order)
 
         live_scores = live_scores.masked_fill(ended, minus_infinity)
-        # No continuation can score more than this: log-probabilities only fall, and the longest divisor is known.
+        # No continuation can score higher: log-probabilities only decrease, and the largest divisor is known.
         bound = live_scores.amax(dim=1) / (max_length + 1) ** length_penalty
-        if bool((bound <= pool_scores[:, num_captions - 1]).all()):
+        if bool((bound <= pool_scores[:, search.num_captions - 1]).all()):
             break
 
-    return _to_hypotheses(pool_logprobs, pool_lengths, pool_sequences, num_captions)
+    return _to_hypotheses(pool_logprobs, pool_lengths, pool_sequences, search.num_captions)
 
 
 def sample(
@@ -114,12 +114,12 @@ def sample(
     temperature: float = 1.0,
     forbidden_ids: Sequence[int] = (),
 ) -> list[list[list[int]]]:
-    """For each image K token sequences drawn from the model, with their start and, if they came to it, their end.
+    """Draw K token sequences for each image, each with its start token and, if it was reached, its end token.
 
     Args:
         step: tokens (B, K) and state to log-probabilities (B, K, V) of the next token and the next state.
         state: each tensor (B, K, ...), equal along K at the start.
-        temperature: divides the log-probabilities; below 1 the probable is drawn more often still.
+        temperature: divides the log-probabilities; below 1, probable tokens are drawn even more often.
         forbidden_ids: tokens that are never drawn.
     """
     num_images, num_samples = state[0].shape[:2]
@@ -130,8 +130,8 @@ def sample(
         log_probs, state = step(tokens, state)
         probabilities = (log_probs.float() / temperature).exp()  # up to a factor
         probabilities.index_fill_(-1, forbidden, 0.0)
-        # The inverse of the distribution function: one random number a row. `torch.multinomial` takes one a token,
-        # which is a third of the time.
+        # Inverting the distribution function takes one random number per row. `torch.multinomial` takes one per token
+        # of the vocabulary, a third of the whole time.
         cumulative = probabilities.cumsum(dim=-1)
         drawn_share = torch.rand(num_images, num_samples, 1, device=tokens.device) * cumulative[..., -1:]
         tokens = torch.searchsorted(cumulative, drawn_share, right=True).squeeze(-1)
@@ -141,11 +141,11 @@ def sample(
         if bool(has_ended.all()):
             break
     sequences = torch.stack(drawn, dim=2).tolist()
-    return [[_up_to(end_id, ids) for ids in of_image] for of_image in sequences]
+    return [[_cut_after(end_id, ids) for ids in image_sequences] for image_sequences in sequences]
 
 
-def _up_to(end_id: int, token_ids: list[int]) -> list[int]:
-    """The beginning of a sequence up to and with its first end."""
+def _cut_after(end_id: int, token_ids: list[int]) -> list[int]:
+    """The sequence up to its first end token, inclusive."""
     return token_ids[: token_ids.index(end_id) + 1] if end_id in token_ids else token_ids
 
 
@@ -160,11 +160,11 @@ def _to_hypotheses(logprobs: Tensor, lengths: Tensor, sequences: Tensor, count: 
     for image_logprobs, image_lengths, image_sequences in zip(
         logprobs.tolist(), lengths.tolist(), sequences.tolist(), strict=True
     ):
-        found = zip(image_logprobs[:count], image_lengths, image_sequences, strict=False)
+        candidates = zip(image_logprobs[:count], image_lengths, image_sequences, strict=False)
         results.append(
             [
                 Hypothesis(token_ids=tuple(sequence[: length - 1]), logprob=logprob, num_tokens=length)
-                for logprob, length, sequence in found
+                for logprob, length, sequence in candidates
                 if logprob > float("-inf")
             ]
         )

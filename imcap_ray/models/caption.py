@@ -1,6 +1,6 @@
-"""What captioners answer, and how many images they take together.
+"""The results of captioners, and how many images they compute together.
 
-Knows no torch: whoever hands images to a captioner, or holds one that needs none, is spared two seconds of imports.
+Does not import torch, so that processes that only pass images to a captioner save two seconds.
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from typing import Final
 
 from imcap_ray.errors import ImageError
 
-# Images computed together. Always this many, the last ones blank: matrix kernels choose their order of summation by
-# the shape of the batch, so only a fixed shape gives the same bits whatever batches the images arrive in. Where memory
-# runs out there are fewer, and the last digits of a confidence may be others.
+# Images computed together. A smaller batch is filled up with blank images: the shape of a batch decides in which order
+# matrix kernels sum, so only a fixed shape gives the same bits whatever batches the images arrive in. The last digits
+# of a confidence may change if memory runs out and the batches become smaller.
 COMPUTE_BATCH_SIZE: Final = 16
 
-GPU_COMPUTE_BATCH_SIZE: Final = 64  # a step of a search takes a GPU as long for few images as for many
+GPU_COMPUTE_BATCH_SIZE: Final = 64  # on a GPU a search step takes as long for few images as for many
 
 
 def compute_batch_size(*, on_gpu: bool) -> int:
-    """Images computed together, as long as memory does not run out."""
+    """Images computed together, unless memory runs out."""
     return GPU_COMPUTE_BATCH_SIZE if on_gpu else COMPUTE_BATCH_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A sentence for an image, and how sure the model is of it."""
+    """A sentence for an image, and the model's confidence in it."""
 
     text: str
-    """"" when the model's best answer is to say nothing."""
+    """May be "", if the empty sequence is the most probable one."""
     logprob: float
-    """Sum of the tokens' log-probabilities, the end token's among them, in nats."""
+    """Sum of the log-probabilities of all tokens, including the end token, in nats."""
     num_tokens: int
-    """Tokens with the end token."""
+    """Number of tokens, including the end token."""
 
     @property
     def confidence(self) -> float:
-        """Exp of the mean log-probability of a token: 0..1."""
+        """Geometric mean of the tokens' probabilities: 0..1."""
         return math.exp(self.logprob / self.num_tokens)
 
 
 def no_memory() -> ImageError:
-    """The error of an image that a captioner has no caption for."""
+    """The error of an image for which memory ran out."""
     return ImageError("out_of_memory", "not enough memory to caption the image, even alone")
 
 
-def not_finite(what: str) -> ImageError:
-    """The error of an image for which a model computes NaN or infinity: its features, for instance."""
-    return ImageError("internal", f"the {what} of the image are not finite numbers")
+def not_finite(values: str) -> ImageError:
+    """The error of an image for which a model computes NaN or infinity in these values, such as its features."""
+    return ImageError("internal", f"the {values} of the image are not finite numbers")

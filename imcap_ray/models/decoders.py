@@ -1,17 +1,21 @@
-"""LSTMs: features and tokens -> log-probabilities of the next token. Knows no image and no word.
+"""LSTMs: features and tokens -> log-probabilities of the next token. Knows nothing of images or words.
+
+To add a decoder, write a subclass of `Decoder` here and give it an entry in `DECODERS`.
 
 I images and N captions in training, T positions of the longest caption, P positions of all captions together,
 B images in a search, K beams, R regions, F channels of a region, E size of an embedding, H size of an LSTM's
 state, V vocabulary.
 
-In training all captions run as one packed sequence (`torch.nn.utils.rnn.PackedSequence`): no time goes into padding,
-which is 40 % of a batch of Flickr8k's captions.
+In training all captions run as one packed sequence (`torch.nn.utils.rnn.PackedSequence`), so that no time is spent on
+padding, which is 40 % of a batch of Flickr8k's captions.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -20,40 +24,67 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from imcap_ray.config import DecoderConfig
+from imcap_ray.errors import ConfigError
 from imcap_ray.models.beam_search import State, Step
 
 _Product = Callable[[Tensor], Tensor]
-"""Vectors (..., D) times a matrix, and a bias."""
+"""Multiplies vectors (..., D) by a matrix and adds a bias."""
+
+
+class Decoder(nn.Module):
+    """Features (I, R, F) and tokens -> log-probabilities of the next token."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
+        """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
+
+        Args:
+            features: (I, R, F).
+            token_ids: (N, T), from the start token on, the longest caption first.
+            lengths: (N,) on the CPU, in descending order.
+            image_of_caption: (N,) index into `features`.
+        """
+
+    @abstractmethod
+    def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
+        """The step function and the first state of a search over the images of features (B, R, F).
+
+        Whatever depends on the features alone is computed here, once.
+        """
+
+    def freeze(self) -> None:
+        """Compute once what searches need of the weights, which must not change from now on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _SearchProducts:
-    """What a search computes with an `AttentionDecoder`'s weights.
+    """The matrix products of a search step of an `AttentionDecoder`.
 
-    The first LSTM's input is a word and the mean region, so its gates are a sum of what is known before: a quarter of a
-    step's products.
+    The first LSTM's gates are a sum over its inputs. The terms of the words and of the mean region are known before
+    the search, which saves a quarter of a step's products.
     """
 
-    of_words: Tensor
-    """(V, 4 H) what each word adds to the gates of the first LSTM."""
-    of_image: _Product
+    word_gates: Tensor
+    """(V, 4 H): what each word adds to the gates of the first LSTM."""
+    image_gates: _Product
     """The mean region (..., H) -> what it adds to them."""
-    of_history: _Product
+    history_gates: _Product
     """The first LSTM's last output (..., H) -> what it adds to them."""
     query: _Product
     language: _Product
-    """The first LSTM's output, what is attended to and the second one's last output (..., 3 H) -> its gates."""
+    """The first LSTM's output, the attended vector and the second LSTM's last output (..., 3 H) -> its gates."""
     output: _Product
     logits: _Product
 
 
-class AttentionDecoder(nn.Module):
+class AttentionDecoder(Decoder):
     """Attention over the regions between two LSTMs; the output layer shares the embedding's weights.
 
-    The first LSTM reads the words and the mean region and asks where to look; multi-head attention (Vaswani et al.
-    2017, arXiv 1706.03762, section 3.2.2) answers; the second LSTM reads both and says the next word. The order is
-    that of Up-Down (Anderson et al. 2018, arXiv 1707.07998, section 3.2) without the second LSTM's feedback into the
-    first, so that in training each layer runs over all positions in one call.
+    The first LSTM reads the words and the mean region, and its output is the query of a multi-head attention over the
+    regions (Vaswani et al. 2017, arXiv 1706.03762, section 3.2.2). The second LSTM reads the query and the attended
+    vector and predicts the next word. The order is that of Up-Down (Anderson et al. 2018, arXiv 1707.07998, section
+    3.2) without the feedback of the second LSTM into the first, so that in training each layer runs over all positions
+    in one call.
     """
 
     def __init__(
@@ -84,54 +115,46 @@ class AttentionDecoder(nn.Module):
         self._frozen: _SearchProducts | None = None
 
     def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
-        """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
-
-        Args:
-            features: (I, R, F).
-            token_ids: (N, T), from the start token on, the longest caption first.
-            lengths: (N,) on the CPU, falling.
-            image_of_caption: (N,) index into `features`.
-        """
+        """As `Decoder.forward`."""
         keys, values, mean = self._memory(features)
         captions = torch.arange(len(lengths), device=token_ids.device)
         positions = _pack(captions.unsqueeze(1).expand_as(token_ids), lengths)
         caption_of_position = positions.data  # (P,)
 
         def drop(vectors: Tensor) -> Tensor:
-            """Dropout (P, D) of the same units at all positions of a caption (Gal & Ghahramani 2016, arXiv
-            1512.05287), which asks for a tenth of the random numbers too."""
+            """Drop the same units of vectors (P, D) at all positions of a caption (Gal & Ghahramani 2016, arXiv
+            1512.05287), which also takes a tenth of the random numbers."""
             if not self.training:
                 return vectors
             mask: Tensor = self.dropout(vectors.new_ones(len(lengths), vectors.shape[1]))
             return vectors * mask.index_select(0, caption_of_position)
 
         words = drop(self.embedding(_pack(token_ids, lengths).data))
-        of_image = mean.index_select(0, image_of_caption.index_select(0, caption_of_position))
-        hidden = _run(self.attention_lstm, _like(positions, torch.cat([words, of_image], dim=-1)))
-        hidden = _like(positions, drop(hidden.data))  # (P, H)
-        queries, _ = pad_packed_sequence(hidden, batch_first=True)  # (N, T, H): attention wants whole captions
-        captions_of_image, place = _by_image(image_of_caption, len(features))
-        of_images = queries[captions_of_image].flatten(1, 2)  # (I, captions of an image * T, H)
+        image_mean = mean.index_select(0, image_of_caption.index_select(0, caption_of_position))
+        hidden = run_lstm(self.attention_lstm, _repack(positions, torch.cat([words, image_mean], dim=-1)))
+        hidden = _repack(positions, drop(hidden.data))  # (P, H)
+        queries, _ = pad_packed_sequence(hidden, batch_first=True)  # (N, T, H): attention needs complete captions
+        captions_of_image, cell_of_caption = _group_by_image(image_of_caption, len(features))
+        grouped = queries[captions_of_image].flatten(1, 2)  # (I, captions of an image * T, H)
         with sdpa_kernel(SDPBackend.MATH):  # on the CPU the fused kernel's backward pass is five times slower
-            attended = self._attend(self.query(of_images), keys, values)
-        attended = attended.view(-1, *queries.shape[1:]).index_select(0, place)  # (N, T, H)
-        attended = _pack(attended, lengths).data
-        attended = drop(attended)
-        spoken = _run(self.language_lstm, _like(positions, torch.cat([hidden.data, attended], dim=-1))).data
-        return self._logits(drop(self._output(spoken, attended)))
+            attended = self.attend(self.query(grouped), keys, values)
+        attended = attended.view(-1, *queries.shape[1:]).index_select(0, cell_of_caption)  # (N, T, H)
+        attended = drop(_pack(attended, lengths).data)
+        predicted = run_lstm(self.language_lstm, _repack(positions, torch.cat([hidden.data, attended], dim=-1))).data
+        return self._logits(drop(self._output(predicted, attended)))
 
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
-        """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
+        """As `Decoder.start`."""
         num_images = features.shape[0]
         keys, values, mean = self._memory(features)
         products = self._frozen or self._search_products(_linear)
-        image_gates = products.of_image(mean).unsqueeze(1)  # (B, 1, 4 H)
+        image_gates = products.image_gates(mean).unsqueeze(1)  # (B, 1, 4 H)
 
         def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-            of_word = functional.embedding(tokens, products.of_words)
-            first = _next_state(of_word + image_gates + products.of_history(state[0]), state[1])
+            word_gates = functional.embedding(tokens, products.word_gates)
+            first = _next_state(word_gates + image_gates + products.history_gates(state[0]), state[1])
             hidden = first[0]
-            attended = self._attend(products.query(hidden), keys, values)
+            attended = self.attend(products.query(hidden), keys, values)
             second = _next_state(products.language(torch.cat([hidden, attended, state[2]], dim=-1)), state[3])
             outputs = torch.tanh(products.output(torch.cat([second[0], attended], dim=-1)))
             return functional.log_softmax(products.logits(outputs), dim=-1), (*first, *second)
@@ -143,7 +166,7 @@ class AttentionDecoder(nn.Module):
         """Compute once what searches need of the weights, which must not change from now on.
 
         Args:
-            packed: and on a CPU bring them into the order in which its kernels read them.
+            packed: on a CPU, also store the weights in the order in which its kernels read them.
         """
         self._frozen = self._search_products(_packed_linear if packed else _linear)
 
@@ -153,9 +176,9 @@ class AttentionDecoder(nn.Module):
         word_weight, image_weight = input_weight.tensor_split([self.embedding.embedding_dim], dim=1)
         language: list[Tensor] = [*self.language_lstm.all_weights[0]]
         return _SearchProducts(
-            of_words=functional.linear(self.embedding.weight, word_weight),
-            of_image=linear(image_weight, input_bias + hidden_bias),
-            of_history=linear(hidden_weight, None),
+            word_gates=functional.linear(self.embedding.weight, word_weight),
+            image_gates=linear(image_weight, input_bias + hidden_bias),
+            history_gates=linear(hidden_weight, None),
             query=linear(self.query.weight, self.query.bias),
             language=linear(torch.cat(language[:2], dim=1), language[2] + language[3]),
             output=linear(self.project_output.weight, self.project_output.bias),
@@ -163,7 +186,7 @@ class AttentionDecoder(nn.Module):
         )
 
     def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:
-        """Where it looks before it says the token that follows each token of a caption: (T, R), the mean over heads.
+        """Attention weights (T, R) for the token that follows each token of a caption, averaged over the heads.
 
         Args:
             features: (R, F).
@@ -185,21 +208,21 @@ class AttentionDecoder(nn.Module):
     def _split_heads(self, vectors: Tensor) -> Tensor:
         return vectors.reshape(*vectors.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Q queries per image (I, Q, H) -> (I, Q, H)."""
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The attended vectors (I, Q, H) of Q queries per image (I, Q, H), by keys and values from `_memory`."""
         attended = functional.scaled_dot_product_attention(self._split_heads(queries), keys, values)
         return attended.transpose(1, 2).flatten(2)
 
-    def _output(self, spoken: Tensor, attended: Tensor) -> Tensor:
-        vectors: Tensor = torch.tanh(self.project_output(torch.cat([spoken, attended], dim=-1)))
+    def _output(self, predicted: Tensor, attended: Tensor) -> Tensor:
+        vectors: Tensor = torch.tanh(self.project_output(torch.cat([predicted, attended], dim=-1)))
         return vectors
 
     def _logits(self, outputs: Tensor) -> Tensor:
         return functional.linear(outputs, self.embedding.weight, self.output_bias)
 
 
-class MergeDecoder(nn.Module):
-    """The seed's: the image's vector and an LSTM over the words, added before the softmax ("merge" in Tanti et al.
+class MergeDecoder(Decoder):
+    """The image's vector added to the output of an LSTM over the words, before the softmax ("merge" in Tanti et al.
     2017, arXiv 1708.02043)."""
 
     def __init__(
@@ -220,31 +243,21 @@ class MergeDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
-        """Logits (P, V) of the token that follows each token, in the order of a packed sequence.
-
-        Args:
-            features: (I, R, F).
-            token_ids: (N, T), from the start token on, the longest caption first.
-            lengths: (N,) on the CPU, falling.
-            image_of_caption: (N,) index into `features`.
-        """
-        hidden = _run(self.lstm, _pack(self.dropout(self.embedding(token_ids)), lengths)).data  # (P, H)
+        """As `Decoder.forward`."""
+        hidden = run_lstm(self.lstm, _pack(self.dropout(self.embedding(token_ids)), lengths)).data  # (P, H)
         image_of_position = _pack(image_of_caption.unsqueeze(1).expand_as(token_ids), lengths).data
         return self._logits(hidden + self._image(features)[image_of_position])
 
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
-        """What a search over these images needs. Features (B, R, F); what depends on them alone is computed once."""
+        """As `Decoder.start`."""
         image = self._image(features).unsqueeze(1)
 
         def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-            hidden, state = _advance(self.lstm, self.embedding(tokens), state)
+            hidden, state = _advance_lstm(self.lstm, self.embedding(tokens), state)
             return functional.log_softmax(self._logits(hidden + image), dim=-1), state
 
         blank = features.new_zeros(features.shape[0], beam_size, self.lstm.hidden_size)
         return step, (blank, blank)
-
-    def freeze(self) -> None:
-        """There is nothing that searches need of the weights alone."""
 
     def _image(self, features: Tensor) -> Tensor:
         return functional.relu(self.project_features(self.dropout(features.mean(dim=1))))
@@ -254,14 +267,11 @@ class MergeDecoder(nn.Module):
         return logits
 
 
-Decoder = AttentionDecoder | MergeDecoder
-
-
 class DecoderEnsemble(nn.Module):
-    """Decoders of one vocabulary that search together: at every step the mean of their log-probabilities decides.
+    """Decoders with the same vocabulary that search together: each step averages their log-probabilities.
 
     Args:
-        channels: of the features that `start` is given, those of each decoder.
+        channels: for each decoder, its channels among those of the features that `start` takes.
     """
 
     def __init__(self, decoders: Sequence[Decoder], channels: Sequence[slice]) -> None:
@@ -275,7 +285,7 @@ class DecoderEnsemble(nn.Module):
             decoder.freeze()
 
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
-        """As a decoder's. The state is those of all decoders, one after the other."""
+        """As `Decoder.start`. The state is the states of all decoders, one after the other."""
         starts = [decoder.start(features[..., channels], beam_size) for decoder, channels in self._members]
 
         def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -284,8 +294,8 @@ class DecoderEnsemble(nn.Module):
             first = 0
             for member_step, member_state in starts:
                 last = first + len(member_state)
-                of_member, next_state = member_step(tokens, state[first:last])
-                log_probs.append(of_member)
+                member_log_probs, next_state = member_step(tokens, state[first:last])
+                log_probs.append(member_log_probs)
                 states.extend(next_state)
                 first = last
             return torch.stack(log_probs).mean(dim=0).log_softmax(dim=-1), tuple(states)
@@ -293,17 +303,75 @@ class DecoderEnsemble(nn.Module):
         return step, tuple(tensor for _, state in starts for tensor in state)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderArchitecture:
+    """How to build a decoder, and what others need to know of it."""
+
+    check: Callable[[DecoderConfig], None] = lambda config: None
+    """Raises ConfigError if the configuration is invalid for this decoder."""
+    build: Callable[[DecoderConfig, int, int], Decoder]
+    """Configuration, number of channels and size of the vocabulary -> the decoder with random weights."""
+    description: str
+    """For the model card."""
+    feature_weight: str
+    """Name of the matrix (H, F) that reads the features; its width is the number of channels."""
+
+
+def _check_heads(config: DecoderConfig) -> None:
+    if config.hidden_size % config.num_heads:
+        raise ConfigError(
+            f"decoder.num_heads must be a divisor of decoder.hidden_size ({config.hidden_size}), got {config.num_heads}"
+        )
+
+
+def _build_attention(config: DecoderConfig, num_channels: int, vocabulary_size: int) -> Decoder:
+    return AttentionDecoder(
+        num_channels=num_channels,
+        vocabulary_size=vocabulary_size,
+        embedding_size=config.embedding_size,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_heads,
+        dropout=config.dropout,
+    )
+
+
+def _build_merge(config: DecoderConfig, num_channels: int, vocabulary_size: int) -> Decoder:
+    return MergeDecoder(
+        num_channels=num_channels,
+        vocabulary_size=vocabulary_size,
+        embedding_size=config.embedding_size,
+        hidden_size=config.hidden_size,
+        dropout=config.dropout,
+    )
+
+
+DECODERS: Final = {
+    "attention": DecoderArchitecture(
+        check=_check_heads,
+        build=_build_attention,
+        description="attention over the CNN's regions between two LSTMs",
+        feature_weight="project_features.0.weight",
+    ),
+    "lstm": DecoderArchitecture(
+        build=_build_merge,
+        description="an LSTM merged with the image before the softmax",
+        feature_weight="project_features.weight",
+    ),
+}
+
+
+def find_decoder(config: DecoderConfig) -> DecoderArchitecture:
+    """The architecture of this configuration; ConfigError if there is none, or the configuration is invalid for it."""
+    architecture = DECODERS.get(config.name)
+    if architecture is None:
+        raise ConfigError(f"no decoder {config.name[:100]!r}: expected one of {', '.join(DECODERS)}")
+    architecture.check(config)
+    return architecture
+
+
 def build_decoder(config: DecoderConfig, *, num_channels: int, vocabulary_size: int) -> Decoder:
     """The decoder of this configuration, with random weights."""
-    sizes = {
-        "num_channels": num_channels,
-        "vocabulary_size": vocabulary_size,
-        "embedding_size": config.embedding_size,
-        "hidden_size": config.hidden_size,
-    }
-    if config.name == "attention":
-        return AttentionDecoder(**sizes, num_heads=config.num_heads, dropout=config.dropout)
-    return MergeDecoder(**sizes, dropout=config.dropout)
+    return find_decoder(config).build(config, num_channels, vocabulary_size)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> _Product:
@@ -311,11 +379,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> _Product:
 
 
 def _packed_linear(weight: Tensor, bias: Tensor | None) -> _Product:
-    """The same for weights that stay as they are: on a CPU oneDNN brings them into the order in which it reads them.
+    """The same product for weights that never change: on a CPU, oneDNN reorders them once instead of for every product.
 
-    Else that is done for every product. With the 48 vectors of 16 images' beams a step's products take 5.1 ms instead
-    of 6.9 (torch 2.14, one thread of an AMD EPYC). torch's compiler does so too; the operators are not documented, and
-    torch may come without them.
+    With the 48 vectors of 16 images' beams, a step's products take 5.1 ms instead of 6.9 (torch 2.14, one thread of an
+    AMD EPYC). torch's compiler uses the same operators. They are not documented, and torch may be built without them.
     """
     if weight.device.type == "cpu":
         try:
@@ -331,36 +398,36 @@ def _pack(padded: Tensor, lengths: Tensor) -> PackedSequence:
     return pack_padded_sequence(padded, lengths, batch_first=True)
 
 
-def _like(packed: PackedSequence, data: Tensor) -> PackedSequence:
+def _repack(packed: PackedSequence, data: Tensor) -> PackedSequence:
     """A packed sequence of the same captions with other vectors (P, ...)."""
     return PackedSequence(data, packed.batch_sizes)
 
 
-def _by_image(image_of_caption: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
-    """How to bring captions together by their images, so that keys and values need not be copied for each caption.
+def _group_by_image(image_of_caption: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """Group captions by image, so that keys and values need not be copied for each caption.
 
     Returns:
-        The captions of each image (I, captions of an image), filled up with caption 0 where it has fewer, and the cell
-        of that table, counted row by row, in which each caption (N,) stands.
+        A table (I, most captions of an image) of each image's captions, padded with caption 0, and the cell of each
+        caption (N,) in it, counted row by row.
     """
     numbers = torch.arange(len(image_of_caption), device=image_of_caption.device)
     counts = image_of_caption.bincount(minlength=num_images)
-    most = int(counts.max())
+    largest = int(counts.max())
     order = image_of_caption.argsort(stable=True)
     firsts = counts.cumsum(0) - counts
-    place = torch.empty_like(numbers)
-    place[order] = image_of_caption[order] * most + numbers - firsts.repeat_interleave(counts)
-    captions = numbers.new_zeros(num_images * most)
-    captions[place] = numbers
-    return captions.view(num_images, most), place
+    cell_of_caption = torch.empty_like(numbers)
+    cell_of_caption[order] = image_of_caption[order] * largest + numbers - firsts.repeat_interleave(counts)
+    captions = numbers.new_zeros(num_images * largest)
+    captions[cell_of_caption] = numbers
+    return captions.view(num_images, largest), cell_of_caption
 
 
-def _run(lstm: nn.LSTM, inputs: PackedSequence) -> PackedSequence:
-    """The LSTM's hidden states at all positions; on a GPU in float32.
+def run_lstm(lstm: nn.LSTM, inputs: PackedSequence) -> PackedSequence:
+    """The hidden states of a one-layer LSTM at all positions; computed in float32 on a GPU.
 
-    Whatever the type of autocast, torch computes cuDNN's LSTM in float16 (ATen/cudnn/AutocastRNN.cpp), where small
-    gradients become 0. In the backward pass of its LSTM on a CPU each position makes a gradient of all positions' gates
-    and adds it to the others': with gates that are split beforehand a training step takes a fifth less time.
+    Under autocast torch always computes cuDNN's LSTM in float16 (ATen/cudnn/AutocastRNN.cpp), where small gradients
+    become 0. On a CPU the backward pass of torch's LSTM builds a gradient of all positions' gates at each position and
+    sums them up. Splitting the gates beforehand avoids that and makes a training step a fifth faster.
     """
     if inputs.data.is_cuda:
         with torch.autocast("cuda", enabled=False):
@@ -370,24 +437,24 @@ def _run(lstm: nn.LSTM, inputs: PackedSequence) -> PackedSequence:
     gates = functional.linear(inputs.data, input_weight, input_bias + hidden_bias)
     hidden = cell = gates.new_zeros(int(inputs.batch_sizes[0]), lstm.hidden_size)
     states = []
-    for of_position in torch.split(gates, inputs.batch_sizes.tolist()):
-        count = len(of_position)  # captions that are so long
-        of_history = functional.linear(hidden[:count], hidden_weight)
-        hidden, cell = _next_state(of_position + of_history, cell[:count])
+    for input_gates in torch.split(gates, inputs.batch_sizes.tolist()):
+        count = len(input_gates)  # captions that are at least this long
+        history_gates = functional.linear(hidden[:count], hidden_weight)
+        hidden, cell = _next_state(input_gates + history_gates, cell[:count])
         states.append(hidden)
-    return _like(inputs, torch.cat(states))
+    return _repack(inputs, torch.cat(states))
 
 
 def _next_state(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """Gates (..., 4 H) in torch's order and cell (..., H) -> the next hidden state and cell (Hochreiter &
     Schmidhuber 1997; torch.nn.LSTM's equations)."""
-    let_in, keep, candidate, let_out = gates.chunk(4, dim=-1)
-    cell = keep.sigmoid() * cell + let_in.sigmoid() * candidate.tanh()
-    return let_out.sigmoid() * cell.tanh(), cell
+    input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=-1)
+    cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
+    return output_gate.sigmoid() * cell.tanh(), cell
 
 
-def _advance(lstm: nn.LSTM, inputs: Tensor, state: State) -> tuple[Tensor, State]:
-    """One position of a one-layer LSTM for all beams. Inputs (B, K, ...) -> output (B, K, H), state."""
+def _advance_lstm(lstm: nn.LSTM, inputs: Tensor, state: State) -> tuple[Tensor, State]:
+    """Compute one position of a one-layer LSTM for all beams. Inputs (B, K, ...) -> output (B, K, H), state."""
     shape = inputs.shape[:2]
     flat = tuple(tensor.flatten(0, 1).contiguous() for tensor in state)
     hidden, cell = torch.lstm_cell(inputs.flatten(0, 1), flat, *lstm.all_weights[0])

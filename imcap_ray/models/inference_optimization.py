@@ -15,22 +15,26 @@ from imcap_ray.models.efficientnet_lite import EfficientNetLite, MirroredEfficie
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble
 
 FLOAT16_HEADROOM: Final = 16
-"""How many times larger than those of three images a CNN's maps may become, of others, without leaving float16."""
+"""How many times larger a CNN's values may be for other images than for the three test images without overflowing."""
 
 AnyEncoder = TypeVar("AnyEncoder", bound="Encoder | EncoderEnsemble")
 
 
 @torch.inference_mode()
 def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEncoder:
-    """The same encoder, faster on this device; not to be trained, and not on the device yet.
+    """Return an equivalent encoder that is faster on this device. It cannot be trained and is not on the device yet.
 
-    Convolutions do the work of the batch normalisations behind them, for a quarter less time on a CPU
-    (EfficientNet-lite2, float32); there an EfficientNet-lite is turned into a `MirroredEfficientNetLite` besides, for
-    another quarter. The features are the same but for rounding. For a GPU the CNN computes in float16, if no feature
-    differs by more than 2 % of the largest: those of the package's model differ by 1 %, and of the captions of
-    Flickr8k's 1,000 development images 13 (rounded so on a CPU; CIDEr-D 0.636 instead of 0.638). A CNN in which what
-    stands behind a convolution is not what comes next stays as it is, as does one for which this torch lacks an
-    operator, or whose maps come near to what float16 can hold: noise, black and white tell.
+    Batch normalisations are folded into the convolutions before them, which saves a quarter of the time on a CPU
+    (EfficientNet-lite2, float32). On a CPU an EfficientNet-lite also becomes a `MirroredEfficientNetLite`, which saves
+    another quarter. The features differ only by rounding.
+
+    On a GPU the CNN computes in float16, if no feature changes by more than 2 % of the largest one. The features of the
+    bundled model change by 1 %, and 13 of the captions of Flickr8k's 1,000 development images change (with the same
+    rounding on a CPU; CIDEr-D 0.636 instead of 0.638).
+
+    The encoder is returned unchanged if it computes something else after the change (a convolution is not always
+    followed by the module after it), or if torch lacks an operator. It stays in float32 if its values for noise, black
+    or white come close to the limit of float16.
     """
     size = encoder.image_size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -42,30 +46,30 @@ def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEnco
             attempts.insert(0, ([_fold_children, _halve], 0.02))
     elif device.type == "cpu" and size % 32 == 0:
         attempts.insert(0, ([_fold_children, _mirror_children], 1e-3))
-    tried_on = device if torch.cuda.is_available() else torch.device("cpu")
+    test_device = device if torch.cuda.is_available() else torch.device("cpu")
     for changes, tolerance in attempts:
         changed = copy.deepcopy(encoder)
         try:
             for change in changes:
                 change(changed)
-            found = changed.to(tried_on)(pixels.to(tried_on)).cpu()
-        except (AttributeError, RuntimeError):  # of an operator that is not there
+            features = changed.to(test_device)(pixels.to(test_device)).cpu()
+        except (AttributeError, RuntimeError):  # torch lacks an operator
             continue
-        if torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
+        if torch.allclose(features, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return changed
     return encoder
 
 
 def _largest_output(module: nn.Module, input: Tensor) -> float:
-    """The largest number, without its sign, in what the module or any in it returns."""
+    """The largest absolute value that the module or any of its parts returns."""
     largest = 0.0
 
-    def look(_: nn.Module, __: object, output: object) -> None:
+    def record(_: nn.Module, __: object, output: object) -> None:
         nonlocal largest
         if isinstance(output, Tensor):
             largest = max(largest, float(output.abs().max()))
 
-    handles = [part.register_forward_hook(look) for part in module.modules()]
+    handles = [part.register_forward_hook(record) for part in module.modules()]
     module(input)
     for handle in handles:
         handle.remove()
@@ -73,7 +77,7 @@ def _largest_output(module: nn.Module, input: Tensor) -> float:
 
 
 class _HalfPrecision(nn.Module):
-    """A CNN in float16: for tensor cores, and with maps of half the size."""
+    """A CNN in float16, which uses tensor cores and halves the size of the maps."""
 
     def __init__(self, cnn: nn.Module) -> None:
         super().__init__()
@@ -105,5 +109,5 @@ def _fold_children(module: nn.Module) -> None:
     for (name, convolution), (next_name, normalisation) in itertools.pairwise(children):
         if isinstance(convolution, nn.Conv2d) and isinstance(normalisation, nn.BatchNorm2d):
             setattr(module, name, fuse_conv_bn_eval(convolution, normalisation))
-            # timm's batch normalisation has the activation in it.
+            # timm's batch normalisation includes the activation.
             setattr(module, next_name, getattr(normalisation, "act", nn.Identity()))

@@ -1,11 +1,11 @@
-"""A model folder <-> settings, weights, vocabulary and scores. Knows no pixels."""
+"""A model folder <-> settings, weights, vocabulary and scores. Knows nothing of pixels."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -26,13 +26,13 @@ from imcap_ray.config import (
     to_mapping,
 )
 from imcap_ray.errors import ConfigError, ModelError
-from imcap_ray.models.decoders import build_decoder
+from imcap_ray.models.decoders import build_decoder, find_decoder
 from imcap_ray.models.encoder_weights import EncoderWeights
-from imcap_ray.models.encoders import difference
+from imcap_ray.models.encoders import describe_difference
 from imcap_ray.text.vocabulary import Vocabulary
 
 FORMAT_VERSION: Final = 2
-"""What is written. Version 1, which is read too, has all its weights in float16."""
+"""Version of the folders that are written. Version 1, which is also read, has all its weights in float16."""
 
 CONFIG_FILE: Final = "config.json"
 
@@ -45,77 +45,55 @@ METRICS_FILE: Final = "metrics.json"
 CARD_FILE: Final = "README.md"
 
 CHECKSUMS: Final = "sha256"
-"""What `config.json` holds of the weights and the vocabulary, by their files' names; folders of before lack it."""
+"""Section of `config.json` with the hashes of weights and vocabulary, by file name; earlier versions wrote none."""
 
 _MAX_BYTES: Final = {CONFIG_FILE: 2**20, VOCABULARY_FILE: 2**26, METRICS_FILE: 2**26, WEIGHTS_FILE: 2**34}
-"""Longest files that are read. Each is in memory as a whole."""
+"""Sizes of the largest files that are read, because each is read into memory."""
 
 SCALE_SUFFIX: Final = ".scale"
-"""Behind the name of an int8 matrix (M, N): that of the bfloat16 factors (M) of its rows."""
+"""Appended to the name of an int8 matrix (M, N) to name the bfloat16 factors (M) of its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelFolder:
-    """What a model folder holds."""
+class ModelSettings:
+    """The sections of `config.json`."""
 
-    location: str
     encoder: EncoderConfig
     encoder_weights: EncoderWeights
     preprocessing: PreprocessingConfig
     decoder: DecoderConfig
     search: SearchConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFolder(ModelSettings):
+    """The contents of a model folder."""
+
+    location: str
     vocabulary: Vocabulary
     vocabulary_size: int
     tensors: dict[str, Tensor]
+    """Weights in float32, with names that begin with `decoder.`, or `encoder.` if the CNN's are in the folder."""
     metrics: dict[str, Any]
     fingerprint: str
-    """sha256 over the configuration without its checksums, the weights and the vocabulary: the same answers, the same
-    fingerprint."""
+    """sha256 over the configuration without its checksums, the weights and the vocabulary. The same fingerprint means
+    the same captions."""
 
 
 def default_model_folder() -> str:
-    """The folder of the model that comes with the package."""
+    """The folder of the bundled model."""
     return str(resources.files("imcap_ray") / "pretrained" / DEFAULT_MODEL)
 
 
 def read_model_folder(model: str | Path | None = None) -> ModelFolder:
-    """Everything in a model folder (path or URI; None or its name: the one in the package), the weights in float32.
+    """Read a model folder (path or URI; None or its name: the bundled one), with the weights in float32.
 
     Raises:
-        ModelError: not a model folder, a file is missing or damaged, or its parts do not belong together.
+        ModelError: it is no model folder, a file is missing or corrupt, or its files do not belong together.
     """
     location = default_model_folder() if model in (None, DEFAULT_MODEL) else storage.absolute(str(model))
-    if not storage.exists(storage.join(location, CONFIG_FILE)):
-        raise ModelError(
-            f"{location} is not a model folder: expected a folder with {CONFIG_FILE}, as `imcap train` writes"
-        )
-    files = {}
-    for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
-        try:
-            files[name] = storage.read_bytes(storage.join(location, name), max_bytes=_MAX_BYTES[name])
-        except (OSError, MemoryError) as error:
-            raise ModelError(f"the model folder {location} lacks a readable {name}: {error or 'no memory'}") from error
-    try:
-        config = parse_json(files[CONFIG_FILE])
-        if not isinstance(config, dict):
-            raise ValueError(f"expected an object, got {type(config).__name__}")
-        version, vocabulary_size = (_integer(config, name) for name in ("format_version", "vocabulary_size"))
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise ModelError(f"{location} has model format {version}, this imcap_ray reads 1 to {FORMAT_VERSION}")
-        sections: dict[str, Any] = {
-            name: from_mapping(config_class, config[name], section=name)
-            for name, config_class in (
-                ("encoder", EncoderConfig),
-                ("encoder_weights", EncoderWeights),
-                ("preprocessing", PreprocessingConfig),
-                ("decoder", DecoderConfig),
-                ("search", SearchConfig),
-            )
-        }
-    except KeyError as error:
-        raise ModelError(f"{location}: {CONFIG_FILE} is damaged or of another kind: {error} is missing") from error
-    except (ValueError, ConfigError) as error:
-        raise ModelError(f"{location}: {CONFIG_FILE} is damaged or of another kind: {error}") from error
+    files = _read_files(location)
+    config, vocabulary_size, settings = _parse_config(location, files[CONFIG_FILE])
     try:
         vocabulary = Vocabulary.from_json(files[VOCABULARY_FILE])
     except ModelError as error:
@@ -129,10 +107,10 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
     checksums = config.pop(CHECKSUMS, None)
     if checksums is not None:
         _require_checksums(location, checksums, digests)
-        # The fingerprint is that of a folder without checksums: captions that were made before there were any resume.
+        # The fingerprint is that of a folder without checksums, so that captions made before there were any resume.
         digests[CONFIG_FILE] = hashlib.sha256(_config_bytes(config))
     tensors = _read_tensors(location, files.pop(WEIGHTS_FILE))
-    _require_decoder(location, sections["decoder"], tensors, vocabulary_size)
+    _require_decoder(location, settings.decoder, tensors, vocabulary_size)
     digest = hashlib.sha256()
     for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
         digest.update(digests[name].digest())
@@ -143,8 +121,47 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
         tensors=tensors,
         metrics=_read_metrics(location),
         fingerprint=digest.hexdigest(),
-        **sections,
+        **{section.name: getattr(settings, section.name) for section in fields(settings)},
     )
+
+
+def _read_files(location: str) -> dict[str, bytes]:
+    """The files that decide the captions, by name."""
+    if not storage.exists(storage.join(location, CONFIG_FILE)):
+        raise ModelError(
+            f"{location} is not a model folder: expected a folder with {CONFIG_FILE}, as `imcap train` writes"
+        )
+    files = {}
+    for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
+        try:
+            files[name] = storage.read_bytes(storage.join(location, name), max_bytes=_MAX_BYTES[name])
+        except (OSError, MemoryError) as error:
+            raise ModelError(f"the model folder {location} lacks a readable {name}: {error or 'no memory'}") from error
+    return files
+
+
+def _parse_config(location: str, data: bytes) -> tuple[dict[str, Any], int, ModelSettings]:
+    """The object in `config.json`, the size of the vocabulary, and the settings."""
+    try:
+        config = parse_json(data)
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, got {type(config).__name__}")
+        version, vocabulary_size = (_integer(config, name) for name in ("format_version", "vocabulary_size"))
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ModelError(f"{location} has model format {version}, this imcap_ray reads 1 to {FORMAT_VERSION}")
+        settings = ModelSettings(
+            encoder=from_mapping(EncoderConfig, config["encoder"], section="encoder"),
+            encoder_weights=from_mapping(EncoderWeights, config["encoder_weights"], section="encoder_weights"),
+            preprocessing=from_mapping(PreprocessingConfig, config["preprocessing"], section="preprocessing"),
+            decoder=from_mapping(DecoderConfig, config["decoder"], section="decoder"),
+            search=from_mapping(SearchConfig, config["search"], section="search"),
+        )
+        find_decoder(settings.decoder)
+    except KeyError as error:
+        raise ModelError(f"{location}: {CONFIG_FILE} is corrupt or of another kind: {error} is missing") from error
+    except (ValueError, ConfigError) as error:
+        raise ModelError(f"{location}: {CONFIG_FILE} is corrupt or of another kind: {error}") from error
+    return config, vocabulary_size, settings
 
 
 def _integer(config: Mapping[str, Any], name: str) -> int:
@@ -159,13 +176,13 @@ def _config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def _require_checksums(location: str, checksums: Any, digests: Mapping[str, Any]) -> None:
-    """Raise ModelError if a file is not the one that was saved."""
+    """Raise ModelError if a file differs from the one that was saved."""
     if not isinstance(checksums, dict):
-        raise ModelError(f"{location}: {CONFIG_FILE} is damaged: {CHECKSUMS} must be a section")
+        raise ModelError(f"{location}: {CONFIG_FILE} is corrupt: {CHECKSUMS} must be a section")
     for name in (WEIGHTS_FILE, VOCABULARY_FILE):
         if name in checksums and checksums[name] != digests[name].hexdigest():
             raise ModelError(
-                f"{location}: {name} is damaged, or was changed: its sha256 is {digests[name].hexdigest()[:12]}..., "
+                f"{location}: {name} is corrupt, or was changed: its sha256 is {digests[name].hexdigest()[:12]}..., "
                 f"{CONFIG_FILE} expects {str(checksums[name])[:12]}...: copy the folder again, or remove {CHECKSUMS!r} "
                 f"from {CONFIG_FILE} if you made the change"
             )
@@ -176,36 +193,36 @@ def _read_tensors(location: str, data: bytes) -> dict[str, Tensor]:
 
     try:
         tensors = _widen(load(data))
-        broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        not_finite = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     except (safetensors.SafetensorError, RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
         reason = " ".join(str(error).split())[:300] or "no memory"
-        raise ModelError(f"{location}: {WEIGHTS_FILE} is damaged: {reason}") from error
-    if broken:
-        raise ModelError(f"{location}: {WEIGHTS_FILE} contains non-finite values, first in {broken[0][:100]}")
+        raise ModelError(f"{location}: {WEIGHTS_FILE} is corrupt: {reason}") from error
+    if not_finite:
+        raise ModelError(f"{location}: {WEIGHTS_FILE} contains non-finite values, first in {not_finite[0][:100]}")
     return tensors
 
 
 def _require_decoder(location: str, config: DecoderConfig, tensors: Mapping[str, Tensor], vocabulary_size: int) -> None:
     """Raise ModelError unless the weights are those of this decoder.
 
-    It is built to be compared, in at most a few times the memory of the weights. (On torch's device `meta`, which takes
-    none, drawing normal numbers imports torch._dynamo: 1.2 s in every process.)
+    The decoder is built to be compared, which takes at most a few times the memory of the weights. (Torch's device
+    `meta` would take none, but drawing normal numbers there imports torch._dynamo: 1.2 s in every process.)
     """
-    weights = below("decoder.", tensors)
-    # Each decoder has an embedding and an LSTM.
-    least = vocabulary_size * config.embedding_size + 4 * config.hidden_size * (
+    weights = select_tensors("decoder.", tensors)
+    # Every decoder has an embedding and an LSTM.
+    min_values = vocabulary_size * config.embedding_size + 4 * config.hidden_size * (
         config.embedding_size + config.hidden_size
     )
     num_values = sum(tensor.numel() for tensor in weights.values())
-    projection = "project_features.0.weight" if config.name == "attention" else "project_features.weight"
-    shape = weights[projection].shape if projection in weights else ()
-    if num_values < least:
-        reason = f"its sizes need more than {least:,} numbers, the weights have {num_values:,}"
+    feature_weight = find_decoder(config).feature_weight
+    shape = weights[feature_weight].shape if feature_weight in weights else ()
+    if num_values < min_values:
+        reason = f"its sizes need more than {min_values:,} numbers, the weights have {num_values:,}"
     else:
         num_channels = shape[1] if len(shape) == 2 else 1
         with torch.random.fork_rng(devices=()):
             decoder = build_decoder(config, num_channels=num_channels, vocabulary_size=vocabulary_size)
-        reason = difference(decoder.state_dict(), weights)
+        reason = describe_difference(decoder.state_dict(), weights)
     if reason:
         raise ModelError(f"{location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: decoder: {reason}")
 
@@ -222,19 +239,19 @@ def _read_metrics(location: str) -> dict[str, Any]:
         if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
             raise ValueError("history must be a list of objects")
     except (ValueError, OSError, MemoryError) as error:
-        raise ModelError(f"{location}: {METRICS_FILE} is damaged: {error}") from error
+        raise ModelError(f"{location}: {METRICS_FILE} is corrupt: {error}") from error
     return metrics
 
 
 def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
-    """One model whose weights are the means of these, which were trained on from one and the same model.
+    """Average the weights of models that were trained from the same model.
 
-    Such trainings with several seeds end in one valley of the loss, and the middle of it is often better than any of
-    them, at the cost of one (Wortsman et al., Model soups, 2022). Settings are those of the first, among them the size
-    of its images.
+    Such trainings with different seeds end in the same valley of the loss, and its middle is often better than each of
+    them, at the cost of one model (Wortsman et al., Model soups, 2022). The settings, among them the image size, are
+    those of the first model.
 
     Raises:
-        ModelError: they differ in more than their weights.
+        ModelError: the models differ in more than their weights.
     """
     first = folders[0]
     if len(folders) == 1:
@@ -244,26 +261,31 @@ def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
         return replace(folder.preprocessing, image_size=None)
 
     for other in folders[1:]:
-        for what, is_same in (
+        for part, is_same in (
             ("CNN", (other.encoder, normalisation(other)) == (first.encoder, normalisation(first))),
             ("decoder", replace(other.decoder, dropout=0.0) == replace(first.decoder, dropout=0.0)),
             ("vocabulary", other.vocabulary.tokens == first.vocabulary.tokens),
             ("weights' names", other.tensors.keys() == first.tensors.keys()),
-            ("CNN's weights", other.encoder_weights == first.encoder_weights or below("encoder.", first.tensors)),
+            (
+                "CNN's weights",
+                other.encoder_weights == first.encoder_weights or select_tensors("encoder.", first.tensors),
+            ),
         ):
             if not is_same:
-                raise ModelError(f"{other.location} and {first.location} have no mean: they differ in their {what}")
+                raise ModelError(
+                    f"{other.location} and {first.location} cannot be averaged: they differ in their {part}"
+                )
     fingerprints = hashlib.sha256("".join(folder.fingerprint for folder in folders).encode())
     return replace(
         first,
-        location="the mean of " + " and ".join(folder.location for folder in folders),
+        location="the average of " + " and ".join(folder.location for folder in folders),
         tensors=average_weights([folder.tensors for folder in folders]),
         fingerprint=fingerprints.hexdigest(),
     )
 
 
 def average_weights(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each floating-point tensor; of others, the first's. All have the same names and shapes."""
+    """Average each floating-point tensor; other tensors are the first model's. All have the same names and shapes."""
     return {
         name: torch.stack([tensors[name] for tensors in weights]).mean(0) if tensor.is_floating_point() else tensor
         for name, tensor in weights[0].items()
@@ -272,58 +294,61 @@ def average_weights(weights: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor
 
 def save_model_folder(
     location: str | Path,
+    settings: ModelSettings,
     *,
-    encoder: EncoderConfig,
-    encoder_weights: EncoderWeights,
-    preprocessing: PreprocessingConfig,
-    decoder: DecoderConfig,
-    decoder_tensors: Mapping[str, Tensor],
-    search: SearchConfig,
     vocabulary: Vocabulary,
+    decoder_tensors: Mapping[str, Tensor],
+    encoder_tensors: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, Any],
     card: str,
-    encoder_tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a model folder (path or URI): the decoder's matrices in int8, a scale for each row, the rest in float16.
+    """Write a model folder (path or URI).
+
+    The decoder's matrices are stored in int8 with a scale for each row, all other weights in float16.
 
     Args:
-        encoder_tensors: the CNN's weights, when no library can bring them to another machine.
+        encoder_tensors: the CNN's weights, if another machine cannot get them from a library.
     """
     from safetensors.torch import save
 
-    if encoder_tensors is None and not encoder_weights.portable:
-        raise ValueError(f"weights from {encoder_weights.source} must be inside the model folder")
+    if encoder_tensors is None and not settings.encoder_weights.portable:
+        raise ValueError(f"weights from {settings.encoder_weights.source} must be inside the model folder")
     config = {
         "format_version": FORMAT_VERSION,
-        "encoder": to_mapping(encoder),
-        "encoder_weights": asdict(encoder_weights),
-        "preprocessing": to_mapping(preprocessing),
-        "decoder": to_mapping(decoder),
-        "search": to_mapping(search),
+        "encoder": to_mapping(settings.encoder),
+        "encoder_weights": asdict(settings.encoder_weights),
+        "preprocessing": to_mapping(settings.preprocessing),
+        "decoder": to_mapping(settings.decoder),
+        "search": to_mapping(settings.search),
         "vocabulary_size": len(vocabulary),
     }
-    matrices = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items() if tensor.dim() == 2}
-    others = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items() if tensor.dim() != 2}
-    others |= {f"encoder.{name}": tensor for name, tensor in (encoder_tensors or {}).items()}
-    narrow = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in others.items()}
-    for name, matrix in matrices.items():
-        narrow[name], narrow[name + SCALE_SUFFIX] = _quantise(matrix)
-    narrow = {name: tensor.contiguous().cpu() for name, tensor in narrow.items()}
-    folder = storage.absolute(str(location))
-    files = {WEIGHTS_FILE: save(narrow), VOCABULARY_FILE: vocabulary.to_json().encode()}
+    tensors = _narrow(decoder_tensors, encoder_tensors or {})
+    files = {WEIGHTS_FILE: save(tensors), VOCABULARY_FILE: vocabulary.to_json().encode()}
     config[CHECKSUMS] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    folder = storage.absolute(str(location))
     for name, data in files.items():
         storage.write_bytes(storage.join(folder, name), data)
     storage.write_bytes(storage.join(folder, METRICS_FILE), json.dumps(metrics, indent=2).encode())
     storage.write_bytes(storage.join(folder, CARD_FILE), card.encode())
-    # The last file written is the one that makes it a model folder.
+    # A folder is a model folder once it has this file, so it is written last.
     storage.write_bytes(storage.join(folder, CONFIG_FILE), _config_bytes(config))
 
 
-def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 (M, N) and bfloat16 (M) of a matrix (M, N), the largest of each row as 127.
+def _narrow(decoder_tensors: Mapping[str, Tensor], encoder_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as a file stores them, see `save_model_folder`."""
+    matrices = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items() if tensor.dim() == 2}
+    others = {f"decoder.{name}": tensor for name, tensor in decoder_tensors.items() if tensor.dim() != 2}
+    others |= {f"encoder.{name}": tensor for name, tensor in encoder_tensors.items()}
+    narrow = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in others.items()}
+    for name, matrix in matrices.items():
+        narrow[name], narrow[name + SCALE_SUFFIX] = _quantise(matrix)
+    return {name: tensor.contiguous().cpu() for name, tensor in narrow.items()}
 
-    The scale has so few digits that 127 times it is exact: what was read from a model folder is written unchanged.
+
+def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a matrix (M, N) to int8 (M, N) and bfloat16 scales (M); the largest value of each row becomes 127.
+
+    A bfloat16 scale times 127 is exact in float32, so a model folder that is read and written again does not change.
     """
     scale = (matrix.detach().float().abs().amax(dim=1) / 127).bfloat16()
     steps = matrix.detach() / scale.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
@@ -331,18 +356,18 @@ def _quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _widen(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a file in float32."""
+    """Convert the weights of a file to float32."""
     widened = {}
     for name, tensor in tensors.items():
         if (scale := tensors.get(name + SCALE_SUFFIX)) is not None:
             if scale.shape != tensor.shape[:1] or tensor.dim() != 2:
-                raise ValueError(f"{name[:100]} and its scale have shapes that do not fit")
+                raise ValueError(f"{name[:100]} and its scale have shapes that do not match")
             widened[name] = tensor.float() * scale.float()[:, None]
         elif not name.endswith(SCALE_SUFFIX):
             widened[name] = tensor.float() if tensor.is_floating_point() else tensor
     return widened
 
 
-def below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names begin so, named without it."""
+def select_tensors(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, under their names without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

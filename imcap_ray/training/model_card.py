@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from imcap_ray.config import Recipe, to_mapping
+from imcap_ray.models.decoders import find_decoder
 from imcap_ray.scoring.evaluation_report import HALF
 from imcap_ray.text.escaping import markdown, markdown_code, printable
 from imcap_ray.text.tokenizers import scoring_tokenizer
@@ -79,10 +80,6 @@ def write_card(
     metrics: Mapping[str, Any],
 ) -> str:
     """The card of a model folder; `metrics` are those of the epoch that was kept, `recipe_options` those of `--set`."""
-    decoders = {
-        "attention": "attention over the CNN's regions between two LSTMs",
-        "lstm": "an LSTM merged with the image before the softmax",
-    }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {
         "text": markdown,
@@ -99,7 +96,7 @@ def write_card(
         recipe_options=recipe_options,
         start_from=start_from,
         started_from="the mean of " * (len(start_from) > 1) + " and ".join(start_from),
-        decoder=decoders[recipe.decoder.name],
+        decoder=find_decoder(recipe.decoder).description,
         seed=seed,
         data=data,
         data_format=data_format,

@@ -30,7 +30,7 @@ from imcap_ray.errors import ImageError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.decoders import AttentionDecoder
 from imcap_ray.models.encoders import build_encoder
-from imcap_ray.models.model_folder import below, read_model_folder
+from imcap_ray.models.model_folder import read_model_folder, select_tensors
 from imcap_ray.text.vocabulary import END_ID, START_ID
 
 Load = Callable[[], Captioner]
@@ -86,7 +86,7 @@ def _load_plain() -> Captioner:
     assert isinstance(captioner.decoder, AttentionDecoder)
     captioner.decoder.freeze(packed=False)
     encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
-    encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
+    encoder.cnn.load_state_dict(select_tensors("encoder.", folder.tensors))
     captioner.encoder = encoder.eval().to(captioner.device)
     return captioner
 

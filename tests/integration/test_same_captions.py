@@ -18,7 +18,7 @@ from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.decoders import Decoder
 from imcap_ray.models.encoders import build_encoder
 from imcap_ray.models.inference_optimization import optimize_for_inference
-from imcap_ray.models.model_folder import below, read_model_folder
+from imcap_ray.models.model_folder import read_model_folder, select_tensors
 from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS
 
@@ -68,11 +68,11 @@ def test_captions_are_those_of_the_plain_path_on_development_images(kind: str) -
     pixels = np.stack([captioner.read_pixels(row["image_path"]) for row in rows])
     folder = read_model_folder()
     encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
-    encoder.cnn.load_state_dict(below("encoder.", folder.tensors))
+    encoder.cnn.load_state_dict(select_tensors("encoder.", folder.tensors))
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()), "this one is not folded"
     decoder = copy.deepcopy(captioner._trained_decoder)
     assert isinstance(decoder, Decoder)
-    decoder.load_state_dict(below("decoder.", folder.tensors))
+    decoder.load_state_dict(select_tensors("decoder.", folder.tensors))
 
     fast = [best[0].text for best in captioner.caption_pixels(pixels)]
     plain = []

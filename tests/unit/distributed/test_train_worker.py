@@ -20,7 +20,7 @@ from imcap_ray.distributed.train_worker import record_stop, share
 from imcap_ray.errors import ConfigError
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder
-from imcap_ray.models.model_folder import below
+from imcap_ray.models.model_folder import select_tensors
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.training_run import take_stop
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
@@ -179,7 +179,7 @@ def test_a_worker_alone_has_nobody_to_ask() -> None:
 def test_tensors_below_a_prefix_are_named_without_it() -> None:
     a, b = torch.zeros(1), torch.ones(1)
 
-    assert below("encoder.", {"encoder.x.y": a, "decoder.x": b}) == {"x.y": a}
+    assert select_tensors("encoder.", {"encoder.x.y": a, "decoder.x": b}) == {"x.y": a}
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

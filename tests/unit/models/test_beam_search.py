@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from imcap_ray.config import SearchConfig
 from imcap_ray.models.beam_search import Hypothesis, State, Step, beam_search, sample
 
 VOCABULARY_SIZE, START, END = 4, 0, 1
@@ -38,10 +39,16 @@ def make_model(seed: int, vocabulary_size: int = VOCABULARY_SIZE) -> Callable[[l
     return start
 
 
-def search(model: Any, images: list[int], *, beam_size: int, **options: Any) -> list[list[Hypothesis]]:
-    step, state = model(images, beam_size)
-    arguments = {"start_id": START, "end_id": END, "max_length": MAX_LENGTH} | options
-    return beam_search(step, state, beam_size=beam_size, **arguments)
+def settings(**values: Any) -> SearchConfig:
+    return SearchConfig(**{"max_length": MAX_LENGTH, "length_penalty": 0.0} | values)
+
+
+def search(
+    model: Any, images: list[int], *, forbidden_ids: tuple[int, ...] = (), **options: Any
+) -> list[list[Hypothesis]]:
+    config = settings(**options)
+    step, state = model(images, config.beam_size)
+    return beam_search(step, state, search=config, start_id=START, end_id=END, forbidden_ids=forbidden_ids)
 
 
 def brute_force(model: Any, image: int, *, length_penalty: float = 0.0, forbidden: tuple[int, ...] = ()) -> list[Any]:
@@ -145,7 +152,7 @@ def test_the_end_is_forced_after_the_longest_caption_and_paid_for() -> None:
         return log_probs.expand(*tokens.shape, -1).clone(), state
 
     ((found,),) = beam_search(
-        step, (torch.zeros(1, 1),), start_id=START, end_id=END, beam_size=1, max_length=7, length_penalty=0.0
+        step, (torch.zeros(1, 1),), search=settings(beam_size=1, max_length=7), start_id=START, end_id=END
     )
 
     assert found.token_ids == (2,) * 7
@@ -159,7 +166,9 @@ def test_an_empty_sequence_may_be_the_best() -> None:
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         return log_probs.expand(*tokens.shape, -1).clone(), state
 
-    ((found,),) = beam_search(step, (torch.zeros(1, 3),), start_id=START, end_id=END, beam_size=3, max_length=5)
+    ((found,),) = beam_search(
+        step, (torch.zeros(1, 3),), search=settings(beam_size=3, max_length=5), start_id=START, end_id=END
+    )
 
     assert (found.token_ids, found.num_tokens) == ((), 1)
 

@@ -528,21 +528,21 @@ def test_a_damaged_file_is_named(model_dir: Path, tmp_path: Path, name: str, con
 def test_damaged_metrics_are_named(tmp_path: Path) -> None:
     (write_model_folder(tmp_path) / "metrics.json").write_text("{")
 
-    assert "metrics.json is damaged" in error_of_reading(tmp_path)
+    assert "metrics.json is corrupt" in error_of_reading(tmp_path)
 
 
 def test_cut_weights_are_named(tmp_path: Path) -> None:
     weights = write_model_folder(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
-    assert "model.safetensors is damaged" in error_of_reading(tmp_path)
+    assert "model.safetensors is corrupt" in error_of_reading(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("section", "value", "message"),
     [
         ("format_version", 3, "has model format 3, this imcap_ray reads 1 to 2"),
-        ("encoder", "vgg16", "config.json is damaged or of another kind: encoder must be a section, got 'vgg16'"),
+        ("encoder", "vgg16", "config.json is corrupt or of another kind: encoder must be a section, got 'vgg16'"),
         ("search", {"beam_size": 0}, "search.beam_size must be at least 1, got 0"),
         ("decoder", {"hidden": 16}, "unknown setting decoder.hidden"),
     ],
@@ -631,7 +631,7 @@ def test_attention_is_that_of_the_caption_which_is_given(captioner: Captioner) -
 
 
 def test_a_model_without_attention_says_so(lstm_captioner: Captioner, captioner: Captioner) -> None:
-    with pytest.raises(ModelError, match="these are a decoder without it"):
+    with pytest.raises(ModelError, match="attention needs a single model"):
         lstm_captioner.attend(jpeg(3))
     with pytest.raises(ImageError):
         captioner.attend(b"no image")
@@ -657,7 +657,7 @@ def test_the_mean_of_models_has_the_mean_of_their_weights(tmp_path: Path) -> Non
 def test_models_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) -> None:
     folders = [read_model_folder(write_model_folder(tmp_path / kind, decoder=kind)) for kind in ("attention", "lstm")]
 
-    with pytest.raises(ModelError, match=r"lstm and .*attention have no mean: they differ in their decoder"):
+    with pytest.raises(ModelError, match=r"lstm and .*attention cannot be averaged: they differ in their decoder"):
         average_models(folders)
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from imcap_ray.config import DecoderConfig, SearchConfig
-from imcap_ray.models import decoders
+from imcap_ray.errors import ConfigError
 from imcap_ray.models.captioner import search_captions
-from imcap_ray.models.decoders import AttentionDecoder, Decoder, build_decoder
+from imcap_ray.models.decoders import DECODERS, AttentionDecoder, Decoder, build_decoder, run_lstm
 from imcap_ray.text.vocabulary import PADDING_ID, START_ID, Vocabulary
 
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS = 3, 5, 12
@@ -20,7 +20,7 @@ LENGTHS = [7, 5, 5, 2, 1]
 IMAGE_OF_CAPTION = [2, 0, 2, 0, 0]
 
 
-@pytest.fixture(params=["attention", "lstm"])
+@pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     return make_decoder(request.param)
 
@@ -150,7 +150,7 @@ def test_a_captions_logprob_is_that_of_the_forward_pass(decoder: Decoder) -> Non
 
 
 def test_no_caption_holds_a_special_token() -> None:
-    for name in ("attention", "lstm"):
+    for name in DECODERS:
         for seed in range(4):
             found = search_captions(
                 make_decoder(name, seed), VOCABULARY, make_features(), SearchConfig(beam_size=4, num_captions=4)
@@ -189,23 +189,18 @@ def test_every_parameter_learns(decoder: Decoder) -> None:
         assert name == "key.bias" or bool(parameter.grad.any()), name
 
 
-def test_gradients_are_those_of_torchs_own_lstm(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder.double()
+def test_states_and_gradients_are_those_of_torchs_own_lstm() -> None:
+    torch.manual_seed(0)
+    lstm = torch.nn.LSTM(6, 8).double()
+    inputs = torch.randn(sum(LENGTHS), 6).double().requires_grad_()
+    packed = PackedSequence(inputs, torch.tensor([sum(length > step for length in LENGTHS) for step in range(7)]))
 
-    def compute_gradients() -> dict[str, Tensor]:
-        decoder.zero_grad()
-        features = make_features().double()
-        logits = decoder(features, make_captions(), torch.tensor(LENGTHS), torch.tensor(IMAGE_OF_CAPTION))
-        logits.square().sum().backward()
-        return {name: parameter.grad for name, parameter in decoder.named_parameters() if parameter.grad is not None}
+    def compute(states: PackedSequence) -> list[Tensor]:
+        loss = (states.data * torch.linspace(-1, 1, 8)).square().sum()
+        return [states.data, *torch.autograd.grad(loss, [inputs, *lstm.parameters()])]
 
-    found = compute_gradients()
-    monkeypatch.setattr(decoders, "_run", lambda lstm, inputs: lstm(inputs)[0])
-    expected = compute_gradients()
-
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
-        assert torch.allclose(gradient, expected[name], rtol=1e-9, atol=1e-9), name
+    for ours, torchs in zip(compute(run_lstm(lstm, packed)), compute(lstm(packed)[0]), strict=True):
+        assert torch.allclose(ours, torchs, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -222,25 +217,46 @@ def test_on_a_gpu_small_gradients_are_not_lost_under_autocast(decoder: Decoder) 
             assert parameter.grad is not None and bool(parameter.grad.any()), name
 
 
-@torch.inference_mode()
-def test_attention_is_what_the_search_attends_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    decoder = make_decoder("attention")
-    features, token_ids = make_features(1), make_captions()[:1]
-    attended: list[Tensor] = []
-    attend = AttentionDecoder._attend
+class _ReadableAttention(AttentionDecoder):
+    """Records the attention weights of every step."""
 
-    def remember(self: AttentionDecoder, hidden: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # Instead of values each region has its own unit vector, so that what is attended to are the weights.
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.weights: list[Tensor] = []
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # Instead of its value each region has its own unit vector, so that the attended vectors are the weights.
         units = torch.eye(NUM_REGIONS).expand(1, self.num_heads, -1, -1)
-        attended.append(attend(self, hidden, keys, units).unflatten(2, (self.num_heads, -1)).mean(dim=2)[0, 0])
-        return attend(self, hidden, keys, values)
+        attended = super().attend(queries, keys, units)
+        self.weights.append(attended.unflatten(2, (self.num_heads, -1)).mean(dim=2)[0, 0])
+        return super().attend(queries, keys, values)
 
-    monkeypatch.setattr(AttentionDecoder, "_attend", remember)
+
+@torch.inference_mode()
+def test_attention_is_what_the_search_attends_with() -> None:
+    sizes = {"embedding_size": 8, "hidden_size": 16, "num_heads": 4}
+    decoder = _ReadableAttention(num_channels=NUM_CHANNELS, vocabulary_size=len(VOCABULARY), **sizes).eval()
+    decoder.load_state_dict(make_decoder("attention").state_dict())
+    features, token_ids = make_features(1), make_captions()[:1]
     step, state = decoder.start(features, 1)
     for position in range(token_ids.shape[1]):
         _, state = step(token_ids[:, position : position + 1], state)
 
     weights = decoder.attention(features[0], token_ids[0])
 
-    assert torch.allclose(weights, torch.stack(attended), atol=1e-6)
+    assert torch.allclose(weights, torch.stack(decoder.weights), atol=1e-6)
     assert torch.allclose(weights.sum(dim=1), torch.ones(len(weights)))
+
+
+def test_a_decoder_that_cannot_be_built_is_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigError, match="no decoder 'gru': expected one of attention, lstm"):
+        build_decoder(DecoderConfig(name="gru"), num_channels=1, vocabulary_size=5)
+    with pytest.raises(ConfigError, match=r"num_heads must be a divisor of decoder.hidden_size \(10\), got 4"):
+        build_decoder(DecoderConfig(hidden_size=10, num_heads=4), num_channels=1, vocabulary_size=5)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_weight_that_reads_the_features_is_as_wide_as_they_are(name: str) -> None:
+    weight = make_decoder(name).state_dict()[DECODERS[name].feature_weight]
+
+    assert weight.shape[1] == NUM_CHANNELS

@@ -223,7 +223,7 @@ def test_a_flipped_bit_is_noticed(folder: Path, name: str) -> None:
     data[-6] ^= 1  # a weight, or a letter of a word
     (folder / name).write_bytes(data)
 
-    assert f"{name} is damaged, or was changed: its sha256 is" in error_of(folder)
+    assert f"{name} is corrupt, or was changed: its sha256 is" in error_of(folder)
 
 
 def test_a_folder_without_checksums_loads_with_the_same_fingerprint(folder: Path) -> None:
@@ -264,7 +264,7 @@ def test_cut_weights_of_a_folder_without_checksums_are_named(folder: Path, lengt
     path.write_bytes(path.read_bytes()[:length])
     edited(folder / "config.json", sha256=None)
 
-    assert "model.safetensors is damaged" in error_of(folder)
+    assert "model.safetensors is corrupt" in error_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_the_command_line_refuses_a_damaged_model_with_exit_code_2(
     done = CliRunner().invoke(main, command)
 
     assert done.exit_code == 2, done.output
-    assert "config.json is damaged" in done.output
+    assert "config.json is corrupt" in done.output
     assert "Traceback" not in done.output
 
 
