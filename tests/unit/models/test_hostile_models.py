@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,23 @@ def folder(model_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test of this file may look up a host."""
+    """No test of this file may look up a host. Threads that other tests have left, such as Ray's, may connect."""
     asked: list[Any] = []
+    test_thread = threading.current_thread()
+    look_up, connect = socket.getaddrinfo, socket.socket.connect
 
-    def refuse(host: Any, *_: Any, **__: Any) -> Any:
+    def refuse(host: Any) -> Any:
         asked.append(host)
         raise OSError("no network")
 
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(socket.socket, "connect", lambda _, address: refuse(address))
+    def look_up_or_refuse(host: Any, *others: Any, **options: Any) -> Any:
+        return refuse(host) if threading.current_thread() is test_thread else look_up(host, *others, **options)
+
+    def connect_or_refuse(self: socket.socket, address: Any) -> None:
+        return refuse(address) if threading.current_thread() is test_thread else connect(self, address)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up_or_refuse)
+    monkeypatch.setattr(socket.socket, "connect", connect_or_refuse)
     yield
     assert not asked
 
