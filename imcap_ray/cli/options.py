@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from imcap_ray.config import DEFAULT_MODEL
+from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig
 
 if TYPE_CHECKING:
     from imcap_ray.data.columns import ColumnOptions
@@ -17,17 +18,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class WorkerCount(click.ParamType):  # type: ignore[type-arg]
-    """How many workers a training has: N, or MIN-MAX where their number may change."""
+    """The number of training workers: N, or MIN-MAX if it may change."""
 
     name = "N|MIN-MAX"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
         """N, or the pair of MIN-MAX."""
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
-        least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(value))
+        least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= least <= most:
-            self.fail(f"expected a number of at least 1, or two as in 1-4, got {value}", param, ctx)
-        return (least, most) if found and found[2] else least
+            self.fail(f"expected a number of at least 1, or a range such as 1-4, got {value}", param, ctx)
+        return (least, most) if match and match[2] else least
 
 
 VERBOSE_KEY = "imcap.verbose"
@@ -49,50 +50,35 @@ def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Comm
 
 
 cluster_options = _options(
-    click.option("--address", help="A running Ray: HOST:PORT or auto. Default: RAY_ADDRESS, else this machine alone."),
+    click.option("--address", help="Ray cluster: HOST:PORT or auto. Default: RAY_ADDRESS, otherwise this machine."),
     click.option(
-        "--gpus-per-worker", type=click.FloatRange(0), help="GPUs of each process. Default: 1 where there are any."
+        "--gpus-per-worker", type=click.FloatRange(0), metavar="N", help="GPUs per process. Default: 1 if any."
     ),
     click.option(
-        "-v", "--verbose", is_flag=True, callback=_note_verbose, help="Ray's own messages and tracebacks too."
+        "-v", "--verbose", is_flag=True, callback=_note_verbose, help="Show Ray's own messages and tracebacks."
     ),
 )
 
 model_options = _options(
     click.option(
-        "--model",
-        "models",
-        multiple=True,
-        help=f"Model folder, path or URI. Default: {DEFAULT_MODEL}, the package's. Several caption together.",
+        "--model", "models", multiple=True, help=f"Default: {DEFAULT_MODEL}. Repeat: an ensemble."
     ),
-    click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded."),
-    click.option("--beam-size", type=click.IntRange(1), help="Partial captions kept at every position; 1: greedy."),
-    click.option("--max-length", type=click.IntRange(1), help="Longest caption, in words."),
+    click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, instead of a download."),
+    click.option("--beam-size", type=click.IntRange(1), metavar="N", help="Beam width; 1 is greedy search."),
+    click.option("--max-length", type=click.IntRange(1), metavar="N", help="Longest caption, in words."),
     click.option(
-        "--length-penalty", type=click.FloatRange(0), help="0: the most probable caption; 1: by its tokens' mean."
+        "--length-penalty", type=click.FloatRange(0), metavar="P", help="Exponent of the length normalization."
     ),
-    click.option("--num-captions", type=click.IntRange(1), help="Captions of each image, the best first."),
+    click.option("--num-captions", type=click.IntRange(1), metavar="N", help="Captions per image, the best first."),
 )
 
-outside_option = click.option(
-    "--allow-outside-paths",
-    is_flag=True,
-    help="Paths in tables and lists may lead out of the folder of the data; else they are refused.",
-)
+outside_option = click.option("--allow-outside-paths", is_flag=True, help="Tables may name files outside their folder.")
 
-image_column_option = click.option(
-    "--image-column",
-    metavar="NAME",
-    help="Parquet: the column of images (bytes, paths, or structs of both). Default: by its name and values.",
-)
+image_column_option = click.option("--image-column", metavar="NAME", help="Parquet column with the images.")
 
-_caption_column_option = click.option(
-    "--caption-column", metavar="NAME", help="Parquet: the column of captions (text, or lists of it). Default: by name."
-)
+_caption_column_option = click.option("--caption-column", metavar="NAME", help="Parquet column with the captions.")
 
-id_column_option = click.option(
-    "--id-column", metavar="NAME", help="Parquet: the column of image ids. Default: by its name."
-)
+id_column_option = click.option("--id-column", metavar="NAME", help="Parquet column with the image ids.")
 
 dataset_column_options = _options(image_column_option, _caption_column_option, id_column_option)
 
@@ -106,13 +92,26 @@ def column_options(options: Mapping[str, Any]) -> ColumnOptions:
     )
 
 
+def captioning_config(input: str, output: str, options: Mapping[str, Any]) -> CaptioningConfig:
+    """The config of a captioning, from the values of its options."""
+    names = {field.name for field in dataclasses.fields(CaptioningConfig)} & options.keys() - {"models"}
+    values = {name: options[name] for name in names}
+    return CaptioningConfig(input=input, output=output, models=tuple(options["models"]), **values)
+
+
+def resources_config(options: Mapping[str, Any]) -> ResourcesConfig:
+    """What a command runs on, from the values of its options."""
+    names = {field.name for field in dataclasses.fields(ResourcesConfig)} & options.keys()
+    return ResourcesConfig(**{name: options[name] for name in names})
+
+
 output_options = _options(
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout and nothing else there."),
-    click.option("-q", "--quiet", is_flag=True, help="Errors only."),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout."),
+    click.option("-q", "--quiet", is_flag=True, help="Print errors only."),
 )
 
 split_option = click.option(
-    "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the one the captions are of."
+    "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the split that was captioned."
 )
 
 tokenizer_option = click.option(

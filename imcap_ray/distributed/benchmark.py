@@ -28,13 +28,14 @@ import pyarrow.dataset as pads
 import ray
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
+from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
-from imcap_ray.distributed.captioning import ImageCaptioner, caption_images, connect_and_load, load_captioner
+from imcap_ray.distributed.captioning import caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.errors import ImageError, ImcapError, InputError
-from imcap_ray.models.caption import compute_batch_size
+from imcap_ray.models.caption import ImageCaptioner, compute_batch_size
 from imcap_ray.runs.heartbeat import repeating
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
@@ -380,19 +381,17 @@ def watch_run(
     if os.getsid(0) != os.getpid():
         os.setsid()  # what this run starts has its session's id
     reporter = _TimelineReporter(start)
+    resources = ResourcesConfig(address="local", num_actors=num_actors, batch_size=batch_size)
     watch = _ProcessWatch()
     try:
-        resources, captioner = connect_and_load(load, "local", num_actors=num_actors)
+        cluster, captioner = connect_and_load(load, resources)
         with repeating(watch.look, seconds=1.0):
             summary = caption_images(
-                input,
-                output,
+                CaptioningConfig(input=input, output=output, max_failure_rate=1.0),
+                resources,
+                cluster=cluster,
                 load_captioner=load,
                 captioner=captioner,
-                resources=resources,
-                num_actors=num_actors,
-                batch_size=batch_size,
-                max_failure_rate=1.0,
                 reporter=reporter,
             )
             seconds = time.time() - start

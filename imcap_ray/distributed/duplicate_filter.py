@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any, Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rbloom import Bloom
 
 from imcap_ray import storage
+
+if TYPE_CHECKING:
+    from imcap_ray.runs.captioning_run import CaptioningRun
 
 FALSE_POSITIVE_RATE: Final = 1e-6
 """29 bits an image: 360 MB for 100 million. An image taken for a duplicate by mistake is found at the end of the run
@@ -47,23 +51,27 @@ class ImageIndex:
         return self._answers[manifest_id]
 
 
-def start_image_index(output: str, num_images: int, *, num_done: int) -> Any:
-    """An index beside the driver, for the loss of any other node to leave it alone.
+@contextmanager
+def image_index(run: CaptioningRun, *, enabled: bool = True) -> Iterator[Any]:
+    """An index of the images that a run has written, in a process beside the driver, or None if it is not `enabled`.
 
-    Args:
-        num_done: images that an earlier run has done. Reading of them takes long for millions in a store, and Ray Data
-            would take a pipeline that waits for it for one that is stuck.
+    The process ends with the block. The handles that a pipeline holds would keep it alive as long as the driver.
     """
+    if not enabled:
+        yield None
+        return
+    # On this node, so that the loss of any other does not matter.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    index = ImageIndex.options(scheduling_strategy=here).remote(output, num_images)  # type: ignore[attr-defined]
-    if num_done:
-        ray.get(index.__ray_ready__.remote())
-    return index
-
-
-def end_image_index(index: Any) -> None:
-    """Free its memory: the handles that a pipeline has held keep it alive as long as the driver."""
-    if index is not None:
+    index = ImageIndex.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
+        run.folder.location, run.num_images
+    )
+    try:
+        if run.num_done:
+            # Reading millions of hashes from a store takes long; Ray Data would take a pipeline that waits for it for
+            # one that is stuck.
+            ray.get(index.__ray_ready__.remote())
+        yield index
+    finally:
         ray.kill(index)
 
 

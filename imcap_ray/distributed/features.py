@@ -25,8 +25,14 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
-from imcap_ray.distributed.contention import ROOM_FOR_TASKS, wait_for_room
-from imcap_ray.distributed.image_pipeline import ActorReporter, map_images, origin_of, stack_pixels
+from imcap_ray.distributed.image_pipeline import (
+    ActorPool,
+    ActorReporter,
+    PipelineFiles,
+    map_images,
+    origin_of,
+    stack_pixels,
+)
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite
@@ -133,7 +139,7 @@ class EncodeImages:
                     else:
                         row["features"] = features.tobytes()
                 counts[FAILED if row["error_code"] else OK] += 1
-            self._reporter.tell_batch_size(self._batches.size)
+            self._reporter.report_batch_size(self._batches.size)
             return pa.Table.from_pylist(done, FEATURES_SCHEMA.insert(0, rows.schema.field("manifest_id")))
 
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float16] | ImageError]:
@@ -183,64 +189,71 @@ def cache_key(
     return digest.hexdigest()[:16]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureEncoding:
+    """How features are computed, and on what."""
+
+    encoder: Encoder
+    views: Views
+    num_actors: int
+    gpus_per_actor: float
+    can_grow: bool = False
+    """See `ActorPool`."""
+    can_release: bool = False
+    """See `ActorPool`."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Views of an image, regions, channels."""
+        return (self.views.count, self.encoder.num_regions, self.encoder.num_channels)
+
+    def actor_pool(self) -> ActorPool:
+        """The actors that encode."""
+        # Through the object store, so that weights from a file of this machine reach every node.
+        load_encoder = partial(ray.get, ray.put(self.encoder))
+        return ActorPool(
+            actor_class=EncodeImages,
+            arguments={"load_encoder": load_encoder, "views": self.views, "gpus": self.gpus_per_actor},
+            image_size=self.encoder.image_size,
+            batch_size=2 * compute_batch_size(on_gpu=self.gpus_per_actor > 0),
+            num_actors=self.num_actors,
+            gpus_per_actor=self.gpus_per_actor,
+            can_grow=self.can_grow,
+            can_release=self.can_release,
+        )
+
+
 def cache_features(
     manifest: pa.Table,
-    folder: str,
+    use: FeatureFolder,
+    encoding: FeatureEncoding,
     *,
-    encoder: Encoder,
-    views: Views,
-    num_actors: int,
-    gpus_per_actor: float,
     reporter: ProgressReporter,
     task: str = "",
-    can_grow: bool = False,
-    can_release: bool = False,
-    training: str = "",
     check: Callable[[], None] = lambda: None,
-    on_use: Callable[[FeatureFolder], None] = lambda use: None,
 ) -> FeatureCache:
-    """Features of each image of a table of `MANIFEST_SCHEMA`, in Parquet files in `folder`.
+    """Features of each image of a table of `MANIFEST_SCHEMA`, in Parquet files in a folder.
 
-    Images that an earlier call has written are encoded again only if their part is damaged, if their file, table or tar
-    has changed since, or if they failed: what is in the parts counts, not what a work folder says of them. While
-    another training encodes in this folder, this one waits for it.
+    Images that an earlier call has encoded are encoded again only if their part is corrupt, if their file, table or tar
+    has changed since, or if they failed: what is in the parts counts, not what a work folder records. While another
+    training encodes in this folder, this one waits for it.
 
     Args:
+        use: this training's use of the folder.
         task: see `ProgressReporter.report_images`.
-        can_release: see `map_images`.
-        training: see `FeatureFolder`.
         check: raises if this training may not write any more.
-        on_use: called with this training's use of the folder as soon as it has given a sign of life.
 
     Raises:
-        DatasetError: not one image could be read.
-        ImcapError: encoding failed; the same call resumes from there.
+        DatasetError: no image could be read.
+        ImcapError: encoding failed; the same call resumes.
     """
-    use = FeatureFolder(folder, training)
     use.beat()
-    on_use(use)
     with (
         repeating(use.try_to_beat, seconds=HEARTBEAT_SECONDS),
         use.encoding(echo=reporter.report, check=check),
     ):
-        return complete_cache(
-            manifest,
-            use,
-            encode=partial(
-                _encode,
-                use=use,
-                encoder=encoder,
-                views=views,
-                num_actors=num_actors,
-                gpus_per_actor=gpus_per_actor,
-                reporter=reporter,
-                task=task,
-                can_grow=can_grow,
-                can_release=can_release,
-                check=check,
-            ),
-            shape=(views.count, encoder.num_regions, encoder.num_channels),
-        )
+        encode = partial(_encode, use=use, encoding=encoding, reporter=reporter, task=task, check=check)
+        return complete_cache(manifest, use, encode=encode, shape=encoding.shape)
 
 
 def complete_cache(
@@ -378,49 +391,42 @@ def _encode(
     manifest: pa.Table,
     *,
     use: FeatureFolder,
-    encoder: Encoder,
-    views: Views,
-    num_actors: int,
-    gpus_per_actor: float,
+    encoding: FeatureEncoding,
     reporter: ProgressReporter,
     task: str,
-    can_grow: bool,
-    can_release: bool,
     check: Callable[[], None],
 ) -> None:
     """Add parts with the features of these rows' images to the folder."""
-
-    def report_waiting(line: str) -> None:
-        if line:
-            reporter.report(line)
-
-    write_table(storage.join(use.work, "manifest", "part-0.parquet"), manifest)
-    encode = partial(
-        map_images,
-        storage.join(use.work, "manifest"),
-        use.location,
-        work=use.work,
+    files = PipelineFiles(
+        manifest=storage.join(use.work, "manifest"),
         root=root_of(manifest),
+        output=use.location,
         schema=FEATURES_SCHEMA,
-        actor_class=EncodeImages,
-        # Through the object store, so that weights from a file of this machine reach every node.
-        actor_arguments={"load_encoder": partial(ray.get, ray.put(encoder)), "views": views, "gpus": gpus_per_actor},
-        image_size=encoder.image_size,
-        num_images=manifest.num_rows,
-        gpus_per_actor=gpus_per_actor,
-        batch_size=2 * compute_batch_size(on_gpu=gpus_per_actor > 0),
-        on_progress=lambda progress: reporter.report_images(progress.num_images, manifest.num_rows, task),
-        can_release=can_release,
-        check=check,
-        on_waiting=report_waiting,
+        work=use.work,
+        require_lease=check,
     )
-    while True:
+    observer = _EncodingObserver(reporter, task, manifest.num_rows)
+    write_table(storage.join(files.manifest, "part-0.parquet"), manifest)
+    pool, is_done = encoding.actor_pool(), False
+    while not is_done:
         try:
-            encode(num_actors=num_actors, can_grow=can_grow)
-            break
+            map_images(files, pool, observer, num_images=manifest.num_rows)
+            is_done = True
         except FullClusterError as error:
-            reporter.report(f"{error}; released {num_actors} actor{'s' * (num_actors != 1)}")
-            # One for Ray Data's actor that leaves out what is done.
-            wait_for_room(cpus=2 + ROOM_FOR_TASKS, gpus=gpus_per_actor, check=check, on_waiting=report_waiting)
-            num_actors, can_grow = max(1, num_actors // 2), False
+            pool = pool.halve(error, is_resumed=True, require_lease=check, observer=observer)
     storage.remove(use.work)
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodingObserver:
+    reporter: ProgressReporter
+    task: str
+    num_images: int
+
+    def report_progress(self, num_images: int) -> float | None:
+        self.reporter.report_images(num_images, self.num_images, self.task)
+        return self.reporter.rate(self.task)
+
+    def report_waiting(self, reason: str) -> None:
+        if reason:
+            self.reporter.report(reason)

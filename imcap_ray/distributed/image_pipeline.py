@@ -14,9 +14,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,22 +40,25 @@ from imcap_ray.distributed.contention import (
     FreeResources,
     RoomWatch,
     releasable,
+    wait_for_room,
 )
 from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work, process_ends_after
 from imcap_ray.distributed.parquet_sink import ParquetParts
 from imcap_ray.distributed.progress import Progress, ProgressCounter
 from imcap_ray.distributed.ray_internals import without_cluster_actors
 from imcap_ray.distributed.ray_metrics import ActorMetrics, RunMetrics
-from imcap_ray.errors import ImageError, ImcapError, StalledError
+from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.runs.heartbeat import repeating
-from imcap_ray.runs.rate import Pace
 
 IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
 
 SMALL_RUN = 512
 """Images up to which blocks hold no more than is computed together, for all actors to end at about the same time."""
+
+UPDATE_SECONDS = 0.5
+"""How often the progress of a pipeline is read."""
 
 MOST_BLOCKS_READ = 200
 """Up to so many blocks, Ray is told how many a manifest makes."""
@@ -136,15 +139,15 @@ class ActorReporter:
         finally:
             report.ends()
 
-    def tell_batch_size(self, batch_size: int) -> None:
+    def report_batch_size(self, batch_size: int) -> None:
         """How many images this actor computes together."""
         if batch_size != self._batch_size:
             self._batch_size = batch_size
-            self._counter.tell_batch_size.remote(batch_size)
+            self._counter.report_batch_size.remote(batch_size)
 
-    def tell_beam_steps(self, num_steps: int) -> None:
+    def report_beam_steps(self, num_steps: int) -> None:
         """How many steps this actor's searches have taken so far."""
-        self._metrics.tell_beam_steps(num_steps)
+        self._metrics.report_beam_steps(num_steps)
 
 
 class WorkReport:
@@ -335,139 +338,218 @@ def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
     return flat[start : start + math.prod(shape)].reshape(shape)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineFiles:
+    """What a pipeline reads and writes."""
+
+    manifest: str
+    """Folder of Parquet files with `MANIFEST_SCHEMA`."""
+    root: str
+    """Where the images are. If it is missing too, a missing image is not that image's own fault."""
+    output: str
+    """Folder for the parts."""
+    schema: pa.Schema
+    """Columns of the parts. The actors return them, and `manifest_id`."""
+    work: str
+    """Folder in which `done/` records what is written; images recorded there are not read again."""
+    require_lease: Callable[[], None]
+    """Called in the writing process before a part appears; raises if this run may not write any more."""
+
+    def checkpointed_context(self) -> DataContext:
+        """Settings with which Ray Data records what is done, and skips it on resumption."""
+        context = DataContext.get_current().copy()
+        context.execution_options.preserve_order = False
+        # Only ids are kept: eight bytes per image. The id has to be a column of the manifest, or a resumed run raises
+        # KeyError.
+        context.checkpoint_config = CheckpointConfig(
+            id_column="manifest_id",
+            checkpoint_path=storage.join(self.work, "done"),
+            delete_checkpoint_on_success=False,
+            override_filesystem=storage.resolve(self.work)[0] if storage.is_uri(self.work) else None,
+        )
+        return context
+
+    def sink(self, *, num_images: int) -> ParquetParts:
+        """Where the rows of this many images are written."""
+        return ParquetParts(
+            self.output,
+            schema=self.schema,
+            min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
+            check=self.require_lease,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorPool:
+    """The actors of a pipeline, which turn loaded images into rows."""
+
+    actor_class: type
+    """Called with a table of `loaded_schema`; built with `arguments` and a `reporter`."""
+    arguments: Mapping[str, Any]
+    image_size: int
+    """Pixels on each side of the images that the actors take."""
+    batch_size: int
+    """Images that an actor takes at a time."""
+    num_actors: int
+    gpus_per_actor: float
+    can_grow: bool = False
+    """Whether the pool grows when nodes join the cluster, and shrinks again when they leave."""
+    can_release: bool = False
+    """Whether the pipeline ends if its actors are idle because all CPUs are in use: no cluster grows for it."""
+
+    def map_options(self, counter: Any, *, num_images: int) -> dict[str, Any]:
+        """Arguments of `Dataset.map_batches` for this many images."""
+        most = num_blocks(num_images)
+        num_actors = max(1, min(self.num_actors, most))
+        return {
+            "fn_constructor_kwargs": {
+                **self.arguments,
+                "reporter": ActorReporter(counter, self.actor_class.__name__),
+            },
+            "batch_size": self.batch_size,
+            "batch_format": "pyarrow",
+            "num_cpus": 1,
+            "num_gpus": self.gpus_per_actor or None,
+            "runtime_env": runtime_environment(gpus=self.gpus_per_actor),
+            # The actors that fit now are the minimum, because Ray would otherwise begin by taking some away: it divides
+            # the CPUs equally among the operators. It adds actors only while each has nearly two blocks waiting and the
+            # other operators keep enough CPUs for a task, so that it uses nodes that join and nothing that they need.
+            "compute": ActorPoolStrategy(
+                min_size=num_actors,
+                max_size=max(num_actors, most) if self.can_grow else num_actors,
+                max_tasks_in_flight_per_actor=4,
+            ),
+        }
+
+    def halve(
+        self,
+        error: FullClusterError,
+        *,
+        is_resumed: bool,
+        require_lease: Callable[[], None],
+        observer: PipelineObserver,
+    ) -> ActorPool:
+        """Half of this pool, which was released because the cluster is full, once there is room for an actor of it."""
+        observer.report_waiting(f"{error}; released {self.num_actors} actor{'s' * (self.num_actors != 1)}")
+        wait_for_room(
+            cpus=1 + ROOM_FOR_TASKS + is_resumed,  # Ray Data leaves out what is done in an actor of its own
+            gpus=self.gpus_per_actor,
+            check=require_lease,
+            on_waiting=observer.report_waiting,
+        )
+        observer.report_waiting("")
+        return replace(self, num_actors=max(1, self.num_actors // 2), can_grow=False)
+
+
+class PipelineObserver(Protocol):
+    """Whoever is shown how a pipeline proceeds."""
+
+    def report_progress(self, num_images: int) -> float | None:
+        """Called about twice a second with the images that the pipeline is done with; returns its speed."""
+
+    def report_waiting(self, reason: str) -> None:
+        """Called with a reason when the pipeline begins to wait for CPUs or GPUs, and with "" when it continues."""
+
+
 def map_images(
-    manifest: str,
-    output: str,
-    *,
-    work: str,
-    root: str,
-    schema: pa.Schema,
-    actor_class: type,
-    actor_arguments: Mapping[str, Any],
-    image_size: int,
-    num_images: int,
-    num_actors: int,
-    gpus_per_actor: float,
-    batch_size: int,
-    on_progress: Callable[[Progress], None],
-    can_grow: bool = False,
-    can_release: bool = False,
-    index: Any = None,
-    check: Callable[[], None] = lambda: None,
-    on_waiting: Callable[[str], None] = lambda line: None,
+    files: PipelineFiles, pool: ActorPool, observer: PipelineObserver, *, num_images: int, index: Any = None
 ) -> Progress:
-    """Read a manifest, decode its images in tasks, hand them to a pool of actors, and write what these return.
+    """Read a manifest, decode its images in tasks, hand them to a pool of actors, and write the rows that these return.
 
     Images that an earlier, interrupted call has written are not read again.
 
     Args:
-        manifest: folder of Parquet files with `MANIFEST_SCHEMA`.
-        output: folder for the parts; `work` below it is ours: what is done.
-        root: where the images lie.
-        schema: of the parts; the actors return it with `manifest_id` besides.
-        actor_class: called with a table of `loaded_schema`; built with `actor_arguments` and `reporter`.
-        num_actors: of the pool, from the start to the end.
-        on_progress: called about once a second.
-        can_grow: let the pool grow beyond that into nodes that join the cluster, and shrink again when they go.
-        can_release: end the pipeline if its actors are idle because all CPUs are in use: no cluster grows for it.
-        index: an `ImageIndex`, where images that have come before are not to be computed.
-        check: called in the writing process before a part appears; raises if this run may not write any more.
-        on_waiting: called with one line when the run begins to wait for CPUs or GPUs, and with "" when it continues.
+        num_images: images of the manifest that are not done.
+        index: an `ImageIndex`, if repeated images are not to be computed.
 
     Raises:
-        FullClusterError: the pipeline was ended, as `can_release` allows; the same call with fewer actors, when
-            there is room for them, resumes.
+        FullClusterError: the pipeline was ended, as `ActorPool.can_release` allows. The same call with fewer actors
+            resumes when there is room for them.
         StalledError: nothing moved for `RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S` (half an hour).
-        ImcapError: the run failed; what is written stays, and the same call goes on from there.
+        ImcapError: the run failed; what is written is kept, and the same call resumes.
     """
-    context = DataContext.get_current().copy()
-    context.execution_options.preserve_order = False
-    # Only ids are kept: eight bytes an image. The id is in what is read, or a resumed run dies with a KeyError.
-    context.checkpoint_config = CheckpointConfig(
-        id_column="manifest_id",
-        checkpoint_path=storage.join(work, "done"),
-        delete_checkpoint_on_success=False,
-        override_filesystem=storage.resolve(work)[0] if storage.is_uri(work) else None,
-    )
-    num_actors = max(1, min(num_actors, num_blocks(num_images)))
-    progress = Progress()
+    context = files.checkpointed_context()
     counter = ProgressCounter.remote()  # type: ignore[attr-defined]
-    sink = ParquetParts(
-        output,
-        schema=schema,
-        min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
-        check=check,
+    load = LoadImages(
+        image_size=pool.image_size,
+        root=files.root,
+        index=index,
+        image_columns=tuple(read_image_columns(files.manifest)),
+        counter=None if own_cores() else counter,
     )
-    image_columns = tuple(read_image_columns(manifest))
-    counted = None if own_cores() else counter
-    load = LoadImages(image_size=image_size, root=root, index=index, image_columns=image_columns, counter=counted)
-    pace, metrics = Pace(), RunMetrics(actor_class.__name__)
-    room, is_waiting, has_released = RoomWatch(), False, False
-
-    def watch_room(release: Callable[[str], None]) -> None:
-        nonlocal is_waiting, has_released
-        waited = room.look(
-            time.monotonic(),
-            num_reports=progress.num_reports,
-            num_working=progress.num_working,
-            read_lack=lambda: FreeResources.read().lacks(
-                cpus=ROOM_FOR_TASKS, gpus=0.0 if progress.num_actors else gpus_per_actor
-            ),
+    watch = _PipelineWatch(counter, pool, observer)
+    with DataContext.current(context), watch.watching(), _ray_data_errors(context):
+        (
+            read_images(files.manifest, load, num_images=num_images)
+            .map_batches(pool.actor_class, **pool.map_options(counter, num_images=num_images))
+            .write_datasink(files.sink(num_images=num_images))
         )
-        if is_waiting != (waited >= REPORT_SECONDS):
-            is_waiting = not is_waiting
-            on_waiting(f"waiting: {room.reason}" if is_waiting else "")
-        patience = RELEASE_SECONDS if progress.num_actors else RELEASE_PENDING_SECONDS
-        if can_release and waited >= patience and not has_released:
-            has_released = True
-            release(room.reason)
+    return watch.progress
 
-    def look(release: Callable[[str], None]) -> None:
-        nonlocal progress
-        with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
-            progress = ray.get(counter.get.remote())
-            pace.note(time.monotonic(), progress.num_images)
-            metrics.set_rate(pace.rate(time.monotonic()) or 0.0)
-            on_progress(progress)
-            if not own_cores():
-                watch_room(release)
 
-    def end() -> None:
-        metrics.set_rate(0.0)
-        with contextlib.suppress(RayError):  # the cluster itself may be gone
-            ray.kill(counter)  # else it lives as long as this process
+@contextlib.contextmanager
+def _ray_data_errors(context: DataContext) -> Iterator[None]:
+    """Raise errors of Ray Data, and of what it runs, as errors of the package."""
+    try:
+        with without_cluster_actors() if own_cores() else contextlib.nullcontext():
+            yield
+    except ExecutionTimeoutError as error:  # its text is a page about operators
+        seconds = context.execution_no_progress_timeout_s
+        raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {RESUME_HINT}") from error
+    except (RayError, OSError) as error:
+        raise ImcapError(f"stopped by an error: {describe_error(error)}; {RESUME_HINT}") from error
 
-    with DataContext.current(context), contextlib.ExitStack() as stack:
-        stack.callback(end)
-        release = stack.enter_context(releasable())
-        # From here on, because the manifest is read by a task too.
-        stack.enter_context(repeating(functools.partial(look, release), seconds=0.5))
-        dataset: Dataset = read_images(manifest, load, num_images=num_images).map_batches(
-            actor_class,
-            fn_constructor_kwargs={**actor_arguments, "reporter": ActorReporter(counter, actor_class.__name__)},
-            batch_size=batch_size,
-            batch_format="pyarrow",
-            num_cpus=1,
-            num_gpus=gpus_per_actor or None,
-            runtime_env=runtime_environment(gpus=gpus_per_actor),
-            # What fits now is the least, or Ray would begin by taking actors away, for it shares the CPUs out
-            # equally among the operators. Of more it has more only while every one has nearly two blocks waiting
-            # and the others keep CPUs enough for a task; so it takes what has joined, and nothing that they need.
-            compute=ActorPoolStrategy(
-                min_size=num_actors,
-                max_size=max(num_actors, num_blocks(num_images)) if can_grow else num_actors,
-                max_tasks_in_flight_per_actor=4,
-            ),
-        )
+
+class _PipelineWatch:
+    """Reports a running pipeline's progress, and releases its actors if they wait for CPUs of a full cluster."""
+
+    def __init__(self, counter: Any, pool: ActorPool, observer: PipelineObserver) -> None:
+        self.progress = Progress()
+        self._counter = counter
+        self._pool = pool
+        self._observer = observer
+        self._metrics = RunMetrics(pool.actor_class.__name__)
+        self._room = RoomWatch()
+        self._is_waiting = False
+        self._has_released = False
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch while the block runs, which a release ends with FullClusterError."""
         try:
-            with without_cluster_actors() if own_cores() else contextlib.nullcontext():
-                dataset.write_datasink(sink)
-        except ExecutionTimeoutError as error:  # its text is a page about operators
-            seconds = context.execution_no_progress_timeout_s
-            raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {RESUME_HINT}") from error
-        except (RayError, OSError) as error:
-            raise ImcapError(f"stopped by an error: {describe_error(error)}; {RESUME_HINT}") from error
-    return progress
+            # The manifest is read by a task too, so this begins before it is.
+            with releasable() as release, repeating(functools.partial(self._update, release), seconds=UPDATE_SECONDS):
+                yield
+        finally:
+            self._metrics.set_rate(0.0)
+            with contextlib.suppress(RayError):  # the cluster itself may be lost
+                ray.kill(self._counter)  # otherwise it lives as long as this process
+
+    def _update(self, release: Callable[[str], None]) -> None:
+        with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
+            self.progress = ray.get(self._counter.get.remote())
+            rate = self._observer.report_progress(self.progress.num_images)
+            self._metrics.set_rate(rate or 0.0)
+            if not own_cores():
+                self._watch_room(release)
+
+    def _watch_room(self, release: Callable[[str], None]) -> None:
+        has_actors = self.progress.num_actors > 0
+        waited = self._room.look(
+            time.monotonic(),
+            num_reports=self.progress.num_reports,
+            num_working=self.progress.num_working,
+            read_lack=lambda: FreeResources.read().lacks(
+                cpus=ROOM_FOR_TASKS, gpus=0.0 if has_actors else self._pool.gpus_per_actor
+            ),
+        )
+        if self._is_waiting != (waited >= REPORT_SECONDS):
+            self._is_waiting = not self._is_waiting
+            self._observer.report_waiting(f"waiting: {self._room.reason}" if self._is_waiting else "")
+        patience = RELEASE_SECONDS if has_actors else RELEASE_PENDING_SECONDS
+        if self._pool.can_release and waited >= patience and not self._has_released:
+            self._has_released = True
+            release(self._room.reason)
 
 
 def images_per_task(num_images: int, *, cpus: int, row_group: int) -> int:

@@ -63,7 +63,7 @@ class ProgressCounter:
         self._progress.busy_seconds += busy_seconds
         self._progress.waiting_seconds += waiting_seconds
 
-    def tell_batch_size(self, batch_size: int) -> None:
+    def report_batch_size(self, batch_size: int) -> None:
         """An actor computes so many images together from now on."""
         self._progress.batch_size = min(self._progress.batch_size or batch_size, batch_size)
 

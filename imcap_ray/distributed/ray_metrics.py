@@ -46,7 +46,7 @@ class ActorMetrics:
         """The actor waited so long for a batch."""
         self._waits.observe(seconds)
 
-    def tell_beam_steps(self, num_steps: int) -> None:
+    def report_beam_steps(self, num_steps: int) -> None:
         """The actor has taken so many steps since it began."""
         if num_steps > self._num_steps:
             self._steps.inc(num_steps - self._num_steps)

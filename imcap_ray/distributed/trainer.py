@@ -34,7 +34,7 @@ from imcap_ray.data.parquet_files import write_table
 from imcap_ray.distributed.checkpoints import NUM_BEST_TO_KEEP, choose_best, recover
 from imcap_ray.distributed.cluster import ClusterResources, runtime_environment
 from imcap_ray.distributed.failure_log import FailureLog, describe_failures, watch_failures
-from imcap_ray.distributed.features import FeatureCache, Views, cache_features, cache_key
+from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views, cache_features, cache_key
 from imcap_ray.distributed.gpus import require_gpus
 from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, describe_error, read_images
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
@@ -349,20 +349,22 @@ def _cache(
             views=views,
             image_columns=data.image_columns,
         )
+        use = FeatureFolder(storage.join(folder, key), training)
+        on_use(use)
         caches[split] = cache_features(
             data.manifest(images),
-            storage.join(folder, key),
-            encoder=encoder,
-            views=views,
-            num_actors=default_num_actors(resources, gpus),
-            gpus_per_actor=gpus,
-            can_grow=not resources.is_local,
-            can_release=resources.max_cpus <= resources.cpus,
+            use,
+            FeatureEncoding(
+                encoder=encoder,
+                views=views,
+                num_actors=default_num_actors(resources, gpus),
+                gpus_per_actor=gpus,
+                can_grow=not resources.is_local,
+                can_release=resources.max_cpus <= resources.cpus,
+            ),
             reporter=reporter,
             task=f"{split} split",
-            training=training,
             check=check,
-            on_use=on_use,
         )
         for note in caches[split].notes:
             reporter.report(f"{split} images: {note}")

@@ -6,9 +6,14 @@ Does not import torch, so that processes that only pass images to a captioner sa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
+from imcap_ray.config import SearchConfig
 from imcap_ray.errors import ImageError
 
 # Images computed together. A smaller batch is filled up with blank images: the shape of a batch decides in which order
@@ -49,3 +54,37 @@ def no_memory() -> ImageError:
 def not_finite(values: str) -> ImageError:
     """The error of an image for which a model computes NaN or infinity in these values, such as its features."""
     return ImageError("internal", f"the {values} of the image are not finite numbers")
+
+
+class ImageCaptioner(Protocol):
+    """What captioning asks of a captioner: the seam for another one, and for tests."""
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on each side."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for captioners that give the same answers, but for the rounding of another device."""
+
+    @property
+    def search(self) -> SearchConfig:
+        """How captions are searched for."""
+
+    @property
+    def compute_batch_size(self) -> int:
+        """Images computed together: fewer after memory has run out."""
+
+    @property
+    def num_beam_steps(self) -> int:
+        """Positions that its searches have computed so far."""
+
+    def require_gpu(self) -> None:
+        """Raise ImcapError if it computes with a GPU where there is one, and cannot use the one of this process."""
+
+    def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> Sequence[list[Caption] | ImageError]:
+        """The captions of each image of uint8 pixels (B, 3, S, S), the best first.
+
+        The list of an image that does not fit into memory is empty. An image that has no caption for another reason
+        has an error instead.
+        """

@@ -110,7 +110,7 @@ class CaptionsFolder:
         """Replace the sign of life."""
         storage.write_bytes(storage.join(self.work, HEARTBEAT_FILE), json.dumps(heartbeat).encode())
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
+    def require_identity(self, identity: Mapping[str, Any]) -> None:
         """Raise OutputError if something else has made this folder; `identity` has the keys of `IDENTITY`."""
         run = self.read_run()
         if run is None:

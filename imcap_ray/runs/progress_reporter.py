@@ -58,12 +58,16 @@ class ProgressReporter:
         if done >= total:
             self._finished.add(task)
         line = f"{task}{': ' if task else ''}{done:,} of {total:,} images"
-        rate, seconds_left = pace.rate(now), pace.seconds_left(now, total) if done < total else None
+        rate, seconds_left = self.rate(task), pace.seconds_left(now, total) if done < total else None
         if rate is not None:
             line += f", {rate:.1f} images/s"
         if seconds_left is not None:
             line += f", {format_duration(seconds_left)} left"
         write(line)
+
+    def rate(self, task: str = "") -> float | None:
+        """How many images are done in a second; None while that is unknown."""
+        return self._paces[task].rate(self._clock())
 
     def report_epoch(self, line: str) -> None:
         """Report the end of an epoch: every one on a terminal, and those that are due in a log."""

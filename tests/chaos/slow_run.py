@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from imcap_ray.config import SearchConfig
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.errors import ImcapError
@@ -94,12 +94,10 @@ def main(source: str, output: str, num_nodes: int) -> None:
             cluster.add_node(num_cpus=2)
     try:
         summary = caption_images(
-            source,
-            output,
+            CaptioningConfig(input=source, output=output, max_failure_rate=1.0),
+            ResourcesConfig(num_actors=2),
+            cluster=connect(cluster.address if cluster else "local"),
             load_captioner=LoadSlowEcho(str(log)),
-            resources=connect(cluster.address if cluster else "local"),
-            num_actors=2,
-            max_failure_rate=1.0,
         )
     except ImcapError as error:
         raise click.ClickException(str(error)) from error

@@ -27,6 +27,7 @@ Read = Callable[[Path], list[dict[str, Any]]]
 CAPTION_ON_NODES = """
 import sys
 from functools import partial
+from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.runs.progress_reporter import ProgressReporter
@@ -35,7 +36,8 @@ from tests.fakes import WaitsForFiles
 address, photographs, output, nodes, num_files = sys.argv[1:]
 captioner = partial(WaitsForFiles, folder=nodes, num_files=int(num_files))
 reporter = ProgressReporter(partial(print, flush=True))
-caption_images(photographs, output, load_captioner=captioner, resources=connect(address), reporter=reporter)
+config = CaptioningConfig(input=photographs, output=output)
+caption_images(config, ResourcesConfig(), cluster=connect(address), load_captioner=captioner, reporter=reporter)
 """
 
 

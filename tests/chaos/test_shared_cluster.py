@@ -21,16 +21,16 @@ Read = Callable[[Path], list[dict[str, Any]]]
 
 CAPTION = """
 import sys
+from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
 from tests.fakes import TakesSteps
 
 address, photographs, output, num_actors = sys.argv[1:]
 num_actors = int(num_actors) or None
-resources = connect(address, num_actors=num_actors)
-summary = caption_images(
-    photographs, output, load_captioner=TakesSteps, resources=resources, num_actors=num_actors
-)
+cluster = connect(address, num_actors=num_actors)
+config = CaptioningConfig(input=photographs, output=output)
+summary = caption_images(config, ResourcesConfig(num_actors=num_actors), cluster=cluster, load_captioner=TakesSteps)
 """
 
 HOLD_ALL_CPUS = """

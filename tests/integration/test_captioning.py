@@ -17,20 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from imcap_ray.config import SearchConfig
-from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.distributed import cluster, image_pipeline
-from imcap_ray.distributed.captioning import CaptioningSummary, caption_images
+from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.image_pipeline import LoadImages, read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
-from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, ImageCaptioner
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.runs.captioned_images import CaptionedImageSource
+from imcap_ray.runs.captioning_run import CaptioningSummary
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
@@ -48,14 +48,25 @@ Run = Callable[..., CaptioningSummary]
 
 @pytest.fixture
 def run(local_ray: ClusterResources) -> Run:
-    return partial(
-        caption_images,
-        load_captioner=EchoCaptioner,
-        resources=local_ray,
-        num_actors=2,
-        max_failure_rate=1.0,
-        reporter=ProgressReporter(None),
-    )
+    def run(
+        input: str,
+        output: str,
+        *,
+        load_captioner: Callable[[], ImageCaptioner] = EchoCaptioner,
+        num_actors: int = 2,
+        batch_size: int | None = None,
+        reporter: ProgressReporter | None = None,
+        **settings: Any,
+    ) -> CaptioningSummary:
+        return caption_images(
+            CaptioningConfig(input=input, output=output, **{"max_failure_rate": 1.0, **settings}),
+            ResourcesConfig(num_actors=num_actors, batch_size=batch_size),
+            cluster=local_ray,
+            load_captioner=load_captioner,
+            reporter=reporter or ProgressReporter(None),
+        )
+
+    return run
 
 
 @pytest.fixture
@@ -221,20 +232,20 @@ def test_the_column_that_is_named_is_captioned_noted_and_kept(run: Run, photogra
     }
     pq.write_table(pa.table(columns), tmp_path / "in.parquet", row_group_size=7)
     lines: list[str] = []
-    named = ColumnOptions(image="right", id="sku")
+    named = {"image_column": "right", "id_column": "sku"}
 
     run(
         str(tmp_path / "in.parquet"),
         str(tmp_path / "out"),
-        columns=named,
+        **named,
         limit=10,
         reporter=ProgressReporter(lines.append),
     )
     with pytest.raises(InputError, match="left .bytes. and right .bytes.: give --image-column to choose one"):
         run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
     with pytest.raises(InputError, match="read from column right, and would now be read from left"):
-        run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), columns=ColumnOptions(image="left", id="sku"))
-    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), columns=named)
+        run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), image_column="left", id_column="sku")
+    run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), **named)
 
     found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
     assert found == {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +14,9 @@ import torch
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.features import FeatureCache, Views, cache_features
+from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views, cache_features
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 
@@ -67,9 +67,12 @@ def test_damaged_files_are_made_anew_and_only_those(
     folder = tmp_path / "features"
     reporter = RecordingReporter()
     encoded = reporter.encoded
-    options: dict[str, Any] = {"encoder": encoder, "views": Views(), "num_actors": 1, "gpus_per_actor": 0.0}
-    options["reporter"] = reporter
-    first = features_by_image(cache_features(manifest, str(folder), **options))
+
+    def cache() -> FeatureCache:
+        encoding = FeatureEncoding(encoder=encoder, views=Views(), num_actors=1, gpus_per_actor=0.0)
+        return cache_features(manifest, FeatureFolder(str(folder)), encoding, reporter=reporter)
+
+    first = features_by_image(cache())
     changed, deleted, *_ = sorted(folder.glob("*.parquet"))
     in_others = NUM_IMAGES - sum(pq.read_metadata(file).num_rows for file in (changed, deleted))
 
@@ -78,7 +81,7 @@ def test_damaged_files_are_made_anew_and_only_those(
     changed.write_bytes(content)
     deleted.unlink()
     encoded.clear()
-    repaired = cache_features(manifest, str(folder), **options)
+    repaired = cache()
 
     assert features_by_image(repaired) == first
     assert max(encoded) == NUM_IMAGES - in_others
@@ -90,12 +93,12 @@ def test_damaged_files_are_made_anew_and_only_those(
     # Without the seal nothing is known of the files but what they say themselves.
     shutil.rmtree(folder / "_imcap")
     encoded.clear()
-    assert features_by_image(cache_features(manifest, str(folder), **options)) == first
+    assert features_by_image(cache()) == first
     assert not encoded
 
     shutil.rmtree(folder / "_imcap")
     cut = min(folder.glob("*.parquet"))
     in_cut = pq.read_metadata(cut).num_rows
     os.truncate(cut, cut.stat().st_size // 2)
-    assert features_by_image(cache_features(manifest, str(folder), **options)) == first
+    assert features_by_image(cache()) == first
     assert max(encoded) == in_cut

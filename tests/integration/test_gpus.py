@@ -26,7 +26,7 @@ import ray
 
 ray.init(num_cpus=6, num_gpus=1, include_dashboard=False)
 
-from imcap_ray.config import load_recipe
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, load_recipe
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.distributed.captioning import caption_images, load_captioner
 from imcap_ray.distributed.cluster import connect
@@ -49,8 +49,9 @@ def outcome(function):
 
 
 def caption(output, load):
-    summary = caption_images(str(root / "data" / "Flicker8k_Dataset"), str(root / output), load_captioner=load,
-        resources=resources, num_actors=1, reporter=ProgressReporter(None))
+    config = CaptioningConfig(input=str(root / "data" / "Flicker8k_Dataset"), output=str(root / output))
+    summary = caption_images(config, ResourcesConfig(num_actors=1), cluster=resources, load_captioner=load,
+        reporter=ProgressReporter(None))
     return summary.counts
 
 

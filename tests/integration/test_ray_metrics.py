@@ -23,11 +23,12 @@ PROGRAM = """
 import json, os, sys, threading, time, urllib.request
 from pathlib import Path
 import ray
+from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import connect
 from tests.fakes import TakesSteps
 
-resources = connect("local", num_actors=2)
+cluster = connect("local", num_actors=2)
 node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 ended, scrapes, names = threading.Event(), [], set()
@@ -44,8 +45,9 @@ def watch():
 
 threading.Thread(target=watch, daemon=True).start()
 photographs, output = sys.argv[1:]
-summary = caption_images(photographs, output, load_captioner=TakesSteps, resources=resources, num_actors=2,
-                         batch_size=8, max_failure_rate=1.0)
+config = CaptioningConfig(input=photographs, output=output, max_failure_rate=1.0)
+resources = ResourcesConfig(num_actors=2, batch_size=8)
+summary = caption_images(config, resources, cluster=cluster, load_captioner=TakesSteps)
 
 def total(scrape):
     lines = [line for line in scrape.splitlines() if line.startswith("ray_imcap_images_total{")]
@@ -129,6 +131,6 @@ def test_metrics_without_a_ray_go_nowhere_and_harm_nothing() -> None:
     actor = ActorMetrics("CaptionImages")
     actor.count_images({"ok": 3, "failed": 0})
     actor.observe_wait(0.0)
-    actor.tell_beam_steps(7)
-    actor.tell_beam_steps(7)
+    actor.report_beam_steps(7)
+    actor.report_beam_steps(7)
     RunMetrics("CaptionImages").set_rate(12.5)

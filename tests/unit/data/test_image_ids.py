@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
+from imcap_ray.config import CaptioningConfig, SearchConfig
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, largest_row_group
 from imcap_ray.data.parquet_files import read_table, write_table
-from imcap_ray.distributed.captioning import _prepare
 from imcap_ray.errors import DatasetError, ImageError
-from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.captioning_run import CaptioningRun, run_identity
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.small_data import captions_of, jpeg
 
@@ -201,13 +201,9 @@ def test_a_run_says_once_that_ids_are_not_used(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array([{"a": 1}] * 4))
     lines: list[str] = []
 
-    _prepare(
-        CaptionsFolder(str(tmp_path / "out")),
-        {"input": str(path)},
-        build=build_manifest,
-        check=lambda: None,
-        retry_failed=False,
-        reporter=ProgressReporter(lines.append),
-    )
+    config = CaptioningConfig(input=str(path), output=str(tmp_path / "out"))
+    identity = run_identity(config.input, fingerprint="", search=SearchConfig())
+    with CaptioningRun.open(config, identity, reporter=ProgressReporter(lines.append)) as run:
+        run.list_images()
 
     assert [("the ids of images are not taken from id (struct<a: int64>)" in line) for line in lines].count(True) == 1

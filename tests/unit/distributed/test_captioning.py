@@ -45,20 +45,20 @@ def test_the_bottleneck_comes_with_the_flag_that_would_help(
     resources = ClusterResources(is_local=True, cpus=8, gpus=2 * gpus, nodes=1, physical_cores=4)
     progress = Progress({"ok": 1000}, busy_seconds=100 - waiting_seconds, waiting_seconds=waiting_seconds)
 
-    assert describe_bound(progress, resources, num_actors=num_actors, gpus_per_actor=gpus) == expected
+    assert describe_bound(progress, resources, num_actors, gpus) == expected
 
 
 def test_more_actors_than_there_are_tasks_would_not_help() -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
     progress = Progress({"ok": 100}, busy_seconds=10)
 
-    assert "--num-actors" not in describe_bound(progress, resources, num_actors=2, gpus_per_actor=0)
+    assert "--num-actors" not in describe_bound(progress, resources, 2, 0)
 
 
 def test_a_run_too_short_to_tell_says_so() -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
 
-    assert describe_bound(Progress(), resources, num_actors=1, gpus_per_actor=0) == "too short to tell what bounds it"
+    assert describe_bound(Progress(), resources, 1, 0) == "too short to tell what bounds it"
 
 
 @pytest.mark.parametrize(

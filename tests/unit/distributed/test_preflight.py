@@ -18,22 +18,32 @@ from click.testing import CliRunner
 import imcap_ray
 from imcap_ray import storage
 from imcap_ray.cli import main, submit
-from imcap_ray.config import load_recipe
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, load_recipe
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.distributed import jobs, training_plan
-from imcap_ray.distributed.captioning import CaptioningPlan, _identity, plan_captioning
+from imcap_ray.distributed.captioning import CaptioningPlan, plan_captioning
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import _Marks, find_problem, require_visible
 from imcap_ray.distributed.training_plan import TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
+from imcap_ray.runs.captioning_run import run_identity
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.training_run import write_metrics
 from tests import small_data
 from tests.fakes import EchoCaptioner
 
 RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=0, nodes=1, physical_cores=6)
+
+
+def plan_of(input: Path, output: Path | str, *, num_actors: int | None = None, **settings: Any) -> CaptioningPlan:
+    config = CaptioningConfig(input=str(input), output=str(output), **settings)
+    return plan_captioning(config, ResourcesConfig(num_actors=num_actors), cluster=RESOURCES, captioner=EchoCaptioner())
+
+
+def identity_of(input: Path) -> dict[str, Any]:
+    return run_identity(str(input), fingerprint=EchoCaptioner().fingerprint, search=EchoCaptioner().search)
 
 
 # ---- what a node sees
@@ -196,7 +206,7 @@ def photographs(tmp_path: Path) -> Path:
 def test_a_plan_tells_images_blocks_and_actors_and_writes_nothing(tmp_path: Path, photographs: Path) -> None:
     output = tmp_path / "out"
 
-    plan = plan_captioning(str(photographs), str(output), load_captioner=EchoCaptioner, resources=RESOURCES)
+    plan = plan_of(photographs, output)
 
     assert (plan.num_images, plan.is_counted, plan.num_done) == (130, True, 0)
     assert (plan.num_blocks, plan.num_actors, plan.gpus_per_actor) == (3, 3, 0.0)
@@ -206,9 +216,9 @@ def test_a_plan_tells_images_blocks_and_actors_and_writes_nothing(tmp_path: Path
 
 def test_a_plan_knows_the_speed_of_the_last_run(tmp_path: Path, photographs: Path) -> None:
     folder = CaptionsFolder(str(tmp_path / "out"))
-    folder.write_run(_identity(str(photographs), EchoCaptioner()) | {"state": "complete", "images_per_second": 13.0})
+    folder.write_run(identity_of(photographs) | {"state": "complete", "images_per_second": 13.0})
 
-    plan = plan_captioning(str(photographs), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES)
+    plan = plan_of(photographs, folder.location)
 
     assert (plan.images_per_second, plan.seconds) == (13.0, 10.0)
 
@@ -219,15 +229,12 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
     folder = CaptionsFolder(str(tmp_path / "out"))
 
     def plan(image: str | None) -> CaptioningPlan:
-        columns = ColumnOptions(image=image)
-        return plan_captioning(
-            str(table), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES, columns=columns
-        )
+        return plan_of(table, folder.location, image_column=image)
 
     with pytest.raises(InputError, match="left .bytes. and right .bytes.: give --image-column"):
         plan(None)
     found = plan("left")
-    folder.write_run(_identity(str(table), EchoCaptioner()) | {"image_column": "left", "id_column": "id"})
+    folder.write_run(identity_of(table) | {"image_column": "left", "id_column": "id"})
     build_manifest(str(table), folder.manifest, InputOptions(columns=ColumnOptions(image="left")))
 
     assert (found.image_column, found.id_column) == ("left", "id")
@@ -252,7 +259,7 @@ def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
     tmp_path: Path, before: dict[str, list[str]], now: dict[str, list[str]], problem: str, overwrite: bool
 ) -> None:
     source, folder = tmp_path / "in", CaptionsFolder(str(tmp_path / "out"))
-    folder.write_run(_identity(str(source), EchoCaptioner()) | {"state": "complete"})
+    folder.write_run(identity_of(source) | {"state": "complete"})
     for tables in (before, now):
         shutil.rmtree(source, ignore_errors=True)
         source.mkdir()
@@ -264,9 +271,7 @@ def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
     manifest = {path.name: path.read_bytes() for path in Path(folder.manifest).iterdir()}
 
     def plan() -> CaptioningPlan:
-        return plan_captioning(
-            str(source), folder.location, load_captioner=EchoCaptioner, resources=RESOURCES, overwrite=overwrite
-        )
+        return plan_of(source, folder.location, overwrite=overwrite)
 
     if problem and not overwrite:
         for refuse in (plan, lambda: build_manifest(str(source), folder.manifest)):
@@ -280,13 +285,7 @@ def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
 
 def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: Path) -> None:
     def plan(output: Path, num_actors: int = 1) -> None:
-        plan_captioning(
-            str(photographs),
-            str(output),
-            load_captioner=EchoCaptioner,
-            resources=RESOURCES,
-            num_actors=num_actors,
-        )
+        plan_of(photographs, output, num_actors=num_actors)
 
     with pytest.raises(OutputError, match="is no captions folder"):
         plan(photographs)

@@ -388,13 +388,13 @@ def test_a_run_that_was_killed_in_its_first_moment_leaves_the_folder_to_the_next
     Lease.acquire(folder.work)
     Path(folder.work, ".run.json.0123abcd").write_bytes(b"{")
 
-    folder.claim(IDENTITY)
+    folder.require_identity(IDENTITY)
 
 
 def test_a_look_for_the_output_that_was_killed_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
     (tmp_path / ".imcap.0123abcd").touch()
 
-    CaptionsFolder(str(tmp_path)).claim(IDENTITY)
+    CaptionsFolder(str(tmp_path)).require_identity(IDENTITY)
 
 
 def test_of_two_that_put_the_new_in_the_place_of_the_old_the_first_stops_and_nothing_is_lost(
@@ -525,10 +525,10 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(
     tmp_path: Path, key: str, value: object, told: str
 ) -> None:
     folder = write_folder(tmp_path, [row("a")])
-    folder.claim(IDENTITY)
+    folder.require_identity(IDENTITY)
 
     with pytest.raises(OutputError, match=told):
-        folder.claim(IDENTITY | {key: value})
+        folder.require_identity(IDENTITY | {key: value})
 
 
 def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
@@ -536,7 +536,7 @@ def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "_imcap" / "run.json").write_text('{"input": "/i')
 
     with pytest.raises(OutputError, match="run.json is damaged"):
-        folder.claim(IDENTITY)
+        folder.require_identity(IDENTITY)
 
 
 # ---- a new one in the place of the old

@@ -19,8 +19,7 @@ from imcap_ray import storage
 from imcap_ray.cli.main import main
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.distributed.captioning import _Heartbeat
-from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.errors import InputError
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.status import CaptioningStatus, TrainingStatus, read_status
 from imcap_ray.runs.training_run import METRICS_FILE, WORK_FOLDER, write_heartbeat
@@ -154,28 +153,6 @@ def test_the_new_rows_of_overwrite_are_what_is_told_of(tmp_path: Path) -> None:
     status = captioning(tmp_path)
 
     assert (status.is_replacing, status.state, status.num_done, status.num_images) == (True, "running", 4, 10)
-
-
-def test_the_heartbeat_tells_the_speed_of_late_and_stops_with_the_ownership(tmp_path: Path) -> None:
-    folder = CaptionsFolder(str(tmp_path))
-    is_ours = True
-
-    def check() -> None:
-        if not is_ours:
-            raise ImcapError("another run has taken over")
-
-    heartbeat = _Heartbeat(folder, "then", check)
-    heartbeat.beat()
-    assert folder.read_heartbeat()["images_per_second"] is None
-    heartbeat.beat()
-    heartbeat.num_images = 1000
-    heartbeat.beat()
-    mine = folder.read_heartbeat()
-    assert mine["started"] == "then" and mine["images_per_second"] > 0
-    is_ours = False
-    heartbeat.num_images = 2000
-    heartbeat.beat()
-    assert folder.read_heartbeat() == mine
 
 
 # ---- trainings

@@ -1,0 +1,343 @@
+"""One captioning run as it is kept on disk: its lease, heartbeat, manifest, rows and their counts.
+
+    with CaptioningRun.open(config, identity, reporter=reporter) as run:
+        run.list_images()
+        while run.num_pending:
+            ...                       # caption them, by whatever means, into `run.folder`
+            run.resolve_duplicates()
+        summary = run.finish(bound)
+
+Knows neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from typing import Any, Final
+
+import pyarrow as pa
+
+from imcap_ray import __version__, storage
+from imcap_ray.config import CaptioningConfig, SearchConfig, to_mapping
+from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.manifest import InputOptions, build_manifest
+from imcap_ray.data.schemas import FAILED, SCHEMA_VERSION
+from imcap_ray.errors import FailureBudgetError, ImcapError, InputChangedError, InputError
+from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.captions_table import COMPLETE
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
+from imcap_ray.runs.lease import Lease
+from imcap_ray.runs.progress_reporter import ProgressReporter
+
+RUNNING: Final = "running"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptioningSummary:
+    """The result of a captioning run."""
+
+    input: str
+    output: str
+    num_images: int
+    """Rows in the output, of this run and earlier ones."""
+    num_new: int
+    """Rows that this run wrote."""
+    counts: dict[str, int]
+    """Rows by status."""
+    error_counts: dict[str, int]
+    """Failed rows by error code."""
+    seconds: float
+    images_per_second: float
+    """Speed of this run, from its start to its end."""
+    bound: str
+    """One sentence: what limited the speed."""
+
+    def require_few_failures(self, max_failure_rate: float) -> None:
+        """Raise FailureBudgetError if a greater share of the images failed."""
+        num_failed = self.counts.get(FAILED, 0)
+        if num_failed > max_failure_rate * self.num_images:
+            raise FailureBudgetError(
+                f"{num_failed:,} of {self.num_images:,} images failed, more than --max-failure-rate "
+                f"{max_failure_rate:g} allows: "
+                + ", ".join(f"{count:,} {code}" for code, count in self.error_counts.items())
+            )
+
+
+def run_identity(input: str, *, fingerprint: str, search: SearchConfig) -> dict[str, Any]:
+    """What must not change between a run and its resumption, as run.json records it."""
+    return {
+        "input": input,
+        "model_fingerprint": fingerprint,
+        "search": to_mapping(search),
+        "schema_version": SCHEMA_VERSION,
+    }
+
+
+def input_options(config: CaptioningConfig) -> InputOptions:
+    """Which images of its input a config selects."""
+    return InputOptions(
+        recursive=config.recursive,
+        limit=config.limit,
+        allow_outside_paths=config.allow_outside_paths,
+        columns=ColumnOptions(image=config.image_column, id=config.id_column),
+    )
+
+
+class CaptioningRun:
+    """A run that holds the lease on its output. Opened by `CaptioningRun.open`."""
+
+    def __init__(
+        self,
+        config: CaptioningConfig,
+        folder: CaptionsFolder,
+        identity: Mapping[str, Any],
+        *,
+        start: float,
+        reporter: ProgressReporter,
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.lease = Lease.acquire(folder.work)
+        self.num_images = 0
+        """Images of the input, known once they are listed."""
+        self.num_done = 0
+        """Images that have a row."""
+        self.num_new = 0
+        """Images that had no row when they were listed."""
+        self._reporter = reporter
+        self._start = start
+        self._before = folder.read_run()
+        self._record: dict[str, Any] = {
+            **identity,
+            "model": config.model_name,
+            "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
+            "started": _now(),
+        }
+        self._heartbeat = _Heartbeat(started=self._record["started"])
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, config: CaptioningConfig, identity: Mapping[str, Any], *, reporter: ProgressReporter
+    ) -> Iterator[CaptioningRun]:
+        """A run into the output of the config, which has absolute paths. The block's end is recorded in run.json.
+
+        With `overwrite`, the new rows are made in a folder of their own and replace the old ones at the end.
+
+        Raises:
+            OutputError: the output was made with other settings, or by something else.
+        """
+        start = time.time()
+        output = CaptionsFolder(config.output)
+        was_replacing = output.finish_replacement()
+        # If the same command died while it replaced the old rows, nothing is left to replace.
+        is_replacing = (
+            config.overwrite and output.read_run() is not None and not (was_replacing and output.is_of(identity))
+        )
+        folder = output
+        if is_replacing:
+            Lease.acquire(output.work)  # a run that writes there stops
+            output.recover()
+            folder = output.next()
+            if not folder.is_of(identity):
+                storage.remove(folder.location)
+        else:
+            output.require_identity(identity)
+        run = cls(config, folder, identity, start=start, reporter=reporter)
+        run._beat()  # before run.json, which a resumed run writes only when its input is listed
+        with run._recorded_end(), repeating(run._beat, seconds=HEARTBEAT_SECONDS):
+            yield run
+        if is_replacing:
+            output.replace_by_next()
+
+    @property
+    def num_pending(self) -> int:
+        """Images that have no row yet."""
+        return self.num_images - self.num_done
+
+    # --- the steps of a run ---
+
+    def list_images(self) -> None:
+        """Bring the folder and its manifest up to date with the input.
+
+        Raises:
+            InputError: the input has no images, or others than this output may have; a new folder is removed again.
+        """
+        num_deleted = self._delete_copies() if self._before is not None else 0
+        if self._before is None:
+            self._write_state(RUNNING)  # whose folder it is, before anything else is in it
+        num_deleted += self._list_input()
+        self.num_images = self.folder.count_manifest()
+        self._count_done()
+        was_complete = self._before is not None and self._before.get("state") == COMPLETE
+        if not self.num_pending and (num_deleted or not was_complete):
+            self.resolve_duplicates()
+        self.num_new = self.num_pending
+
+    def _delete_copies(self) -> int:
+        num_copies = self.folder.recover()
+        if num_copies:
+            parts = f"{num_copies:,} part{'s' * (num_copies != 1)}"
+            self._reporter.report(f"{self.folder.location}: removed {parts} that repeated images of other parts")
+        return num_copies
+
+    def _list_input(self) -> int:
+        """Update the manifest; how many rows were deleted because their images are to be captioned again."""
+        try:
+            summary = build_manifest(
+                self.config.input,
+                self.folder.manifest,
+                input_options(self.config),
+                output=self.config.output,
+                check=self.lease.require,  # listing may take hours
+            )
+        except (InputError, InputChangedError):
+            self.lease.require()
+            if self._before is None:
+                self.folder.discard()
+            raise
+        self.lease.require()
+        if summary.num_ignored:
+            files = "1 file" if summary.num_ignored == 1 else f"{summary.num_ignored:,} files"
+            self._reporter.report(f"{self.config.input}: ignored {files} without an image extension")
+        for note in summary.notes:
+            self._reporter.report(note)
+        if summary.image_column:
+            self._record |= {"image_column": summary.image_column, "id_column": summary.id_column}
+        self._write_state(RUNNING)
+        num_changed = self.folder.delete_changed_rows(summary.changed)
+        num_failed = self.folder.delete_failed_rows() if self.config.retry_failed else 0
+        for number, reason in ((num_changed, "changed since"), (num_failed, "failed before")):
+            if number:
+                self._reporter.report(f"{number:,} image{'s' * (number != 1)} {reason}: to be captioned again")
+        return num_changed + num_failed
+
+    def recover(self) -> None:
+        """Finish or undo what processes left behind that this run has lost sight of."""
+        self.lease.require()
+        self.folder.recover()
+        self._count_done()
+
+    def resolve_duplicates(self) -> None:
+        """Give images of the same bytes the same caption; those without a captioned twin are pending again.
+
+        Raises:
+            ImcapError: images are pending and no work on them can help, because the manifest is corrupt.
+        """
+        num_done = self.num_done
+        self.lease.require()
+        self.folder.recover()
+        num_orphans = self.folder.resolve_duplicates()
+        self._count_done()
+        if self.num_pending and not num_orphans and self.num_done == num_done:
+            raise ImcapError(
+                f"{self.num_pending:,} of {self.num_images:,} images were not captioned, because their numbers in "
+                f"{self.folder.manifest} are corrupt: give --overwrite to start again"
+            )
+
+    def finish(self, bound: str) -> CaptioningSummary:
+        """Verify that every image is exactly one row, and record the run as complete.
+
+        Args:
+            bound: one sentence: what limited the speed.
+
+        Raises:
+            ImcapError: the rows do not match the images.
+        """
+        self.lease.require()
+        self.folder.verify_row_counts()
+        counts, error_counts = self.folder.count_rows()
+        seconds = time.time() - self._start
+        last_speed = (self._before or {}).get("images_per_second", 0.0)
+        summary = CaptioningSummary(
+            input=self.config.input,
+            output=self.config.output,
+            num_images=self.num_images,
+            num_new=self.num_new,
+            counts=counts,
+            error_counts=error_counts,
+            seconds=seconds,
+            # If there was nothing to do, the speed of an earlier run, for the next plan.
+            images_per_second=self.num_new / seconds if self.num_new else last_speed,
+            bound=bound,
+        )
+        self.folder.write_run(self._record | asdict(summary) | {"state": COMPLETE, "ended": _now()})
+        return summary
+
+    # --- what others see of the run ---
+
+    def report_progress(self, num_images: int) -> float | None:
+        """Report images that were captioned since the last step; returns how many are captioned in a second."""
+        self._reporter.report_images(num_images, self.num_pending)
+        self._heartbeat.num_images = num_images
+        return self._reporter.rate()
+
+    def report_waiting(self, reason: str) -> None:
+        """Report that the run waits, or that it continues if the reason is ""."""
+        if reason:
+            self._reporter.report(reason)
+        self._heartbeat.waiting = reason
+        self._beat()
+
+    def record_failure(self) -> None:
+        """Record in run.json that the run failed, if it still may."""
+        self._record_end("failed")
+
+    def _beat(self) -> None:
+        with suppress(OSError, ImcapError):  # a heartbeat that cannot be written is no reason to stop
+            self.lease.require()
+            self.folder.write_heartbeat(self._heartbeat.next(self._reporter.rate()))
+
+    @contextmanager
+    def _recorded_end(self) -> Iterator[None]:
+        try:
+            yield
+        except InputError:
+            raise
+        except BaseException as error:
+            is_failure = isinstance(error, ImcapError | OSError | pa.ArrowException)
+            self._record_end("failed" if is_failure else "interrupted")
+            raise
+
+    def _record_end(self, state: str) -> None:
+        # The disk may be full or the store unreachable: then that is the error to report.
+        with suppress(OSError, ImcapError):
+            self.lease.require()
+            self.folder.write_run(self._record | {"state": state, "ended": _now()})
+
+    def _write_state(self, state: str) -> None:
+        self.folder.write_run(self._record | {"state": state})
+
+    def _count_done(self) -> None:
+        self.num_done = len(self.folder.done_ids())
+
+
+@dataclass(slots=True, kw_only=True)
+class _Heartbeat:
+    started: str
+    num_images: int = 0
+    waiting: str = ""
+    _last_num_images: int = 0
+    _last_image: str = ""
+
+    def next(self, rate: float | None) -> dict[str, Any]:
+        """The content of heartbeat.json at this moment."""
+        now = _now()
+        if self.num_images != self._last_num_images:
+            self._last_num_images, self._last_image = self.num_images, now
+        return {
+            "time": now,
+            "started": self.started,
+            "images_per_second": None if self.waiting else rate,
+            "last_image": self._last_image,
+            "waiting": self.waiting,
+        }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
