@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 _EPILOG = """INPUT is a folder, an image, Parquet or WebDataset tars. Every image becomes exactly one row of
 OUTPUT/*.parquet: its caption and confidence, or an error code. The same command again resumes, and captions new and
-changed images. Without OUTPUT, the caption of one image is printed.
+changed images.
 
 Exit codes: 0 done, 1 failed (the same command resumes), 2 wrong usage or input, 3 too many failed images.
 See "When things break" in the README.
 
 \b
 imcap caption ~/Pictures captions/
-imcap caption photographs.parquet captions/ --model runs/mine"""
+imcap caption one.jpg"""
 
 
 @click.command(epilog=_EPILOG)
@@ -59,8 +59,7 @@ imcap caption photographs.parquet captions/ --model runs/mine"""
     type=click.FloatRange(0, 1),
     metavar="SHARE",
     default=0.1,
-    show_default=True,
-    help="If more fail: exit code 3.",
+    help="Above: exit code 3. Default: 0.1.",
 )
 @click.option("--dry-run", is_flag=True, help="Check everything, print the plan, and stop.")
 @image_column_option
@@ -69,7 +68,7 @@ imcap caption photographs.parquet captions/ --model runs/mine"""
 @cluster_options
 @output_options
 def caption(input: str, output: str | None, **options: Any) -> None:
-    """Caption the images of INPUT into Parquet files in OUTPUT."""
+    """Caption the images of INPUT into Parquet in OUTPUT, or print one caption."""
     config, resources = captioning_config(input, output or "", options), resources_config(options)
     if output is None:
         _print_caption(config, resources, as_json=options["as_json"])

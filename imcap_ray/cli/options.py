@@ -61,7 +61,7 @@ cluster_options = _options(
 
 model_options = _options(
     click.option(
-        "--model", "models", multiple=True, help=f"Default: {DEFAULT_MODEL}. Repeat: an ensemble."
+        "--model", "models", multiple=True, help=f"Model folder; repeat for an ensemble. Default: {DEFAULT_MODEL}."
     ),
     click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, instead of a download."),
     click.option("--beam-size", type=click.IntRange(1), metavar="N", help="Beam width; 1 is greedy search."),
