@@ -54,7 +54,7 @@ def write_captions_report(
 ) -> WrittenReport:
     """Write the report of a captions folder or file.
 
-    Photographs are read from where `image_placer` allows them to be, and from the folder of the references.
+    Photographs are read from where `image_locator` allows them to be, and from the folder of the references.
 
     Args:
         output: the HTML file, path or URI. Default: report.html in the captions folder.

@@ -23,20 +23,20 @@ from imcap_ray.data.image_reading import (
 from imcap_ray.data.manifest import read_image_columns
 from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.errors import ImageError
-from imcap_ray.runs.captions_table import folder_of, image_placer, read_run
+from imcap_ray.runs.captions_table import folder_of, image_locator, read_run
 
 
 class CaptionedImageSource:
-    """The images of a captions table: files where `image_placer` lets them be, and rows of the tables and tars that
+    """The images of a captions table: files where `image_locator` lets them be, and rows of the tables and tars that
     the run's own manifest names.
 
     Args:
         captions: a captions folder, or a Parquet file of it.
-        folders, allow_outside_paths: see `image_placer`.
+        folders, allow_outside_paths: see `image_locator`.
     """
 
     def __init__(self, captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False) -> None:
-        self._place = image_placer(captions, folders=folders, allow_outside_paths=allow_outside_paths)
+        self._place = image_locator(captions, folders=folders, allow_outside_paths=allow_outside_paths)
         self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
         self._input = str((read_run(captions) or {}).get("input", ""))
         self._ask_again: dict[str, float] = {}

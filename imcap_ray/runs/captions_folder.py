@@ -1,17 +1,17 @@
-"""The folder of a captioning run: whose it is, what is done in it, and rows that are changed or taken out later.
+"""The files of a captioning run: which run made them, which images are done, and how rows are changed or deleted.
 
     OUTPUT/*.parquet          the parts: rows of `CAPTIONS_SCHEMA`
     OUTPUT/_imcap/run.json    settings, versions, counts, state: running, failed, interrupted, complete; replacing while
-                              the rows of next/ are put in the place of the old
-                  heartbeat.json  when the run last said that it lives, and how fast it is
+                              the rows of next/ replace the old ones
+                  heartbeat.json  when the run was last alive, and how fast it was
                   manifest/   every image of the input with its number
                   done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
-                  owner       the run that may write here
-                  forget.parquet  images being taken out of parts and done; only there while that happens
-                  next/       what `--overwrite` makes, until it takes the place of all this
+                  owner       the run that holds the lease
+                  forget.parquet  images that are being deleted from parts and from done/; missing otherwise
+                  next/       the new rows of `--overwrite`, until they replace all this
 
-A part counts when its file in done/ exists, and everything here can be repeated after a crash at any line: what is
-half done is finished, or taken back, by `recover`. Knows nothing of Ray but how it names parts and the files in done/.
+A part counts if its file in done/ exists. Everything here can be repeated after a crash at any line: `recover` finishes
+or undoes what is half done. Of Ray, this module knows only how it names parts and the files in done/.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from imcap_ray import storage
 from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
-from imcap_ray.errors import ImcapError, OutputError
-from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part
+from imcap_ray.errors import ImcapError, OutputError, translate_errors
+from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part, read_run_file
 from imcap_ray.runs.lease import Lease
 
 RUN_FILE: Final = "run.json"
@@ -56,20 +56,20 @@ IDENTITY: Final = {
     "search": "search settings",
     "schema_version": "version of the schema",
 }
-"""What must not change between a run and its resumption, and how people call it."""
+"""Entries of run.json that must not change between a run and its resumption, and their names in messages."""
 
 READ_AHEAD: Final = 16
 """Parts that are read at once: a store takes a tenth of a second for each, and there are thousands."""
 
 QUERY_MEMORY: Final = "1GB"
-"""What questions over all rows may take; DuckDB works through more than that on disk."""
+"""Memory of a query over all rows; beyond that, DuckDB works on disk."""
 
 
 class CaptionsFolder:
     """The output of a captioning run, at a path or URI.
 
     Args:
-        moving_to: the folder whose rows these replace. Parts of this one may be there already.
+        moving_to: the folder whose rows these replace. Parts of this one may have been moved there already.
     """
 
     def __init__(self, location: str, *, moving_to: str | None = None) -> None:
@@ -78,65 +78,58 @@ class CaptionsFolder:
         self.work = storage.join(location, WORK_FOLDER)
         self.manifest = storage.join(self.work, "manifest")
         self.done = storage.join(self.work, "done")
-        self._forget = storage.join(self.work, "forget.parquet")
+        self._journal = storage.join(self.work, "forget.parquet")
 
-    # --- whose it is ---
+    # --- which run made it ---
 
     def read_run(self) -> dict[str, Any] | None:
-        """What run.json says; None where there is none."""
-        place = storage.join(self.work, RUN_FILE)
-        if not storage.exists(place):
-            return None
-        try:
-            run = json.loads(storage.read_bytes(place))
-        except ValueError as error:
-            raise OutputError(f"{place} is damaged: {error}; choose another OUTPUT, or remove this one") from error
-        return run if isinstance(run, dict) else {}
+        """The content of run.json; None if there is none. Raises OutputError if it is corrupt."""
+        return read_run_file(storage.join(self.work, RUN_FILE))
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace run.json."""
         storage.write_bytes(storage.join(self.work, RUN_FILE), json.dumps(run, indent=2).encode())
 
     def read_heartbeat(self) -> dict[str, Any]:
-        """The last sign of life: `time`, `started` of its run, `images_per_second` of late; empty if there is none."""
-        place = storage.join(self.work, HEARTBEAT_FILE)
+        """The last heartbeat: its `time`, when its run `started`, `images_per_second`; empty if there is none."""
+        path = storage.join(self.work, HEARTBEAT_FILE)
         try:
-            heartbeat = json.loads(storage.read_bytes(place)) if storage.exists(place) else {}
+            heartbeat = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
         except (ValueError, FileNotFoundError):
             return {}
         return heartbeat if isinstance(heartbeat, dict) else {}
 
     def write_heartbeat(self, heartbeat: Mapping[str, Any]) -> None:
-        """Replace the sign of life."""
+        """Replace heartbeat.json."""
         storage.write_bytes(storage.join(self.work, HEARTBEAT_FILE), json.dumps(heartbeat).encode())
 
     def require_identity(self, identity: Mapping[str, Any]) -> None:
-        """Raise OutputError if something else has made this folder; `identity` has the keys of `IDENTITY`."""
+        """Raise OutputError if something else made this folder; `identity` has the keys of `IDENTITY`."""
         run = self.read_run()
         if run is None:
-            if storage.is_file(self.location) or (storage.is_folder(self.location) and self._is_somebody_elses()):
+            if storage.is_file(self.location) or (storage.is_folder(self.location) and self._has_foreign_files()):
                 raise OutputError(f"{self.location} exists and is no captions folder of imcap: choose another OUTPUT")
             return
         for key, name in IDENTITY.items():
             if run.get(key) != identity[key]:
                 raise OutputError(
                     f"{self.location} was made with another {name} ({_short(run.get(key))}, now "
-                    f"{_short(identity[key])}): choose another OUTPUT, or give --overwrite to start anew"
+                    f"{_short(identity[key])}): choose another OUTPUT, or give --overwrite to start again"
                 )
 
-    def _is_somebody_elses(self) -> bool:
-        """Whether there is more than a run leaves that was killed in its first moment."""
+    def _has_foreign_files(self) -> bool:
+        """Whether there are other files than those of a run that was killed in its first moment."""
         first = {f"{WORK_FOLDER}/owner", f"{WORK_FOLDER}/{HEARTBEAT_FILE}"}
         names = (file.name for file in storage.list_files(self.location))
         return any(name not in first and not storage.is_temporary(_name(name)) for name in names)
 
     def is_of(self, identity: Mapping[str, Any]) -> bool:
-        """Whether a run of this identity has begun here."""
+        """Whether a run with this identity made this folder."""
         run = self.read_run()
         return run is not None and all(run.get(key) == identity[key] for key in IDENTITY)
 
     def discard(self) -> None:
-        """Leave no trace of a run that could not begin."""
+        """Remove everything that a run wrote before it could begin."""
         storage.remove(self.work)
         if storage.is_folder(self.location) and not any(True for _ in storage.list_files(self.location)):
             storage.remove(self.location)
@@ -144,35 +137,35 @@ class CaptionsFolder:
     # --- what is done ---
 
     def parts(self) -> list[str]:
-        """The Parquet files of captions that are noted as done."""
-        noted = {_name(path) for path in self._done_files()}
+        """The Parquet files of captions that are recorded as done."""
+        recorded = {_name(path) for path in self._done_files()}
         parts = self._own_parts()
         if self._moving_to:
-            names = {_name(path) for path in parts}  # a store copies a part, and then removes the first
+            names = {_name(path) for path in parts}  # a store moves a part by copying it and removing the original
             parts += [path for path in CaptionsFolder(self._moving_to)._own_parts() if _name(path) not in names]
-        return [path for path in parts if _name(path) in noted]
+        return [path for path in parts if _name(path) in recorded]
 
     def _own_parts(self) -> list[str]:
         return [path for path in storage.list_parquet(self.location) if is_part(path)]
 
     def read_parts(self, columns: list[str], where: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
-        """These columns of the rows that are noted as done, a piece at a time, in any order."""
+        """These columns of the rows that are recorded as done, in batches, in any order."""
         parts = _dataset(self.parts(), CAPTIONS_SCHEMA)
         yield from parts.to_batches(columns=columns, filter=where, fragment_readahead=READ_AHEAD)
 
     def done_ids(self) -> npt.NDArray[np.int64]:
-        """Manifest ids of the images whose rows are written, sorted; at most 16 bytes for each in memory."""
-        notes = _dataset(self._done_files(), pa.schema([MANIFEST_SCHEMA.field("manifest_id")]))
-        ids = notes.to_table(columns=["manifest_id"], fragment_readahead=READ_AHEAD)["manifest_id"].to_numpy()
+        """Manifest ids of the images whose rows are written, sorted; at most 16 bytes of memory for each."""
+        records = _dataset(self._done_files(), pa.schema([MANIFEST_SCHEMA.field("manifest_id")]))
+        ids = records.to_table(columns=["manifest_id"], fragment_readahead=READ_AHEAD)["manifest_id"].to_numpy()
         return np.sort(ids)
 
     def count_manifest(self) -> int:
-        """Images of the input."""
+        """Number of images of the input."""
         return sum(_num_rows(path) for path in storage.list_parquet(self.manifest))
 
     def count_rows(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Rows that are noted as done by status, and those of failed images by error code, the most first."""
-        with self._questions() as database:
+        """Number of rows that are recorded as done by status, and of failed ones by error code, the highest first."""
+        with self._database() as database:
             rows = database.execute(
                 "SELECT status, error_code, count(*) FROM captions GROUP BY ALL ORDER BY 3 DESC, 1, 2"
             ).fetchall()
@@ -183,28 +176,31 @@ class CaptionsFolder:
 
     def verify_row_counts(self) -> None:
         """Raise ImcapError unless every image of the manifest is exactly one row."""
-        with self._questions() as database:
+        with self._database() as database:
             lost, repeated = database.execute(
                 "SELECT count(*) FILTER (WHERE n = 0), count(*) FILTER (WHERE n > 1) FROM ("
                 "  SELECT sum(is_row) AS n FROM ("
                 "    SELECT image_id, 0 AS is_row FROM manifest UNION ALL SELECT image_id, 1 FROM captions"
                 "  ) GROUP BY image_id)"
             ).fetchall()[0]
-            strangers = database.execute("SELECT count(*) FROM captions ANTI JOIN manifest USING (image_id)").fetchall()
+            [(unknown,)] = database.execute(
+                "SELECT count(*) FROM captions ANTI JOIN manifest USING (image_id)"
+            ).fetchall()
         ids = self.done_ids()
         num_images, num_done = self.count_manifest(), len(ids) - np.count_nonzero(ids[1:] == ids[:-1])
-        if lost or repeated or strangers[0][0] or num_done != num_images:
+        if lost or repeated or unknown or num_done != num_images:
             raise ImcapError(
-                f"the accounts of {self.location} do not add up: of {num_images:,} images {num_done:,} are noted as "
-                f"done, {lost:,} have no row, {repeated:,} have several, {strangers[0][0]:,} rows have no image"
+                f"the row counts of {self.location} are inconsistent: of {num_images:,} images {num_done:,} are "
+                f"recorded as done, {lost:,} have no row, {repeated:,} have several, {unknown:,} rows have no image"
             )
 
     # --- after a crash ---
 
     def recover(self) -> int:
-        """Finish or undo what a dead run was doing, so that what is here is complete.
+        """Finish or undo what a dead run was doing, so that everything here is complete.
 
-        Copies of parts, as synchronisation tools make them, are removed. Returns how many parts were removed for that.
+        Copies of parts, as synchronisation tools make them, are removed. Returns how many parts were removed for this
+        reason.
         """
         self.finish_replacement()
         for folder in (self.location, self.work, self.manifest, self.done):
@@ -213,24 +209,24 @@ class CaptionsFolder:
             if path.endswith(PENDING_SUFFIX):
                 storage.remove(path)
         parts = {_name(path): path for path in self._own_parts()}
-        notes = {_name(path): path for path in self._done_files()}
-        for name in parts.keys() | notes.keys():
-            # A part was written and not noted, or the other way round by a process that outlived its run, or a power
-            # cut has left one of them empty.
-            if not (name in parts and name in notes and _is_whole(parts[name]) and _is_whole(notes[name])):
-                for place in (parts.get(name), notes.get(name)):
-                    if place:
-                        storage.remove(place)
-        if storage.exists(self._forget):
-            self._forget_now()
+        records = {_name(path): path for path in self._done_files()}
+        for name in parts.keys() | records.keys():
+            pair = [path for path in (parts.get(name), records.get(name)) if path]
+            # A part was written and not recorded, or recorded and not written by a process that outlived its run, or a
+            # power cut has left one of the two empty.
+            if len(pair) < 2 or not all(_is_complete(path) for path in pair):
+                for path in pair:
+                    storage.remove(path)
+        if storage.exists(self._journal):
+            self._delete_journaled_rows()
         self._remove_copied_manifests()
         return self._remove_copied_parts()
 
     def _remove_copied_parts(self) -> int:
-        """Leave each image in one part at most; how many parts were removed.
+        """Leave each image in at most one part. Returns how many parts were removed.
 
-        Of parts with the same rows the first by name stays. Where parts of different rows share images, one of them is
-        older than the other, and nothing tells which: all their images are taken out, to be captioned again.
+        Of parts with the same rows, the first by name stays. If parts with different rows share images, one of them is
+        older than the other, and it is unknown which: all their rows are deleted, to be captioned again.
         """
         ids = self.done_ids()
         repeated = ids[1:][ids[1:] == ids[:-1]]
@@ -239,37 +235,37 @@ class CaptionsFolder:
         parts, num_parts = {_name(path): path for path in self._own_parts()}, 0
         kept: dict[bytes, str] = {}
         sharing: dict[str, npt.NDArray[np.int64]] = {}
-        for note in sorted(self._done_files()):
-            noted = read_table(note)["manifest_id"].to_numpy()
-            if not _holds_any(repeated, noted):
+        for record in sorted(self._done_files()):
+            part_ids = read_table(record)["manifest_id"].to_numpy()
+            if not _contains_any(repeated, part_ids):
                 continue
-            rows = _rows_of(parts[_name(note)])
-            if rows in kept:
-                storage.remove(parts[_name(note)])
-                storage.remove(note)
+            digest = _digest_rows(parts[_name(record)])
+            if digest in kept:
+                storage.remove(parts[_name(record)])
+                storage.remove(record)
                 num_parts += 1
             else:
-                kept[rows] = note
-                sharing[note] = noted
+                kept[digest] = record
+                sharing[record] = part_ids
         if sharing:
-            noted_once, counts = np.unique(np.concatenate(list(sharing.values())), return_counts=True)
-            shared = noted_once[counts > 1]
-            mixed = [noted for noted in sharing.values() if _holds_any(shared, noted)]
+            unique_ids, counts = np.unique(np.concatenate(list(sharing.values())), return_counts=True)
+            shared = unique_ids[counts > 1]
+            mixed = [part_ids for part_ids in sharing.values() if _contains_any(shared, part_ids)]
             if mixed:
                 num_parts += len(mixed)
-                self._take_out(self._manifest_rows(np.unique(np.concatenate(mixed))))
+                self._delete_rows(self._manifest_rows(np.unique(np.concatenate(mixed))))
         return num_parts
 
     def _manifest_rows(self, ids: npt.NDArray[np.int64]) -> pa.Table:
-        """manifest_id and image_id of these images."""
+        """The manifest_id and image_id of these images."""
         manifest = _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA)
         return manifest.to_table(
             columns=["manifest_id", "image_id"], filter=pc.field("manifest_id").isin(pa.array(ids))
         )
 
     def _remove_copied_manifests(self) -> None:
-        """Remove files of the manifest that list the images of another one, under a name that `build_manifest` does not
-        give."""
+        """Remove copies of manifest files: those under a name that `build_manifest` does not give, whose original
+        exists."""
         paths = storage.list_parquet(self.manifest)
         names = {_name(path) for path in paths}
         for path in paths:
@@ -278,31 +274,32 @@ class CaptionsFolder:
                 if first is not None and manifest_part(first) in names:
                     storage.remove(path)
 
-    # --- rows taken out and changed ---
+    # --- rows are deleted and changed ---
 
     def delete_failed_rows(self) -> int:
-        """Take out the rows of failed images, so that they are captioned again; how many."""
-        with self._questions() as database:
+        """Delete the rows of failed images, so that they are captioned again. Returns how many."""
+        with self._database() as database:
             ids = _query(
                 database,
                 f"SELECT manifest_id, image_id FROM captions JOIN manifest USING (image_id) WHERE status = '{FAILED}'",
             )
-        return self._take_out(ids)
+        return self._delete_rows(ids)
 
     def delete_changed_rows(self, changed: pa.Table) -> int:
-        """Take out the rows of images whose files have changed, given as new rows of the manifest; how many."""
-        count = self._take_out(changed.select(["manifest_id", "image_id"]))
+        """Delete the rows of images whose files have changed, given by their new manifest rows. Returns how many."""
+        count = self._delete_rows(changed.select(["manifest_id", "image_id"]))
         update_manifest(self.manifest, changed)
         return count
 
     def resolve_duplicates(self) -> int:
-        """Give images of the same bytes the same answer; how many rows were taken out, for want of one.
+        """Give images of the same bytes the same caption. Returns how many rows were deleted because none has one.
 
-        A run captions the first that it meets and writes the others as duplicates of nothing yet. Here they get the
-        answer of their twin. The one that all others name is the first in the manifest: who that is must not depend on
-        which process was faster. Rows taken out are those whose twins have no answer either; they are to be captioned.
+        A run captions the first of them that it reads, and writes the others as duplicates of "" for the time being.
+        Here they get the caption of their twin. All name the one that is first in the manifest as their original,
+        because that must not depend on which process was faster. If none of them was captioned, their rows are deleted,
+        so that the images are captioned.
         """
-        with self._questions() as database:
+        with self._database() as database:
             database.execute(
                 "CREATE TEMP TABLE twins AS SELECT sha256, image_id, manifest_id, status, duplicate_of "
                 "FROM captions JOIN manifest USING (image_id) WHERE sha256 <> '' AND "
@@ -336,85 +333,86 @@ class CaptionsFolder:
                 )
                 for path in self.parts():
                     _apply_changes(path, database)
-        return self._take_out(orphans)
+        return self._delete_rows(orphans)
 
-    def _take_out(self, ids: pa.Table) -> int:
-        """Take out rows, given by the columns manifest_id and image_id; how many."""
+    def _delete_rows(self, ids: pa.Table) -> int:
+        """Delete rows, given by the columns manifest_id and image_id. Returns how many."""
         if ids.num_rows:
-            write_table(self._forget, ids)
-            self._forget_now()
+            write_table(self._journal, ids)
+            self._delete_journaled_rows()
         return int(ids.num_rows)
 
-    def _forget_now(self) -> None:
-        """Take the noted images out of the parts, then out of done: the other way round a crash would caption twice."""
-        forgotten = read_table(self._forget).sort_by("manifest_id")
-        forgotten_ids = forgotten["manifest_id"].to_numpy()
+    def _delete_journaled_rows(self) -> None:
+        """Delete the rows in the journal from the parts, then from done/. In the other order, a crash in between would
+        leave images that are captioned twice."""
+        journal = read_table(self._journal).sort_by("manifest_id")
+        deleted_ids = journal["manifest_id"].to_numpy()
         parts = {_name(path): path for path in self.parts()}
-        notes = {}
+        records = {}
         for path in self._done_files():
             ids = read_table(path)["manifest_id"].to_numpy()
-            places = np.minimum(np.searchsorted(forgotten_ids, ids), max(0, len(forgotten_ids) - 1))
-            here = forgotten.take(places[forgotten_ids[places] == ids])
-            if here.num_rows:  # few parts are, and each asks for its own rows only
-                notes[path] = here["manifest_id"]
+            positions = np.minimum(np.searchsorted(deleted_ids, ids), max(0, len(deleted_ids) - 1))
+            rows = journal.take(positions[deleted_ids[positions] == ids])
+            if rows.num_rows:  # most parts have none
+                records[path] = rows["manifest_id"]
                 if part := parts.get(_name(path)):
-                    _leave_out(part, "image_id", here["image_id"])
-        for path, ids in notes.items():
-            _leave_out(path, "manifest_id", ids)
-        storage.remove(self._forget)
+                    _delete_values(part, "image_id", rows["image_id"])
+        for path, ids in records.items():
+            _delete_values(path, "manifest_id", ids)
+        storage.remove(self._journal)
 
-    # --- a new one in the place of the old ---
+    # --- new rows replace the old ones ---
 
     def next(self) -> CaptionsFolder:
-        """Where `--overwrite` makes the new rows; readers of the old ones do not see them."""
+        """The folder in which `--overwrite` makes the new rows; readers of the old ones do not see them."""
         return CaptionsFolder(storage.join(self.work, NEXT_FOLDER), moving_to=self.location)
 
     def is_being_replaced(self) -> bool:
-        """Whether the rows of `next` are complete, and some of them may have been put in the place of the old."""
+        """Whether the rows of `next` are complete, so that some of them may have replaced old ones."""
         return self.next()._is_complete()
 
     def finish_replacement(self) -> bool:
-        """Finish putting the new in the place of the old, if a dead run was at it; whether it was."""
+        """Finish replacing the old rows if a dead run had begun to. Returns whether it had."""
         is_pending = self.is_being_replaced()
         if is_pending:
             self.replace_by_next()
         return is_pending
 
     def replace_by_next(self) -> None:
-        """Put the finished new rows in the place of the old: first these appear, then those are removed.
+        """Replace the old rows by the complete new ones: first the new parts appear, then the old ones are removed.
 
-        From before the first step until after the last run.json has the state `replacing`, and `open_captions` refuses
-        the folder: it may hold rows of both.
+        From before the first step until after the last, run.json has the state `replacing` and `open_captions` refuses
+        the folder, because it may hold rows of both.
 
         Raises:
             ImcapError: another run has begun to do the same.
         """
         new = self.next()
-        # Nobody who wrote to the old may write to the new; and of two that are at this, the first has to stop before
-        # the second is done, for then there is no new any more, and all would be taken for old.
-        check = Lease.acquire(self.work).require
+        # No run that wrote to the old folder may write to the new one. And if two processes are replacing, the first
+        # has to stop before the second is done, because it would then take all parts for old ones.
+        require_lease = Lease.acquire(self.work).require
         run, kept = new.read_run() or {}, {_name(path) for path in new._done_files()}
-        check()
+        require_lease()
         self.write_run(run | {"output": self.location, "state": REPLACING})
         for path in new._own_parts():
-            check()
+            require_lease()
             storage.move(path, storage.join(self.location, _name(path)))
         for path in self._own_parts():
             if _name(path) not in kept:
-                check()
+                require_lease()
                 storage.remove(path)
-        # Nothing that is put in place is removed on the way: a step that stalls may end after the second run has.
+        # No new file is removed on the way, because a step that stalls may end after a second process has finished.
         for folder, source in ((self.manifest, new.manifest), (self.done, new.done)):
             sources = storage.list_parquet(source)
             for path in sources:
-                check()
+                require_lease()
                 storage.write_bytes(storage.join(folder, _name(path)), storage.read_bytes(path))
             for name in {_name(path) for path in storage.list_parquet(folder)} - {_name(path) for path in sources}:
-                check()
+                require_lease()
                 storage.remove(storage.join(folder, name))
-        check()
+        require_lease()
         self.write_run(run | {"output": self.location})
-        storage.remove(storage.join(new.work, RUN_FILE))  # from here on there is nothing to put in place
+        storage.remove(storage.join(new.work, RUN_FILE))  # from here on there is nothing left to replace
         storage.remove(new.location)
 
     def _is_complete(self) -> bool:
@@ -425,22 +423,18 @@ class CaptionsFolder:
         return [path for path in storage.list_parquet(self.done) if not path.endswith(PENDING_SUFFIX)]
 
     @contextmanager
-    def _questions(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        """SQL over the tables `captions` and `manifest`, in bounded memory."""
-        with TemporaryDirectory() as folder, _told_as_ours(), duckdb.connect() as database:
+    def _database(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """A database with the tables `captions` and `manifest`, in bounded memory."""
+        with (
+            TemporaryDirectory() as folder,
+            translate_errors(duckdb.Error, to=ImcapError, message="a query over all rows failed"),
+            duckdb.connect() as database,
+        ):
             database.execute(f"SET memory_limit = '{QUERY_MEMORY}'; SET preserve_insertion_order = false")
             database.execute("SET temp_directory = ?", [folder])
             database.register("captions", _dataset(self.parts(), CAPTIONS_SCHEMA))
             database.register("manifest", _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA))
             yield database
-
-
-@contextmanager
-def _told_as_ours() -> Iterator[None]:
-    try:
-        yield
-    except duckdb.Error as error:
-        raise ImcapError(f"a question over all rows failed: {error}") from error
 
 
 def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:
@@ -451,12 +445,12 @@ def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:
     )
 
 
-def _query(database: duckdb.DuckDBPyConnection, question: str) -> Any:
-    return database.sql(question).to_arrow_table()
+def _query(database: duckdb.DuckDBPyConnection, sql: str) -> Any:
+    return database.sql(sql).to_arrow_table()
 
 
 def _apply_changes(path: str, database: duckdb.DuckDBPyConnection) -> None:
-    """Rewrite a part whose rows are among `changes`, with the answers of `sources`."""
+    """Rewrite a part if some of its rows are in the table `changes`, with the captions of the table `sources`."""
     part = read_table(path)
     database.register("part", part.select(["image_id"]).append_column("position", pa.array(range(part.num_rows))))
     changes = _query(
@@ -474,8 +468,8 @@ def _apply_changes(path: str, database: duckdb.DuckDBPyConnection) -> None:
     write_table(path, pa.concat_tables([part.filter(pc.invert(is_changed)), changed]))
 
 
-def _leave_out(path: str, column: str, values: pa.ChunkedArray) -> None:
-    """Rewrite a Parquet file without the rows that have one of these values; remove it when none is left."""
+def _delete_values(path: str, column: str, values: pa.ChunkedArray) -> None:
+    """Rewrite a Parquet file without the rows that have one of these values; remove it if none is left."""
     table = read_table(path)
     kept = table.filter(pc.invert(pc.is_in(table[column], value_set=values)))
     if not kept.num_rows:
@@ -484,10 +478,11 @@ def _leave_out(path: str, column: str, values: pa.ChunkedArray) -> None:
         write_table(path, kept)
 
 
-def _rows_of(part: str) -> bytes:
-    """What tells the rows of a part from others: of which images they are, of which bytes, and whether they failed.
+def _digest_rows(part: str) -> bytes:
+    """A digest of the rows of a part: their images, the hashes of the bytes, and whether they failed.
 
-    Not the captions: a copy may be of before duplicates got theirs, which then get them again.
+    The captions are left out, because a copy may be older than the captions of its duplicates, which then get them
+    again.
     """
     rows = read_table(part, ["image_id", "sha256", "status"]).sort_by("image_id").combine_chunks()
     is_failed = pc.equal(rows["status"], FAILED).to_pylist()
@@ -495,16 +490,16 @@ def _rows_of(part: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _holds_any(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> bool:
-    """Whether any of these ids is among the sorted ones. `np.isin` would sort these again for each part."""
+def _contains_any(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> bool:
+    """Whether any of these ids is among the sorted ones. `np.isin` would sort them again for each part."""
     if not sorted_ids.size:
         return False
-    places = np.searchsorted(sorted_ids, ids)
-    return bool((sorted_ids[np.minimum(places, sorted_ids.size - 1)] == ids).any())
+    positions = np.searchsorted(sorted_ids, ids)
+    return bool((sorted_ids[np.minimum(positions, sorted_ids.size - 1)] == ids).any())
 
 
-def _is_whole(path: str) -> bool:
-    """Whether a file has its end. Asked on local disks only: an object is whole or not there."""
+def _is_complete(path: str) -> bool:
+    """Whether a Parquet file is complete. Objects in a store always are."""
     try:
         return storage.is_uri(path) or pq.read_metadata(path).num_rows > 0
     except (pa.ArrowInvalid, FileNotFoundError):

@@ -12,29 +12,29 @@ import pyarrow.dataset as pads
 
 from imcap_ray import storage
 from imcap_ray.data.parquet_images import refuse_pickles
-from imcap_ray.errors import InputError
+from imcap_ray.errors import InputError, OutputError
 
 COMPLETE: Final = "complete"
 
 REPLACING: Final = "replacing"
-"""States of a run in run.json: all rows are there; the new rows of `--overwrite` are replacing the old ones."""
+"""States of a run in run.json: all rows are final; the new rows of `--overwrite` are replacing the old ones."""
 
 NEXT_FOLDER: Final = "next"
-"""Below the run's own folder: what `--overwrite` makes, until it takes the place of the old."""
+"""Name, below `_imcap`, of the folder of the new rows of `--overwrite` until they replace the old ones."""
 
 
 def is_part(path: str) -> bool:
-    """Whether a run wrote this file into its output, by Ray's names; others there are somebody else's."""
+    """Whether the file has the name of a part that a run wrote, as Ray names them."""
     return re.fullmatch(r"[0-9a-f]{32}_[0-9]{6,}\.parquet", path.rpartition("/")[2]) is not None
 
 
 def open_captions(location: str) -> pads.Dataset:
-    """The captions of a folder or a Parquet file, to be read a piece at a time.
+    """The captions of a folder or a Parquet file, to be read in batches.
 
-    Where a run has written into the folder, what else lies there is left out.
+    If a run has written into the folder, other Parquet files there are left out.
 
     Raises:
-        InputError: nothing there, no captions table, or rows of two runs because one is replacing those of the other.
+        InputError: it does not exist, is no captions table, or may hold rows of two runs.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
@@ -50,15 +50,15 @@ def open_captions(location: str) -> pads.Dataset:
     refuse_pickles(captions.schema, location)
     missing = {"image_id", "caption"} - set(captions.schema.names)
     if missing:
-        found = ", ".join(captions.schema.names) or "no Parquet file"
-        raise InputError(f"{location} is no captions table: expected the columns image_id and caption, got {found}")
+        columns = ", ".join(captions.schema.names) or "no Parquet file"
+        raise InputError(f"{location} is no captions table: expected the columns image_id and caption, got {columns}")
     return captions
 
 
 def refuse_replacement(captions: str) -> None:
     """Raise InputError if a run is replacing the rows of this folder by new ones, or was when it was killed.
 
-    Earlier versions did not write the state `replacing`; what they left is known by a complete run in `next`.
+    Earlier versions did not write the state `replacing`; a complete run in `next` shows that they were replacing.
     """
     run = read_run(captions)
     if run is None:
@@ -78,36 +78,44 @@ def folder_of(captions: str) -> str:
 
 
 def read_run(captions: str) -> dict[str, Any] | None:
-    """What `_imcap/run.json` of a captions folder, or of the folder of a captions file, says; None where there is none.
+    """The content of `_imcap/run.json` of a captions folder, or of a captions file's folder; None if there is none.
 
     Raises:
-        InputError: it is damaged.
+        OutputError: it is corrupt.
     """
-    location = storage.join(folder_of(captions), "_imcap", "run.json")
+    return read_run_file(storage.join(folder_of(captions), "_imcap", "run.json"))
+
+
+def read_run_file(location: str) -> dict[str, Any] | None:
+    """The content of this run.json; None if it does not exist.
+
+    Raises:
+        OutputError: it is corrupt.
+    """
     if not storage.exists(location):
         return None
     try:
         run = json.loads(storage.read_bytes(location))
     except ValueError as error:
-        raise InputError(f"{location} is damaged: {error}") from error
+        raise OutputError(f"{location} is damaged: {error}; choose another OUTPUT, or remove this one") from error
     return run if isinstance(run, dict) else {}
 
 
-def image_placer(
+def image_locator(
     captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False
 ) -> Callable[[Mapping[str, Any], str], str]:
-    """A function that says where the file is that the row of a captions table, or of its run's manifest, names.
+    """A function that locates the image file of a row of a captions table, or of its run's manifest.
 
-    It must be in the input that `run.json` names, below the captions or in one of `folders`; a row that names another
-    file is an InputError, unless `allow_outside_paths`. This guards against a table that is not ours among those of a
-    run, not against a run that was made up.
+    The file must be in the input that `run.json` names, below the captions, or in one of `folders`; a row that names
+    another file is an InputError, unless `allow_outside_paths`. This guards against a foreign table among those of a
+    run, but not against a forged run.
     """
     base = folder_of(captions)
-    places = [str((read_run(captions) or {}).get("input", "")), base, *folders]
-    inside = [storage.parent(place) if place.endswith((".parquet", ".tar")) else place for place in places if place]
+    locations = [str((read_run(captions) or {}).get("input", "")), base, *folders]
+    inside = [storage.parent(path) if path.endswith((".parquet", ".tar")) else path for path in locations if path]
 
-    def place(row: Mapping[str, Any], path: str) -> str:
+    def locate(row: Mapping[str, Any], path: str) -> str:
         source = f"{captions}, image {row['image_id']!r}"
         return storage.locate(path, base=base, folders=inside, source=source, allow_outside=allow_outside_paths)
 
-    return place
+    return locate
