@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions
 from imcap_ray.data.datasets import CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, ImageError, InputError
-from imcap_ray.reports.html_report import write_report
+from imcap_ray.reports.cards import Row
+from imcap_ray.reports.html_report import HumanCaptions, write_report
 from imcap_ray.reports.model_section import read_model_of_run
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.runs.captions_table import folder_of, open_captions, read_run
@@ -75,27 +75,26 @@ def write_captions_report(
             if references.split:
                 raise
             score_note = str(error)
-    folder = captioned_folder(captions, dataset) if dataset else ""
-    photographs = _Photographs(
-        CaptionedImageSource(
-            captions, folders=[dataset.location] if dataset else [], allow_outside_paths=allow_outside_paths
+    human = HumanCaptions(score_note=score_note)
+    if dataset:
+        folder = captioned_folder(captions, dataset)
+        human = HumanCaptions(
+            references=_by_captioned_id(dataset.references(), folder),
+            image_scores=_by_captioned_id(_image_scores(evaluation), folder) if evaluation else {},
+            evaluation=evaluation,
+            score_note=score_note,
         )
-    )
+    folders = [dataset.location] if dataset else []
+    photographs = _Photographs(CaptionedImageSource(captions, folders=folders, allow_outside_paths=allow_outside_paths))
     run = read_run(captions) or {}
-    model = read_model_of_run(run, with_attention=num_attended > 0)
     write_report(
         table,
         output,
         load_images=photographs.load,
-        references=_by_captioned_id(dataset.references(), folder) if dataset else None,
-        evaluation=json.loads(evaluation.to_json()) if evaluation else None,
-        image_scores=_by_captioned_id(_image_scores(evaluation), folder) if evaluation else None,
-        history=model.history,
+        human=human,
+        model=read_model_of_run(run, with_attention=num_attended > 0),
         run=run,
-        attend=model.attend,
         num_attended=num_attended,
-        attention_note=model.note,
-        score_note=score_note,
         max_images=max_images,
     )
     notes = [f"without scores: {score_note}"] if score_note else []
@@ -122,7 +121,7 @@ class _Photographs:
     unreadable: dict[str, str] = field(default_factory=dict)
     """Error message by image_id."""
 
-    def load(self, rows: Sequence[dict[str, Any]]) -> Iterator[bytes | ImageError]:
+    def load(self, rows: Sequence[Row]) -> Iterator[bytes | ImageError]:
         for row, data in zip(rows, self.source.load(rows), strict=True):
             if isinstance(data, ImageError) and data.code == "changed":
                 self.changed.add(row["image_id"])
@@ -138,5 +137,5 @@ class _Photographs:
             yield f"{_count(self.unreadable)} cannot be shown, the first is {first}: {self.unreadable[first]}"
 
 
-def _count(photographs: set[str] | dict[str, str]) -> str:
+def _count(photographs: Collection[str]) -> str:
     return f"{len(photographs):,} photograph{'s' * (len(photographs) != 1)}"

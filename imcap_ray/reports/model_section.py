@@ -1,4 +1,4 @@
-"""The model that `run.json` names -> what a report shows of it: its training, and where it looks."""
+"""The model that `run.json` names -> its training history, and a way to ask where it looks."""
 
 from __future__ import annotations
 
@@ -9,37 +9,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imcap_ray.errors import ImcapError, ModelError
+from imcap_ray.reports.cards import Attend
 
 if TYPE_CHECKING:
     from imcap_ray.models.captioner import Captioner
-    from imcap_ray.reports.html_report import Attend
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOfRun:
-    """What can be had of the model that made some captions."""
+    """What is known of the model that made some captions."""
 
     history: Sequence[Mapping[str, Any]] = ()
-    """Metrics of the epochs of its training; empty where they are not known."""
-    captioner: Captioner | None = None
+    """Metrics of each epoch of its training: `phase`, `train_loss`, `cider_d`. Empty if they are not known."""
+    attend: Attend | None = None
+    """Where the model looks; None if it cannot be asked."""
     note: str = ""
-    """Why there is no captioner, where one was asked for."""
-
-    @property
-    def attend(self) -> Attend | None:
-        """Where it looks; None where there is no captioner."""
-        captioner = self.captioner
-        if captioner is None:
-            return None
-
-        def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
-            return [(one.word, one.weights) for one in captioner.attend(image, caption)]
-
-        return attend
+    """Why it cannot be asked."""
 
 
 def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelOfRun:
-    """The model of a run, if it is still where it was and is still the same; else a note that says why not."""
+    """Read the model of a run if it can be found and is the same; otherwise return a note with the reason."""
     from imcap_ray.models.captioner import Captioner
     from imcap_ray.models.model_folder import read_model_folder
 
@@ -49,7 +38,7 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
     try:
         folder = read_model_folder(name)
         if run.get("model_fingerprint") not in (None, folder.fingerprint):
-            raise ModelError(f"{name} is another model by now than the one of these captions")
+            raise ModelError(f"{name} is not the model that made these captions any more: its fingerprint differs")
         history = folder.metrics.get("history") or ()
         if not (isinstance(history, list | tuple) and all(isinstance(row, Mapping) for row in history)):
             raise ModelError(f"{name}: the history in metrics.json is damaged: expected a list of objects")
@@ -57,6 +46,13 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
             return ModelOfRun(history=history)
         if folder.decoder.name != "attention":
             return ModelOfRun(history=history, note=f"{name} has a decoder without attention")
-        return ModelOfRun(history=history, captioner=Captioner.load(name))
+        return ModelOfRun(history=history, attend=_attend_with(Captioner.load(name)))
     except (ImcapError, OSError) as error:
         return ModelOfRun(note=str(error) if with_attention else "")
+
+
+def _attend_with(captioner: Captioner) -> Attend:
+    def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
+        return [(attended.word, attended.weights) for attended in captioner.attend(image, caption)]
+
+    return attend

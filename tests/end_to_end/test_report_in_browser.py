@@ -1,9 +1,10 @@
-"""The report in a real browser: Chromium, headless. Skipped, and it says so, where there is none."""
+"""The report in a real browser: headless Chromium. Skipped with a reason if there is none."""
 
 from __future__ import annotations
 
 import io
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import pytest
 from PIL import Image
 
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
-from imcap_ray.reports.html_report import write_report
+from imcap_ray.reports.html_report import HumanCaptions, write_report
+from imcap_ray.reports.model_section import ModelOfRun
+from imcap_ray.scoring.evaluation_report import EvaluationReport, Protocol
+from imcap_ray.scoring.metrics import Scores
 from tests.browser import Page, browser, find_chromium
 from tests.small_data import jpeg
 
@@ -38,19 +42,30 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     rows = [_row(number) for number in range(NUM_IMAGES)]
     words = ["two", "dogs", "run"]
-    evaluation = {
-        "scores": {"bleu_1": 0.6, "bleu_2": 0.4, "bleu_3": 0.3, "bleu_4": 0.2, "rouge_l": 0.5, "cider_d": 0.6},
-        "intervals": {"cider_d": (0.5, 0.7), "bleu_4": (0.1, 0.3)},
-    }
+    scores = Scores(0.6, 0.4, 0.3, 0.2, 0.5, 0.6, num_images=NUM_IMAGES, length_ratio=1.0, num_distinct_captions=9)
+    evaluation = EvaluationReport(
+        protocol=Protocol("ptb", (5, 5), NUM_IMAGES, split="test", notes=HOSTILE, nltk_version="3.9"),
+        scores=scores,
+        intervals={"cider_d": (0.5, 0.7), "bleu_4": (0.1, 0.3)},
+        floor_caption=HOSTILE,
+        floor=scores,
+        human=scores,
+    )
+    human = HumanCaptions(
+        references={row["image_id"]: [f"reference of {row['image_id']} {HOSTILE}"] * 5 for row in rows},
+        image_scores={row["image_id"]: (7 * number % NUM_IMAGES) / 20 for number, row in enumerate(rows)},
+        evaluation=evaluation,
+    )
+    model = ModelOfRun(
+        history=[{"phase": "cross_entropy", "train_loss": 4.0 - e / 5, "cider_d": 0.1 * e} for e in range(6)],
+        attend=lambda image, caption: [(word, np.eye(4)[n].reshape(2, 2)) for n, word in enumerate(words)],
+    )
     write_report(
         pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA),
         path,
         load_images=lambda rows: (jpeg(int(row["image_id"][:2])) for row in rows),
-        references={row["image_id"]: [f"reference of {row['image_id']} {HOSTILE}"] * 5 for row in rows},
-        evaluation=evaluation,
-        image_scores={row["image_id"]: (7 * number % NUM_IMAGES) / 20 for number, row in enumerate(rows)},
-        history=[{"phase": "cross_entropy", "train_loss": 4.0 - e / 5, "cider_d": 0.1 * e} for e in range(6)],
-        attend=lambda image, caption: [(word, np.eye(4)[n].reshape(2, 2)) for n, word in enumerate(words)],
+        human=human,
+        model=model,
         num_attended=2,
         run={"model": "a/model", HOSTILE: HOSTILE},
     )
@@ -79,11 +94,11 @@ def _row(number: int) -> dict[str, Any]:
 
 
 def shown(page: Page) -> list[str]:
-    """The first two letters of the image ids of the cards that can be seen, in their order."""
-    found: list[str] = page.evaluate(
+    """The first two letters of the image ids of the visible cards, in their order."""
+    visible: list[str] = page.evaluate(
         "Array.from(document.querySelectorAll('.card:not([hidden]) .foot .id'), (id) => id.textContent.slice(0, 2))"
     )
-    return found
+    return visible
 
 
 def choose(page: Page, control: str, value: str, event: str = "input") -> None:
@@ -138,7 +153,7 @@ def test_text_can_be_read_on_its_ground(page: Page, report: Path) -> None:
         assert ratio >= 4.5, f"{scheme}: {where}"
 
 
-def test_nothing_of_the_data_runs_and_nothing_is_loaded(page: Page, report: Path) -> None:
+def test_no_data_is_executed_and_nothing_is_loaded(page: Page, report: Path) -> None:
     page.events.clear()
 
     page.open(report)
@@ -195,7 +210,7 @@ def test_every_control_is_reached_by_the_tab_key_and_shows_that_it_is(page: Page
     page.open(report)
 
     reached = []
-    for _ in range(12):
+    for _ in range(20):
         page.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.className"))
         outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -203,4 +218,30 @@ def test_every_control_is_reached_by_the_tab_key_and_shows_that_it_is(page: Page
 
     assert reached[0] == "skip"
     controls = ["order", "status", "score-from", "score-to", "confidence-from", "confidence-to", "search"]
-    assert [one for one in reached if one in controls] == controls
+    assert [name for name in reached if name in controls] == controls
+
+
+def test_a_link_to_a_folded_section_unfolds_it(page: Page, report: Path) -> None:
+    page.open(report)
+    assert not page.evaluate("document.getElementById('attention').open")
+
+    page.evaluate("document.querySelector('nav a[href=\"#attention\"]').click()")
+    deadline = time.monotonic() + 10
+    while not page.evaluate("document.getElementById('attention').open"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_long_gallery_shows_its_first_cards_until_all_are_asked_for(page: Page, tmp_path: Path) -> None:
+    path = tmp_path / "long.html"
+    rows = [_row(number) | {"image_id": f"{number:02}.jpg"} for number in range(70)]
+    table = pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
+    write_report(table, path, load_images=lambda rows: (jpeg(1) for _ in rows))
+
+    page.open(path)
+
+    assert len(shown(page)) == 60
+    assert page.evaluate("document.getElementById('shown').textContent") == "70 of 70 cards"
+    page.evaluate("document.getElementById('more').click()")
+    assert len(shown(page)) == 70
+    assert page.evaluate("document.getElementById('more').hidden")

@@ -1,4 +1,6 @@
 "use strict";
+const CARDS_AT_FIRST = 60; // what follows the captions is then not too far down the page
+
 const gallery = document.getElementById("gallery");
 const controls = document.getElementById("controls");
 const order = document.getElementById("order");
@@ -6,6 +8,7 @@ const statusFilter = document.getElementById("status");
 const search = document.getElementById("search");
 const shown = document.getElementById("shown");
 const nothing = document.getElementById("nothing");
+const more = document.getElementById("more");
 const ranges = ["score", "confidence"]
   .map((name) => ({ name, from: document.getElementById(`${name}-from`), to: document.getElementById(`${name}-to`) }))
   .filter((range) => range.from);
@@ -14,7 +17,7 @@ function number(text) {
   return text === undefined || text === "" ? null : Number(text);
 }
 
-const cards = Array.from(gallery.children, (element, position) => ({
+let cards = Array.from(gallery.children, (element, position) => ({
   element,
   position,
   status: element.dataset.status,
@@ -22,6 +25,7 @@ const cards = Array.from(gallery.children, (element, position) => ({
   score: number(element.dataset.score),
   text: element.textContent.toLowerCase().replace(/\s+/g, " "),
 }));
+let limit = CARDS_AT_FIRST;
 
 // Cards without the number, such as those of failed images, come last.
 function by(name, direction) {
@@ -44,7 +48,9 @@ const orders = {
 };
 
 function sort() {
-  gallery.append(...cards.slice().sort(orders[order.value]).map((card) => card.element));
+  cards = cards.slice().sort(orders[order.value]);
+  gallery.append(...cards.map((card) => card.element));
+  filter();
 }
 
 function isWithin(range, card) {
@@ -63,11 +69,24 @@ function filter() {
       (statusFilter.value === "" || card.status === statusFilter.value) &&
       ranges.every((range) => isWithin(range, card)) &&
       words.every((word) => card.text.includes(word));
-    card.element.hidden = !matches;
+    card.element.hidden = !matches || count >= limit;
     count += matches;
   }
   shown.textContent = `${count.toLocaleString("en")} of ${cards.length.toLocaleString("en")} cards`;
   nothing.hidden = count > 0;
+  more.hidden = count <= limit;
+  more.textContent = `Show all ${count.toLocaleString("en")} cards`;
+}
+
+function showAll() {
+  limit = Infinity;
+  filter();
+}
+
+// A link to a folded section unfolds it.
+function unfold() {
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  if (target && target.tagName === "DETAILS") target.open = true;
 }
 
 for (const range of ranges) {
@@ -77,8 +96,11 @@ for (const range of ranges) {
 order.addEventListener("change", sort);
 statusFilter.addEventListener("change", filter);
 search.addEventListener("input", filter);
+more.addEventListener("click", showAll);
+window.addEventListener("beforeprint", showAll);
+window.addEventListener("hashchange", unfold);
 controls.addEventListener("submit", (event) => event.preventDefault());
 controls.hidden = false;
 // A reload may keep what was chosen and typed.
 sort();
-filter();
+unfold();
