@@ -1,4 +1,4 @@
-"""`imcap`, and `python -m imcap_ray`: the command line, with SIGTERM as an interruption from the first moment on."""
+"""`imcap` and `python -m imcap_ray`: the command line, with SIGTERM as an interruption from the first moment."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from imcap_ray.errors import INTERRUPTED
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run the command of these words, or of the process's arguments."""
-    # What the command line imports takes seconds on a busy machine, and an exception would end as a traceback there.
+    # The imports take seconds on a busy machine, and an interruption in them would be a traceback.
     signal.signal(signal.SIGTERM, _end)
     from imcap_ray.cli.main import main as run
 

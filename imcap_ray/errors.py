@@ -1,16 +1,16 @@
-"""The error tree. Whoever catches `ImcapError` has caught every failure that is not a bug.
+"""The errors of the package. Every failure that is not a bug is an `ImcapError`.
 
 ImcapError            exit code 1: the run failed; what was written is kept, the same command resumes
   InputError          exit code 2: wrong usage or wrong input, found before work began
     ConfigError       a setting out of range, an unknown name in a recipe
     DatasetError      captioned images that cannot be read as such
     ModelError        a model folder or CNN weights that cannot be loaded
-    OutputError       an output folder that belongs to something else
-    ClusterError      a cluster that cannot be reached or cannot hold what was asked for
+    OutputError       an output folder that something else made
+    ClusterError      a cluster that cannot be reached or is too small
   InputChangedError   the input changed while it was listed: the same command lists it again
-  RayStartError       a private Ray that does not start: the machine is busy, or a disk full
-  StalledError        nothing moves any more
-    FullClusterError  because nothing of the cluster is free
+  RayStartError       a private Ray that does not start: the machine is busy, or a disk is full
+  StalledError        the run makes no progress
+    FullClusterError  because the cluster has no free resources
   FailureBudgetError  exit code 3: the run finished, too many images failed
   ImageError          one image that cannot be captioned; becomes a row, never stops a run
 """
@@ -50,11 +50,11 @@ class ModelError(InputError):
 
 
 class OutputError(InputError):
-    """An output that exists and was made by something else."""
+    """An output that exists and that something else made, or whose record is corrupt."""
 
 
 class ClusterError(InputError):
-    """A cluster that cannot be reached or cannot hold what was asked for."""
+    """A cluster that cannot be reached or is too small."""
 
 
 class InputChangedError(ImcapError):
@@ -68,15 +68,15 @@ class FailureBudgetError(ImcapError):
 
 
 class RayStartError(ImcapError):
-    """Ray's processes do not start on this machine; on a busy one they may the next time."""
+    """Ray's processes do not start on this machine; if it is busy, they may the next time."""
 
 
 class StalledError(ImcapError):
-    """Nothing has moved for as long as Ray Data waits."""
+    """The run has made no progress for as long as Ray Data waits."""
 
 
 class FullClusterError(StalledError):
-    """The run has released its actors, because nothing of the cluster is free for its tasks."""
+    """The run has released its actors, because the cluster has no free resources for its tasks."""
 
 
 IMAGE_ERROR_CODES: Final = (

@@ -20,8 +20,8 @@ COLOURS = re.compile("\033\\[[0-9;]*m")
 
 
 def print_line(line: str, *, err: bool = False) -> None:
-    """Print one line, in which names and captions out of files may stand."""
-    # On a terminal it takes the place of the progress line.
+    """Print one line, which may contain names and captions from files."""
+    # On a terminal it replaces the progress line.
     prefix = CLEAR_LINE if err and sys.stderr.isatty() else ""
     click.echo(prefix + printable(line), err=err)
 
@@ -40,14 +40,14 @@ def _print_replaceable(line: str) -> None:
 
 
 def describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> str:
-    """Rows by status, and failed ones by error code, in one line."""
+    """One line with the number of rows by status, and of failed ones by error code."""
     by_status = ", ".join(f"{count:,} {status}" for status, count in sorted(counts.items(), reverse=True))
     errors = ", ".join(f"{count:,} {code}" for code, count in error_counts.items())
     return f"{by_status} ({errors})" if errors else by_status
 
 
 def print_dataset(dataset: CaptionedImages) -> None:
-    """Say as what a data set was recognised, and what its reader noticed."""
+    """Print the format of a data set, its splits, and the notes of its reader."""
     print_line(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}", err=True)
     if dataset.columns_note:
         print_line(f"{dataset.location}: {dataset.columns_note}", err=True)

@@ -1,4 +1,4 @@
-"""The command line: arguments -> one function -> its result in print. Imports torch and Ray only inside a command."""
+"""The command line: arguments -> one function -> its printed result. Imports torch and Ray only inside a command."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from imcap_ray.errors import INTERRUPTED, ImcapError, InputError
 
 
 class _Group(click.Group):
-    """Turns our errors into one line and an exit code; anything else is a bug and keeps its traceback."""
+    """Prints errors of the package in one line and sets the exit code; any other error is a bug with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         termination = _Termination()
@@ -47,16 +47,16 @@ class _Group(click.Group):
                 for line in storage.hide_secrets(text).splitlines():
                     print_line(line, err=True)
             ctx.exit(error.exit_code)
-        except OSError as error:  # a disk that is full, a store that is gone
-            if error.errno == errno.EPIPE:  # who read our output has heard enough: click's affair
+        except OSError as error:  # a full disk, a store that cannot be reached
+            if error.errno == errno.EPIPE:  # the reader of our output has closed it; click handles that
                 raise
             print_line(f"imcap: stopped by an error: {storage.hide_secrets(str(error))}", err=True)
             ctx.exit(ImcapError.exit_code)
-        except ModuleNotFoundError as error:  # on a cluster whose image or environment is not ours
+        except ModuleNotFoundError as error:  # on a cluster with another image or environment
             if (error.name or "").startswith("imcap_ray"):
                 raise
             print_line(
-                f"imcap: {sys.executable} has no module {error.name}: install there what imcap_ray depends on", err=True
+                f"imcap: {sys.executable} has no module {error.name}: install the dependencies of imcap_ray", err=True
             )
             ctx.exit(InputError.exit_code)
         except KeyboardInterrupt:
@@ -68,7 +68,7 @@ _REPEAT_SECONDS = 1.0
 
 
 def _is_interrupted(error: BaseException | None) -> bool:
-    """Whether an interruption is being handled: it, or what was raised while it was."""
+    """Whether the error is an interruption, or was raised while one was handled."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None
@@ -102,7 +102,7 @@ class _Termination:
 
     @contextlib.contextmanager
     def translated(self) -> Iterator[None]:
-        """A block in which any error after SIGTERM is an interruption: it may be how Ray ended."""
+        """A block in which any error after SIGTERM is an interruption, because Ray may have ended with it."""
         try:
             yield
         except Exception as error:
@@ -119,12 +119,12 @@ def main() -> None:
     """Caption photographs, train captioners on your own, score them; on a laptop or a Ray cluster.
 
     \b
-    imcap demo                              see it work
+    imcap demo                              try it
     imcap caption ~/Pictures captions/      one Parquet row for every image
     imcap train flickr8k/ runs/mine         a model of your own
-    imcap evaluate captions/ flickr8k/      a score that can be trusted
-    imcap export captions/ OUT --to jsonl   what other tools read
-    imcap check flickr8k/                   what is wrong with a data set
+    imcap evaluate captions/ flickr8k/      scores against human captions
+    imcap export captions/ OUT --to jsonl   a format that other tools read
+    imcap check flickr8k/                   problems of a data set
     """
 
 

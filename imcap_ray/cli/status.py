@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.argument("output")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def status(output: str, as_json: bool) -> None:
-    """How far the captioning or the training is whose OUTPUT this is; read from its files, from anywhere.
+    """Show the progress of the captioning or training run that writes to OUTPUT, from its files, without Ray.
 
     \b
     imcap status s3://bucket/captions
@@ -28,16 +28,17 @@ def status(output: str, as_json: bool) -> None:
 
     from imcap_ray.runs.status import CaptioningStatus, read_status
 
-    found = read_status(output)
+    progress = read_status(output)
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(progress)))
         return
-    for line in _describe_captioning(found) if isinstance(found, CaptioningStatus) else _describe_training(found):
+    lines = _describe_captioning(progress) if isinstance(progress, CaptioningStatus) else _describe_training(progress)
+    for line in lines:
         print_line(line)
 
 
 _STATES = {
-    "silent": "no sign of life for {}: it was killed or its machine is gone; the same command resumes",
+    "silent": "no heartbeat for {}: it was killed or its machine is lost; the same command resumes",
     "interrupted": "interrupted; the same command resumes",
     "failed": "stopped by an error; the same command resumes",
     "replacing": "all new rows are written and are replacing the old ones; if the run was killed, the same command "
@@ -48,7 +49,7 @@ _STATES = {
 def _describe_captioning(status: CaptioningStatus) -> list[str]:
     state = _STATES.get(status.state, status.state).format(format_duration(status.last_sign_seconds or 0))
     if status.is_replacing and status.state != "replacing":
-        state = f"{state} (--overwrite; the old rows stand until it is complete)"
+        state = f"{state} (--overwrite; the old rows are kept until it is complete)"
     share = f" ({status.num_done / status.num_images:.0%})" if status.num_images else ""
     progress = f"{status.num_done:,} of {status.num_images:,} images{share}"
     if status.images_per_second is not None:
@@ -61,9 +62,7 @@ def _describe_captioning(status: CaptioningStatus) -> list[str]:
     if status.counts:
         lines.append(describe_counts(status.counts, status.error_counts))
     if status.state == "running":
-        lines.append(
-            f"last sign of life {format_duration(status.last_sign_seconds or 0)} ago; started {status.started}"
-        )
+        lines.append(f"last heartbeat {format_duration(status.last_sign_seconds or 0)} ago; started {status.started}")
     return lines
 
 
@@ -78,5 +77,5 @@ def _describe_training(status: TrainingStatus) -> list[str]:
         lines.append(f"{status.num_epochs_done} of {status.num_epochs} epochs, {status.phase} phase{left}")
         lines.append(f"best: epoch {status.best_epoch}, validation CIDEr-D {status.best_cider_d:.3f}")
     if status.state in ("starting", "running"):
-        lines.append(f"last sign of life {age} ago")
+        lines.append(f"last heartbeat {age} ago")
     return lines

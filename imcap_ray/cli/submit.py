@@ -14,6 +14,7 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import COLOURS, print_line
+from imcap_ray.cli.options import resources_config
 from imcap_ray.errors import ImcapError, InputError
 
 
@@ -21,8 +22,8 @@ from imcap_ray.errors import ImcapError, InputError
 @click.option("--address", help="The cluster's dashboard, http://HOST:8265. Default: RAY_API_SERVER_ADDRESS.")
 @click.option("--submission-id", help="A name for the job.")
 @click.option("--no-wait", is_flag=True, help="Submit the job and return.")
-@click.option("--dry-run", is_flag=True, help="Check everything on the cluster, say what caption or train would do.")
-@click.option("--follow", metavar="ID", help="Follow a job that was submitted before, in the place of COMMAND.")
+@click.option("--dry-run", is_flag=True, help="Check everything on the cluster and print the plan of caption or train.")
+@click.option("--follow", metavar="ID", help="Follow a job that was submitted before, instead of COMMAND.")
 @click.option(
     "--on-interrupt",
     type=click.Choice(["stop", "detach"]),
@@ -34,7 +35,7 @@ from imcap_ray.errors import ImcapError, InputError
 def submit(command: tuple[str, ...], **options: Any) -> None:
     """Run an imcap COMMAND as a Ray job on a cluster, follow it, and return its exit code.
 
-    A connection that breaks is made again. The job does not need it, nor the terminal: --follow shows it again.
+    The job needs neither the connection nor the terminal. A lost connection is restored, and --follow attaches again.
 
     \b
     imcap submit caption s3://bucket/images s3://bucket/captions
@@ -52,13 +53,13 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     arguments = [*_with_absolute_paths(command[1:])] + ["--dry-run"] * options["dry_run"]
     need = None
     if command:
-        # Wrong usage is found here, and not in the job; and what this machine sees is not there.
+        # So that wrong usage, and inputs that this machine knows to be missing, are found here and not in the job.
         parent = click.get_current_context().parent
         assert parent and isinstance(parent.command, click.Group)
         with parent.command.commands[command[0]].make_context(command[0], list(arguments), parent=parent) as context:
             parameters = dict(context.params)
-        _refuse_what_is_not_there(command[0], parameters)
-        need = _need(command[0], parameters)
+        _refuse_missing_inputs(command[0], parameters)
+        need = _required_resources(command[0], parameters)
     from imcap_ray.distributed import jobs
 
     common = {
@@ -73,76 +74,81 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     sys.exit(jobs.submit([command[0], *arguments], **common))
 
 
-_READ = {
+_INPUTS = {
     "caption": {"INPUT": "input", "--model": "models"},
     "train": {"DATA": "data", "--start-from": "start_from"},
     "evaluate": {"CAPTIONS": "captions", "REFERENCES": "references", "--against": "against"},
     "report": {"CAPTIONS": "captions", "--references": "references"},
 }
-"""What a command reads, by the name that the user knows and that of the parameter."""
+"""Parameters of a command that name its inputs, by the name that the user knows."""
 
-_NO_PATHS = (
+_OPTIONS_WITHOUT_PATHS = (
     *("--set", "--split", "--tokenizer"),
     *("--image-column", "--caption-column", "--id-column"),
 )
-"""Options of commands whose values are no paths, though a file or folder may be called the same."""
+"""Options whose values are no paths, although a file or folder may have the same name."""
 
-_LOOK_SECONDS = 5.0
+_PROBE_SECONDS = 5.0
 
 
-def _refuse_what_is_not_there(command: str, parameters: Mapping[str, Any]) -> None:
-    """Raise InputError for a URI of which this machine sees that nothing is there, or that a model does not load from.
-    What it may not see, or gets no answer of in time, is left to the job, as are paths of the cluster's own."""
-    for name, parameter in _READ.get(command, {}).items():
-        found = parameters[parameter] or ()
-        for location in (found,) if isinstance(found, str) else found:
+def _refuse_missing_inputs(command: str, parameters: Mapping[str, Any]) -> None:
+    """Raise InputError for a URI at which this machine sees nothing, or from which no model can be loaded.
+
+    A URI that this machine may not read, or that does not answer in time, is left to the job, as are paths.
+    """
+    for name, parameter in _INPUTS.get(command, {}).items():
+        value = parameters[parameter] or ()
+        for location in (value,) if isinstance(value, str) else value:
             if not storage.is_uri(location):
                 continue
-            is_there = _look(location)
-            if is_there is False:
+            exists = _exists(location)
+            if exists is False:
                 raise InputError(f"no such {name}: {location}")
-            if is_there and name in ("--model", "--start-from"):
+            if exists and name in ("--model", "--start-from"):
                 from imcap_ray.models.model_folder import read_model_folder
 
                 read_model_folder(location)
 
 
-def _look(location: str) -> bool | None:
-    """Whether something is there; None where the store does not say, or not in seconds."""
+def _exists(location: str) -> bool | None:
+    """Whether the location exists; None if the store does not answer within seconds, or refuses to."""
     answers: list[bool] = []
 
-    def ask() -> None:
+    def probe() -> None:
         with contextlib.suppress(OSError, ImcapError):
             answers.append(storage.exists(location))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(_LOOK_SECONDS)
+    thread.join(_PROBE_SECONDS)
     return answers[0] if answers else None
 
 
-def _need(command: str, parameters: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """The setting that says how much a command needs at once, and the CPUs and GPUs; None where that is left open."""
-    gpus = parameters.get("gpus_per_worker") or 0.0
-    if command == "caption" and (actors := parameters["num_actors"]):
+def _required_resources(command: str, parameters: Mapping[str, Any]) -> tuple[str, float, float] | None:
+    """The option that sets how much a command needs at once, and its CPUs and GPUs; None if no option does."""
+    resources = resources_config(parameters)
+    gpus = resources.gpus_per_worker or 0.0
+    if command == "caption" and (actors := resources.num_actors):
         return f"--num-actors {actors}", actors + 2, actors * gpus
-    if command == "train" and (workers := parameters["num_workers"]):
+    if command == "train" and (workers := resources.num_workers):
         least = workers[0] if isinstance(workers, tuple) else workers
         return f"--num-workers {least}", least + 1, least * gpus
     return None
 
 
 def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:
-    """The words of a command, with paths that exist here, or are written as such, made absolute: the job runs in
-    another folder. An option may be joined to its value by "="; the value of one of `_NO_PATHS` is no path."""
+    """The words of a command, with paths that exist here, or that contain a slash, made absolute.
+
+    The job runs in another folder. An option may be joined to its value by "=".
+    """
     for before, word in pairwise(["", *words]):
-        option, joint, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        option, separator, value = word.partition("=") if word.startswith("-") else ("", "", word)
         if (
-            before in _NO_PATHS
-            or option in _NO_PATHS
+            before in _OPTIONS_WITHOUT_PATHS
+            or option in _OPTIONS_WITHOUT_PATHS
             or storage.is_uri(value)
             or not (os.path.exists(value) or "/" in value)
         ):
             yield word
         else:
-            yield f"{option}{joint}{os.path.abspath(value)}"
+            yield f"{option}{separator}{os.path.abspath(value)}"

@@ -1,7 +1,7 @@
-"""Signs of life of a run, and what the cluster has free -> whether the run waits for CPUs or GPUs that are in use.
+"""Activity of a run, and free resources of the cluster -> whether the run waits for CPUs or GPUs that are in use.
 
-On a cluster that several jobs share, actors can hold every CPU. Then no task that decodes can start, and each pool
-waits for images that will not come. Ray Data has no notion of other jobs and notices after half an hour.
+On a cluster that several jobs share, actors can hold every CPU. Then no decode task can start, and each pool waits for
+images that will never come. Ray Data does not consider other jobs and notices only after half an hour.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from imcap_ray.errors import FullClusterError
 POLL_SECONDS: Final = 2.0
 
 REPORT_SECONDS: Final = 20
-"""How long a run waits before it reports that it does."""
+"""How long a run waits before it reports it."""
 
 RELEASE_SECONDS: Final = 40
-"""How long a run that has actors waits before it releases them, so that two runs do not wait for each other."""
+"""How long a run with actors waits before it releases them, so that two runs do not wait for each other."""
 
 RELEASE_PENDING_SECONDS: Final = 300
-"""The same for a run whose actors have not started: it holds little, and a busy machine may just be slow."""
+"""The same for a run whose actors have not started: it holds little, and a busy machine may only be slow."""
 
 ROOM_FOR_TASKS: Final = 1
-"""Free CPUs that reading, decoding and writing need: Ray Data's tasks ask for one."""
+"""Free CPUs that reading, decoding and writing need: Ray Data's tasks require one."""
 
 MAX_RESTART_DELAY_SECONDS: Final = 20.0
-"""Runs that have released their actors start again at different moments: actors take seconds to acquire their CPUs."""
+"""Longest random delay of a run that has released its actors, because actors take seconds to acquire their CPUs."""
 
 
 class _Released(BaseException):  # noqa: N818  # not an error, and no `except Exception` may swallow it
-    """Raised in the main thread to end a pipeline that holds CPUs and cannot use them."""
+    """Raised in the main thread to end a pipeline that holds CPUs which it cannot use."""
 
 
 @dataclass(frozen=True)
 class FreeResources:
-    """What a cluster has, and what of it no task or actor holds at the moment."""
+    """The resources of a cluster, and those that no task or actor holds at the moment."""
 
     cpus: float
     free_cpus: float
@@ -52,7 +52,7 @@ class FreeResources:
 
     @classmethod
     def read(cls) -> FreeResources:
-        """Those of the connected Ray."""
+        """The resources of the connected Ray."""
         total = ray.cluster_resources()  # type: ignore[no-untyped-call]
         free = ray.available_resources()  # type: ignore[no-untyped-call]
         return cls(
@@ -63,7 +63,7 @@ class FreeResources:
         )
 
     def lacks(self, *, cpus: float, gpus: float) -> str:
-        """The sentence that reports that fewer than these are free; "" if there are enough."""
+        """A clause that reports that fewer than these are free; "" if enough are."""
         if self.free_cpus < cpus:
             return f"the cluster has {self.free_cpus:g} of {self.cpus:g} CPUs free"
         if self.free_gpus < gpus:
@@ -74,24 +74,24 @@ class FreeResources:
 class RoomWatch:
     """Measures for how long a run has been idle because the cluster is full.
 
-    A full cluster alone proves nothing: the tasks of a healthy run fill it too. Only while none of the run's processes
-    works, and none has reported anything new, is the run waiting.
+    A full cluster alone proves nothing, because the tasks of a healthy run fill it too. The run is waiting only while
+    none of its processes works and none has reported anything new.
     """
 
     def __init__(self) -> None:
         self._num_reports = -1
         self._since: float | None = None
         self.reason = ""
-        """What is lacking, while the run waits."""
+        """Why the run waits; "" if it does not."""
 
-    def look(self, now: float, *, num_reports: int, num_working: int, read_lack: Callable[[], str]) -> float:
-        """Seconds for which the run has waited; 0 if it does not wait.
+    def update(self, now: float, *, num_reports: int, num_working: int, read_lack: Callable[[], str]) -> float:
+        """The seconds for which the run has waited; 0 if it does not wait.
 
         Args:
             now: seconds of any clock.
-            num_reports: everything that tasks and actors have reported so far.
-            num_working: processes that have begun something and not ended it.
-            read_lack: asks the cluster what it lacks, "" for nothing; called only if no process works.
+            num_reports: number of reports by tasks and actors so far.
+            num_working: number of processes that are working.
+            read_lack: returns what the cluster lacks, or ""; called only if no process works.
         """
         is_idle = num_reports == self._num_reports and not num_working
         self._num_reports = num_reports
@@ -106,9 +106,9 @@ class RoomWatch:
 
 @contextmanager
 def releasable() -> Iterator[Callable[[str], None]]:
-    """A block that another thread can end, for the reason that it gives: then the block raises FullClusterError.
+    """A block that another thread can end by calling the yielded function with a reason: it raises FullClusterError.
 
-    Only the main thread can be interrupted. In any other the function that is yielded does nothing.
+    Only the main thread can be interrupted. In other threads the yielded function does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda reason: None
@@ -136,11 +136,11 @@ def releasable() -> Iterator[Callable[[str], None]]:
 def wait_for_room(
     *, cpus: float, gpus: float, check: Callable[[], None], on_waiting: Callable[[str], None]
 ) -> FreeResources:
-    """Wait until this much is free, after a random delay; what is free then.
+    """Wait for a random delay, and then until this much is free. Returns the free resources.
 
     Args:
-        check: called every few seconds; raises if the run may not continue.
-        on_waiting: called with one line if there is something to wait for.
+        check: called every few seconds; raises if the run must not continue.
+        on_waiting: called once with a line if the run has to wait.
     """
     time.sleep(random.uniform(0, MAX_RESTART_DELAY_SECONDS))
     has_reported = False

@@ -1,6 +1,6 @@
-"""Hashes of images -> which of them have come before. Lets a run caption the same bytes once.
+"""Hashes of images -> which of them are repeated, so that a run captions the same bytes once.
 
-Its process starts beside all others, and imports little.
+Imports little, because its process starts at the same time as all others.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ if TYPE_CHECKING:
     from imcap_ray.runs.captioning_run import CaptioningRun
 
 FALSE_POSITIVE_RATE: Final = 1e-6
-"""29 bits an image: 360 MB for 100 million. An image taken for a duplicate by mistake is found at the end of the run
-to have no twin, and captioned then."""
+"""29 bits per image: 360 MB for 100 million. An image that is taken for a duplicate by mistake has no twin at the end
+of the run, and is captioned then."""
 
 REMEMBERED_ANSWERS: Final = 100_000
-"""Images whose answer is kept for a task that is repeated; more than are in flight anywhere."""
+"""Images whose answer is kept for a task that is repeated: more than are ever in flight."""
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class ImageIndex:
-    """The hashes that a run has met. Made anew from the rows that are written if its process dies."""
+    """The hashes that a run has read. If its process dies, they are read again from the rows that are written."""
 
     def __init__(self, output: str, num_images: int) -> None:
-        self._met = Bloom(max(num_images, 1), FALSE_POSITIVE_RATE, hash_func=_to_int)
+        self._hashes = Bloom(max(num_images, 1), FALSE_POSITIVE_RATE, hash_func=_to_int)
         self._answers: OrderedDict[int, bool] = OrderedDict()
         if storage.list_parquet(output):
-            self._met.update(_read_digests(output))
+            self._hashes.update(_read_digests(output))
 
-    def have_come_before(self, manifest_ids: list[int], hashes: list[str]) -> list[bool]:
-        """For each image, whether another with its hash was asked for before. Asked again, it answers the same."""
-        return [self._has_come_before(*image) for image in zip(manifest_ids, hashes, strict=True)]
+    def are_repeated(self, manifest_ids: list[int], hashes: list[str]) -> list[bool]:
+        """Whether an image of the same hash came before, for each image. The same image gets the same answer again."""
+        return [self._is_repeated(*image) for image in zip(manifest_ids, hashes, strict=True)]
 
-    def _has_come_before(self, manifest_id: int, sha256: str) -> bool:
+    def _is_repeated(self, manifest_id: int, sha256: str) -> bool:
         if manifest_id not in self._answers:
             digest = bytes.fromhex(sha256)
-            self._answers[manifest_id] = digest in self._met
-            self._met.add(digest)
+            self._answers[manifest_id] = digest in self._hashes
+            self._hashes.add(digest)
             if len(self._answers) > REMEMBERED_ANSWERS:
                 self._answers.popitem(last=False)
         return self._answers[manifest_id]
@@ -67,8 +67,8 @@ def image_index(run: CaptioningRun, *, enabled: bool = True) -> Iterator[Any]:
     )
     try:
         if run.num_done:
-            # Reading millions of hashes from a store takes long; Ray Data would take a pipeline that waits for it for
-            # one that is stuck.
+            # Reading millions of hashes from a store takes long, and Ray Data would think that a pipeline is stuck
+            # which waits for it.
             ray.get(index.__ray_ready__.remote())
         yield index
     finally:
@@ -81,7 +81,7 @@ def _read_digests(output: str) -> Iterator[bytes]:
     from imcap_ray.data.schemas import DUPLICATE
     from imcap_ray.runs.captions_folder import CaptionsFolder
 
-    # Those that wait for a twin do not tell that there is one.
+    # Rows that wait for the caption of a twin do not count: the twin may not exist.
     waits = (pc.field("status") == DUPLICATE) & (pc.field("duplicate_of") == "")
     for batch in CaptionsFolder(output).read_parts(["sha256"], ~waits):
         yield from (bytes.fromhex(digest) for digest in batch["sha256"].to_pylist() if digest)

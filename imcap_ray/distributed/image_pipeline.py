@@ -55,55 +55,55 @@ IMAGES_PER_BLOCK = 64
 """Images of a decode task; 9.6 MB of pixels at 224 x 224."""
 
 SMALL_RUN = 512
-"""Images up to which blocks hold no more than is computed together, for all actors to end at about the same time."""
+"""Runs of up to this many images have blocks of one computed batch, so that all actors end at about the same time."""
 
 UPDATE_SECONDS = 0.5
 """How often the progress of a pipeline is read."""
 
 MOST_BLOCKS_READ = 200
-"""Up to so many blocks, Ray is told how many a manifest makes."""
+"""Maximum number of blocks for which Ray is given the number of blocks of a manifest."""
 
 RESUME_HINT = "what is written is kept; the same command resumes"
 
 DECODE_MEMORY = 4 * 2**30
-"""Bytes for images that may have killed a process before; the largest that are decoded take about 2 GiB."""
+"""Bytes for decoding images that may have killed a process before; the largest images take about 2 GiB."""
 
 DECODE_SECONDS = 300.0
-"""How long one image may be decoded before its process ends and the image is a failed row."""
+"""Maximum time of decoding one image. After that its process ends, and the image becomes a failed row."""
 
 DECODE_SECONDS_VARIABLE = "IMCAP_DECODE_SECONDS"
-"""Environment variable for another limit; it must be set for the processes that decode."""
+"""Environment variable for another limit; the processes that decode need it."""
 
 
 def loaded_schema(image_size: int) -> pa.Schema:
-    """Columns of loaded images. Pixels have a fixed size, so that a block takes as many bytes whatever it lacks."""
+    """Columns of loaded images. Pixels have a fixed size, so that a block has the same size even if images failed."""
     return pa.schema(
         [
             ("manifest_id", pa.int64()),
             ("image_id", pa.string()),
             ("image_path", pa.string()),
-            ("pixels", pa.binary(3 * image_size**2)),  # uint8 (3, S, S); null where there is an error
+            ("pixels", pa.binary(3 * image_size**2)),  # uint8 (3, S, S); null if there is an error
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("format", pa.string()),
             ("sha256", pa.string()),
-            ("error_code", pa.string()),  # "" where there are pixels, or is_repeated
+            ("error_code", pa.string()),  # "" if there are pixels, or is_repeated
             ("error_message", pa.string()),
-            ("is_repeated", pa.bool_()),  # the same bytes have come before; then there are no pixels
+            ("is_repeated", pa.bool_()),  # an image of the same bytes was read before; then there are no pixels
             ("origin", pa.string()),  # see `origin_of`
         ]
     )
 
 
 def origin_of(row: Mapping[str, Any]) -> str:
-    """A short digest of an image's id, its place, and the size and time of its file, table or tar, as a manifest's row
-    has them. What is kept of an image is out of date when this is another."""
+    """A short digest of an image's id, its location, and the size and time of its file, table or tar, from the row of a
+    manifest. If it changes, cached data of the image are out of date."""
     names = ("image_id", "image_path", "table_path", "row_group", "row", "size", "modified_ns")
     return hashlib.blake2b(json.dumps([row[name] for name in names]).encode(), digest_size=12).hexdigest()
 
 
 class ActorReporter:
-    """Tells the counter, and whoever watches Ray's metrics, how an actor of the operator spends its time."""
+    """Reports to the counter, and to Ray's metrics, how an actor of the operator spends its time."""
 
     def __init__(self, counter: Any, operator: str) -> None:
         self._counter = counter
@@ -112,12 +112,12 @@ class ActorReporter:
         self._batch_size = 0
 
     @functools.cached_property
-    def _metrics(self) -> ActorMetrics:  # of the actor, which this has come to from the driver
+    def _metrics(self) -> ActorMetrics:  # made in the actor; this object comes from the driver
         return ActorMetrics(self._operator)
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[Counter[str]]:
-        """Around the work on a batch, which fills in its counts by status."""
+        """A block that works on a batch, and fills in the counts of its images by status."""
         counts: Counter[str] = Counter()
         start = time.perf_counter()
         waited = start - self._last_end if self._last_end is not None else 0.0
@@ -131,7 +131,7 @@ class ActorReporter:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[None]:
-        """Around anything else that takes this actor time, as loading a model."""
+        """A block that does anything else that takes time, such as loading a model."""
         report = WorkReport(self._counter, is_actor=True)
         report.continues()
         try:
@@ -140,18 +140,18 @@ class ActorReporter:
             report.ends()
 
     def report_batch_size(self, batch_size: int) -> None:
-        """How many images this actor computes together."""
+        """Report how many images this actor computes together."""
         if batch_size != self._batch_size:
             self._batch_size = batch_size
             self._counter.report_batch_size.remote(batch_size)
 
     def report_beam_steps(self, num_steps: int) -> None:
-        """How many steps this actor's searches have taken so far."""
+        """Report how many steps this actor's searches have taken so far."""
         self._metrics.report_beam_steps(num_steps)
 
 
 class WorkReport:
-    """Reports to the counter that the task or actor of this process has something to do, or nothing any more."""
+    """Reports to the counter whether the task or actor of this process is working."""
 
     def __init__(self, counter: Any, *, is_actor: bool) -> None:
         context = ray.get_runtime_context()
@@ -160,35 +160,35 @@ class WorkReport:
         self._is_actor = is_actor
 
     def continues(self) -> None:
-        """It has begun, or got further."""
+        """Report that it has begun or continues."""
         self._counter.report_work.remote(self._worker, True, self._is_actor)
 
     def ends(self) -> None:
-        """It is done, or has failed."""
+        """Report that it is done or has failed."""
         self._counter.report_work.remote(self._worker, False, self._is_actor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadImages:
-    """Manifest rows -> rows of `loaded_schema`: read and decoded, or with the reason why not."""
+    """Manifest rows -> rows of `loaded_schema`: read and decoded, or with an error."""
 
     image_size: int
     root: str
-    """Where the images lie; when that is gone too, a missing image is no fault of its own."""
+    """Where the images are. If it is missing too, a missing image is not that image's own fault."""
     index: Any = None
-    """An `ImageIndex`, where images that have come before need no pixels."""
+    """An `ImageIndex`, if repeated images need no pixels."""
     image_columns: tuple[str, ...] = ()
-    """The columns that the manifest notes, see `manifest.read_image_columns`."""
+    """The columns that the manifest records, see `manifest.read_image_columns`."""
     failures: Any = None
-    """A `FailureLog`, to be sent the images that cannot be read."""
+    """A `FailureLog` for the images that cannot be read."""
     counter: Any = None
-    """A `ProgressCounter`, where it matters whether anything is being decoded."""
+    """A `ProgressCounter`, if it matters whether anything is being decoded."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """The rows, `IMAGES_PER_BLOCK` at a time.
 
         Raises:
-            ImcapError: nothing can be read any more.
+            ImcapError: the input can no longer be read.
         """
         if self.counter is None:
             yield from self._blocks(rows)
@@ -203,7 +203,7 @@ class LoadImages:
             report.ends()
 
     def _blocks(self, rows: pa.Table) -> Iterator[pa.Table]:
-        # In the order in which they are read, for a repeated task has to return the same blocks as the first.
+        # In the order in which they are read, because a repeated task has to return the same blocks as the first.
         rows = rows.sort_by([(name, "ascending") for name in ("table_path", "row_group", "row", "manifest_id")])
         for loaded in self._load_isolated(rows) if is_repeated_work() else self._load(rows):
             if self.failures:
@@ -225,10 +225,10 @@ class LoadImages:
         )
         for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
             block = rows.slice(start, IMAGES_PER_BLOCK)
-            parts = [self._blame(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
+            parts = [self._failed(row, done) if isinstance(done, ImageError) else done for row, done in isolated(block)]
             yield pa.concat_tables(parts)
 
-    def _blame(self, rows: pa.Table, error: ImageError) -> pa.Table:
+    def _failed(self, rows: pa.Table, error: ImageError) -> pa.Table:
         loaded = [_loaded_row(row, error_code=error.code, error_message=error.message) for row in rows.to_pylist()]
         return pa.Table.from_pylist(loaded, schema=loaded_schema(self.image_size))
 
@@ -245,7 +245,7 @@ def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int,
     try:
         if isinstance(data, ImageError):
             raise data
-        with process_ends_after(seconds):  # not around the reading: a slow store is no fault of the image
+        with process_ends_after(seconds):  # reading does not count, because a slow store is not the image's fault
             image: DecodedImage = decode_image(data, image_size=image_size)
     except ImageError as error:
         return _loaded_row(row, error_code=error.code, error_message=error.message)
@@ -261,9 +261,9 @@ def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int,
 
 def _loaded_row(row: dict[str, Any], **values: Any) -> dict[str, Any]:
     loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
-    nothing = {"pixels": None, "width": 0, "height": 0, "format": "", "sha256": ""}
+    missing = {"pixels": None, "width": 0, "height": 0, "format": "", "sha256": ""}
     loaded["origin"] = origin_of(row)
-    return {**loaded, **nothing, "error_code": "", "error_message": "", "is_repeated": False, **values}
+    return {**loaded, **missing, "error_code": "", "error_message": "", "is_repeated": False, **values}
 
 
 def _report_failures(loaded: pa.Table, log: Any) -> None:
@@ -274,12 +274,12 @@ def _report_failures(loaded: pa.Table, log: Any) -> None:
 
 
 def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
-    """The same rows, without the pixels of images that have come before."""
+    """The same rows, without the pixels of images whose bytes were read before."""
     has_pixels = pa.compute.equal(loaded["error_code"], "")
     known = loaded.filter(has_pixels).select(["manifest_id", "sha256"])
     if not known.num_rows:
         return loaded
-    answers = ray.get(index.have_come_before.remote(*known.to_pydict().values()))
+    answers = ray.get(index.are_repeated.remote(*known.to_pydict().values()))
     repeated = pa.array([id_ for id_, answer in zip(known["manifest_id"].to_pylist(), answers, strict=True) if answer])
     is_repeated = pa.compute.is_in(loaded["manifest_id"], value_set=repeated.cast(pa.int64()))
     pixels = pa.compute.if_else(is_repeated, pa.scalar(None, loaded.schema.field("pixels").type), loaded["pixels"])
@@ -292,14 +292,14 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     """The images of a manifest, rows of `loaded_schema`, at most `IMAGES_PER_BLOCK` in a block.
 
     Args:
-        num_images: rows of the manifest that are to be read.
+        num_images: images of the manifest that are to be read.
     """
     cores = own_cores()
     cpus = cores or max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-    # Ray itself reads a manifest of 100,000 rows as one block, whatever one asks for.
+    # Ray itself reads a manifest of 100,000 rows as one block, whatever number of blocks is asked for.
     rows_per_task = images_per_task(num_images, cpus=cpus, row_group=largest_row_group(manifest))
-    # Ray would join what a task yields to blocks of 128 MiB. Of this size each table that is yielded is a block, and
-    # has to be one: a repeated task must return the same blocks, though an image fails that did not fail before.
+    # Ray would join the tables that a task yields into blocks of 128 MiB. With this size each table is a block. It must
+    # be, because a repeated task must return the same blocks even if an image fails that did not fail before.
     context = DataContext.get_current().copy()
     context.target_max_block_size = IMAGES_PER_BLOCK * 3 * load.image_size**2
     blocks = -(-num_images // (COMPUTE_BATCH_SIZE if num_images <= SMALL_RUN else IMAGES_PER_BLOCK))
@@ -308,21 +308,21 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
             ray.data.read_parquet(
                 storage.resolve(manifest)[1],
                 filesystem=storage.resolve(manifest)[0],
-                # Ray itself makes a few for each CPU, whatever is computed together. Of many images all that counts is
-                # that they are divided again.
+                # Ray itself makes a few blocks per CPU, however many images are computed together. For many images it
+                # does not matter, because they are divided again.
                 override_num_blocks=blocks if 0 < blocks <= MOST_BLOCKS_READ else None,
             )
             .repartition(target_num_rows_per_block=rows_per_task, strict=rows_per_task > IMAGES_PER_BLOCK)
-            # Half of a task's time is waiting for files; on a private Ray, whose CPUs are tickets, a share that leaves
-            # room for as many tasks as there are cores, or actors wait for large photographs. Another share than the
-            # actors' also keeps Ray from fusing both into one: a file that kills its decoder must not take a model
-            # with it.
+            # A task waits for files half of its time. On a private Ray, whose CPUs are only tickets, its share leaves
+            # room for as many tasks as there are cores, so that actors do not wait for large photographs. As the share
+            # differs from the actors', Ray does not fuse both operators: a file that kills its decoder must not take a
+            # model with it.
             .map_batches(
                 load,
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0.1 if cores else 0.5,
-                # A task may hold a row group of large photographs twice, 3 GB: more of them than cores are no faster.
+                # A task may hold a row group of large photographs twice, 3 GB. More tasks than cores are no faster.
                 compute=TaskPoolStrategy(size=cores and min(cores, max(1, blocks))),
                 runtime_env=runtime_environment(gpus=0),
             )
@@ -330,7 +330,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
 
 
 def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
-    """The pixels (B, 3, S, S) of the rows that have some, in their order."""
+    """The pixels (B, 3, S, S) of the rows that have pixels, in the order of the rows."""
     column = rows["pixels"].drop_null().combine_chunks()
     flat = np.frombuffer(column.buffers()[1], np.uint8) if len(column) else np.empty(0, np.uint8)
     shape = (len(column), 3, image_size, image_size)
@@ -535,7 +535,7 @@ class _PipelineWatch:
 
     def _watch_room(self, release: Callable[[str], None]) -> None:
         has_actors = self.progress.num_actors > 0
-        waited = self._room.look(
+        waited = self._room.update(
             time.monotonic(),
             num_reports=self.progress.num_reports,
             num_working=self.progress.num_working,
@@ -553,30 +553,30 @@ class _PipelineWatch:
 
 
 def images_per_task(num_images: int, *, cpus: int, row_group: int) -> int:
-    """How many images a task decodes: a row group of them, or an equal part of one where about each CPU has one then.
+    """Number of images that a task decodes: a row group, or an equal part of one if there would be too few tasks.
 
-    Whoever reads one row of a row group reads all up to there, and often, as its values are in one page, all of it. So
-    a task that took the end of one and the beginning of the next would read two.
+    To read one row of a row group, all rows before it are read, and often the whole row group, as its values are in one
+    page. So a task with the end of one row group and the start of the next would read two.
 
     Args:
-        row_group: rows of the largest row group that images lie in; 0 for images that are files.
+        row_group: rows of the largest row group with images; 0 if images are files.
     """
     parts = max(1, round(row_group / math.ceil(num_images / cpus))) if num_images else 1
     return max(IMAGES_PER_BLOCK, math.ceil(row_group / parts))
 
 
 def num_blocks(num_images: int) -> int:
-    """How many tasks decode so many images; more actors than these would have nothing to do."""
+    """Number of blocks of this many images; more actors than blocks would have nothing to do."""
     return -(-num_images // IMAGES_PER_BLOCK)
 
 
 def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> int:
-    """One actor per GPU, or per core if there is none, with two CPUs left for Ray Data's tasks.
+    """One actor per GPU, or per core if there is no GPU, with two CPUs left for Ray Data's tasks.
 
-    On a cluster that does not grow only the CPUs and GPUs count that no other job holds.
+    On a cluster that does not grow, only CPUs and GPUs count that no other job holds.
     """
     cpus, gpus = resources.cpus, resources.gpus
-    if resources.max_cpus <= resources.cpus:  # otherwise actors that wait are what makes it grow
+    if resources.max_cpus <= resources.cpus:  # otherwise waiting actors make it grow
         cpus, gpus = min(cpus, resources.free_cpus), min(gpus, resources.free_gpus)
     if gpus_per_actor:
         return max(1, min(int(gpus / gpus_per_actor), int(cpus) - 2))
@@ -584,7 +584,7 @@ def default_num_actors(resources: ClusterResources, gpus_per_actor: float) -> in
 
 
 def describe_error(error: BaseException) -> str:
-    """What went wrong, in one line, out of the tracebacks of Ray's processes."""
+    """The cause of an error of Ray in one line, from the tracebacks of its processes."""
     # A chain of exceptions from other processes arrives as text, the first cause on top; the last indented line of a
     # traceback is code, what follows is the exception.
     lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()

@@ -14,17 +14,17 @@ from imcap_ray import storage
 
 
 class ParquetParts(BlockBasedFileDatasink):
-    """Parquet files of one schema that a reader never meets half-written.
+    """Parquet files of one schema that a reader never sees half-written.
 
-    Ray's own Parquet writer opens the final path and fills it, so that a reader, or a crash, finds a file without its
-    footer; and an upload that fails in the middle is published by closing it. Here a part appears at once. The schema's
-    key-value metadata goes into every file, and columns outside the schema are left out: Ray has noted `manifest_id` as
-    done by then.
+    Ray's own Parquet writer opens the final path and fills it, so that a reader or a crash may meet a file without its
+    footer, and an upload that fails halfway is published when it is closed. Here a part appears when it is complete.
+    Every file has the key-value metadata of the schema. Columns outside the schema are left out: Ray has recorded
+    `manifest_id` as done by then.
 
     Args:
-        folder: where the parts go.
+        folder: where the parts are written.
         min_rows_per_file: rows are collected until a file has this many.
-        check: called before a part appears; raises if none may any more.
+        check: called before a part appears; raises if this run may not write any more.
     """
 
     def __init__(self, folder: str, *, schema: pa.Schema, min_rows_per_file: int, check: Callable[[], None]) -> None:
@@ -40,7 +40,7 @@ class ParquetParts(BlockBasedFileDatasink):
         self._check = check
 
     def write_block(self, block: BlockAccessor, block_index: int, ctx: Any) -> None:
-        """Write one part, complete or not at all."""
+        """Write a part, completely or not at all."""
         part = pa.BufferOutputStream()
         self.write_block_to_file(block, part)
         name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
@@ -48,6 +48,6 @@ class ParquetParts(BlockBasedFileDatasink):
         storage.write_bytes(storage.join(self._folder, name), memoryview(part.getvalue()))
 
     def write_block_to_file(self, block: BlockAccessor, file: pa.NativeFile) -> None:
-        """Write the rows under the schema."""
+        """Write the rows with the columns of the schema."""
         table = block.to_arrow().select(self._schema.names)
         pq.write_table(table.cast(self._schema), file, compression="zstd")

@@ -1,6 +1,6 @@
-"""The places a command reads and writes -> whether the cluster's nodes see them, found out before work begins.
+"""Paths that a command reads and writes -> whether the cluster's nodes see them, checked before work begins.
 
-A path that is there on the machine that asks, and on no other, is the commonest mistake with a cluster.
+A path that exists only on the machine where the command was started is the commonest mistake with a cluster.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from imcap_ray.errors import ClusterError, ImcapError
 
 MAX_NODES_ASKED: Final = 16
 ANSWER_SECONDS: Final = 60
-"""A node that has not answered by then, for it is just starting or dying, is left to Ray."""
+"""A node that has not answered by then is not waited for, because it may be starting or dying."""
 
 ADVICE: Final = "give a URI, or a path of a file system that every node mounts"
 
@@ -29,20 +29,20 @@ ADVICE: Final = "give a URI, or a path of a file system that every node mounts"
 def require_visible(
     resources: ClusterResources, *, reads: Sequence[tuple[str, str]], writes: Mapping[str, str]
 ) -> None:
-    """Raise ClusterError unless the nodes that work see what is read, and see what is written here.
+    """Raise ClusterError unless the cluster's nodes see everything that is read, and everything that is written here.
 
-    Nothing is asked where there is one node: it sees what this process sees.
+    A cluster of one node is not asked, because it sees what this process sees.
 
     Args:
-        reads: names by which the user knows them, as in `("INPUT", "s3://bucket/images")`, and absolute locations.
-        writes: the same of what a command will write; it need not exist.
+        reads: pairs of a name that the user knows and an absolute location, such as `("INPUT", "s3://bucket/images")`.
+        writes: the same for output locations, which need not exist.
     """
     if resources.nodes < 2:
         return
     with _Marks(writes) as marks:
-        look = ray.remote(num_cpus=0, max_retries=0)(find_problem)
+        task = ray.remote(num_cpus=0, max_retries=0)(find_problem)
         nodes = {
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
                 reads, marks.locations
             ): node["NodeManagerAddress"]
             for node in _working_nodes()[:MAX_NODES_ASKED]
@@ -52,7 +52,7 @@ def require_visible(
             try:
                 problem = ray.get(reference)
             except (TaskUnschedulableError, WorkerCrashedError, NodeDiedError):
-                continue  # the node is gone
+                continue  # the node is lost
             except RayError as error:
                 problem = f"imcap cannot run: {describe_error(error)}: install on every node what imcap_ray depends on"
             if problem:
@@ -60,25 +60,24 @@ def require_visible(
 
 
 def find_problem(reads: Sequence[tuple[str, str]], marks: Mapping[str, str]) -> str:
-    """What this machine does not see, in one line; "" where it sees all.
+    """What this machine does not see, in one line; "" if it sees everything.
 
     Args:
-        reads: locations that are to exist.
-        marks: files that another machine has written, or locations in a store of which nothing is known but that it
-            has to answer.
+        reads: locations that must exist.
+        marks: files that another machine has written, or locations in a store, which only has to answer.
     """
     for name, location in reads:
-        is_there, problem = _ask(name, location)
-        if problem or not is_there:
-            return problem or f"{name} {location} is not there: {ADVICE}"
+        exists, problem = _check(name, location)
+        if problem or not exists:
+            return problem or f"{name} {location} does not exist: {ADVICE}"
     for name, location in marks.items():
-        is_there, problem = _ask(name, location)
-        if problem or not (is_there or storage.is_uri(location)):
-            return problem or f"{name}: {storage.parent(location)} is another folder than here: {ADVICE}"
+        exists, problem = _check(name, location)
+        if problem or not (exists or storage.is_uri(location)):
+            return problem or f"{name}: {storage.parent(location)} is another folder than on this machine: {ADVICE}"
     return ""
 
 
-def _ask(name: str, location: str) -> tuple[bool, str]:
+def _check(name: str, location: str) -> tuple[bool, str]:
     try:
         return storage.exists(location), ""
     except (OSError, ImcapError) as error:
@@ -86,13 +85,13 @@ def _ask(name: str, location: str) -> tuple[bool, str]:
 
 
 class _Marks:
-    """Files in the folders that will be written to, by which another machine knows them; gone at the end.
+    """Files in the folders that will be written to, by which other machines recognise them; removed at the end.
 
-    In a store there is nothing to tell apart, and nothing is written: its location stands for itself.
+    Nothing is written to a store, because its location is the same for all machines.
     """
 
     def __init__(self, writes: Mapping[str, str]) -> None:
-        self.locations = {name: place if storage.is_uri(place) else _mark(place) for name, place in writes.items()}
+        self.locations = {name: path if storage.is_uri(path) else _mark(path) for name, path in writes.items()}
 
     def __enter__(self) -> _Marks:
         for location in self._files():
@@ -107,11 +106,12 @@ class _Marks:
         return [location for location in self.locations.values() if not storage.is_uri(location)]
 
 
-def _mark(place: str) -> str:
-    """A name in the folder, which may be where a disk is mounted, or in the nearest one above it that exists."""
-    while not os.path.isdir(place):
-        place = os.path.dirname(place)
-    return storage.join(place, f".imcap.{uuid.uuid4().hex[:8]}")  # as a killed `write_bytes` leaves it: cleaned up too
+def _mark(path: str) -> str:
+    """A file name in the folder, which may be where a disk is mounted, or in the nearest parent that exists."""
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    # Named like a temporary file of `write_bytes`, so that it is removed if this process is killed.
+    return storage.join(path, f".imcap.{uuid.uuid4().hex[:8]}")
 
 
 def _working_nodes() -> list[dict[str, Any]]:

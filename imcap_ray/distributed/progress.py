@@ -1,4 +1,7 @@
-"""What tasks and actors of a run report -> its progress. Its process starts beside all others, and imports little."""
+"""Reports of the tasks and actors of a run -> its progress.
+
+Imports little, because its process starts at the same time as all others.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from typing import Final
 import ray
 
 WORK_SECONDS: Final = 300
-"""A process that has begun something and reports nothing for longer than this counts as dead."""
+"""A working process that has reported nothing for longer than this counts as dead."""
 
 
 @dataclass
 class Progress:
-    """What a run has done so far, summed over its tasks and actors."""
+    """The progress of a run, summed over its tasks and actors."""
 
     counts: dict[str, int] = field(default_factory=dict)
     """Images by status."""
@@ -23,11 +26,11 @@ class Progress:
     waiting_seconds: float = 0.0
     """Time the actors spent between two batches."""
     batch_size: int = 0
-    """The fewest images that an actor could compute together; 0 where none has told."""
+    """The smallest number of images that an actor could compute together; 0 if none has reported it."""
     num_reports: int = 0
-    """How often tasks and actors have reported something."""
+    """Number of reports by tasks and actors."""
     num_working: int = 0
-    """Tasks and actors that have begun something and not ended it."""
+    """Tasks and actors that are working."""
     num_actors: int = 0
     """Actors that have started so far."""
 
@@ -39,7 +42,7 @@ class Progress:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ProgressCounter:
-    """Sums what tasks and actors report. Losing it loses the progress line, nothing else."""
+    """Sums what tasks and actors report. If it is lost, only the progress line is."""
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -47,7 +50,7 @@ class ProgressCounter:
         self._actors: set[str] = set()
 
     def report_work(self, worker: str, is_working: bool, is_actor: bool) -> None:
-        """A task or an actor begins something, continues it, or ends it."""
+        """Record that a task or an actor begins or continues to work, or ends."""
         self._progress.num_reports += 1
         if is_actor:
             self._actors.add(worker)
@@ -57,14 +60,14 @@ class ProgressCounter:
             self._working.pop(worker, None)
 
     def add_batch(self, counts: dict[str, int], busy_seconds: float, waiting_seconds: float) -> None:
-        """An actor reports a batch."""
+        """Add a batch of an actor."""
         for status, count in counts.items():
             self._progress.counts[status] = self._progress.counts.get(status, 0) + count
         self._progress.busy_seconds += busy_seconds
         self._progress.waiting_seconds += waiting_seconds
 
     def report_batch_size(self, batch_size: int) -> None:
-        """An actor computes so many images together from now on."""
+        """Record how many images an actor computes together from now on."""
         self._progress.batch_size = min(self._progress.batch_size or batch_size, batch_size)
 
     def get(self) -> Progress:

@@ -1,7 +1,7 @@
-"""What the actors and the driver of a run do -> Ray's metrics, for Prometheus.
+"""Work of the actors and the driver of a run -> Ray's metrics, for Prometheus.
 
 Every node's agent serves them at its metrics port, which the head's `prom_metrics_service_discovery.json` lists, with
-`ray_` before their names and the process as a label. Where there is no agent, or no Ray, they go nowhere.
+`ray_` before their names and the process as a label. Without an agent, or without Ray, they are dropped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ WAIT_BOUNDARIES_SECONDS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 
 class ActorMetrics:
-    """Of one actor that works on images; `operator` is the name of its class, as the dashboard shows it."""
+    """Metrics of one actor that works on images; `operator` is the name of its class, as in the dashboard."""
 
     def __init__(self, operator: str) -> None:
         tags = {"operator": operator}
@@ -25,7 +25,7 @@ class ActorMetrics:
         ).set_default_tags(tags)
         self._waits = Histogram(
             "imcap_queue_wait_seconds",
-            "Time an actor waited for its next batch: much of it means that decoding cannot keep up.",
+            "Time that an actor waited for its next batch; a long time means that decoding cannot keep up.",
             WAIT_BOUNDARIES_SECONDS,
             ("operator",),
         ).set_default_tags(tags)
@@ -37,30 +37,32 @@ class ActorMetrics:
         self._num_steps = 0
 
     def count_images(self, counts: Mapping[str, int]) -> None:
-        """So many more images, by status."""
+        """Add images, by status."""
         for status, count in counts.items():
             if count:
                 self._images.inc(count, {"status": status})
 
     def observe_wait(self, seconds: float) -> None:
-        """The actor waited so long for a batch."""
+        """Add a wait for a batch."""
         self._waits.observe(seconds)
 
     def report_beam_steps(self, num_steps: int) -> None:
-        """The actor has taken so many steps since it began."""
+        """Set the number of steps since the actor began."""
         if num_steps > self._num_steps:
             self._steps.inc(num_steps - self._num_steps)
             self._num_steps = num_steps
 
 
 class RunMetrics:
-    """Of a run as a whole, told by its driver."""
+    """Metrics of a whole run, from its driver."""
 
     def __init__(self, operator: str) -> None:
         self._rate = Gauge(
-            "imcap_images_per_second", "Images that a run finished in a second, of late.", ("operator",)
+            "imcap_images_per_second",
+            "Images per second in the last two minutes of a run.",
+            ("operator",),
         ).set_default_tags({"operator": operator})
 
     def set_rate(self, images_per_second: float) -> None:
-        """The run's speed; 0 when it has ended."""
+        """Set the run's speed; 0 when it has ended."""
         self._rate.set(images_per_second)

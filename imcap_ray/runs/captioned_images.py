@@ -27,8 +27,8 @@ from imcap_ray.runs.captions_table import folder_of, image_locator, read_run
 
 
 class CaptionedImageSource:
-    """The images of a captions table: files where `image_locator` lets them be, and rows of the tables and tars that
-    the run's own manifest names.
+    """The images of a captions table: files where `image_locator` allows them, and rows of the tables and tars in the
+    run's own manifest.
 
     Args:
         captions: a captions folder, or a Parquet file of it.
@@ -36,25 +36,26 @@ class CaptionedImageSource:
     """
 
     def __init__(self, captions: str, *, folders: Sequence[str] = (), allow_outside_paths: bool = False) -> None:
-        self._place = image_locator(captions, folders=folders, allow_outside_paths=allow_outside_paths)
+        self._locate = image_locator(captions, folders=folders, allow_outside_paths=allow_outside_paths)
         self._manifest = storage.join(folder_of(captions), "_imcap", "manifest")
         self._input = str((read_run(captions) or {}).get("input", ""))
-        self._ask_again: dict[str, float] = {}
-        """By store, the time before which it is not asked whether it is reachable."""
-        self._not_asked: dict[str, tuple[str, ImageError]] = {}
-        """By store, the last image that could not be read and was not asked about."""
+        self._reachable_until: dict[str, float] = {}
+        """The time until which each store counts as reachable."""
+        self._not_probed: dict[str, tuple[str, ImageError]] = {}
+        """The last image of each store that could not be read while the store counted as reachable."""
 
     def find(self, rows: Sequence[Row]) -> list[Row | None]:
-        """For each row of captions, by its `image_id` and `image_path`, where its image is: these and `table_path`; for
-        a row of a table all but `manifest_id` of `MANIFEST_SCHEMA`. None where the bytes were in a table that nothing
-        names any more.
+        """Locate the image of each row of captions by its `image_id` and `image_path`.
+
+        For a file, the result has these and `table_path`; for a row of a table, all of `MANIFEST_SCHEMA` except
+        `manifest_id`. It is None if the bytes were in a table that no manifest lists any more.
 
         Raises:
-            InputError: a path leads where it may not.
+            InputError: a path leads outside the folders that are allowed.
         """
         packed = self._find_packed([row["image_id"] for row in rows if not row["image_path"]])
         return [
-            {**row, "image_path": self._place(row, row["image_path"]), "table_path": ""}
+            {**row, "image_path": self._locate(row, row["image_path"]), "table_path": ""}
             if row["image_path"]
             else packed.get(row["image_id"])
             for row in rows
@@ -67,10 +68,10 @@ class CaptionedImageSource:
         filesystem = storage.resolve(self._manifest)[0]
         manifest = pads.dataset([storage.resolve(part)[1] for part in parts], filesystem=filesystem, format="parquet")
         columns = [name for name in MANIFEST_SCHEMA.names[1:] if name in manifest.schema.names]
-        found = manifest.to_table(columns=columns, filter=pads.field("image_id").isin(image_ids)).to_pylist()
-        for row in found:
-            self._place(row, row["table_path"])
-        return {row["image_id"]: row for row in found if row["table_path"]}
+        rows = manifest.to_table(columns=columns, filter=pads.field("image_id").isin(image_ids)).to_pylist()
+        for row in rows:
+            self._locate(row, row["table_path"])
+        return {row["image_id"]: row for row in rows if row["table_path"]}
 
     @cached_property
     def _image_columns(self) -> list[str]:
@@ -80,16 +81,16 @@ class CaptionedImageSource:
         return read_rows(places, None, image_columns=self._image_columns)
 
     def load(self, rows: Sequence[Row], places: Sequence[Row | None] | None = None) -> Iterator[bytes | ImageError]:
-        """The bytes of the image of each row, in their order, or why there are none. A few are in memory at a time.
+        """The image bytes of each row in order, or an error. Only a few images are in memory at a time.
 
-        Bytes other than those that were captioned, by the row's `sha256`, are an error with the code `changed`. A table
-        or tar that was rewritten makes a difference to rows without `sha256` only.
+        Bytes that differ from those that were captioned, by the row's `sha256`, are an error with the code `changed`. A
+        table or tar that was rewritten matters only to rows without `sha256`.
 
         Args:
-            places: what `find` returned for these rows, where the caller needs it too.
+            places: what `find` returned for these rows, if the caller has it.
 
         Raises:
-            InputError: as `find`.
+            InputError: see `find`.
         """
         places = self.find(rows) if places is None else places
         with ThreadPoolExecutor(READ_THREADS) as threads:  # a disk, or a store, is waited for
@@ -113,37 +114,37 @@ class CaptionedImageSource:
                         yield _as_captioned(row, next(from_files))
 
     def require_reachable(self, location: str, error: ImageError) -> None:
-        """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is gone.
+        """Raise ImcapError if an image cannot be read because the store, or the disk of the run's input, is lost.
 
-        A store that has just answered is not asked again, see `require_still_reachable`: with a store that throttles,
-        the question takes seconds.
+        A store that has just answered is not probed again, because that takes seconds with a store that throttles; see
+        `require_still_reachable`.
 
         Args:
-            location: of the image, see `location_of`.
+            location: location of the image, see `location_of`.
             error: why it could not be read.
         """
         if storage.is_uri(location):
             store = "/".join(location.split("/", 3)[:3])
-            if time.monotonic() < self._ask_again.get(store, 0.0):
-                self._not_asked[store] = location, error
+            if time.monotonic() < self._reachable_until.get(store, 0.0):
+                self._not_probed[store] = location, error
             else:
-                self._ask(store, location, error)
+                self._probe(store, location, error)
         elif self._input and storage.is_inside(self._input, location):
             require_reachable(self._input, error)
 
     def require_still_reachable(self) -> None:
-        """Ask the stores that `require_reachable` did not ask about their last error. Raises ImcapError likewise."""
-        for store, (location, error) in list(self._not_asked.items()):
-            self._ask(store, location, error)
+        """Probe stores that `require_reachable` did not probe after their last error. Raises ImcapError likewise."""
+        for store, (location, error) in list(self._not_probed.items()):
+            self._probe(store, location, error)
 
-    def _ask(self, store: str, location: str, error: ImageError) -> None:
+    def _probe(self, store: str, location: str, error: ImageError) -> None:
         require_reachable(location, error)
-        self._not_asked.pop(store, None)
-        self._ask_again[store] = time.monotonic() + REACHABILITY_INTERVAL_SECONDS
+        self._not_probed.pop(store, None)
+        self._reachable_until[store] = time.monotonic() + REACHABILITY_INTERVAL_SECONDS
 
 
 def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
-    """The data, or an error if it is not what was captioned. Rows without a hash, as of a table made by hand, pass."""
+    """The data, or an error if other data were captioned. Rows without a hash, as in a table made by hand, pass."""
     expected = row.get("sha256")
     if expected and isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != expected:
         return ImageError("changed", "changed since it was captioned")

@@ -66,7 +66,7 @@ class ProgressReporter:
         write(line)
 
     def rate(self, task: str = "") -> float | None:
-        """How many images are done in a second; None while that is unknown."""
+        """Images per second; None while that is unknown."""
         return self._paces[task].rate(self._clock())
 
     def report_epoch(self, line: str) -> None:

@@ -1,6 +1,6 @@
-"""Counts of what is done, as they come -> how fast it goes, how long it will take, and when a line of that is due.
+"""Counts over time -> the speed, the time left, and when a line of progress is due.
 
-Prints nothing, and knows nothing of what is counted.
+Prints nothing, and does not know what is counted.
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from statistics import linear_regression
 from typing import Final
 
 RATE_SECONDS: Final = 120
-"""What the rate is measured over: long enough for batches that take seconds, short enough to follow a change."""
+"""Time over which the speed is measured: long enough for batches that take seconds, short enough to follow a change."""
 
 _MIN_CHANGES: Final = 8  # kept however old they are: a slow machine's batches may take half a minute each
 
-_MIN_SECONDS: Final = 3  # a rate out of less is chance
+_MIN_SECONDS: Final = 3  # a speed over less time is chance
 
 LINE_INTERVALS: Final = ((60, 10), (600, 60), (3600, 180), (float("inf"), 900))
-"""Until so many seconds after the start, a line every so many seconds: 31 in the first hour, then four an hour."""
+"""Pairs: until N seconds after the start, a line every M seconds. 31 in the first hour, then four an hour."""
 
 
 class LineSchedule:
-    """When a line of progress is due in a log, so that a long run's log stays one that is read."""
+    """Decides when a line of progress is due in a log, so that a long run has a short log."""
 
     def __init__(self, start: float) -> None:
         self._start = start
         self._last = start
 
     def is_due(self, now: float) -> bool:
-        """Whether it is time for a line; whoever asks says one if it is.
+        """Whether a line is due; the caller writes one if it is.
 
         Args:
             now: seconds by the same clock as the start.
@@ -41,10 +41,10 @@ class LineSchedule:
 
 
 class Pace:
-    """The speed of something that is counted, of late.
+    """The current speed of something that is counted.
 
-    Counting begins with the first results: what comes before them, as the start of Ray and the loading of models, says
-    nothing of the speed. Results come in batches, and several actors may finish theirs together, so the rate is the
+    Measuring begins with the first results, because the start of Ray and the loading of models before them have nothing
+    to do with the speed. Results come in batches, and several actors may finish theirs together, so the rate is the
     slope of a line through the moments at which the count has changed.
     """
 
@@ -52,7 +52,7 @@ class Pace:
         self._changes: deque[tuple[float, int]] = deque()
 
     def note(self, now: float, done: int) -> None:
-        """So many are done at this moment, in seconds of any clock. A count that falls begins anew."""
+        """Record how many are done at this moment, in seconds of any clock. A count that falls starts again."""
         if self._changes and done < self._changes[-1][1]:
             self._changes.clear()
         if done and (not self._changes or done > self._changes[-1][1]):
@@ -61,18 +61,18 @@ class Pace:
             self._changes.popleft()
 
     def rate(self, now: float) -> float | None:
-        """How many are done in a second; None while that cannot be told."""
+        """How many are done per second; None while that is unknown."""
         points = list(self._changes)
         moments = [moment for moment, _ in points]
         longest_gap = max((after - before for before, after in zip(moments, moments[1:], strict=False)), default=0.0)
-        if points and now - moments[-1] > longest_gap:  # a silence like none before it belongs to the speed
+        if points and now - moments[-1] > longest_gap:  # the longest silence so far counts
             points.append((now, points[-1][1]))
         if len(points) < 3 or points[-1][0] - points[0][0] < _MIN_SECONDS:
             return None
         return max(0.0, linear_regression(*zip(*points, strict=True)).slope)
 
     def seconds_left(self, now: float, total: int) -> float | None:
-        """How long it will take until `total` are done; None while that cannot be told."""
+        """Seconds until `total` are done; None while that is unknown."""
         rate = self.rate(now)
         if not rate:
             return None

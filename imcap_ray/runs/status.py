@@ -1,4 +1,4 @@
-"""The files of a captioning or of a training -> how far it is. Starts nothing, writes nothing, needs no Ray."""
+"""The files of a captioning or training run -> its progress. Starts nothing, writes nothing, needs no Ray."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from imcap_ray.runs.training_run import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_F
 RUNNING: Final = "running"
 
 SILENT: Final = "silent"
-"""Said to be running, without a sign of life: it was killed, or its machine is gone."""
+"""Recorded as running, but without a recent heartbeat: it was killed, or its machine is lost."""
 
 STARTING: Final = "starting"
 
 IDLE_SECONDS: Final = 2 * HEARTBEAT_SECONDS
-"""After this long without an image the speed of before says nothing about the time left."""
+"""After this long without an image, the earlier speed does not predict the time left."""
 
-_READ_ATTEMPTS: Final = 3  # a run that goes on takes files away between the listing and the reading
+_READ_ATTEMPTS: Final = 3  # a running run may remove files after they are listed and before they are read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptioningStatus:
-    """How far a captioning is."""
+    """The progress of a captioning run."""
 
     output: str
     input: str
     model: str
     state: str
-    """running, silent, interrupted, failed, complete, or replacing: the new rows of `--overwrite` are complete, and are
-    being put in the place of the old."""
+    """running, silent, interrupted, failed, complete, or replacing: the new rows of `--overwrite` are complete and are
+    replacing the old ones."""
     is_replacing: bool
     """Whether these are the new rows of `--overwrite`, which readers do not see yet."""
     num_images: int
-    """Of the input, as far as it is listed."""
+    """Images of the input, as far as it is listed."""
     num_done: int
     """Images whose rows are written."""
     counts: dict[str, int]
@@ -50,40 +50,40 @@ class CaptioningStatus:
     error_counts: dict[str, int]
     """Failed rows by error code."""
     images_per_second: float | None
-    """Of the last two minutes while it runs, of the whole run when it is complete."""
+    """Speed of the last two minutes while it runs, of the whole run when it is complete."""
     seconds_left: float | None
     started: str
     last_sign_seconds: float | None
-    """Time since the last sign of life of a run that should be running."""
+    """Age of the last heartbeat of a run that should be running."""
     waiting: str
     """Why a running captioning captions nothing at the moment; "" otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingStatus:
-    """How far a training is."""
+    """The progress of a training run."""
 
     model: str
     state: str
-    """running, silent or complete; starting before the first epoch has ended."""
+    """running, silent or complete; starting until the first epoch has ended."""
     phase: str
-    """Of the newest epoch; "" before."""
+    """Phase of the newest epoch; "" before the first."""
     num_epochs: int
-    """At most, over all phases."""
+    """Maximum number of epochs of all phases."""
     num_epochs_done: int
     best_epoch: int | None
     best_cider_d: float | None
     seconds_left: float | None
-    """At most, if the epochs go on like the last one."""
+    """Maximum time left, if the other epochs take as long as the last one."""
     last_sign_seconds: float | None
-    """Time since the last sign of life of a training that is not complete."""
+    """Age of the last heartbeat of a training that is not complete."""
 
 
 def read_status(location: str) -> CaptioningStatus | TrainingStatus:
-    """How far the captioning or the training is whose output this is.
+    """The progress of the captioning or training run that writes to this location.
 
     Raises:
-        InputError: there is neither.
+        InputError: no run has written there.
     """
     location = storage.absolute(location)
     folder = CaptionsFolder(location)
@@ -94,7 +94,7 @@ def read_status(location: str) -> CaptioningStatus | TrainingStatus:
     training = storage.join(location, WORK_FOLDER)
     if storage.is_folder(training):
         return _training_status(location, training)
-    raise InputError(f"no captions and no training of imcap there: {location}")
+    raise InputError(f"{location} has neither captions nor a training of imcap")
 
 
 def _captioning_status(
@@ -133,7 +133,7 @@ def _captioning_status(
 
 
 def _describe_waiting(heartbeat: Mapping[str, Any]) -> str:
-    """Why no image is captioned at the moment; "" if images were captioned of late, or none was yet."""
+    """Why no image is captioned at the moment; "" if one was captioned recently, or none was yet."""
     if heartbeat.get("waiting"):
         return str(heartbeat["waiting"])
     idle = _seconds_since(heartbeat.get("last_image"))
@@ -153,8 +153,8 @@ def _training_status(model: str, work: str) -> TrainingStatus:
     rows = read_metrics(work)
     num_epochs = _num_epochs(storage.join(work, SETTINGS_FILE))
     best = max(rows, key=lambda row: row["cider_d"], default=None)
-    signs = [storage.join(work, name) for name in (HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE)]
-    newest_ns = max((storage.describe_file(sign).modified_ns for sign in signs if storage.exists(sign)), default=0)
+    heartbeats = [storage.join(work, name) for name in (HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE)]
+    newest_ns = max((storage.describe_file(path).modified_ns for path in heartbeats if storage.exists(path)), default=0)
     last_sign = max(0.0, time.time() - newest_ns / 1e9) if newest_ns else None
     if storage.exists(storage.join(model, "config.json")):
         state = COMPLETE
@@ -175,18 +175,18 @@ def _training_status(model: str, work: str) -> TrainingStatus:
     )
 
 
-def _num_epochs(place: str) -> int:
-    """The epochs of all phases of the recipe in settings.json."""
+def _num_epochs(settings: str) -> int:
+    """Number of epochs of all phases of the recipe in settings.json."""
     try:
-        recipe = json.loads(storage.read_bytes(place))["recipe"]
+        recipe = json.loads(storage.read_bytes(settings))["recipe"]
     except (FileNotFoundError, ValueError, LookupError) as error:
-        raise InputError(f"{place} does not say what is trained here: {error}") from error
+        raise InputError(f"{settings} does not describe a training: {error}") from error
     sections = (section for section in recipe.values() if isinstance(section, dict))
     return sum(section.get("epochs", 0) * section.get("repetitions", 1) for section in sections)
 
 
 def _seconds_since(moment: Any) -> float | None:
-    """Time since a moment in ISO format, by this machine's clock; None for what is none."""
+    """Seconds since a time in ISO format, by this machine's clock; None if it is not a time."""
     try:
         return max(0.0, (datetime.now(timezone.utc) - datetime.fromisoformat(moment)).total_seconds())
     except (TypeError, ValueError):

@@ -20,5 +20,5 @@ def test_the_nodes_are_asked_and_the_first_that_does_not_see_is_named(
 
     require_visible(several, reads=[("INPUT", str(tmp_path))], writes=output)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ClusterError, match=r"on the cluster's node [\d.]+ --model /no/such/model is not there"):
+    with pytest.raises(ClusterError, match=r"on the cluster's node [\d.]+ --model /no/such/model does not exist"):
         require_visible(several, reads=[("INPUT", str(tmp_path)), ("--model", "/no/such/model")], writes=output)

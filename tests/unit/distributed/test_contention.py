@@ -19,7 +19,7 @@ FULL = FreeResources(cpus=4, free_cpus=0, gpus=0, free_gpus=0).lacks(cpus=1, gpu
 
 
 def look(watch: RoomWatch, now: float, *, num_reports: int = 5, num_working: int = 0, lack: str = FULL) -> float:
-    return watch.look(now, num_reports=num_reports, num_working=num_working, read_lack=lambda: lack)
+    return watch.update(now, num_reports=num_reports, num_working=num_working, read_lack=lambda: lack)
 
 
 def test_a_run_waits_while_none_of_its_processes_works_and_the_cluster_is_full() -> None:

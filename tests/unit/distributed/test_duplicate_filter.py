@@ -12,15 +12,15 @@ Index = ImageIndex.__ray_metadata__.modified_class  # the class itself, without 
 def test_only_the_first_of_the_same_bytes_has_not_come_before(tmp_path: Path) -> None:
     index = Index(str(tmp_path), 10)
 
-    assert index.have_come_before([0, 1, 2], [HASHES["x"], HASHES["y"], HASHES["x"]]) == [False, False, True]
-    assert index.have_come_before([3, 4], [HASHES["y"], HASHES["z"]]) == [True, False]
+    assert index.are_repeated([0, 1, 2], [HASHES["x"], HASHES["y"], HASHES["x"]]) == [False, False, True]
+    assert index.are_repeated([3, 4], [HASHES["y"], HASHES["z"]]) == [True, False]
 
 
 def test_a_repeated_task_gets_the_answer_it_had(tmp_path: Path) -> None:
     index = Index(str(tmp_path), 10)
-    first = index.have_come_before([5, 6], [HASHES["x"], HASHES["x"]])
+    first = index.are_repeated([5, 6], [HASHES["x"], HASHES["x"]])
 
-    assert index.have_come_before([5, 6], [HASHES["x"], HASHES["x"]]) == first == [False, True]
+    assert index.are_repeated([5, 6], [HASHES["x"], HASHES["x"]]) == first == [False, True]
 
 
 def test_an_index_made_anew_knows_what_is_written_and_nothing_of_those_that_wait(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_an_index_made_anew_knows_what_is_written_and_nothing_of_those_that_wait
 
     index = Index(str(tmp_path), 10)
 
-    assert index.have_come_before([7, 8], [HASHES["x"], HASHES["y"]]) == [True, False]
+    assert index.are_repeated([7, 8], [HASHES["x"], HASHES["y"]]) == [True, False]
 
 
 def test_no_image_of_many_is_taken_for_another(tmp_path: Path) -> None:
@@ -36,5 +36,5 @@ def test_no_image_of_many_is_taken_for_another(tmp_path: Path) -> None:
     ids = list(range(20_000))
 
     assert not any(
-        index.have_come_before(ids, [sha256(bytes([number % 256, number // 256])).hexdigest() for number in ids])
+        index.are_repeated(ids, [sha256(bytes([number % 256, number // 256])).hexdigest() for number in ids])
     )
