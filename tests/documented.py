@@ -13,6 +13,7 @@ from imcap_ray.cli.main import main
 ROOT = Path(__file__).parent.parent
 FILES = (
     ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "jobs" / "RESULTS.md",
     *sorted((ROOT / "jobs").glob("*.py")),
     *sorted((ROOT / "jobs" / "benchmarks").glob("*.py")),
