@@ -31,10 +31,11 @@ from imcap_ray.cli.train import train
 from imcap_ray.errors import INTERRUPTED, ImcapError, InputError
 
 
-class _Group(click.Group):
+class CommandGroup(click.Group):
     """Prints errors of the package in one line and sets the exit code; any other error is a bug with a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
         termination = _Termination()
         signal.signal(signal.SIGTERM, termination)
         try:
@@ -113,7 +114,7 @@ class _Termination:
             self._is_running = False
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="imcap")
 def main() -> None:
     """Caption photographs, train captioners on your own, score them; on a laptop or a Ray cluster.

@@ -283,8 +283,8 @@ def caption_images(
         ImcapError: the run failed; what is written is kept, and the same call resumes.
     """
     config, reporter = _with_absolute_paths(config), reporter or ProgressReporter(print)
-    num_actors, gpus = _choose_actors(resources, cluster)
     captioner = captioner or load_captioner()
+    pool = _actor_pool(resources, cluster, load_captioner, captioner)
     progress = Progress()
     with (
         _storage_errors(),
@@ -292,16 +292,7 @@ def caption_images(
         when_lost(run.record_failure),
     ):
         run.list_images()
-        pool = ActorPool(
-            actor_class=CaptionImages,
-            arguments={"load_captioner": load_captioner, "gpus": gpus},
-            image_size=captioner.image_size,
-            batch_size=resources.batch_size or compute_batch_size(on_gpu=gpus > 0),
-            num_actors=min(num_actors, max(1, num_blocks(run.num_pending))),
-            gpus_per_actor=gpus,
-            can_grow=resources.num_actors is None and not cluster.is_local,
-            can_release=cluster.max_cpus <= cluster.cpus,
-        )
+        pool = replace(pool, num_actors=min(pool.num_actors, max(1, num_blocks(run.num_pending))))
         if run.num_pending:
             reporter.report(_describe_start(run, pool))
         files, has_index = _pipeline_files(run, captioner), True
@@ -336,6 +327,22 @@ def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources) -> tup
     # Besides the actors, Ray Data needs a CPU to decode, and on a resumed run one to leave out what is done.
     require(cluster, cpus=num_actors + 2, gpus=num_actors * gpus, what=f"--num-actors {num_actors}")
     return num_actors, gpus
+
+
+def _actor_pool(
+    resources: ResourcesConfig, cluster: ClusterResources, load_captioner: LoadCaptioner, captioner: ImageCaptioner
+) -> ActorPool:
+    num_actors, gpus = _choose_actors(resources, cluster)
+    return ActorPool(
+        actor_class=CaptionImages,
+        arguments={"load_captioner": load_captioner, "gpus": gpus},
+        image_size=captioner.image_size,
+        batch_size=resources.batch_size or compute_batch_size(on_gpu=gpus > 0),
+        num_actors=num_actors,
+        gpus_per_actor=gpus,
+        can_grow=resources.num_actors is None and not cluster.is_local,
+        can_release=cluster.max_cpus <= cluster.cpus,
+    )
 
 
 def _pipeline_files(run: CaptioningRun, captioner: ImageCaptioner) -> PipelineFiles:

@@ -1,5 +1,7 @@
-"""Images -> cached features of a frozen CNN, by Ray Data. A cache is resumed like a captioning run, image by image; an
-image whose file has changed is encoded again."""
+"""Images -> cached features of a frozen CNN, by Ray Data.
+
+A cache is resumed per image, like a captioning run. An image whose file has changed is encoded again.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +51,13 @@ from imcap_ray.training.batches import augmentation
 FEATURES_SCHEMA: Final = pa.schema(
     [
         ("image_id", pa.string()),
-        ("features", pa.large_binary()),  # float16 (views, R, F); b"" where the image cannot be read
+        ("features", pa.large_binary()),  # float16 (views, R, F); b"" if the image cannot be read
         ("error_code", pa.string()),
         ("error_message", pa.string()),
-        ("origin", pa.string()),  # of what file, in what state, see `origin_of`; earlier versions wrote none
+        (
+            "origin",
+            pa.string(),
+        ),  # of which file, in which state, see `origin_of`; earlier versions wrote none
     ]
 )
 
@@ -61,24 +66,24 @@ _ROWS_AT_A_TIME: Final = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Views:
-    """What is encoded of each image: itself, and what else. Or nothing: then it is only seen whether it can be read."""
+    """Which views of each image are encoded. If there are none, images are only checked to be readable."""
 
     original: bool = True
     """The image as it is."""
     flip: bool = False
     """Its mirror image."""
     crops: int = 0
-    """So many random crops, mirrored half of the time."""
+    """Number of random crops, half of them mirrored."""
     min_crop_area: float = 1.0
-    """Smallest share of its area that these show."""
+    """Smallest share of the image's area that a crop shows."""
 
     @property
     def count(self) -> int:
-        """All of them."""
+        """Number of views of an image."""
         return self.original + self.flip + self.crops
 
     def draw(self, pixels: Tensor) -> list[Tensor]:
-        """The views of uint8 pixels (B, 3, S, S), each like these; the same ones whenever the same batch comes."""
+        """The views of uint8 pixels (B, 3, S, S), each of that shape. The same batch gets the same crops."""
         views = [pixels] if self.original else []
         if self.flip:
             views.append(pixels.flip(-1))
@@ -101,19 +106,19 @@ class FeatureCache:
     failures: list[dict[str, str]]
     """Images without features: image_id, error_code, error_message."""
     parts: list[str] = field(default_factory=list)
-    """Names of the Parquet files that have the features of each other image once."""
+    """Names of the Parquet files, which have the features of every other image once."""
     notes: list[str] = field(default_factory=list)
-    """What was damaged, has changed or is unknown."""
+    """What was corrupt, has changed or is unknown, for people."""
     use: FeatureFolder | None = None
-    """Keeps the parts from being removed by other trainings, as long as it gives signs of life."""
+    """Keeps other trainings from removing the parts, as long as it has heartbeats."""
 
     def files(self) -> list[str]:
-        """The Parquet files; rows of images without features may be among theirs."""
+        """Locations of the Parquet files, which may also have rows of images without features."""
         return [storage.join(self.folder, name) for name in self.parts]
 
 
 class EncodeImages:
-    """Loaded images -> their features. One lives in each actor of the pool."""
+    """Loaded images -> their features. Each actor of the pool has one."""
 
     def __init__(
         self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: ActorReporter, gpus: float = 0.0
@@ -143,7 +148,7 @@ class EncodeImages:
             return pa.Table.from_pylist(done, FEATURES_SCHEMA.insert(0, rows.schema.field("manifest_id")))
 
     def _encode(self, pixels: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.float16] | ImageError]:
-        """For each image of pixels (B, 3, S, S) its float16 features (views, R, F), or why it has none."""
+        """The float16 features (views, R, F) of each image of pixels (B, 3, S, S), or an error."""
         if not self._views.count:
             yield from itertools.repeat(np.empty(0, np.float16), len(pixels))
             return
@@ -170,10 +175,10 @@ def cache_key(
     views: Views,
     image_columns: Sequence[str] = (),
 ) -> str:
-    """Name of the cache of these images under this encoder: another encoder or other images, another name.
+    """Name of the cache of these images with this encoder. It differs for another encoder and for other images.
 
     Args:
-        image_columns: those of the tables that hold the images, which may hold other images in others.
+        image_columns: columns of the tables that hold the images; other columns may hold other images.
     """
     settings = [
         location,
@@ -259,38 +264,38 @@ def cache_features(
 def complete_cache(
     manifest: pa.Table, use: FeatureFolder, *, encode: Callable[[pa.Table], None], shape: tuple[int, int, int]
 ) -> FeatureCache:
-    """Encode what the folder lacks of the images of a manifest, and seal the parts that have all of them."""
+    """Encode the images of a manifest that the folder lacks, and write checksums of the parts that have all of them."""
     folder, notes = use.location, []
     origins = {row["image_id"]: origin_of(row) for batch in manifest.to_batches() for row in batch.to_pylist()}
-    damage = find_corrupt_files(folder, file_name=CHECKSUM_FILE)
-    if CHECKSUM_FILE not in damage:
-        notes = [f"{folder}/{name} {what}: its images are encoded again" for name, what in damage.items()]
-        for name in damage:  # a part that no seal names is taken to be intact
+    corrupt = find_corrupt_files(folder, file_name=CHECKSUM_FILE)
+    if CHECKSUM_FILE not in corrupt:
+        notes = [f"{folder}/{name} {what}: its images are encoded again" for name, what in corrupt.items()]
+        for name in corrupt:  # a part without a checksum counts as complete
             storage.remove(storage.join(folder, name))
-    sealed = checksummed_files(folder, file_name=CHECKSUM_FILE)
-    found = _survey(folder, origins, sealed)
-    notes += found.describe(manifest)
+    recorded = checksummed_files(folder, file_name=CHECKSUM_FILE)
+    survey = _survey(folder, origins, recorded)
+    notes += survey.describe(manifest)
     left = manifest.filter(
-        pa.compute.invert(pa.compute.is_in(manifest["image_id"], pa.array(sorted(found.images), pa.string())))
+        pa.compute.invert(pa.compute.is_in(manifest["image_id"], pa.array(sorted(survey.images), pa.string())))
     )
     if left.num_rows:
         encode(left)
-        found = _survey(folder, origins, [*sealed, *found.whole, *found.mixed])
-    unknown = origins.keys() - found.images - found.failed.keys()
+        survey = _survey(folder, origins, [*recorded, *survey.complete, *survey.mixed])
+    unknown = origins.keys() - survey.images - survey.failed.keys()
     if unknown:
         raise ImcapError(
-            f"{folder} has features of {len(found.images):,} images, expected {manifest.num_rows:,}: "
-            "the same command encodes what is missing"
+            f"{folder} has features of {len(survey.images):,} images, expected {manifest.num_rows:,}: "
+            "the same command encodes the others"
         )
-    failures = [found.failed[image_id] for image_id in origins if image_id not in found.images]
-    if not found.images:
+    failures = [survey.failed[image_id] for image_id in origins if image_id not in survey.images]
+    if not survey.images:
         first = failures[0]
         raise DatasetError(
             f"none of the {manifest.num_rows:,} images can be read, the first is {first['image_id']}: "
             f"{first['error_message']} ({first['error_code']})"
         )
-    parts = sorted(found.whole) + [_copy_rows(folder, name, rows) for name, rows in found.mixed.items()]
-    if damage or set(parts) != set(sealed):
+    parts = sorted(survey.complete) + [_copy_rows(folder, name, rows) for name, rows in survey.mixed.items()]
+    if corrupt or set(parts) != set(recorded):
         write_checksums(folder, parts, file_name=CHECKSUM_FILE)
     use.remove_all_but(parts)
     return FeatureCache(folder, shape, manifest.num_rows, failures, parts, notes, use)
@@ -298,23 +303,23 @@ def complete_cache(
 
 @dataclass(slots=True)
 class _Survey:
-    """What the parts of a folder have of some images."""
+    """Which of some images the parts of a folder have."""
 
     images: set[str] = field(default_factory=set)
-    """Those whose features are there and up to date."""
-    whole: set[str] = field(default_factory=set)
-    """Parts, by name, all of whose features are of these images."""
+    """Images whose features exist and are up to date."""
+    complete: set[str] = field(default_factory=set)
+    """Names of parts whose features are all of these images."""
     mixed: dict[str, list[int]] = field(default_factory=dict)
-    """Parts, by name, some of whose features are: the numbers of these rows."""
+    """Parts of which only some rows are features of these images: the name and the numbers of these rows."""
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
-    """By image, the row of one that has failed."""
+    """The rows of images that failed, by image."""
     changed: set[str] = field(default_factory=set)
-    """Images of which there are features that are out of date."""
+    """Images with features that are out of date."""
     of_earlier_version: set[str] = field(default_factory=set)
-    """Images of which there are features of unknown origin."""
+    """Images with features of unknown origin."""
 
     def describe(self, manifest: pa.Table) -> list[str]:
-        """Why images that were encoded before are encoded again, and which changes are not noticed, for people."""
+        """Lines: why images that were encoded before are encoded again, and which changes cannot be detected."""
         of_earlier_version = len(self.of_earlier_version - self.images)
         changed = len(self.changed - self.images - self.of_earlier_version)
         unknown = manifest.filter(pa.compute.equal(manifest["size"], -1))["image_path"].to_pylist()
@@ -323,19 +328,19 @@ class _Survey:
             (of_earlier_version, "encoded by an earlier version, which did not record their files: encoded again"),
             (
                 sum(map(storage.is_uri, unknown)),
-                "without a known size and time in the store: a change to them is not noticed",
+                "without a known size and time in the store: changes to them are not detected",
             ),
         )
         return [f"{count:,} image{'s' * (count != 1)} {what}" for count, what in counts if count]
 
 
 def _survey(folder: str, origins: Mapping[str, str], first: Iterable[str]) -> _Survey:
-    """What the folder's parts have of the images with these origins.
+    """Which of the images with these origins the folder's parts have.
 
     Args:
-        first: names of parts that are preferred where several have an image.
+        first: names of parts that are preferred if several have an image.
     """
-    found = _Survey()
+    survey = _Survey()
     names = [path.rpartition("/")[2] for path in storage.list_parquet(folder)]
     preferred = [name for name in dict.fromkeys(first) if name in names]
     for name in dict.fromkeys([*preferred, *names]):
@@ -353,23 +358,23 @@ def _survey(folder: str, origins: Mapping[str, str], first: Iterable[str]) -> _S
             is_current = has_origin and origins.get(image_id) == row["origin"]
             if row["error_code"]:
                 if is_current:
-                    found.failed[image_id] = row
+                    survey.failed[image_id] = row
                 continue
             num_features += 1
             if not is_current:
-                (found.changed if has_origin else found.of_earlier_version).add(image_id)
-            elif image_id not in found.images:
-                found.images.add(image_id)
+                (survey.changed if has_origin else survey.of_earlier_version).add(image_id)
+            elif image_id not in survey.images:
+                survey.images.add(image_id)
                 numbers.append(number)
         if numbers and len(numbers) == num_features:
-            found.whole.add(name)
+            survey.complete.add(name)
         elif numbers:
-            found.mixed[name] = numbers
-    return found
+            survey.mixed[name] = numbers
+    return survey
 
 
 def _copy_rows(folder: str, name: str, numbers: list[int]) -> str:
-    """Write a part of these rows of a part; its name."""
+    """Write these rows of a part to a new part. Returns its name."""
     copy, wanted, start = f"{uuid.uuid4().hex}_000000.parquet", pa.array(numbers), 0
     filesystem, path = storage.resolve(storage.join(folder, name))
     with (

@@ -13,10 +13,10 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from ray.exceptions import RayError
 
 from imcap_ray import storage
 from imcap_ray.data.image_decoding import DecodedImage, decode_image
-from imcap_ray.data.image_reading import read_rows
+from imcap_ray.data.image_reading import Row, read_rows
 from imcap_ray.data.manifest import largest_row_group, read_image_columns
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment, without_ray_advice
 from imcap_ray.distributed.contention import (
@@ -95,7 +95,39 @@ def loaded_schema(image_size: int) -> pa.Schema:
     )
 
 
-def origin_of(row: Mapping[str, Any]) -> str:
+class LoadedImage(NamedTuple):
+    """A row of `loaded_schema`."""
+
+    manifest_id: int
+    image_id: str
+    image_path: str
+    origin: str
+    pixels: bytes | None = None
+    width: int = 0
+    height: int = 0
+    format: str = ""
+    sha256: str = ""
+    error_code: str = ""
+    error_message: str = ""
+    is_repeated: bool = False
+
+    @classmethod
+    def of(cls, row: Row) -> LoadedImage:
+        """An image of a manifest that has nothing but its names."""
+        return cls(row["manifest_id"], row["image_id"], row["image_path"], origin_of(row))
+
+    @classmethod
+    def failed(cls, row: Row, error: ImageError) -> LoadedImage:
+        """An image of a manifest that cannot be read or decoded."""
+        return cls.of(row)._replace(error_code=error.code, error_message=error.message)
+
+
+def loaded_table(images: Iterable[LoadedImage], image_size: int) -> pa.Table:
+    """Loaded images as a table of `loaded_schema`."""
+    return pa.Table.from_pylist([image._asdict() for image in images], schema=loaded_schema(image_size))
+
+
+def origin_of(row: Row) -> str:
     """A short digest of an image's id, its location, and the size and time of its file, table or tar, from the row of a
     manifest. If it changes, cached data of the image are out of date."""
     names = ("image_id", "image_path", "table_path", "row_group", "row", "size", "modified_ns")
@@ -213,9 +245,9 @@ class LoadImages:
     def _load(self, rows: pa.Table) -> Iterator[pa.Table]:
         seconds = _decode_seconds()
         images = read_rows(rows.to_pylist(), self.root, image_columns=self.image_columns)
-        loaded = (_load_row(row, data, image_size=self.image_size, seconds=seconds) for row, data in images)
+        loaded = (_load_image(row, data, image_size=self.image_size, seconds=seconds) for row, data in images)
         while block := list(islice(loaded, IMAGES_PER_BLOCK)):
-            yield pa.Table.from_pylist(block, schema=loaded_schema(self.image_size))
+            yield loaded_table(block, self.image_size)
 
     def _load_isolated(self, rows: pa.Table) -> Iterator[pa.Table]:
         isolated = Isolated(
@@ -229,8 +261,7 @@ class LoadImages:
             yield pa.concat_tables(parts)
 
     def _failed(self, rows: pa.Table, error: ImageError) -> pa.Table:
-        loaded = [_loaded_row(row, error_code=error.code, error_message=error.message) for row in rows.to_pylist()]
-        return pa.Table.from_pylist(loaded, schema=loaded_schema(self.image_size))
+        return loaded_table([LoadedImage.failed(row, error) for row in rows.to_pylist()], self.image_size)
 
 
 def _decode_seconds() -> float:
@@ -241,29 +272,21 @@ def _decode_seconds() -> float:
     return seconds if 0 < seconds < threading.TIMEOUT_MAX else DECODE_SECONDS
 
 
-def _load_row(row: dict[str, Any], data: bytes | ImageError, *, image_size: int, seconds: float) -> dict[str, Any]:
+def _load_image(row: Row, data: bytes | ImageError, *, image_size: int, seconds: float) -> LoadedImage:
     try:
         if isinstance(data, ImageError):
             raise data
         with process_ends_after(seconds):  # reading does not count, because a slow store is not the image's fault
             image: DecodedImage = decode_image(data, image_size=image_size)
     except ImageError as error:
-        return _loaded_row(row, error_code=error.code, error_message=error.message)
-    return _loaded_row(
-        row,
+        return LoadedImage.failed(row, error)
+    return LoadedImage.of(row)._replace(
         pixels=image.pixels.tobytes(),
         width=image.width,
         height=image.height,
         format=image.format,
         sha256=image.sha256,
     )
-
-
-def _loaded_row(row: dict[str, Any], **values: Any) -> dict[str, Any]:
-    loaded: dict[str, Any] = {name: row[name] for name in ("manifest_id", "image_id", "image_path")}
-    missing = {"pixels": None, "width": 0, "height": 0, "format": "", "sha256": ""}
-    loaded["origin"] = origin_of(row)
-    return {**loaded, **missing, "error_code": "", "error_message": "", "is_repeated": False, **values}
 
 
 def _report_failures(loaded: pa.Table, log: Any) -> None:

@@ -39,7 +39,7 @@ def require_visible(
     """
     if resources.nodes < 2:
         return
-    with _Marks(writes) as marks:
+    with Marks(writes) as marks:
         task = ray.remote(num_cpus=0, max_retries=0)(find_problem)
         nodes = {
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
@@ -84,7 +84,7 @@ def _check(name: str, location: str) -> tuple[bool, str]:
         return False, f"{name} {location} cannot be read: {storage.hide_secrets(' '.join(str(error).split()))}"
 
 
-class _Marks:
+class Marks:
     """Files in the folders that will be written to, by which other machines recognise them; removed at the end.
 
     Nothing is written to a store, because its location is the same for all machines.
@@ -93,7 +93,7 @@ class _Marks:
     def __init__(self, writes: Mapping[str, str]) -> None:
         self.locations = {name: path if storage.is_uri(path) else _mark(path) for name, path in writes.items()}
 
-    def __enter__(self) -> _Marks:
+    def __enter__(self) -> Marks:
         for location in self._files():
             storage.write_bytes(location, b"")
         return self

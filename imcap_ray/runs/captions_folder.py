@@ -237,7 +237,7 @@ class CaptionsFolder:
         sharing: dict[str, npt.NDArray[np.int64]] = {}
         for record in sorted(self._done_files()):
             part_ids = read_table(record)["manifest_id"].to_numpy()
-            if not _contains_any(repeated, part_ids):
+            if not contains_any(repeated, part_ids):
                 continue
             digest = _digest_rows(parts[_name(record)])
             if digest in kept:
@@ -250,7 +250,7 @@ class CaptionsFolder:
         if sharing:
             unique_ids, counts = np.unique(np.concatenate(list(sharing.values())), return_counts=True)
             shared = unique_ids[counts > 1]
-            mixed = [part_ids for part_ids in sharing.values() if _contains_any(shared, part_ids)]
+            mixed = [part_ids for part_ids in sharing.values() if contains_any(shared, part_ids)]
             if mixed:
                 num_parts += len(mixed)
                 self._delete_rows(self._manifest_rows(np.unique(np.concatenate(mixed))))
@@ -490,7 +490,7 @@ def _digest_rows(part: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _contains_any(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> bool:
+def contains_any(sorted_ids: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> bool:
     """Whether any of these ids is among the sorted ones. `np.isin` would sort them again for each part."""
     if not sorted_ids.size:
         return False

@@ -36,7 +36,7 @@ class Reporter:
     def working(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def tell_batch_size(self, batch_size: int) -> None:
+    def report_batch_size(self, batch_size: int) -> None:
         self.batch_size = batch_size
 
 

@@ -25,7 +25,7 @@ from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.distributed import jobs, training_plan
 from imcap_ray.distributed.captioning import CaptioningPlan, plan_captioning
 from imcap_ray.distributed.cluster import ClusterResources, require
-from imcap_ray.distributed.preflight import ADVICE, _Marks, find_problem, require_visible
+from imcap_ray.distributed.preflight import ADVICE, Marks, find_problem, require_visible
 from imcap_ray.distributed.training_plan import TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
 from imcap_ray.runs.captioning_run import run_identity
@@ -50,7 +50,7 @@ def identity_of(input: Path) -> dict[str, Any]:
 
 
 def test_a_node_that_sees_everything_has_no_problem(tmp_path: Path) -> None:
-    with _Marks({"OUTPUT": str(tmp_path / "a" / "b")}) as marks:
+    with Marks({"OUTPUT": str(tmp_path / "a" / "b")}) as marks:
         assert find_problem([("INPUT", str(tmp_path))], marks.locations) == ""
 
 
@@ -65,14 +65,14 @@ def test_an_output_folder_of_the_same_name_on_the_nodes_own_disk_is_found_out(tm
     mine, others = tmp_path / "mine", tmp_path / "others"
     mine.mkdir()
     others.mkdir()
-    with _Marks({"OUTPUT": str(mine)}) as marks:
+    with Marks({"OUTPUT": str(mine)}) as marks:
         seen_there = {name: place.replace(str(mine), str(others)) for name, place in marks.locations.items()}
         assert find_problem([], seen_there).startswith(f"OUTPUT: {others} is another folder than ")
 
 
 @pytest.mark.parametrize("place", [".", "a/b"], ids=["a folder", "one that does not exist yet"])
 def test_marks_leave_nothing_behind(tmp_path: Path, place: str) -> None:
-    with _Marks({"OUTPUT": str(tmp_path / place)}):
+    with Marks({"OUTPUT": str(tmp_path / place)}):
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 

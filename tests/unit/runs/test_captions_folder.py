@@ -23,7 +23,7 @@ from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
-from imcap_ray.runs.captions_folder import CaptionsFolder, _contains_any
+from imcap_ray.runs.captions_folder import CaptionsFolder, contains_any
 from imcap_ray.runs.captions_table import open_captions
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.status import CaptioningStatus, read_status
@@ -697,6 +697,6 @@ def test_parts_stay_readable_by_anyone(tmp_path: Path) -> None:
     ids=st.lists(st.integers(-5, 12)),
 )
 def test_ids_are_found_among_sorted_ones(sorted_ids: list[int], ids: list[int]) -> None:
-    found = _contains_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
+    found = contains_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
 
     assert found == bool(set(sorted_ids) & set(ids))
