@@ -10,6 +10,7 @@ import click
 from imcap_ray.cli.console import print_line
 from imcap_ray.cli.options import parse_size
 from imcap_ray.config import DEFAULT_MODEL
+from imcap_ray.distributed.ray_environment import set_ray_environment
 
 
 @click.command()
@@ -32,6 +33,8 @@ def bench(input: str | None, **options: Any) -> None:
     imcap bench --size 4000x3000 --images 300
     """
     from tempfile import TemporaryDirectory
+
+    set_ray_environment("local", verbose=False)
 
     from imcap_ray.data.synthetic_images import write_photographs
     from imcap_ray.distributed.benchmark import compare_with_limit, describe_machine

@@ -22,6 +22,7 @@ from imcap_ray.cli.options import (
     resources_config,
 )
 from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig, SearchConfig
+from imcap_ray.distributed.ray_environment import set_ray_environment
 from imcap_ray.errors import InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import format_duration
@@ -159,6 +160,7 @@ class _Start(NamedTuple):
 
 def _start(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: bool) -> _Start:
     """Connect to a cluster that can reach everything in the config, and load the captioner."""
+    set_ray_environment(resources.address, verbose=verbose)
     from imcap_ray.distributed.captioning import connect_and_load, load_captioner
     from imcap_ray.distributed.cluster import is_ray_job, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import ADVICE, require_visible

@@ -18,6 +18,7 @@ from imcap_ray.cli.options import (
     outside_option,
 )
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
+from imcap_ray.distributed.ray_environment import set_ray_environment
 from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def train(data: str, model: str, **options: Any) -> None:
     """
     from dataclasses import asdict
 
+    set_ray_environment(options["address"], verbose=options["verbose"])
     from imcap_ray.config import load_recipe, parse_override
     from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from imcap_ray import storage
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig, to_mapping
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
-from imcap_ray.distributed.cluster import ClusterResources, connect, require, without_ray_advice
+from imcap_ray.distributed.cluster import ClusterResources, connect, require
 from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.duplicate_filter import image_index
 from imcap_ray.distributed.gcs_watch import when_lost
@@ -32,6 +32,7 @@ from imcap_ray.distributed.image_pipeline import (
     stack_pixels,
 )
 from imcap_ray.distributed.progress import Progress
+from imcap_ray.distributed.ray_messages import without_ray_advice
 from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import Caption, ImageCaptioner, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import CaptioningRun, CaptioningSummary, input_options, run_identity
@@ -190,15 +191,10 @@ def connect_and_load(
     load_captioner: LoadCaptioner, resources: ResourcesConfig, *, verbose: bool = False
 ) -> tuple[ClusterResources, ImageCaptioner]:
     """Connect to Ray, and load the captioner while it starts. Raises what either raises."""
-    loading: list[Future[ImageCaptioner]] = []
     with ThreadPoolExecutor(1) as thread:
-        cluster = connect(
-            resources.address,
-            num_actors=resources.num_actors,
-            verbose=verbose,
-            meanwhile=lambda: loading.append(thread.submit(load_captioner)),
-        )
-        return cluster, loading[0].result()
+        captioner = thread.submit(load_captioner)
+        cluster = connect(resources.address, num_actors=resources.num_actors, verbose=verbose)
+        return cluster, captioner.result()
 
 
 def plan_captioning(

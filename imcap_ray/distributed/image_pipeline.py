@@ -24,14 +24,13 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from imcap_ray import storage
 from imcap_ray.data.image_decoding import DecodedImage, decode_image
 from imcap_ray.data.image_reading import Row, read_rows
 from imcap_ray.data.manifest import largest_row_group, read_image_columns
-from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment, without_ray_advice
+from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
 from imcap_ray.distributed.contention import (
     RELEASE_PENDING_SECONDS,
     RELEASE_SECONDS,
@@ -45,8 +44,9 @@ from imcap_ray.distributed.contention import (
 from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work, process_ends_after
 from imcap_ray.distributed.parquet_sink import ParquetParts
 from imcap_ray.distributed.progress import Progress, ProgressCounter
-from imcap_ray.distributed.ray_internals import without_cluster_actors
+from imcap_ray.distributed.ray_messages import without_ray_advice
 from imcap_ray.distributed.ray_metrics import ActorMetrics, RunMetrics
+from imcap_ray.distributed.ray_versions import ExecutionTimeoutError
 from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
 from imcap_ray.runs.heartbeat import repeating
@@ -514,8 +514,7 @@ def map_images(
 def _ray_data_errors(context: DataContext) -> Iterator[None]:
     """Raise errors of Ray Data, and of what it runs, as errors of the package."""
     try:
-        with without_cluster_actors() if own_cores() else contextlib.nullcontext():
-            yield
+        yield
     except ExecutionTimeoutError as error:  # its text is a page about operators
         seconds = context.execution_no_progress_timeout_s
         raise StalledError(f"nothing has moved for {seconds:.0f} s, is the cluster full?; {RESUME_HINT}") from error

@@ -31,7 +31,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 import imcap_ray
 from imcap_ray import storage
 from imcap_ray.distributed.cluster import AUTHENTICATION_ADVICE, authentication_headers
-from imcap_ray.distributed.ray_internals import environment
+from imcap_ray.distributed.ray_environment import temporary_environment
 from imcap_ray.errors import ClusterError, ImcapError
 
 DEFAULT_ADDRESS: Final = "http://127.0.0.1:8265"
@@ -181,7 +181,7 @@ class _Dashboard:
     def client(self) -> JobSubmissionClient:
         try:
             # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
-            with environment({"RAY_API_SERVER_ADDRESS": self.address}):
+            with temporary_environment({"RAY_API_SERVER_ADDRESS": self.address}):
                 return JobSubmissionClient(self.address, headers=self.headers)
         except AuthenticationError as error:
             raise ClusterError(f"RAY_AUTH_MODE=token, but there is none: {AUTHENTICATION_ADVICE}") from error
@@ -200,9 +200,7 @@ class _Dashboard:
 
 def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
     """Raise ClusterError unless the cluster can run the job."""
-    for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it finds the package's own model large
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it reports uploads, and warns that the package's model is large
     address = _dashboard_address(address)
     headers: dict[str, str] = {}
     version = _get(address, "/api/version", headers)

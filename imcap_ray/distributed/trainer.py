@@ -38,7 +38,7 @@ from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views,
 from imcap_ray.distributed.gpus import require_gpus
 from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, describe_error, read_images
 from imcap_ray.distributed.phase_start import read_weights, start_of_phase, start_weights_file, with_cnn_weights
-from imcap_ray.distributed.ray_internals import environment
+from imcap_ray.distributed.ray_environment import temporary_environment
 from imcap_ray.distributed.train_worker import train_worker
 from imcap_ray.distributed.training_plan import (
     CPUS_FOR_READING,
@@ -512,7 +512,7 @@ def _fit(
         )
         patience = {START_TIMEOUT: os.environ.get(START_TIMEOUT, str(WORKERS_START_SECONDS))}
         look = partial(_call_all, [*watchers, look_for_failures])
-        with repeating(look, seconds=2.0), environment(patience if isinstance(workers, int) else {}):
+        with repeating(look, seconds=2.0), temporary_environment(patience if isinstance(workers, int) else {}):
             handler = signal.getsignal(signal.SIGINT)
             try:
                 trainer.fit()

@@ -153,16 +153,3 @@ def test_what_a_killed_run_leaves_is_removed_by_the_next(command: Command) -> No
 
     assert not left.exists()
     assert command.folders() == []
-
-
-def test_a_ray_that_does_not_start_in_time_is_tried_twice_and_is_no_wrong_usage(command: Command) -> None:
-    process = command.start(IMCAP_RAY_START_TIMEOUT_SECONDS="0.01")
-
-    said = end(process)
-
-    assert process.returncode == 1, said
-    [line] = said.splitlines()
-    assert line.startswith("imcap: Ray does not start on this machine, after 2 attempts: its processes were not ready")
-    assert line.endswith("; IMCAP_RAY_START_TIMEOUT_SECONDS allows each more than 0.01 s")
-    assert command.folders() == []
-    assert not command.output.exists()

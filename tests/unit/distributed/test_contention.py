@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -10,7 +9,7 @@ from math import inf
 
 import pytest
 
-from imcap_ray.distributed.cluster import ClusterResources, may_grow
+from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.contention import FreeResources, RoomWatch, releasable
 from imcap_ray.distributed.image_pipeline import default_num_actors
 from imcap_ray.errors import FullClusterError
@@ -98,16 +97,3 @@ def test_only_what_no_other_job_holds_counts_for_the_number_of_actors(
     resources: ClusterResources, gpus_per_actor: float, num_actors: int
 ) -> None:
     assert default_num_actors(resources, gpus_per_actor) == num_actors
-
-
-def status(*types: str) -> bytes:
-    return json.dumps({"autoscaler_report": {"active_nodes": dict.fromkeys(types, 1)}}).encode()
-
-
-def test_a_cluster_without_an_autoscaler_does_not_grow() -> None:
-    assert not may_grow(status("node_abc", "node_def"), ["abc", "def", "123"])
-    assert may_grow(status("head-group", "workers"), ["abc", "def"])
-    assert may_grow(status("node_of_mine"), ["abc"])
-    assert may_grow(status(), ["abc"])
-    assert may_grow(b"{}", ["abc"])
-    assert may_grow(b"not JSON", ["abc"])

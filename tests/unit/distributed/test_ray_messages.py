@@ -1,14 +1,11 @@
-"""What is read from the environment and from Ray's messages, without a Ray."""
+"""What users are shown of Ray's messages. No Ray is started."""
 
 from __future__ import annotations
 
 import pytest
 
-from imcap_ray.distributed import cluster
-from imcap_ray.distributed.cluster import START_TIMEOUT_VARIABLE, without_ray_advice
 from imcap_ray.distributed.image_pipeline import describe_error
-from imcap_ray.distributed.ray_internals import START_TIMEOUT_SECONDS
-from imcap_ray.errors import InputError
+from imcap_ray.distributed.ray_messages import without_ray_advice
 
 RETRIES = """[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device
 Failed to write the file part-0.parquet after 1/10 attempts (total backoff 0.0s).
@@ -42,18 +39,3 @@ def test_advice_for_programmers_of_ray_is_cut_and_the_cause_stays() -> None:
 )
 def test_each_sentence_is_advice_or_stays(text: str, rest: str) -> None:
     assert without_ray_advice(text) == rest
-
-
-@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
-def test_a_limit_for_the_start_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv(START_TIMEOUT_VARIABLE, text)
-
-    with pytest.raises(InputError, match=f"{START_TIMEOUT_VARIABLE} must be a number of seconds above 0, got '{text}'"):
-        cluster._start_timeout()
-
-
-def test_the_limit_for_the_start_is_the_users_or_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(START_TIMEOUT_VARIABLE, raising=False)
-    assert cluster._start_timeout() == START_TIMEOUT_SECONDS
-    monkeypatch.setenv(START_TIMEOUT_VARIABLE, "7.5")
-    assert cluster._start_timeout() == 7.5

@@ -1,0 +1,36 @@
+"""What Ray prints and raises -> what a user of the command line should read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Final
+
+import ray.data
+
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+_ADVICE: Final = re.compile(
+    r"\bDataContext\b|\bds\.context\b|docs\.ray\.io|https://github\.com/ray-project|\bRAY_\w+=|"
+    r"(set|setting) (the environment variable )?`?RAY_|s3fs|`ray (logs|stack|memory|start)|_system_config"
+)
+
+
+def without_ray_advice(text: str) -> str:
+    """The text in one line, without the sentences in which Ray advises programmers what to set or to read."""
+    line = " ".join(text.split())
+    return " ".join(sentence for sentence in _SENTENCE_END.split(line) if not _ADVICE.search(sentence)) or line
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's message in one line, without Ray's advice for programmers."""
+    return without_ray_advice(str(error))
+
+
+def silence_ray_logs(*, verbose: bool) -> None:
+    """Turn off Ray's progress bars and, unless `verbose`, its log lines."""
+    ray.data.DataContext.get_current().enable_progress_bars = False  # imcap prints a progress line of its own
+    if not verbose:
+        # Errors come back as exceptions, and are reported in one line of ours.
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
