@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc  # type: ignore[import-untyped]
-import joblib
+import joblib  # type: ignore[import-untyped]
 import ray.data
 import yaml
 from ray.exceptions import AuthenticationError, RayError
@@ -233,7 +233,7 @@ def _join(address: str, *, verbose: bool) -> None:
             "give the HOST:PORT that `ray start --head` prints, usually with port 6379"
         )
     try:
-        private_ray.initialize(cancel=lambda: None, verbose=verbose, address=address)
+        private_ray.initialize(address=address, verbose=verbose)
     except AuthenticationError as error:
         reason = in_one_line(error).split(". ")[0]  # what follows is advice for administrators
         raise ClusterError(f"no access to the cluster at {address}: {reason}: {AUTHENTICATION_ADVICE}") from error

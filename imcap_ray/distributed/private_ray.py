@@ -8,7 +8,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, Final
 
@@ -51,13 +50,7 @@ def start(*, num_cpus: int, verbose: bool) -> PrivateFolder:
         folder = PrivateFolder()
         os.environ["RAY_TMPDIR"] = folder.path  # read by Ray's processes too, unlike an argument of ray.init
         try:
-            initialize(
-                cancel=folder.end_processes,
-                verbose=verbose,
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-            )
+            initialize(address="local", num_cpus=num_cpus, include_dashboard=False, verbose=verbose)
             break
         except Exception as error:  # Ray has no type for it: its processes were slow to start, or a disk is full
             _shut_down(folder)
@@ -75,11 +68,12 @@ def start(*, num_cpus: int, verbose: bool) -> PrivateFolder:
     return folder
 
 
-def initialize(*, cancel: Callable[[], object], verbose: bool, **arguments: Any) -> None:
+def initialize(*, verbose: bool, **arguments: Any) -> None:
     """Call ray.init in a thread and wait for it.
 
     In the main thread ray.init would replace this process's handler of SIGTERM, and handlers that raise would interrupt
-    it between a fork and its end. Here an interruption calls `cancel`, waits for ray.init to end, and is raised.
+    it between a fork and its end. Here an interruption is raised when ray.init has ended. (If Ray's processes ended
+    before, its client would wait a minute for them and then abort this process.)
     """
     result: Future[None] = Future()
 
@@ -95,8 +89,7 @@ def initialize(*, cancel: Callable[[], object], verbose: bool, **arguments: Any)
     threading.Thread(target=call, name="imcap-ray-init", daemon=True).start()
     try:
         result.result()
-    except BaseException:
-        cancel()
+    except KeyboardInterrupt:
         wait([result])
         raise
 
