@@ -28,8 +28,7 @@ from imcap_ray.distributed.cluster import connect, cores, own_cores, runtime_env
 from imcap_ray.errors import ImcapError
 
 try:
-    calls = []
-    resources = [vars(connect(*sys.argv[1:], meanwhile=lambda: calls.append(ray.is_initialized()))) for _ in range(2)]
+    resources = [vars(connect(*sys.argv[1:])) for _ in range(2)]
     @ray.remote
     def double(number):
         return 2 * number, os.environ.get("MALLOC_ARENA_MAX")
@@ -38,7 +37,6 @@ try:
         "resources": resources,
         "has_token": bool(os.environ.get("RAY_AUTH_TOKEN")),
         "answer": answer,
-        "is_connected_at_call": calls,
         "arenas": arenas,
         "runtime_environment": runtime_environment(gpus=0),
         "cores": [own_cores(), cores()],
@@ -98,11 +96,6 @@ def test_workers_of_a_private_ray_need_no_environment_of_their_own(home):
     assert said["arenas"] == "1"
     assert said["runtime_environment"] is None
     assert said["cores"][0] == said["cores"][1]  # though it counts more CPUs than it has
-
-
-def test_each_call_uses_the_time_it_waits_and_once(home):
-    said, _ = connect_elsewhere(home=home)
-    assert said["is_connected_at_call"] == [False, True]
 
 
 def test_local_wins_over_ray_address(home):
