@@ -33,7 +33,7 @@ DEFAULT_MODEL = "flickr8k-lite2"
 
 
 MAX_BEAM_SIZE = 1000
-"""Widest search; good captions need 3 to 5. A width beyond all reason fills the memory."""
+"""Widest beam; good captions need 3 to 5, and a beam that is much too wide fills the memory."""
 
 MAX_LENGTH = 1000
 """Longest caption, in tokens."""
@@ -47,10 +47,10 @@ _MAX_DEPTH = 50
 
 def _require(condition: bool, name: str, expectation: str, value: object) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {expectation}, got {_shown(value)}")
+        raise ConfigError(f"{name} must be {expectation}, got {_shorten(value)}")
 
 
-def _shown(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:100]}..."
 
@@ -76,12 +76,12 @@ class PreprocessingConfig:
     """From an image to the encoder's input; the same in training and in captioning."""
 
     image_size: int | None = None
-    """Pixels on each side; the whole image is squashed into this square, as the Flickr8k copies were. None: that of the
-    model that a training starts from, else 224."""
+    """Pixels on each side; the whole image is squashed into this square, as the Flickr8k copies were. None: the size of
+    the model that a training starts from, otherwise 224."""
     mean: tuple[float, ...] | None = None
-    """Subtracted from each channel (0..255); None: what the encoder was trained with."""
+    """Subtracted from each channel (0..255); None: the values that the encoder was trained with."""
     std: tuple[float, ...] | None = None
-    """Divides each channel after the mean is subtracted; None: what the encoder was trained with."""
+    """Divides each channel after the mean is subtracted; None: the values that the encoder was trained with."""
 
     def __post_init__(self) -> None:
         size = self.image_size
@@ -103,7 +103,7 @@ class VocabularyConfig:
     """How captions are cut into tokens, and which tokens are kept."""
 
     tokenizer: str = "ptb"
-    """A name of `tokenization.TOKENIZERS`."""
+    """A name in `imcap_ray.text.tokenizers.TOKENIZERS`."""
     min_count: int = 4
     """A token seen less often than this in the training captions becomes unknown."""
 
@@ -136,7 +136,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
-    """How a caption is sought among all token sequences."""
+    """How the caption is searched for among all token sequences."""
 
     beam_size: int = 4
     """Partial captions kept at every position; 1 is greedy search."""
@@ -145,7 +145,7 @@ class SearchConfig:
     length_penalty: float = 0.7
     """A finished caption's score is its log-probability divided by its number of tokens to this power."""
     num_captions: int = 1
-    """How many captions an image gets, the best first; at most `beam_size`."""
+    """Number of captions per image, the best first; at most `beam_size`."""
 
     def __post_init__(self) -> None:
         _require(self.beam_size >= 1, "search.beam_size", "at least 1", self.beam_size)
@@ -164,10 +164,10 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """How the decoder's weights are found."""
+    """How the decoder is trained."""
 
     epochs: int = 20
-    """Passes over the training images, each showing every caption of every image once; 0 leaves this phase out."""
+    """Passes over the training images, each with every caption of every image once; 0: this phase is skipped."""
     batch_size: int = 32
     """Images per optimizer step over all workers, each with all its captions."""
     optimizer: str = "adamw"
@@ -185,17 +185,17 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     """Largest norm of a step's gradient; 0 clips nothing."""
     ema_decay: float = 0.0
-    """Decay of the moving average of the weights that is validated and kept; 0 keeps the weights themselves."""
+    """Decay of the moving average of the weights, which is validated and saved; 0: the weights themselves are."""
     flip: bool = False
-    """Cache features of the mirrored image as well, and draw one of the views at each step."""
+    """Whether features of the mirrored image are cached too; each step draws one of the views."""
     crops: int = 0
-    """Cache features of so many random crops of each image as well, mirrored half of the time."""
+    """Number of random crops of each image whose features are cached too; half of them are mirrored."""
     min_crop_area: float = 0.8
     """Smallest share of the image's area that these crops show."""
     max_caption_length: int = 22
     """Longer training captions are cut to this many tokens."""
     patience: int = 6
-    """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+    """Stop after this many epochs without a better CIDEr-D on the validation split; 0: never stop early."""
 
     def __post_init__(self) -> None:
         _require(self.optimizer in ("adam", "adamw"), "training.optimizer", "'adam' or 'adamw'", self.optimizer)
@@ -217,24 +217,24 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig:
-    """How the CNN is trained on with the decoder, after the decoder alone. The rest is as in `training`."""
+    """How the CNN is trained with the decoder, after the decoder alone. Other settings are as in `training`."""
 
     epochs: int = 0
-    """Passes over the training images; 0 leaves the CNN as it is."""
+    """Passes over the training images; 0: the CNN is not trained."""
     learning_rate: float = 2e-4
-    """Of the decoder, at its peak."""
+    """Peak learning rate of the decoder."""
     encoder_learning_rate: float = 5e-5
-    """Of the CNN, at its peak. The statistics of its batch normalisation are never trained."""
+    """Peak learning rate of the CNN. The statistics of its batch normalisation are never trained."""
     first_layer: str = ""
     """The first part of the CNN that is trained, as torch names it, such as `cnn.blocks.4`; "": all of it."""
     min_crop_area: float = 0.6
-    """Every image is a random crop of this share of its area or more, and mirrored half of the time; in the
-    self-critical phase as well."""
+    """Images are random crops of at least this share of their area, half of them mirrored; in the self-critical phase
+    too."""
     patience: int = 4
-    """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+    """Stop after this many epochs without a better CIDEr-D on the validation split; 0: never stop early."""
     repetitions: int = 1
-    """How many times, each from the same start; of several, the mean of their weights is what the self-critical phase
-    starts from (Wortsman et al., Model soups, 2022)."""
+    """Number of runs, each from the same start. If there are several, the self-critical phase starts from the mean of
+    their weights (Wortsman et al., Model soups, 2022)."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
@@ -247,22 +247,22 @@ class FinetuneConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelfCriticalConfig:
-    """How the decoder is trained on its own captions in the end, rewarded for each. The rest is as in `training`."""
+    """How the decoder is finally trained on its own captions, by their rewards. Other settings are as in `training`."""
 
     epochs: int = 0
-    """Passes over the training images; 0 leaves this phase out."""
+    """Passes over the training images; 0: this phase is skipped."""
     learning_rate: float = 5e-5
     """Peak of the schedule."""
     temperature: float = 0.5
-    """Divides the logits of what captions are drawn from; below 1 the probable becomes more probable."""
+    """Divides the logits that captions are sampled from; below 1, probable tokens become more probable."""
     num_samples: int = 5
-    """Captions drawn for each image; each is compared with the mean of the others."""
+    """Captions sampled for each image; each is compared with the mean of the others."""
     bleu_weight: float = 0.0
-    """The reward is CIDEr-D and this many times the caption's BLEU-4, smoothed (Lin and Och 2004)."""
+    """The reward is CIDEr-D plus this weight times the caption's smoothed BLEU-4 (Lin and Och 2004)."""
     patience: int = 0
-    """Stop after this many epochs without a better CIDEr-D on the development split; 0 never stops early."""
+    """Stop after this many epochs without a better CIDEr-D on the validation split; 0: never stop early."""
     repetitions: int = 1
-    """How many times, each from the best epoch so far, its learning rate falling from the peak again."""
+    """Number of runs, each from the best epoch so far, with the learning rate starting at the peak again."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
@@ -276,7 +276,7 @@ class SelfCriticalConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """All that a training starts from, but the data and the seed."""
+    """Everything that determines a training, except the data and the seed."""
 
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     """The CNN."""
@@ -287,20 +287,20 @@ class Recipe:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     """The recurrent network."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """How it is trained."""
+    """How the recurrent network is trained."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
-    """How the CNN is trained with it."""
+    """How the CNN is trained together with it."""
     self_critical: SelfCriticalConfig = field(default_factory=SelfCriticalConfig)
-    """How it is trained on its own captions."""
+    """How the recurrent network is trained on its own captions."""
     search: SearchConfig = field(default_factory=SearchConfig)
-    """How captions are sought, in validation and as the trained model's default."""
+    """How captions are searched for, in validation and as the trained model's default."""
 
     def __post_init__(self) -> None:
         phases = (self.training, self.finetune, self.self_critical)
         _require(any(phase.epochs for phase in phases), "training.epochs", "at least 1 where no phase has any", 0)
         if self.finetune.epochs and not self.self_critical.epochs:  # nothing would start from their mean
-            found = self.finetune.repetitions
-            _require(found == 1, "finetune.repetitions", "1 where self_critical.epochs is 0", found)
+            repetitions = self.finetune.repetitions
+            _require(repetitions == 1, "finetune.repetitions", "1 where self_critical.epochs is 0", repetitions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -365,48 +365,48 @@ class ResourcesConfig:
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:
     """The dataclass with these values; an unknown name or a value of another type raises a ConfigError."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{section or 'the settings'} must be a section, got {_shown(values)}")
+        raise ConfigError(f"{section or 'the settings'} must be a section, got {_shorten(values)}")
     hints = get_type_hints(config_class)
     arguments: dict[str, Any] = {}
     for name, value in values.items():
-        place = f"{section}.{name}" if section else name
+        full_name = f"{section}.{name}" if section else name
         if name not in hints:
-            raise ConfigError(f"unknown setting {_shown(place)[1:-1]}: expected one of {', '.join(hints)}")
-        arguments[name] = _convert(hints[name], value, place)
-    for one in dataclasses.fields(cast("Any", config_class)):
-        has_default = one.default is not dataclasses.MISSING or one.default_factory is not dataclasses.MISSING
-        if one.name not in arguments and not has_default:
-            raise ConfigError(f"{section}.{one.name} is missing")
+            raise ConfigError(f"unknown setting {_shorten(full_name)[1:-1]}: expected one of {', '.join(hints)}")
+        arguments[name] = _convert(hints[name], value, full_name)
+    for entry in dataclasses.fields(cast("Any", config_class)):
+        has_default = entry.default is not dataclasses.MISSING or entry.default_factory is not dataclasses.MISSING
+        if entry.name not in arguments and not has_default:
+            raise ConfigError(f"{section}.{entry.name} is missing")
     return config_class(**arguments)
 
 
-def _convert(hint: Any, value: Any, place: str) -> Any:
+def _convert(hint: Any, value: Any, name: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return from_mapping(cast("type[Any]", hint), value, section=place)
+        return from_mapping(cast("type[Any]", hint), value, section=name)
     expected = get_args(hint) if get_origin(hint) is not tuple and get_args(hint) else (hint,)
     if isinstance(value, bool):
         matches = bool in expected
     elif isinstance(value, int | float) and float in expected:
-        return _finite(value, place)
+        return _finite(value, name)
     elif isinstance(value, list):
         matches = any(get_origin(option) is tuple for option in expected) and all(
             type(item) in (int, float) for item in value
         )
-        value = tuple(_finite(item, place) for item in value) if matches else value
+        value = tuple(_finite(item, name) for item in value) if matches else value
     else:
         matches = type(value) in expected
     if not matches:
         names = " or ".join(getattr(option, "__name__", str(option)) for option in expected)
-        raise ConfigError(f"{place} must be {names}, got {_shown(value)}")
+        raise ConfigError(f"{name} must be {names}, got {_shorten(value)}")
     return value
 
 
-def _finite(value: float, place: str) -> float:
+def _finite(value: float, name: str) -> float:
     try:
         number = float(value)
     except OverflowError:  # of an integer
         number = math.inf
-    _require(math.isfinite(number), place, "a finite number", value)
+    _require(math.isfinite(number), name, "a finite number", value)
     return number
 
 
@@ -417,7 +417,7 @@ def parse_json(text: str | bytes) -> Any:
         ValueError: it is not JSON, an object repeats a key, or it is nested too deep.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_without_repetition)
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     level = [value]
@@ -433,20 +433,20 @@ def parse_json(text: str | bytes) -> Any:
     return value
 
 
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"it repeats the key {_shown(repeated)}")
+        raise ValueError(f"it repeats the key {_shorten(repeated)}")
     return values
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The dataclass as plain dictionaries and lists, ready for JSON."""
-    return dataclasses.asdict(config, dict_factory=_listed)
+    return dataclasses.asdict(config, dict_factory=_with_lists)
 
 
-def _listed(items: list[tuple[str, Any]]) -> dict[str, Any]:
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in items}
 
 
@@ -484,7 +484,7 @@ def load_recipe(name_or_path: str, overrides: Mapping[str, Any] | None = None) -
         raise ConfigError(f"recipe {name_or_path} is not valid TOML: {error}") from error
     for dotted, value in (overrides or {}).items():
         section, _, name = dotted.partition(".")
-        if isinstance(values.setdefault(section, {}), dict):  # else it is refused below
+        if isinstance(values.setdefault(section, {}), dict):  # otherwise it is refused below
             values[section][name] = value
     return from_mapping(Recipe, values)
 
