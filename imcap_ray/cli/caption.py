@@ -206,7 +206,7 @@ def _print_plan(plan: CaptioningPlan, *, as_json: bool) -> None:
     if plan.gpus_per_actor:
         work += f" with {plan.gpus_per_actor:g} GPU each"
     if plan.seconds is None:
-        print_line(f"{work}; its speed is unknown until a run into this output has ended; try --limit 1000")
+        print_line(f"{work}; the speed is known after a first run, for example with --limit 1000")
     else:
         speed = f"{plan.images_per_second:.1f} images/s, as the last run there"
         print_line(f"{work}; about {format_duration(plan.seconds)}{more} at {speed}")
