@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -30,7 +29,7 @@ from imcap_ray.data.schemas import FAILED, SCHEMA_VERSION
 from imcap_ray.errors import FailureBudgetError, ImcapError, InputChangedError, InputError
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.captions_table import COMPLETE
-from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, CaptioningHeartbeat, now, repeating
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
@@ -116,9 +115,9 @@ class CaptioningRun:
             **identity,
             "model": config.model_name,
             "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
-            "started": _now(),
+            "started": now(),
         }
-        self._heartbeat = _Heartbeat(started=self._record["started"])
+        self._heartbeat = CaptioningHeartbeat(started=self._record["started"])
 
     @classmethod
     @contextmanager
@@ -266,7 +265,7 @@ class CaptioningRun:
             images_per_second=self.num_new / seconds if self.num_new else last_speed,
             bound=bound,
         )
-        self.folder.write_run(self._record | asdict(summary) | {"state": COMPLETE, "ended": _now()})
+        self.folder.write_run(self._record | asdict(summary) | {"state": COMPLETE, "ended": now()})
         return summary
 
     # --- what others see of the run ---
@@ -291,7 +290,7 @@ class CaptioningRun:
     def _beat(self) -> None:
         with suppress(OSError, ImcapError):  # a heartbeat that cannot be written is no reason to stop
             self.lease.require()
-            self.folder.write_heartbeat(self._heartbeat.next(self._reporter.rate()))
+            self.folder.write_heartbeat(self._heartbeat.content(self._reporter.rate()))
 
     @contextmanager
     def _recorded_end(self) -> Iterator[None]:
@@ -308,36 +307,10 @@ class CaptioningRun:
         # The disk may be full or the store unreachable: then that is the error to report.
         with suppress(OSError, ImcapError):
             self.lease.require()
-            self.folder.write_run(self._record | {"state": state, "ended": _now()})
+            self.folder.write_run(self._record | {"state": state, "ended": now()})
 
     def _write_state(self, state: str) -> None:
         self.folder.write_run(self._record | {"state": state})
 
     def _count_done(self) -> None:
         self.num_done = len(self.folder.done_ids())
-
-
-@dataclass(slots=True, kw_only=True)
-class _Heartbeat:
-    started: str
-    num_images: int = 0
-    waiting: str = ""
-    _last_num_images: int = 0
-    _last_image: str = ""
-
-    def next(self, rate: float | None) -> dict[str, Any]:
-        """The content of heartbeat.json at this moment."""
-        now = _now()
-        if self.num_images != self._last_num_images:
-            self._last_num_images, self._last_image = self.num_images, now
-        return {
-            "time": now,
-            "started": self.started,
-            "images_per_second": None if self.waiting else rate,
-            "last_image": self._last_image,
-            "waiting": self.waiting,
-        }
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Final
 
 HEARTBEAT_SECONDS: Final = 30
 """How often a run writes its heartbeat: a small file, which an object store does not notice."""
@@ -31,3 +33,34 @@ def repeating(function: Callable[[], None], *, seconds: float) -> Iterator[None]
     finally:
         finished.set()
         thread.join()
+
+
+@dataclass(slots=True, kw_only=True)
+class CaptioningHeartbeat:
+    """What a captioning run writes to heartbeat.json."""
+
+    started: str
+    num_images: int = 0
+    """Images that were captioned."""
+    waiting: str = ""
+    """Why the run waits; "" if it does not."""
+    _last_num_images: int = 0
+    _last_image: str = ""
+
+    def content(self, images_per_second: float | None) -> dict[str, Any]:
+        """The content of the file at this moment."""
+        time = now()
+        if self.num_images != self._last_num_images:
+            self._last_num_images, self._last_image = self.num_images, time
+        return {
+            "time": time,
+            "started": self.started,
+            "images_per_second": None if self.waiting else images_per_second,
+            "last_image": self._last_image,
+            "waiting": self.waiting,
+        }
+
+
+def now() -> str:
+    """The time in ISO format, in UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
