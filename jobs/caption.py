@@ -1,4 +1,4 @@
-"""imcap caption as a program, for Ray Jobs. Its arguments are those of `imcap caption`; paths are absolute, or URIs.
+"""`imcap caption` as a program for Ray Jobs, with the same arguments. Paths must be absolute, or URIs.
 
 ray job submit --working-dir . -- python jobs/caption.py s3://bucket/images s3://bucket/captions
 """

@@ -1,4 +1,4 @@
-"""imcap evaluate as a program, for Ray Jobs. Its arguments are those of `imcap evaluate`; paths are absolute, or URIs.
+"""`imcap evaluate` as a program for Ray Jobs, with the same arguments. Paths must be absolute, or URIs.
 
 ray job submit --working-dir . -- python jobs/evaluate.py s3://bucket/captions s3://bucket/flickr8k
 """

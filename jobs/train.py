@@ -1,4 +1,4 @@
-"""imcap train as a program, for Ray Jobs. Its arguments are those of `imcap train`; paths are absolute, or URIs.
+"""`imcap train` as a program for Ray Jobs, with the same arguments. Paths must be absolute, or URIs.
 
 ray job submit --working-dir . -- python jobs/train.py s3://bucket/flickr8k s3://bucket/runs/mine
 """
