@@ -347,6 +347,36 @@ class CaptioningConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingRunConfig:
+    """What a training run learns from, by which recipe, and where to: everything that changes its results."""
+
+    data: str
+    """Captioned images, in any of the formats of `imcap_ray.data.datasets`; path or URI."""
+    model: str
+    """Model folder to write; path or URI; on a cluster one that every node sees."""
+    recipe: Recipe
+    recipe_name: str = DEFAULT_RECIPE
+    """Name or path of the recipe, for the model card."""
+    recipe_options: tuple[str, ...] = ()
+    """Settings that were changed in it, as in `training.epochs=3`, for the model card."""
+    start_from: tuple[str, ...] = ()
+    """Model folders to start from, paths or URIs. Their CNN, preprocessing, vocabulary and decoder replace the
+    recipe's. If there are several, their weights are averaged."""
+    seed: int = 0
+    """Seed of the weights, the order of the images and the dropout."""
+    encoder_weights: str | None = None
+    """File with the CNN's weights; None: they are in the model folder or are downloaded."""
+    image_column: str | None = None
+    """Column of Parquet data that holds the images; None: recognised by its name and values."""
+    caption_column: str | None = None
+    """Column of Parquet data that holds the captions; None: recognised by its name."""
+    id_column: str | None = None
+    """Column of Parquet data that holds the image ids; None: recognised by its name."""
+    allow_outside_paths: bool = False
+    """Whether paths in a table may point outside the folder of the data."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ResourcesConfig:
     """What a command runs on: everything that changes only its speed."""
 
@@ -360,6 +390,8 @@ class ResourcesConfig:
     """GPUs of each such process; None: 1 if there are any."""
     batch_size: int | None = None
     """Images that an actor takes at a time; None: as many as it computes together."""
+    features: str | None = None
+    """Folder for a training's cached features; None: `_features` next to the model, shared with its neighbours."""
 
 
 def from_mapping(config_class: type[Config], values: Mapping[str, Any], *, section: str = "") -> Config:

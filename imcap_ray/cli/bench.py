@@ -15,17 +15,17 @@ from imcap_ray.distributed.ray_environment import set_ray_environment
 
 @click.command()
 @click.argument("input", required=False)
-@click.option("--model", "models", multiple=True, help=f"Model folder. Default: {DEFAULT_MODEL}, the package's.")
-@click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Images that are made.")
-@click.option("--size", callback=parse_size, default="500x375", show_default=True, help="Of the images that are made.")
-@click.option("--num-actors", type=click.IntRange(1), help="Processes with a model. Default: one per GPU, or per core.")
+@click.option("--model", "models", multiple=True, help=f"Model folder. Default: {DEFAULT_MODEL}, the bundled model.")
+@click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Number of generated images.")
+@click.option("--size", callback=parse_size, default="500x375", show_default=True, help="Size of generated images.")
+@click.option("--num-actors", type=click.IntRange(1), help="Captioning processes. Default: one per GPU, or per core.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images an actor takes at a time.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def bench(input: str | None, **options: Any) -> None:
-    """Images per second on this machine: what its cores or its GPU could do at best, and what `imcap caption` does.
+    """Measure images per second on this machine: the limit of its cores or its GPU, and the speed of `imcap caption`.
 
-    The images are those of INPUT, a folder or Parquet, or else made for it: noise that is as much work as photographs.
-    Nothing is left behind. `jobs/benchmarks/` has more: alternatives, training, millions of images.
+    INPUT is a folder or Parquet with images. Without it, images are generated from noise that takes as much work as
+    photographs. No files are left behind. The programs in `jobs/benchmarks/` measure more, such as training.
 
     \b
     imcap bench
@@ -42,7 +42,7 @@ def bench(input: str | None, **options: Any) -> None:
     with TemporaryDirectory(prefix="imcap-bench-") as folder:
         if input is None:
             write_photographs(input := f"{folder}/photographs", options["images"], options["size"])
-        found = compare_with_limit(
+        comparison = compare_with_limit(
             input,
             f"{folder}/captions",
             models=options["models"],
@@ -50,8 +50,8 @@ def bench(input: str | None, **options: Any) -> None:
             batch_size=options["batch_size"],
         )
     if options["as_json"]:
-        click.echo(json.dumps({"machine": describe_machine()} | found.to_dict()))
+        click.echo(json.dumps({"machine": describe_machine()} | comparison.to_dict()))
         return
     print_line(", ".join(f"{name} {value}" for name, value in describe_machine().items()))
-    for line in found.lines():
+    for line in comparison.lines():
         print_line(line)

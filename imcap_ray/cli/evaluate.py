@@ -24,17 +24,21 @@ from imcap_ray.cli.options import (
 @click.argument("references")
 @split_option
 @tokenizer_option
-@click.option("--against", metavar="CAPTIONS", help="Other captions of the same images: is the difference real?")
+@click.option(
+    "--against",
+    metavar="CAPTIONS",
+    help="Other captions of the same images, to compare with.",
+)
 @click.option(
     "--save",
-    help="Folder for scores.json, scores.md, and scores.parquet with each image's. Default: _imcap in CAPTIONS, if "
+    help="Folder for scores.json, scores.md and scores.parquet (scores of each image). Default: _imcap in CAPTIONS if "
     "that is a folder.",
 )
 @dataset_column_options
 @outside_option
 @output_options
 def evaluate(captions: str, references: str, **options: Any) -> None:
-    """Score CAPTIONS (a captions folder or Parquet) against the captions of the data set REFERENCES.
+    """Score CAPTIONS (a captions folder or Parquet file) against the captions of the data set REFERENCES.
 
     \b
     imcap evaluate captions/ flickr8k/
@@ -60,7 +64,7 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
         storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
         write_table(storage.join(folder, "scores.parquet"), pa.table(dict(report.image_scores)))
     if options["as_json"]:
-        click.echo(json.dumps(json.loads(report.to_json()), indent=2))  # without a letter that a terminal would obey
+        click.echo(json.dumps(json.loads(report.to_json()), indent=2))  # escapes control characters
     elif not options["quiet"]:
         for line in report.to_text().splitlines():
             print_line(line)

@@ -13,7 +13,7 @@ from imcap_ray.cli.console import print_line
 @click.argument("model", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def model(model: str | None, as_json: bool) -> None:
-    """What a model folder is: architecture, vocabulary, preprocessing, scores, size. Default: the package's own.
+    """Describe a model: architecture, vocabulary, preprocessing, scores and size. Default: the bundled model.
 
     \b
     imcap model

@@ -12,40 +12,16 @@ from imcap_ray.cli.console import print_line, progress_reporter
 from imcap_ray.cli.options import (
     WorkerCount,
     cluster_options,
-    column_options,
     dataset_column_options,
     output_options,
     outside_option,
 )
-from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE
+from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE, ResourcesConfig, TrainingRunConfig
 from imcap_ray.distributed.ray_environment import set_ray_environment
 from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.training_plan import TrainingPlan
-
-
-def _print_training_plan(plan: TrainingPlan, options: dict[str, Any]) -> None:
-    from dataclasses import asdict
-
-    if options["as_json"]:
-        click.echo(json.dumps(asdict(plan)))
-        return
-    images = ", ".join(f"{count:,} {split}" for split, count in plan.num_images.items())
-    print_line(
-        f"would train {plan.model} on {plan.data}: {images} images, {plan.num_captions:,} captions to learn from"
-    )
-    epochs = ", then ".join(f"{count} of {phase.replace('_', ' ')}" for phase, count in plan.num_epochs.items())
-    workers = plan.num_workers + (f" with {plan.gpus_per_worker:g} GPU each" if plan.gpus_per_worker else "")
-    print_line(
-        f"epochs, at most: {epochs}; {plan.num_epochs_done} are done; {plan.batch_size} images a batch, {workers}"
-    )
-    if plan.seconds is None:
-        print_line("how long an epoch takes shows only when the first is done")
-    else:
-        print_line(
-            f"about {format_duration(plan.seconds)} at most, if the epochs that are left take what the last one took"
-        )
 
 
 @click.command()
@@ -59,20 +35,22 @@ def _print_training_plan(plan: TrainingPlan, options: dict[str, Any]) -> None:
     "--start-from",
     metavar="MODEL",
     multiple=True,
-    help=f"Train this model on: a folder, or {DEFAULT_MODEL}, the package's. Its CNN, words and decoder stay, and the "
-    "size of its images unless preprocessing.image_size is set. Of several, trained from one with several seeds, the "
-    "mean of their weights.",
+    help=f"Continue with this model: a folder, or {DEFAULT_MODEL} (the bundled one). It keeps its CNN, vocabulary and "
+    "decoder, and its image size unless preprocessing.image_size is set. Given several times, the models' weights are "
+    "averaged.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the weights, the order and the dropout.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the weights, the order of images and the dropout."
+)
 @click.option(
     "--num-workers",
     type=WorkerCount(),
-    help="Data-parallel processes. Default: one per GPU, or one. MIN-MAX: as many as there is room for by then; "
-    "no autoscaler is asked for CPUs.",
+    help="Data-parallel processes. Default: one per GPU, or one. MIN-MAX: as many as the cluster has room for at any "
+    "time; autoscaling adds no CPUs for them.",
 )
-@click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, where they cannot be downloaded.")
-@click.option("--features", help="Folder for cached features. Default: _features beside MODEL.")
-@click.option("--dry-run", is_flag=True, help="Check everything and say what would be done; nothing is written.")
+@click.option("--encoder-weights", type=click.Path(), help="File with the CNN's weights, if they cannot be downloaded.")
+@click.option("--features", help="Folder for cached features. Default: _features next to MODEL.")
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan. Nothing is written.")
 @dataset_column_options
 @outside_option
 @cluster_options
@@ -80,12 +58,13 @@ def _print_training_plan(plan: TrainingPlan, options: dict[str, Any]) -> None:
 def train(data: str, model: str, **options: Any) -> None:
     """Train on the captioned images of DATA and write the model folder MODEL.
 
-    DATA is recognised by looking: Flickr8k or Flickr30k as distributed or in Kaggle's form, Karpathy's or COCO's JSON,
-    Hugging Face's metadata.jsonl, images with .txt files beside them, WebDataset tars, or Parquet with captions and the
-    images or their paths. Run again, the same command goes on after the last finished epoch.
+    The format of DATA is recognised: Flickr8k or Flickr30k as distributed or from Kaggle, Karpathy's or COCO's JSON,
+    Hugging Face's metadata.jsonl, images with .txt files next to them, WebDataset tars, or Parquet with captions and
+    images or their paths. If a training is interrupted, the same command resumes after its last finished epoch.
 
-    MODEL/_training has the metrics of every epoch, in metrics.jsonl and for `tensorboard --logdir MODEL`. Where mlflow
-    is installed and MLFLOW_TRACKING_URI is set, they go there too, in one run however often this is run again.
+    MODEL/_training contains the metrics of every epoch, in metrics.jsonl and for `tensorboard --logdir MODEL`. If
+    mlflow is installed and MLFLOW_TRACKING_URI is set, they are logged there too, in one run even if the training
+    resumes.
 
     \b
     imcap train flickr8k/ runs/mine
@@ -95,54 +74,86 @@ def train(data: str, model: str, **options: Any) -> None:
     imcap train s3://bucket/flickr8k s3://bucket/runs/mine --num-workers 2-8
     imcap train holidays/ runs/holidays --start-from flickr8k-lite2
     """
+    config, resources = _build_configs(data, model, options)
+    _run(config, resources, options)
+
+
+def _build_configs(data: str, model: str, options: dict[str, Any]) -> tuple[TrainingRunConfig, ResourcesConfig]:
+    from imcap_ray.config import load_recipe, parse_override
+
+    config = TrainingRunConfig(
+        data=data,
+        model=model,
+        recipe=load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"])),
+        recipe_name=options["recipe"],
+        recipe_options=options["overrides"],
+        start_from=options["start_from"],
+        seed=options["seed"],
+        encoder_weights=options["encoder_weights"],
+        image_column=options["image_column"],
+        caption_column=options["caption_column"],
+        id_column=options["id_column"],
+        allow_outside_paths=options["allow_outside_paths"],
+    )
+    resources = ResourcesConfig(
+        address=options["address"],
+        num_workers=options["num_workers"],
+        gpus_per_worker=options["gpus_per_worker"],
+        features=options["features"],
+    )
+    return config, resources
+
+
+def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[str, Any]) -> None:
     from dataclasses import asdict
 
     set_ray_environment(options["address"], verbose=options["verbose"])
-    from imcap_ray.config import load_recipe, parse_override
-    from imcap_ray.data.datasets import TRAIN, VALIDATION, load_dataset
     from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
     from imcap_ray.distributed.preflight import require_visible
     from imcap_ray.distributed.trainer import train as run_training
-    from imcap_ray.distributed.training_plan import prepare_training
+    from imcap_ray.distributed.training_plan import load_data, prepare_training
 
-    refuse_relative_paths_in_job(
-        {"MODEL": model} | ({"--features": options["features"]} if options["features"] else {})
-    )
-    recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
-    dataset = load_dataset(data, columns=column_options(options), allow_outside_paths=options["allow_outside_paths"])
-    for split in (TRAIN, VALIDATION):
-        dataset.split(split)
+    written = {"MODEL": config.model} | ({"--features": resources.features} if resources.features else {})
+    refuse_relative_paths_in_job(written)
+    dataset = load_data(config)
     reporter = progress_reporter(quiet=options["quiet"])
     reporter.report(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     if dataset.columns_note:
         reporter.report(f"{dataset.location}: {dataset.columns_note}")
-    resources = connect(options["address"], verbose=options["verbose"])
-    written = {"MODEL": model, "--features": options["features"] or storage.parent(storage.absolute(model))}
+    cluster = connect(resources.address, verbose=options["verbose"])
+    written.setdefault("--features", storage.parent(storage.absolute(config.model)))
     require_visible(
-        resources,
+        cluster,
         reads=[("DATA", dataset.location)],
-        writes={name: storage.absolute(place) for name, place in written.items()},
+        writes={name: storage.absolute(location) for name, location in written.items()},
     )
-    arguments: dict[str, Any] = {"recipe": recipe, "resources": resources} | {
-        name: options[name] for name in ("start_from", "num_workers", "gpus_per_worker", "seed", "encoder_weights")
-    }
     if options["dry_run"]:
-        _print_training_plan(prepare_training(dataset, model, **arguments).plan(), options)
+        plan = prepare_training(config, resources, data=dataset, cluster=cluster).plan()
+        if options["as_json"]:
+            click.echo(json.dumps(asdict(plan)))
+        else:
+            _print_plan(plan)
         return
-    result = run_training(
-        dataset,
-        model,
-        **arguments,
-        recipe_name=options["recipe"],
-        recipe_options=options["overrides"],
-        features=options["features"],
-        reporter=reporter,
-    )
+    result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)
     if options["as_json"]:
         click.echo(json.dumps(asdict(result)))
     else:
         reporter.report(
-            f"{result.model}: epoch {result.metrics['epoch']} of {result.num_epochs} kept, validation CIDEr-D "
+            f"{result.model}: kept epoch {result.metrics['epoch']} of {result.num_epochs}, validation CIDEr-D "
             f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; "
             f"{format_duration(result.seconds)}"
+        )
+
+
+def _print_plan(plan: TrainingPlan) -> None:
+    images = ", ".join(f"{count:,} {split}" for split, count in plan.num_images.items())
+    print_line(f"would train {plan.model} on {plan.data}: {images} images, {plan.num_captions:,} training captions")
+    epochs = ", then ".join(f"{count} of {phase.replace('_', ' ')}" for phase, count in plan.num_epochs.items())
+    workers = plan.num_workers + (f" with {plan.gpus_per_worker:g} GPU each" if plan.gpus_per_worker else "")
+    print_line(f"at most {epochs} epochs, {plan.num_epochs_done} done; {plan.batch_size} images per batch, {workers}")
+    if plan.seconds is None:
+        print_line("the duration is unknown until the first epoch is done")
+    else:
+        print_line(
+            f"at most about {format_duration(plan.seconds)}, if the remaining epochs take as long as the last one"
         )

@@ -1,6 +1,6 @@
-"""How many images a second this machine captions, and how many its cores or its GPU could do at best.
+"""Measures how many images per second this machine captions, and how many its cores or its GPU could caption at best.
 
-Torch is imported where it is needed: a run that is measured imports this module first, and would wait for it.
+torch is imported inside functions, because a run that is measured imports this module first and would wait for it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import partial
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import linear_regression
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
@@ -40,13 +41,13 @@ from imcap_ray.runs.heartbeat import repeating
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
 IMAGES_PER_ROUND: Final = 64
-"""Of each core."""
+"""Images that each core decodes in a round."""
 
 BATCH_MULTIPLES: Final = (1, 2, 4)
-"""Of what a run computes together: the batches that the model is tried with by itself."""
+"""Batch sizes with which the model alone is measured, as multiples of the batch size of a run."""
 
 STEADY_SHARES: Final = (0.15, 0.95)
-"""Of a run's images: between these all actors are busy."""
+"""Between these shares of a run's images, all actors are busy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,16 @@ class Rate:
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The median."""
         return float(np.median(self.values))
 
     @property
     def spread(self) -> str:
-        """The lowest and the highest."""
+        """The lowest and the highest value, for people."""
         return f"{min(self.values):,.1f} to {max(self.values):,.1f}"
 
     def to_dict(self) -> dict[str, float]:
-        """For JSON."""
+        """The values for JSON."""
         return {
             "median": round(self.median, 2),
             "lowest": round(min(self.values), 2),
@@ -76,24 +77,24 @@ class Rate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """What this machine could do if nothing else were to be done."""
+    """The speed of decoding and of the model, each measured alone."""
 
     decode: Rate
-    """Files that are in memory already, on all cores."""
+    """Decoding of files that are in memory, on all cores."""
     model: Rate
-    """Pixels that are in memory already, on all cores or on the GPUs, with the batch size that is best."""
+    """Captioning of pixels that are in memory, on all cores or on the GPUs, with the best batch size."""
     model_batch_size: int
     on_gpu: bool
 
     @property
     def images_per_second(self) -> float:
-        """The slower of the two where each has its own processors, else of both one after the other on the same."""
+        """The slower one if each has its own processors, otherwise both one after the other on the same cores."""
         if self.on_gpu:
             return min(self.decode.median, self.model.median)
         return 1 / (1 / self.decode.median + 1 / self.model.median)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The values for JSON."""
         return {
             "decode": self.decode.to_dict(),
             "model": self.model.to_dict(),
@@ -104,7 +105,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSpeed:
-    """How fast a captioning run in a process of its own was."""
+    """The speed of a captioning run in its own process."""
 
     num_images: int
     seconds: float
@@ -112,50 +113,50 @@ class RunSpeed:
     first_seconds: float
     """From the start of the process until there were captions."""
     steady: float | None
-    """Images per second while all actors were busy; None where that was too short to be told."""
+    """Images per second while all actors were busy; None if that time was too short."""
     cpu_seconds: dict[str, float]
-    """By kind of process; empty where there is no /proc."""
+    """By kind of process; empty if there is no /proc."""
     peak_bytes: dict[str, int]
-    """Resident memory of the largest process of each kind; empty where there is no /proc."""
+    """Resident memory of the largest process of each kind; empty if there is no /proc."""
     spilled_bytes: int
-    """Of Ray's object store, written to disk for want of memory."""
+    """Bytes that Ray's object store wrote to disk because memory ran out."""
     bound: str
-    """One sentence: what limited the speed."""
+    """A sentence about what limited the speed."""
 
     @property
     def images_per_second(self) -> float:
-        """Of the whole run."""
+        """Speed of the complete run, with its start."""
         return self.num_images / self.seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A run beside what the machine could do."""
+    """A run compared with the limit of the machine."""
 
     limit: Limit
     run: RunSpeed
 
     @property
     def share_of_limit(self) -> float | None:
-        """The run's steady speed by the limit; None where that was too short to be told."""
+        """The run's steady speed divided by the limit; None if the run was too short."""
         return None if self.run.steady is None else self.run.steady / self.limit.images_per_second
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The values for JSON."""
         run = {name: round(value, 2) if isinstance(value, float) else value for name, value in asdict(self.run).items()}
         run["images_per_second"] = round(self.run.images_per_second, 2)
         share = None if self.share_of_limit is None else round(self.share_of_limit, 3)
         return {"limit": self.limit.to_dict(), "run": run, "share_of_limit": share}
 
     def lines(self) -> list[str]:
-        """A table, and the bottleneck in one sentence."""
+        """A table, and a sentence about the bottleneck."""
         limit, run = self.limit, self.run
         where = "GPU" if limit.on_gpu else "all cores"
 
         def line(name: str, rate: float | None, remark: str) -> str:
             return f"{name:24}{'-' if rate is None else format(rate, ',.1f'):>10}  {remark}"
 
-        share = "too short to be told" if self.share_of_limit is None else f"{self.share_of_limit:.2f} of the limit"
+        share = "too short to measure" if self.share_of_limit is None else f"{self.share_of_limit:.2f} of the limit"
 
         return [
             f"{'':24}{'images/s':>10}",
@@ -165,10 +166,10 @@ class Comparison:
                 limit.model.median,
                 f"{limit.model.spread}, {where}, {limit.model_batch_size} images at a time",
             ),
-            line("limit", limit.images_per_second, "the slower of both" if limit.on_gpu else "both on the same cores"),
+            line("limit", limit.images_per_second, "the slower one" if limit.on_gpu else "both on the same cores"),
             line("imcap caption, steady", run.steady, share),
             line(
-                "imcap caption, in all",
+                "imcap caption, total",
                 run.images_per_second,
                 f"{run.num_images:,} images in {run.seconds:.0f} s, the first captions after {run.first_seconds:.0f} s",
             ),
@@ -191,10 +192,10 @@ def compare_with_limit(
 
 
 def some_files(input: str, count: int) -> list[bytes]:
-    """The bytes of so many images of a folder or a table, or of fewer: taken evenly, without those that are broken.
+    """The bytes of up to this many images of a folder or a table, at regular distances and without unreadable ones.
 
     Raises:
-        InputError: none of them is whole.
+        InputError: none of them can be read.
     """
     with TemporaryDirectory() as manifest:
         build_manifest(input, manifest)
@@ -205,14 +206,14 @@ def some_files(input: str, count: int) -> list[bytes]:
     files = [
         data
         for _, data in read_rows(rows, input, image_columns=image_columns)
-        if isinstance(data, bytes) and _is_whole(data)
+        if isinstance(data, bytes) and _is_readable(data)
     ]
     if not files:
         raise InputError(f"{input}: none of {len(rows)} of its {total} images can be read")
     return files
 
 
-def _is_whole(data: bytes) -> bool:
+def _is_readable(data: bytes) -> bool:
     try:
         decode_image(data, image_size=32)
     except ImageError:
@@ -221,7 +222,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What a number is worth nothing without."""
+    """The processors and versions that a measurement depends on."""
     import torch
 
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
@@ -236,16 +237,16 @@ def describe_machine() -> dict[str, Any]:
 
 
 def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds: int = 3) -> Limit:
-    """How fast files are decoded, and pixels captioned, when all cores or GPUs do nothing else.
+    """Measure how fast files are decoded, and pixels are captioned, if all cores or GPUs do nothing else.
 
     Args:
-        images: some of the files, used again and again.
-        models: folders of models that caption together; none: the one that comes with the package.
+        images: some of the files; they are used repeatedly.
+        models: folders of models that caption together; none: the bundled model.
 
     Raises:
-        ModelError: they cannot.
+        ModelError: the models cannot be loaded.
     """
-    load_captioner(models)  # what is wrong with it is found here, not in Ray's processes
+    load_captioner(models)  # so that errors are raised here and not in Ray's processes
     resources = connect("local")
     gpus = int(resources.gpus)
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
@@ -253,7 +254,7 @@ def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds
     workers = [decoder.remote(files, models, on_gpu=False) for _ in range(resources.physical_cores)]
     decode = _measure(workers, rounds, lambda worker: worker.decode.remote())
     if gpus:
-        for worker in workers:  # they hold the CPUs that the next ones need
+        for worker in workers:  # to free the CPUs for the next workers
             ray.kill(worker)
         variables = runtime_environment(gpus=1)
         captioner = _Alone.options(num_gpus=1, runtime_env=variables)  # type: ignore[attr-defined]
@@ -274,12 +275,12 @@ def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Ra
     for _ in range(rounds + 1):
         counts, seconds = zip(*ray.get([start(worker) for worker in workers]), strict=True)
         rates.append(sum(counts) / max(seconds))
-    return Rate(tuple(rates[1:]))  # the first one warms up
+    return Rate(tuple(rates[1:]))  # the first round warms up
 
 
 @ray.remote(num_cpus=1)
 class _Alone:
-    """One core, or one GPU, that does one thing only. Its methods say of how many images it was, and the seconds."""
+    """One core, or one GPU, that does one thing only. Its methods return the number of images and the seconds."""
 
     def __init__(self, images: list[bytes], models: Sequence[str], *, on_gpu: bool) -> None:
         import torch
@@ -307,7 +308,7 @@ class _Alone:
         from imcap_ray.models.captioner import search_captions
 
         captioner = self._captioner
-        # A GPU's batches are large, and one alone would tell little.
+        # A single batch takes a GPU too little time to measure.
         num_images = 4 * batch_size if captioner.device.type == "cuda" else batch_size
         pixels = self._pixels.repeat(-(-num_images // len(self._pixels)), 1, 1, 1)
         start = time.perf_counter()
@@ -326,38 +327,38 @@ def measure_run(
     num_actors: int | None = None,
     batch_size: int | None = None,
 ) -> RunSpeed:
-    """Caption `input` into `output` in a process of its own with a Ray of its own, and watch it.
+    """Caption `input` into `output` in a new process with its own Ray, and measure it.
 
     Raises:
-        ImcapError: what the run ended with.
+        ImcapError: the error of the run.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
     arguments = [input, output, list(models), time.time(), num_actors, batch_size]
-    # As when the command is typed. Multiprocessing would import the main module of the caller there, and torch with it.
+    # Start as the command does. Multiprocessing would also import the caller's main module, and with it torch.
     program = f"from {__name__} import _send_run; _send_run()"
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(sender.fileno()), json.dumps(arguments)], pass_fds=[sender.fileno()]
     )
     sender.close()
     try:
-        answer = receiver.recv()
+        result = receiver.recv()
     except EOFError:
-        raise ImcapError("the captioning run that was to be measured died") from None
-    except BaseException:  # Ctrl-C reaches this process alone: the run has a session of its own
+        raise ImcapError("the captioning run died before it was measured") from None
+    except BaseException:  # Ctrl-C does not reach the run, which has its own session
         process.terminate()
         raise
     finally:
         process.wait()
-    if isinstance(answer, ImcapError):
-        raise answer
-    assert isinstance(answer, RunSpeed)
-    return answer
+    if isinstance(result, ImcapError):
+        raise result
+    assert isinstance(result, RunSpeed)
+    return result
 
 
 def _send_run() -> None:
     sender = Connection(int(sys.argv[1]), readable=False)
     input, output, models, *others = json.loads(sys.argv[2])
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # through every `finally`
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that every `finally` block runs
     try:
         sender.send(watch_run(input, output, partial(load_captioner, models), *others))
     except ImcapError as error:
@@ -372,20 +373,20 @@ def watch_run(
     num_actors: int | None = None,
     batch_size: int | None = None,
 ) -> RunSpeed:
-    """Caption `input` into `output` with a Ray of this process, and watch it. To be called once in a process.
+    """Caption `input` into `output` with a Ray of this process, and measure it. Call this only once in a process.
 
     Args:
-        load: makes the captioner.
+        load: loads the captioner.
         start: when the process was started (Unix time).
     """
     if os.getsid(0) != os.getpid():
-        os.setsid()  # what this run starts has its session's id
+        os.setsid()  # all processes that this run starts inherit the session
     reporter = _TimelineReporter(start)
     resources = ResourcesConfig(address="local", num_actors=num_actors, batch_size=batch_size)
     watch = _ProcessWatch()
     try:
         cluster, captioner = connect_and_load(load, resources)
-        with repeating(watch.look, seconds=1.0):
+        with repeating(watch.update, seconds=1.0):
             summary = caption_images(
                 CaptioningConfig(input=input, output=output, max_failure_rate=1.0),
                 resources,
@@ -411,13 +412,13 @@ def watch_run(
 
 
 def _spilled_bytes() -> int:
-    """As Ray Data itself asks for it, by Ray's private side: what is public is a metric of a dashboard."""
+    """Read the counter as Ray Data does, through Ray's private API; the public one is a metric of the dashboard."""
     state = get_state_from_address(ray.get_runtime_context().gcs_address)  # type: ignore[no-untyped-call]
     return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)  # type: ignore[no-untyped-call]
 
 
 class _TimelineReporter(ProgressReporter):
-    """Prints nothing, and records how many images were done at what moment."""
+    """Prints nothing, and records the number of images over time."""
 
     def __init__(self, start: float) -> None:
         super().__init__(None)
@@ -425,43 +426,41 @@ class _TimelineReporter(ProgressReporter):
         self.timeline: list[tuple[float, int]] = []
 
     def report_images(self, done: int, total: int, task: str = "") -> None:
-        """Record the moment."""
+        """Record the number of images and the time."""
         if done:
             self.timeline.append((time.time() - self._start, done))
 
 
 def steady_rate(timeline: Sequence[tuple[float, int]]) -> float | None:
-    """Images per second in the middle of a run, from (seconds, images done so far): the slope of a straight line.
+    """Images per second in the middle of a run: the slope of a line through (seconds, images so far).
 
-    None where there are fewer than three different ones in `STEADY_SHARES` of the images.
+    None if there are fewer than three distinct counts within `STEADY_SHARES`.
     """
     total = timeline[-1][1] if timeline else 0
     low, high = (share * total for share in STEADY_SHARES)
     points = [(seconds, done) for seconds, done in timeline if low <= done <= high]
     if len({done for _, done in points}) < 3:
         return None
-    seconds, done = np.array(points).T
-    slope, _ = np.polyfit(seconds, done, 1)
-    return float(slope)
+    return linear_regression(*zip(*points, strict=True)).slope
 
 
 class _ProcessWatch:
-    """What the processes of this session use, by kind."""
+    """Measures the CPU time and the memory of the processes of this session, by kind."""
 
     def __init__(self) -> None:
-        self._used: dict[int, tuple[str, float]] = {}  # by process, of those that have ended too
+        self._used: dict[int, tuple[str, float]] = {}  # by process, including those that have ended
         self.peak_bytes: dict[str, int] = {}
 
     @property
     def cpu_seconds(self) -> dict[str, float]:
-        """Summed over the processes of a kind; a worker counts for what it did last."""
+        """The sum over the processes of each kind. A worker counts as what it did last."""
         used: defaultdict[str, float] = defaultdict(float)
         for kind, seconds in self._used.values():
             used[kind] += seconds
         return {kind: round(seconds, 2) for kind, seconds in sorted(used.items())}
 
-    def look(self) -> None:
-        """Note what they have used so far."""
+    def update(self) -> None:
+        """Read the values of all processes."""
         for pid, kind, cpu_seconds, resident_bytes in _processes():
             known, _ = self._used.get(pid, (kind, 0.0))
             self._used[pid] = ("actors" if known == "actors" else kind, cpu_seconds)
@@ -469,7 +468,7 @@ class _ProcessWatch:
 
 
 def _processes() -> Iterator[tuple[int, str, float, int]]:
-    """Number, kind, seconds of CPU and resident bytes of each process of this session."""
+    """Id, kind, CPU seconds and resident bytes of each process of this session."""
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -479,7 +478,7 @@ def _processes() -> Iterator[tuple[int, str, float, int]]:
             values = (folder / "stat").read_text().rsplit(") ", 1)[1].split()
             resident_pages = int((folder / "statm").read_text().split()[1])
         except OSError:
-            continue  # it has just ended
+            continue  # the process has just ended
         cpu_ticks = int(values[11]) + int(values[12])  # utime and stime: fields 14 and 15 of proc(5)
         yield int(folder.name), _kind(int(folder.name), command), cpu_ticks / ticks, resident_pages * page
 

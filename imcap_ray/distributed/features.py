@@ -255,7 +255,7 @@ def cache_features(
     use.beat()
     with (
         repeating(use.try_to_beat, seconds=HEARTBEAT_SECONDS),
-        use.encoding(echo=reporter.report, check=check),
+        use.encoding(report=reporter.report, check=check),
     ):
         encode = partial(_encode, use=use, encoding=encoding, reporter=reporter, task=task, check=check)
         return complete_cache(manifest, use, encode=encode, shape=encoding.shape)

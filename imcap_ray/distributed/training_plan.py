@@ -1,10 +1,10 @@
-"""A data set and a recipe -> everything a training needs before it starts, and what it would do."""
+"""Configuration and data set -> a training whose settings are checked, and a plan of what it would do."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
-from imcap_ray.config import Recipe, to_mapping
-from imcap_ray.data.columns import find_image_column_by_type, read_image_column
-from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
+from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
+from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.phase_start import with_cnn_weights
 from imcap_ray.errors import DatasetError, InputError, OutputError
@@ -27,7 +27,64 @@ from imcap_ray.training.loop import require_layer
 from imcap_ray.training.phases import next_phase, num_epochs, phases
 
 CPUS_FOR_READING: Final = 1
-"""Beyond the workers': Ray Data reads their images with them."""
+"""CPUs in addition to the workers', with which Ray Data reads their images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """The data-parallel processes of a training."""
+
+    min_count: int
+    max_count: int
+    is_elastic: bool
+    """Whether their number changes with the cluster, between these limits."""
+    gpus: float
+    """GPUs of each worker."""
+
+    @classmethod
+    def choose(cls, resources: ResourcesConfig, cluster: ClusterResources) -> Workers:
+        """The workers that the user asks for; by default one per GPU, or one worker if there are none."""
+        gpus = resources.gpus_per_worker
+        if gpus is None:
+            gpus = float(cluster.expects_gpus)
+        count = resources.num_workers
+        if count is None:
+            count = max(1, int(cluster.gpus / gpus) if gpus >= 1 else 1)
+        least, most = count if isinstance(count, tuple) else (count, count)
+        return cls(min_count=least, max_count=most, is_elastic=isinstance(count, tuple), gpus=gpus)
+
+    @property
+    def min_cpus(self) -> int:
+        """CPUs without which no training starts."""
+        return self.min_count + CPUS_FOR_READING
+
+    @property
+    def min_gpus(self) -> float:
+        """GPUs without which no training starts."""
+        return self.min_count * self.gpus
+
+    @property
+    def range(self) -> str:
+        """Their number as the user writes it: "2" or "2-4"."""
+        return f"{self.min_count}-{self.max_count}" if self.max_count != self.min_count else f"{self.min_count}"
+
+    def __str__(self) -> str:
+        if self.is_elastic:
+            return f"{self.min_count} to {self.max_count} workers"
+        return f"{self.min_count} worker{'s' * (self.min_count != 1)}"
+
+    def require(self, cluster: ClusterResources, batch_size: int) -> None:
+        """Raise InputError if the cluster cannot hold the workers, or they cannot share its GPUs or a batch."""
+        if 0 < self.gpus < 1 < self.max_count:
+            raise InputError(
+                f"--gpus-per-worker {self.gpus:g} would put several of {self.max_count} workers on one GPU, which "
+                "NCCL, the library that exchanges their gradients, refuses: give each 1, or train with --num-workers 1"
+            )
+        if batch_size < self.max_count:
+            raise InputError(f"--num-workers {self.max_count} exceeds the recipe's batch of {batch_size} images")
+        # Ray does not ask an autoscaler for the CPUs of an elastic training, so the minimum has to be there already.
+        present = replace(cluster, max_cpus=0.0) if self.is_elastic and not self.gpus else cluster
+        require(present, cpus=self.min_cpus, gpus=self.min_gpus, what=f"--num-workers {self.range}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,39 +96,46 @@ class TrainingPlan:
     num_images: dict[str, int]
     """By split."""
     num_captions: int
-    """Of the training split."""
+    """Captions of the training split."""
     num_epochs: dict[str, int]
-    """At most, by phase."""
+    """Maximum number of epochs, by phase."""
     num_epochs_done: int
-    """By an earlier call, and kept by this one."""
+    """Epochs that an earlier call finished and this one keeps."""
     num_workers: str
     gpus_per_worker: float
     batch_size: int
-    """Images, over all workers."""
+    """Images of a step, over all workers."""
     seconds: float | None
-    """At most, if the epochs that are left take what the last one took; None where there is none."""
+    """Maximum duration, if each remaining epoch takes as long as the last one; None if there is none yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedTraining:
     """A training that may begin."""
 
+    config: TrainingRunConfig
+    """The run, with the recipe completed by the model it starts from."""
     data: CaptionedImages
     model: str
     work: str
-    recipe: Recipe
-    num_workers: int | tuple[int, int]
-    gpus_per_worker: float
+    features: str
+    """Folder for cached features."""
+    workers: Workers
     start_model: ModelFolder | None
     encoder: Encoder
     vocabulary: Vocabulary
     settings: dict[str, Any]
-    """What must not change between a training and its resumption."""
+    """The contents of settings.json: everything that must not change between a training and its resumption."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.config.recipe
 
     def plan(self) -> TrainingPlan:
-        """What it would do, with what earlier calls have done."""
+        """What the training would do, after the epochs that earlier calls have finished."""
         rows = read_metrics(self.work)
-        left = num_epochs(self.recipe) - len(rows) if next_phase(rows, self.recipe) else 0
+        num_left = num_epochs(self.recipe) - len(rows) if next_phase(rows, self.recipe) else 0
         return TrainingPlan(
             data=self.data.location,
             model=self.model,
@@ -79,109 +143,99 @@ class PreparedTraining:
             num_captions=count_captions(self.data.split(TRAIN)),
             num_epochs={phase: settings.epochs for phase, settings in phases(self.recipe).items()},
             num_epochs_done=len(rows),
-            num_workers=describe_workers(self.num_workers),
-            gpus_per_worker=self.gpus_per_worker,
+            num_workers=str(self.workers),
+            gpus_per_worker=self.workers.gpus,
             batch_size=self.recipe.training.batch_size,
-            seconds=left * rows[-1]["seconds"] if rows else None,
+            seconds=num_left * rows[-1]["seconds"] if rows else None,
         )
 
 
+def load_data(config: TrainingRunConfig) -> CaptionedImages:
+    """Read the data set of a training; DatasetError if it lacks a training or a validation split."""
+    columns = ColumnOptions(image=config.image_column, caption=config.caption_column, id=config.id_column)
+    data = load_dataset(config.data, columns=columns, allow_outside_paths=config.allow_outside_paths)
+    for split in (TRAIN, VALIDATION):
+        data.split(split)
+    return data
+
+
 def prepare_training(
-    data: CaptionedImages,
-    model: str,
-    *,
-    recipe: Recipe,
-    start_from: Sequence[str] = (),
-    resources: ClusterResources,
-    num_workers: int | tuple[int, int] | None = None,
-    gpus_per_worker: float | None = None,
-    seed: int = 0,
-    encoder_weights: str | None = None,
+    config: TrainingRunConfig, resources: ResourcesConfig, *, data: CaptionedImages, cluster: ClusterResources
 ) -> PreparedTraining:
-    """Ask for all that `train` needs with these arguments. Nothing is written.
+    """Check everything that `train` needs with these arguments. Nothing is written.
 
     Raises:
         InputError: something does not fit.
     """
-    model = storage.absolute(model)
-    gpus = gpus_per_worker if gpus_per_worker is not None else float(resources.expects_gpus)
-    if num_workers is None:
-        num_workers = max(1, int(resources.gpus / gpus) if gpus >= 1 else 1)
-    least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
-    if 0 < gpus < 1 < most:
-        raise InputError(
-            f"--gpus-per-worker {gpus:g} would put several of {most} workers on one GPU, which NCCL, the library by "
-            "which they exchange gradients, refuses: give each 1, or train with --num-workers 1"
-        )
-    if recipe.training.batch_size < most:
-        raise InputError(f"--num-workers {most} exceeds the recipe's batch of {recipe.training.batch_size} images")
-    # Ray asks no autoscaler for CPUs of an elastic training: the least have to be there.
-    present = resources if isinstance(num_workers, int) or gpus else replace(resources, max_cpus=0.0)
-    what = f"--num-workers {f'{least}-{most}' if least != most else most}"
-    require(present, cpus=least + CPUS_FOR_READING, gpus=least * gpus, what=what)
-    train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # both, or nothing is begun
-    [first] = data.manifest(train_images.slice(0, 1)).to_pylist()
-    first_path = first["image_path"] or first["table_path"]
-    if not storage.exists(first_path):
-        raise DatasetError(
-            f"{data.location}: its images are not where they should be, the first is missing: {first_path}"
-        )
-    if not start_from and not recipe.training.epochs and recipe.finetune.epochs and recipe.finetune.repetitions > 1:
-        raise InputError(
-            f"finetune.repetitions {recipe.finetune.repetitions} must have one start, but training.epochs is 0: "
-            "give --start-from, or more epochs"
-        )
-    find_decoder(recipe.decoder)
-    start_model = None
-    if start_from:
-        start_model = average_models([read_model_folder(place) for place in start_from])
-        recipe = _with_architecture(recipe, start_model)
-    recipe = replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
-    encoder = _build_encoder(recipe, start_model, encoder_weights)
+    workers = Workers.choose(resources, cluster)
+    workers.require(cluster, config.recipe.training.batch_size)
+    train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # raises if a split is missing
+    _require_first_image(data)
+    start_model, recipe = _read_start(config)
+    encoder = _build_encoder(recipe, start_model, config.encoder_weights)
     require_layer(encoder, recipe.finetune.first_layer)
-    vocabulary = (
-        start_model.vocabulary
-        if start_model
-        else Vocabulary.build(
-            (caption for captions in train_images["captions"].to_pylist() for caption in captions),
-            tokenizer=recipe.vocabulary.tokenizer,
-            min_count=recipe.vocabulary.min_count,
-        )
-    )
-
+    model = storage.absolute(config.model)
     work = storage.join(model, WORK_FOLDER)
-    settings = _settings(data, recipe, encoder, seed)
-    if data.image_columns:
-        settings["image_columns"] = list(data.image_columns)
+    settings = _build_settings(data, recipe, encoder, config.seed)
     if start_model:
         settings["start_from"] = start_model.fingerprint
-    _refuse_another(model, work, settings, data)
+    _refuse_other_contents(model, work, settings, data)
+    features = resources.features or storage.join(storage.parent(model), "_features")
+    if storage.is_file(features := storage.absolute(features)):
+        raise InputError(f"--features must be a folder, got a file: {features}")
     return PreparedTraining(
+        config=replace(config, recipe=recipe),
         data=data,
         model=model,
         work=work,
-        recipe=recipe,
-        num_workers=num_workers,
-        gpus_per_worker=gpus,
+        features=features,
+        workers=workers,
         start_model=start_model,
         encoder=encoder,
-        vocabulary=vocabulary,
+        vocabulary=start_model.vocabulary if start_model else _build_vocabulary(train_images, recipe),
         settings=settings,
     )
 
 
+def _require_first_image(data: CaptionedImages) -> None:
+    """Raise DatasetError if the first training image does not exist."""
+    [first] = data.manifest(data.split(TRAIN).slice(0, 1)).to_pylist()
+    location = first["image_path"] or first["table_path"]
+    if not storage.exists(location):
+        raise DatasetError(
+            f"{data.location}: its images are not where they should be, the first is missing: {location}"
+        )
+
+
+def _read_start(config: TrainingRunConfig) -> tuple[ModelFolder | None, Recipe]:
+    """The model to start from, if any, and the recipe completed by it."""
+    recipe = config.recipe
+    find_decoder(recipe.decoder)
+    repetitions = recipe.finetune.repetitions
+    if not config.start_from and not recipe.training.epochs and recipe.finetune.epochs and repetitions > 1:
+        raise InputError(
+            f"with finetune.repetitions {repetitions} all repetitions must start from the same weights, but "
+            "training.epochs is 0: give --start-from, or more epochs"
+        )
+    start_model = None
+    if config.start_from:
+        start_model = average_models([read_model_folder(location) for location in config.start_from])
+        recipe = _with_architecture(recipe, start_model)
+    return start_model, replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
+
+
+def _build_vocabulary(images: pa.Table, recipe: Recipe) -> Vocabulary:
+    captions = (caption for captions in images["captions"].to_pylist() for caption in captions)
+    return Vocabulary.build(captions, tokenizer=recipe.vocabulary.tokenizer, min_count=recipe.vocabulary.min_count)
+
+
 def count_captions(images: pa.Table) -> int:
-    """Number of captions of these images."""
+    """Number of captions of all these images."""
     return int(pa.compute.sum(pa.compute.list_value_length(images["captions"])).as_py())
 
 
-def max_workers(num_workers: int | tuple[int, int]) -> int:
-    """The largest number of workers that was asked for."""
-    return num_workers[1] if isinstance(num_workers, tuple) else num_workers
-
-
 def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
-    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model; a size of its own it keeps."""
+    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model; it keeps its own image size, if set."""
     image_size = recipe.preprocessing.image_size or model.preprocessing.image_size
     return replace(
         recipe,
@@ -193,69 +247,77 @@ def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
 
 
 def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str | None) -> Encoder:
-    """The CNN of a recipe, with the weights of the model where that has its own."""
-    if model and (inside := select_tensors("encoder.", model.tensors)):
-        return with_cnn_weights(build_encoder(recipe.encoder, recipe.preprocessing, tensors=inside), model.tensors)
+    """The CNN of a recipe, with the model's weights if the model has its own."""
+    if model and (tensors := select_tensors("encoder.", model.tensors)):
+        return with_cnn_weights(build_encoder(recipe.encoder, recipe.preprocessing, tensors=tensors), model.tensors)
     expected = model.encoder_weights if model else None
     return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)
 
 
-def describe_workers(num_workers: int | tuple[int, int]) -> str:
-    """How many, for people: "1 worker", "2 to 4 workers"."""
-    if isinstance(num_workers, tuple):
-        return f"{num_workers[0]} to {num_workers[1]} workers"
-    return f"{num_workers} worker{'s' * (num_workers != 1)}"
-
-
-def _settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
-    """What must not change between a training and its resumption."""
+def _build_settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
+    """The contents of settings.json, see `PreparedTraining`."""
     digest = hashlib.sha256()
     for batch in data.table.to_batches():
         for row in batch.to_pylist():
             digest.update(json.dumps([row["image_id"], row["split"], row["captions"]]).encode())
-    weights = {"source": encoder.weights.source, "sha256": encoder.weights.sha256}
-    return {"recipe": to_mapping(recipe), "seed": seed, "data_sha256": digest.hexdigest(), "encoder_weights": weights}
+    settings: dict[str, Any] = {
+        "recipe": to_mapping(recipe),
+        "seed": seed,
+        "data_sha256": digest.hexdigest(),
+        "encoder_weights": {"source": encoder.weights.source, "sha256": encoder.weights.sha256},
+    }
+    if data.image_columns:
+        settings["image_columns"] = list(data.image_columns)
+    return settings
 
 
-def _refuse_another(model: str, work: str, settings: dict[str, Any], data: CaptionedImages) -> None:
-    """Raise OutputError where the model's folder holds something else than this training."""
-    place = storage.join(work, SETTINGS_FILE)
-    if storage.exists(place):
-        try:
-            before = json.loads(storage.read_bytes(place))
-            if not isinstance(before, dict):
-                raise ValueError("expected an object")
-        except ValueError as error:
-            raise OutputError(
-                f"{place} is damaged, so nothing says what was trained in {model} ({error}): "
-                "bring the file back, or choose another folder"
-            ) from error
+def _refuse_other_contents(model: str, work: str, settings: Mapping[str, Any], data: CaptionedImages) -> None:
+    """Raise OutputError if the model's folder contains anything but this training."""
+    location = storage.join(work, SETTINGS_FILE)
+    if storage.exists(location):
+        before = _read_settings(location, model)
         if "image_columns" not in before and "image_columns" in settings:
-            if named := before.pop("image_column", None):
-                before["image_columns"] = [named]
+            if column := before.pop("image_column", None):
+                before["image_columns"] = [column]
             else:
-                _refuse_another_column(model, data)
+                _refuse_other_column(model, data)
                 before["image_columns"] = settings["image_columns"]
-        different = sorted(_differences(before, settings))
-        if different:
+        if different := sorted(_differences(before, settings)):
             raise OutputError(
                 f"{model} holds a training with another {', '.join(different)}: choose another folder or remove it"
             )
     elif storage.exists(storage.join(model, CONFIG_FILE)):
         raise OutputError(f"{model} is a finished model: choose another folder or remove it")
-    elif storage.is_file(model) or (storage.is_folder(model) and _is_somebody_elses(model)):
+    elif storage.is_file(model) or (storage.is_folder(model) and _has_foreign_files(model)):
         raise OutputError(f"{model} exists and is no training of imcap: choose another folder")
 
 
-def _refuse_another_column(model: str, data: CaptionedImages) -> None:
-    """Raise OutputError if the earlier version that began this training read images from another column."""
+def _read_settings(location: str, model: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(storage.read_bytes(location))
+        if not isinstance(settings, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise OutputError(
+            f"{location} is corrupt, so it is unknown what was trained in {model} ({error}): restore the file, or "
+            "choose another folder"
+        ) from error
+    return settings
+
+
+def _refuse_other_column(model: str, data: CaptionedImages) -> None:
+    """Raise OutputError if the training was begun by an earlier version that read images from another column."""
     for location in data.tables:
         filesystem, path = storage.resolve(location)
         try:
             schema = pq.read_schema(path, filesystem=filesystem)
             before = find_image_column_by_type(schema, location).name
             now = read_image_column(schema, location, data.image_columns).name
-        except (pa.ArrowException, OSError, InputError):  # no table with images: the earlier version read none from it
+        except (
+            pa.ArrowException,
+            OSError,
+            InputError,
+        ):  # a table without images, from which the earlier version read none either
             continue
         if before != now:
             raise OutputError(
@@ -264,8 +326,8 @@ def _refuse_another_column(model: str, data: CaptionedImages) -> None:
             )
 
 
-def _is_somebody_elses(model: str) -> bool:
-    """Whether there is more than a training leaves that was killed in its first moment."""
+def _has_foreign_files(model: str) -> bool:
+    """Whether the folder contains more than a training leaves that is killed right after its start."""
     names = (file.name for file in storage.list_files(model))
     return any(name != f"{WORK_FOLDER}/owner" and not storage.is_temporary(name.rpartition("/")[2]) for name in names)
 

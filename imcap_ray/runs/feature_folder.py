@@ -1,14 +1,14 @@
-"""The folder of a feature cache: the trainings that use it, and which of them encodes. Knows nothing of features.
+"""The folder of a feature cache: which trainings use it, and which of them encodes. Knows nothing of features.
 
-    FOLDER/*.parquet          the parts, under unique names; a part never changes
-    FOLDER/_imcap/seal.json   the parts that count, with their hashes
-                  users/NAME  a training that uses them, rewritten while it lives: its name, machine, process and time
-                  encoding/NAME  there while that user encodes, or is about to
-                  work/NAME/  what Ray Data keeps while that user encodes
+    FOLDER/*.parquet            the parts, under unique names; a part never changes
+    FOLDER/_imcap/seal.json     the valid parts and their checksums
+                  users/NAME    a training that uses them, rewritten while it is alive: its name, machine, process, time
+                  encoding/NAME exists while that user encodes, or is about to
+                  work/NAME/    Ray Data's files while that user encodes
 
-Several trainings may use a folder at the same time. One of them encodes and the others wait, which saves the work and
-is no condition for correct data: a seal names only parts that its writer has seen complete, and a part that it does not
-name is removed only while no other training lives.
+Several trainings may use a folder at the same time. One of them encodes and the others wait. This only saves work, the
+data are correct without it: the checksums name only parts that their writer has seen complete, and a part that they do
+not name is removed only while no other training is alive.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ from typing import Final
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError
-from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS
+from imcap_ray.runs.heartbeat import SILENT_SECONDS
 
 WORK_FOLDER: Final = "_imcap"
 
 CHECKSUM_FILE: Final = f"{WORK_FOLDER}/seal.json"
 
-DEAD_SECONDS: Final = 4 * HEARTBEAT_SECONDS
-"""Age of a user's last sign of life at which it counts as dead."""
 
 _POLL_SECONDS: Final = 1.0
 
@@ -41,8 +39,8 @@ class FeatureFolder:
     """One training's use of a folder of features, at a path or URI.
 
     Args:
-        training: a name of the training. An earlier user of this name counts as dead, because the same training has
-            been started again. "": nobody else has this name.
+        training: the training's name. An earlier user with this name counts as dead, because the same training has been
+            started again. "": a name that no other user has.
     """
 
     def __init__(self, location: str, training: str = "") -> None:
@@ -54,12 +52,12 @@ class FeatureFolder:
         self._encoding = storage.join(self.location, WORK_FOLDER, "encoding")
 
     def beat(self) -> None:
-        """Give a sign of life."""
+        """Write a heartbeat."""
         user = {"training": self._training, "machine": _machine(), "process": os.getpid(), "time_ns": time.time_ns()}
         storage.write_bytes(storage.join(self._users, self.name), json.dumps(user).encode())
 
     def try_to_beat(self) -> None:
-        """Give a sign of life; the next one may find the store again."""
+        """Write a heartbeat and ignore errors, because the next one may reach the store."""
         with suppress(OSError, ImcapError):
             self.beat()
 
@@ -69,30 +67,30 @@ class FeatureFolder:
             storage.remove(storage.join(self._users, self.name))
 
     @contextmanager
-    def encoding(self, *, echo: Callable[[str], None], check: Callable[[], None]) -> Iterator[None]:
-        """Be the user that encodes while the block runs; wait for another one that lives.
+    def encoding(self, *, report: Callable[[str], None], check: Callable[[], None]) -> Iterator[None]:
+        """Be the only user that encodes while the block runs; wait while another live user does.
 
         Args:
-            echo: called once with a line if there is another one.
-            check: called while waiting; raises if there is nothing to wait for any more.
+            report: called once with a line if there is another one.
+            check: called while waiting; raises to stop waiting.
         """
         own, is_marked, has_waited, is_reported = storage.join(self._encoding, self.name), False, False, False
-        self.beat()  # a mark of a user that does not live counts for nothing
+        self.beat()  # the mark of a user without a heartbeat does not count
         try:
             while True:
                 if not is_marked and not self._rivals():
                     storage.write_bytes(own, b"")
                     is_marked = True
                 rivals = self._rivals()
-                # Only one user can see no mark next to its own: anyone who makes a mark later sees this one.
+                # Only one user can see no mark besides its own, because anyone who makes a mark later sees this one.
                 if is_marked and not rivals:
                     break
-                if is_marked and self.name > min(rivals):  # of several that begin together, one keeps its mark
+                if is_marked and self.name > min(rivals):  # if several begin together, one of them keeps its mark
                     storage.remove(own)
                     is_marked = False
                 if rivals and has_waited and not is_reported:
                     is_reported = True
-                    echo(f"waiting for {self.location}: {min(rivals.values())} is encoding the same images there")
+                    report(f"waiting for {self.location}: {min(rivals.values())} is encoding the same images there")
                 check()
                 time.sleep(_POLL_SECONDS)
                 has_waited = True
@@ -102,17 +100,17 @@ class FeatureFolder:
                 storage.remove(own)
 
     def _rivals(self) -> dict[str, str]:
-        """The other live users that encode, or are about to, each with the name of its training."""
+        """The training names of other live users that encode or are about to, by user."""
         if not storage.is_folder(self._encoding):
             return {}
         marks = {file.name for file in storage.list_files(self._encoding, recursive=False)}
         return {name: training for name, training in self.live_others().items() if name in marks}
 
     def live_others(self) -> dict[str, str]:
-        """The names of other users that live, each with the name of its training.
+        """The training names of other live users, by user.
 
-        Their signs of life are compared with this user's, whose time comes from the same clock: the store's, or where
-        that knows no times, the machines'.
+        Their heartbeats are compared with this user's, whose time comes from the same clock: the store's, or the
+        machines' if the store keeps no times.
         """
         self.beat()
         files = {file.name: file for file in storage.list_files(self._users, recursive=False)}
@@ -121,17 +119,17 @@ class FeatureFolder:
         for name, file in files.items():
             if name == self.name or storage.is_temporary(name):
                 continue
-            is_old = file.modified_ns and now - file.modified_ns > DEAD_SECONDS * 1e9
+            is_old = file.modified_ns and now - file.modified_ns > SILENT_SECONDS * 1e9
             training = "" if is_old else self._training_of(file.location, has_time=file.modified_ns != 0)
             if training not in ("", self._training):
                 others[name] = training
         return others
 
     def _training_of(self, location: str, *, has_time: bool) -> str:
-        """The name of a user's training; "" if the user's process has ended, as far as this machine can tell.
+        """The name of a user's training; "" if this machine knows that the user's process has ended.
 
         Args:
-            has_time: whether the store knows when the user's file was written; else the time in it counts.
+            has_time: whether the store knows when the user's file was written; otherwise the time in it counts.
         """
         try:
             user = json.loads(self._read(location))
@@ -139,19 +137,19 @@ class FeatureFolder:
             written_ns = int(user.get("time_ns", 0))  # earlier versions wrote none
         except (ValueError, KeyError, TypeError):
             return ""
-        if not has_time and written_ns and time.time_ns() - written_ns > DEAD_SECONDS * 1e9:
+        if not has_time and written_ns and time.time_ns() - written_ns > SILENT_SECONDS * 1e9:
             return ""
         return "" if machine == _machine() and not _is_running(process) else training
 
     def remove_all_but(self, parts: Collection[str]) -> None:
-        """Remove the parts that are not among these names, and what dead users have left, unless another user lives."""
+        """Remove all other parts, and files that dead users left, unless another user is alive."""
         if self.live_others():
             return
         for path in storage.list_parquet(self.location):
             if path.rpartition("/")[2] not in parts:
                 storage.remove(path)
         storage.remove_temporary(self.location)
-        for name in ("work", "manifest", "done"):  # the last two are an earlier version's
+        for name in ("work", "manifest", "done"):  # earlier versions wrote the last two
             storage.remove(storage.join(self.location, WORK_FOLDER, name))
         for folder in (self._users, self._encoding):
             for file in storage.list_files(folder, recursive=False):
@@ -166,7 +164,7 @@ class FeatureFolder:
 
 
 def _machine() -> str:
-    """A name of what numbers this process: the machine, or the container. Two machines may have the same host name."""
+    """A name for the machine or container in which process ids are unique. Host names may repeat."""
     name = socket.gethostname()
     with suppress(OSError):
         name += f" {os.readlink('/proc/self/ns/pid')}"
@@ -180,6 +178,6 @@ def _is_running(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # another user's process
         return True
     return True

@@ -1,31 +1,36 @@
-"""The work folder of a training: the names of its files, and the metrics of its epochs for people and tools.
+"""The work folder of a training: the names of its files, and each epoch's metrics for people and tools.
 
-    MODEL/_training/settings.json   what must not change between a training and its resumption
+    MODEL/_training/settings.json   everything that must not change between a training and its resumption
                     owner           the run that may write here
-                    metrics.jsonl   a line for each epoch that is done
+                    metrics.jsonl   a line for each finished epoch
                     validation.json the images that every epoch is scored on
-                    stopped.json    why the workers have stopped, if trying again would not help
-                    heartbeat       written anew every half minute while the training lives
-                    tensorboard/    the same as event files
-                    mlflow.json     which run of MLflow has them too, if any
-                    ray/            what Ray Train keeps: the checkpoints, which are what counts
+                    stopped.json    why the workers stopped, if another attempt would stop again
+                    heartbeat       rewritten every half minute while the training is alive
+                    tensorboard/    the metrics as event files
+                    mlflow.json     the MLflow run that has them, if any
+                    ray/            Ray Train's folder with the checkpoints, from which a training resumes
 
-Knows neither Ray nor torch.
+Imports neither Ray nor torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Final, TypedDict, cast
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError
+from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, repeating
+from imcap_ray.runs.lease import Lease
 
+# In MODEL.
 WORK_FOLDER: Final = "_training"
 
+# In the work folder.
 SETTINGS_FILE: Final = "settings.json"
 
 METRICS_FILE: Final = "metrics.jsonl"
@@ -36,37 +41,109 @@ VALIDATION_FILE: Final = "validation.json"
 
 STOPPED_FILE: Final = "stopped.json"
 
+CAPTIONS_FILE: Final = "captions.parquet"
+
+VOCABULARY_FILE: Final = "vocabulary.json"
+
+RUN_FOLDER: Final = "ray"
+"""Ray Train's folder, with the checkpoints."""
+
+# In a checkpoint.
+WEIGHTS_FILE: Final = "model.safetensors"
+"""The weights that are kept: `decoder.NAME`, and `encoder.NAME` if the CNN is trained as well."""
+
+STATE_FILE: Final = "training_state.pt"
+"""The state of the optimizer."""
+
 VALIDATION_ADVICE: Final = (
-    "the scores of all epochs must be of the same images: bring these back, or train into another folder"
+    "all epochs must be scored on the same images: bring these back, or train into another folder"
 )
 
 
+class EpochMetrics(TypedDict, total=False):
+    """Metrics of an epoch, as in a line of metrics.jsonl. Earlier versions wrote fewer."""
+
+    epoch: int
+    """From 1, over all phases."""
+    phase: str
+    num_workers: int
+    train_loss: float
+    """Mean cross-entropy of a token, in nats."""
+    train_reward: float
+    """Mean reward of a sampled caption; in self-critical phases only."""
+    train_seconds: float
+    bleu_1: float
+    """As in `imcap_ray.scoring.metrics.Scores`, like the following."""
+    bleu_2: float
+    bleu_3: float
+    bleu_4: float
+    rouge_l: float
+    cider_d: float
+    num_images: int
+    length_ratio: float
+    num_distinct_captions: int
+    half_cider_d: float
+    """CIDEr-D of the more confident half of the captions."""
+    half_min_confidence: float
+    """The lowest confidence in that half."""
+    seconds: float
+    """Duration of the epoch with its validation."""
+
+
+History = Sequence[EpochMetrics]
+"""The metrics of all epochs so far."""
+
+
 def write_heartbeat(work: str) -> None:
-    """Give a sign of life: the time of the file. What goes wrong with that is no reason to stop."""
-    with contextlib.suppress(OSError, ImcapError):
+    """Write the heartbeat, whose time is that of the file. An error is ignored: it is no reason to stop."""
+    with suppress(OSError, ImcapError):
         storage.write_bytes(storage.join(work, HEARTBEAT_FILE), b"alive\n")
 
 
-def write_metrics(work: str, history: Sequence[Mapping[str, Any]]) -> None:
-    """Replace the metrics of the epochs done."""
+@contextmanager
+def keep_alive(
+    lease: Lease, feature_folders: Sequence[FeatureFolder], *, seconds: float = HEARTBEAT_SECONDS
+) -> Iterator[None]:
+    """Write heartbeats to the work folder and to the folders of features while the block runs.
+
+    The work folder gets none once another run has acquired the lease.
+
+    Args:
+        feature_folders: may grow while the block runs.
+    """
+
+    def beat() -> None:
+        for folder in tuple(feature_folders):
+            folder.try_to_beat()
+        with suppress(OSError, ImcapError):
+            lease.require()
+            write_heartbeat(lease.work)
+
+    beat()
+    with repeating(beat, seconds=seconds):
+        yield
+
+
+def write_metrics(work: str, history: History) -> None:
+    """Replace the metrics of the finished epochs."""
     lines = "".join(json.dumps(row) + os.linesep for row in history)
     storage.write_bytes(storage.join(work, METRICS_FILE), lines.encode())
 
 
-def read_metrics(work: str) -> list[dict[str, Any]]:
-    """Metrics of the epochs done, up to the first line that is damaged; empty where there are none."""
-    place = storage.join(work, METRICS_FILE)
-    if not storage.exists(place):
+def read_metrics(work: str) -> list[EpochMetrics]:
+    """Metrics of the finished epochs, up to the first corrupt line; empty if there are none."""
+    location = storage.join(work, METRICS_FILE)
+    if not storage.exists(location):
         return []
-    rows = []
-    for line in storage.read_bytes(place).decode(errors="replace").splitlines():
+    rows: list[EpochMetrics] = []
+    for line in storage.read_bytes(location).decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             break
         if not isinstance(row, dict):
             break
-        rows.append(row)
+        rows.append(cast("EpochMetrics", row))
     return rows
 
 
@@ -79,7 +156,7 @@ def read_validation_ids(work: str) -> list[str] | None:
     """The images that every epoch is scored on; None for a training of an earlier version, which recorded none.
 
     Raises:
-        ImcapError: the record is damaged.
+        ImcapError: the record is corrupt.
     """
     location = storage.join(work, VALIDATION_FILE)
     if not storage.exists(location):
@@ -89,17 +166,18 @@ def read_validation_ids(work: str) -> list[str] | None:
         if not isinstance(image_ids, list) or not all(isinstance(image_id, str) for image_id in image_ids):
             raise ValueError("expected a list of names")
     except ValueError as error:
-        raise ImcapError(f"{location} is damaged ({error}): bring the file back, or remove it") from error
+        raise ImcapError(f"{location} is corrupt ({error}): restore the file, or remove it") from error
     return image_ids
 
 
-def write_stop(work: str, reason: str) -> None:
-    """Record why the workers have stopped."""
-    storage.write_bytes(storage.join(work, STOPPED_FILE), json.dumps({"reason": reason}).encode())
+def write_stop(lease: Lease, reason: str) -> None:
+    """Record why the workers stopped, unless another run has acquired the lease and would mistake it for its own."""
+    if lease.is_held():
+        storage.write_bytes(storage.join(lease.work, STOPPED_FILE), json.dumps({"reason": reason}).encode())
 
 
 def take_stop(work: str) -> str | None:
-    """Why the workers have stopped, if they have; the record is removed."""
+    """Read why the workers stopped and remove the record; None if they did not."""
     location = storage.join(work, STOPPED_FILE)
     if not storage.exists(location):
         return None
@@ -109,18 +187,3 @@ def take_stop(work: str) -> str | None:
         reason = None
     storage.remove(location)
     return reason
-
-
-# In the training's work folder.
-CAPTIONS_FILE: Final = "captions.parquet"
-
-VOCABULARY_FILE: Final = "vocabulary.json"
-
-RUN_FOLDER: Final = "ray"
-"""What Ray Train keeps: the checkpoints."""
-
-# In a checkpoint.
-WEIGHTS_FILE: Final = "model.safetensors"
-"""Of what is kept: `decoder.NAME`, and `encoder.NAME` when the CNN has been trained as well."""
-
-STATE_FILE: Final = "training_state.pt"

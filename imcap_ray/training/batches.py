@@ -12,10 +12,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from imcap_ray.text.vocabulary import PADDING_ID
 
-LENGTHS_ALIKE: Final = 16
-"""So many captions in a row are padded to one length, so that a position has 16, 32, ... captions and few shapes come
-up: for each shape of a matrix product oneDNN compiles a kernel, which takes longer than the product, and keeps it. A
-step of the default recipe takes half of the time so, for 8 % more positions (torch 2.14, two cores with AMX)."""
+LENGTH_BUCKET_SIZE: Final = 16
+"""This many captions in a row are padded to the same length.
+
+A position then has 16, 32, ... captions, so that few shapes occur: oneDNN compiles and keeps a kernel for each shape of
+a matrix product, which takes longer than the product. This halves the time of a step of the default recipe and adds 8 %
+more positions (torch 2.14, two cores with AMX)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +29,15 @@ class CaptionBatch:
     token_ids: Tensor
     """(N, T) from the start token to the last word."""
     lengths: Tensor
-    """(N,) on the CPU, falling; `LENGTHS_ALIKE` in a row are the same."""
+    """(N,) on the CPU, in descending order; `bucket_size` in a row are equal."""
     image_of_caption: Tensor
     """(N,) index into `inputs`."""
     targets: Tensor
-    """(P,) the token that follows each, in the order of a packed sequence; `PADDING_ID` where its caption has ended."""
+    """(P,) the next token at each position, in the order of a packed sequence; `PADDING_ID` after a caption's end."""
     weights: Tensor
-    """(P,) how much each target counts: 1, or its caption's advantage."""
+    """(P,) the weight of each target: 1, or its caption's advantage."""
     num_tokens: int
-    """Targets that are no padding."""
+    """Number of targets that are not padding."""
 
 
 def make_batch(
@@ -44,17 +46,21 @@ def make_batch(
     device: torch.device,
     *,
     advantages: Sequence[Sequence[float]] | None = None,
+    bucket_size: int = LENGTH_BUCKET_SIZE,
 ) -> CaptionBatch:
-    """The batch of these images: features or pixels, and for each image its captions as ids from start to end.
+    """Build the batch of these images.
 
     Args:
-        advantages: of each caption of each image, how much it is to be said more often, or less.
+        inputs: features or pixels, see `CaptionBatch`.
+        captions: the captions of each image, as token ids from start to end.
+        advantages: the advantage of each caption of each image, by which it becomes more or less probable.
+        bucket_size: number of captions in a row that are padded to the same length.
     """
-    weights = [[1.0] * len(of_image) for of_image in captions] if advantages is None else advantages
+    weights = [[1.0] * len(image_captions) for image_captions in captions] if advantages is None else advantages
     flat = [
         (image, ids, weight)
-        for image, of_image in enumerate(captions)
-        for ids, weight in zip(of_image, weights[image], strict=True)
+        for image, image_captions in enumerate(captions)
+        for ids, weight in zip(image_captions, weights[image], strict=True)
     ]
     flat.sort(key=lambda caption: -len(caption[1]))
     padded = nn.utils.rnn.pad_sequence(
@@ -62,7 +68,7 @@ def make_batch(
     )
     lengths = torch.tensor([len(ids) - 1 for _, ids, _ in flat])
     num_tokens = int(lengths.sum())
-    lengths = lengths[::LENGTHS_ALIKE].repeat_interleave(LENGTHS_ALIKE)[: len(flat)]
+    lengths = lengths[::bucket_size].repeat_interleave(bucket_size)[: len(flat)]
     weight_of_caption = torch.tensor([weight for _, _, weight in flat]).unsqueeze(1)
     weights_of_tokens = weight_of_caption.expand(len(flat), padded.shape[1] - 1)
     return CaptionBatch(
@@ -77,7 +83,7 @@ def make_batch(
 
 
 def augmentation(image_size: int, *, min_crop_area: float) -> Callable[[Tensor], Tensor]:
-    """A function from uint8 pixels (I, 3, S, S) to another view of each image."""
+    """Return a function that crops and mirrors uint8 pixels (I, 3, S, S) at random, each image differently."""
     from torchvision.transforms import v2
 
     transform: Callable[[Tensor], Tensor] = v2.Compose(

@@ -1,7 +1,7 @@
-"""The epochs of a training -> TensorBoard's event files, and a run of MLflow where the environment names a server.
+"""The epochs of a training -> TensorBoard's event files, and an MLflow run if the environment names a server.
 
-Each tracker is told all epochs so far and takes from them what it lacks, so that an epoch is logged once however often
-a training is interrupted. What goes wrong with that is told once, and is no reason to stop a training.
+Each tracker gets all epochs so far and logs those that it lacks, so that an epoch is logged once however often a
+training is interrupted. An error in a tracker is reported once and does not stop the training.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final, Protocol
 
 from imcap_ray import storage
+from imcap_ray.runs.training_run import EpochMetrics, History
 
 EVENTS_FOLDER: Final = "tensorboard"
 
 MLFLOW_FILE: Final = "mlflow.json"
-"""Which run of which server this training is logged to."""
+"""The MLflow server and run that this training is logged to."""
 
-# MLflow asks a server that is down for four minutes, and waits two for each answer. Who wants that can say so.
+# By default MLflow retries for four minutes when a server is down, and waits two minutes for each answer. The user's
+# own values of these variables have priority.
 _MLFLOW_PATIENCE: Final = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-
-Epochs = Sequence[Mapping[str, Any]]
-"""The metrics of each epoch so far."""
 
 
 class Tracker(Protocol):
-    """Somewhere to log epochs to."""
+    """A destination for the metrics of epochs."""
 
     name: str
 
-    def log(self, epochs: Epochs) -> None:
-        """Log those of the epochs that have not been logged."""
+    def log(self, epochs: History) -> None:
+        """Log the epochs that have not been logged."""
 
     def end(self, status: str) -> None:
-        """The training has ended: FINISHED, FAILED or KILLED, in MLflow's words."""
+        """Note that the training has ended. The status is one of MLflow's: FINISHED, FAILED or KILLED."""
 
 
 class TensorBoardFolder:
-    """Event files in a folder, path or URI: one for each epoch, which is written over when the epoch is done again.
+    """Event files in a folder, path or URI: one for each epoch, which is replaced if the epoch is repeated.
 
-    TensorBoard reads the files of a folder in the order of their names, and goes on to the next when there is one.
-    tensorboardX, which Ray Train brings, writes them: whoever looks needs TensorBoard, the cluster does not.
+    TensorBoard reads the files of a folder in the order of their names. They are written with tensorboardX, which Ray
+    Train depends on, so that only the viewer needs TensorBoard.
     """
 
     name = "TensorBoard"
@@ -56,26 +55,26 @@ class TensorBoardFolder:
         self._folder = folder
         self._num_logged: int | None = None
 
-    def log(self, epochs: Epochs) -> None:
-        """Write the files that are lacking; at first, remove those of epochs that are to be done again."""
+    def log(self, epochs: History) -> None:
+        """Write missing files. The first call also removes files of epochs that will be repeated."""
         names = [f"events.out.tfevents.{number:010}.imcap" for number in range(1, len(epochs) + 1)]
         if self._num_logged is None:
-            is_there = storage.is_folder(self._folder)
-            found = {file.name for file in storage.list_files(self._folder)} if is_there else set()
-            for name in found.difference(names):
+            files = storage.list_files(self._folder) if storage.is_folder(self._folder) else []
+            existing = {file.name for file in files}
+            for name in existing.difference(names):
                 storage.remove(storage.join(self._folder, name))
         else:
-            found = set(names[: self._num_logged])
+            existing = set(names[: self._num_logged])
         for name, metrics in zip(names, epochs, strict=True):
-            if name not in found:
+            if name not in existing:
                 storage.write_bytes(storage.join(self._folder, name), _event_file(metrics))
         self._num_logged = len(epochs)
 
     def end(self, status: str) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
-def _event_file(metrics: Mapping[str, Any]) -> bytes:
+def _event_file(metrics: EpochMetrics) -> bytes:
     from tensorboardX import SummaryWriter
 
     with TemporaryDirectory() as folder:
@@ -87,20 +86,20 @@ def _event_file(metrics: Mapping[str, Any]) -> bytes:
 
 
 class MlflowRun:
-    """One run of MLflow for a training, in all its interruptions.
+    """One MLflow run for a training, even if it is interrupted and resumed.
 
-    The server, the experiment and the credentials come from MLflow's own variables, as MLFLOW_EXPERIMENT_NAME.
+    The server, the experiment and the credentials come from MLflow's own variables, such as MLFLOW_EXPERIMENT_NAME.
 
     Args:
-        place: file that remembers the run, path or URI.
-        run_name: of a run that begins.
-        parameters: of a run that begins; nested ones get dotted names.
+        location: file that records the run, path or URI.
+        run_name: name of a new run.
+        parameters: parameters of a new run; nested ones get dotted names.
     """
 
     name = "MLflow"
 
-    def __init__(self, place: str, *, tracking_uri: str, run_name: str, parameters: Mapping[str, Any]) -> None:
-        self._place = place
+    def __init__(self, location: str, *, tracking_uri: str, run_name: str, parameters: Mapping[str, Any]) -> None:
+        self._location = location
         self._uri = tracking_uri
         self._run_name = run_name
         self._parameters = parameters
@@ -108,8 +107,8 @@ class MlflowRun:
         self._run_id = ""
         self._logged: set[tuple[str, int]] = set()
 
-    def log(self, epochs: Epochs) -> None:
-        """Log the values that the run lacks, an epoch in a request."""
+    def log(self, epochs: History) -> None:
+        """Log the values that the run lacks, one epoch per request."""
         from mlflow.entities import Metric
 
         with _with_patience():
@@ -126,19 +125,19 @@ class MlflowRun:
                     self._logged.update((key, step) for key in values)
 
     def end(self, status: str) -> None:
-        """Say how the training ended."""
+        """Set the run's status."""
         with _with_patience():
             if self._client is not None:
-                # Not `set_terminated`, which prints the run's address to stdout, where our results go.
+                # `set_terminated` would print the run's address to stdout, which is for our results.
                 self._client.update_run(self._run_id, status=status)
 
     def _open(self) -> None:
-        """Find the run, or begin one."""
+        """Open the recorded run, or create one."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         client = MlflowClient(self._uri)
-        run_id = os.environ.get("MLFLOW_RUN_ID") or self._remembered(client)
+        run_id = os.environ.get("MLFLOW_RUN_ID") or self._recorded_run(client)
         if run_id:
             run = client.get_run(run_id)
             client.update_run(run_id, status="RUNNING")
@@ -146,22 +145,22 @@ class MlflowRun:
             run = client.create_run(_experiment_id(client), run_name=self._run_name)
             run_id = run.info.run_id
             content = {"tracking_uri": storage.hide_secrets(self._uri), "run_id": run_id}
-            storage.write_bytes(self._place, json.dumps(content).encode())
+            storage.write_bytes(self._location, json.dumps(content).encode())
         self._logged = {
             (key, metric.step) for key in run.data.metrics for metric in client.get_metric_history(run_id, key)
         }
-        lacking = {key: value for key, value in _flattened(self._parameters) if key not in run.data.params}
-        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in lacking.items()])
+        missing = {key: value for key, value in _flatten(self._parameters) if key not in run.data.params}
+        client.log_batch(run_id, params=[Param(key, str(value)) for key, value in missing.items()])
         self._client, self._run_id = client, run_id
 
-    def _remembered(self, client: Any) -> str:
-        """The run that this training was logged to on this server, if it is still there; else ""."""
+    def _recorded_run(self, client: Any) -> str:
+        """The id of the run that this training was logged to on this server; "" if there is none or it was deleted."""
         from mlflow.exceptions import MlflowException
 
-        if not storage.exists(self._place):
+        if not storage.exists(self._location):
             return ""
         try:
-            content = json.loads(storage.read_bytes(self._place))
+            content = json.loads(storage.read_bytes(self._location))
             if content["tracking_uri"] != storage.hide_secrets(self._uri):
                 return ""
             run = client.get_run(content["run_id"])
@@ -175,7 +174,7 @@ class MlflowRun:
 
 
 def _experiment_id(client: Any) -> str:
-    """The experiment that MLflow's variables name, or its default; made if there is none of this name."""
+    """The id of the experiment that MLflow's variables name, or of its default. It is created if it does not exist."""
     if identity := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return identity
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "Default")
@@ -185,7 +184,7 @@ def _experiment_id(client: Any) -> str:
 
 @contextmanager
 def _with_patience() -> Iterator[None]:
-    """Keep MLflow's client from waiting long and from saying each of its attempts."""
+    """Keep MLflow's client from waiting long and from logging each attempt."""
     http, before = logging.getLogger("urllib3.connectionpool"), {}
     for name, value in _MLFLOW_PATIENCE.items():
         before[name] = os.environ.get(name)
@@ -201,73 +200,74 @@ def _with_patience() -> Iterator[None]:
 
 
 class Trackers:
-    """All trackers of a training. What goes wrong with one of them is one warning."""
+    """All trackers of a training. Errors of a tracker cause a single warning."""
 
-    def __init__(self, trackers: Sequence[Tracker], epochs: Epochs, *, echo: Callable[[str], None]) -> None:
+    def __init__(self, trackers: Sequence[Tracker], epochs: History, *, report: Callable[[str], None]) -> None:
         self._trackers = trackers
-        self._echo = echo
+        self._report = report
         self._epochs = epochs
         self._has_warned: set[str] = set()
 
-    def log(self, epochs: Epochs) -> None:
-        """Tell every tracker all epochs so far."""
+    def log(self, epochs: History) -> None:
+        """Give every tracker all epochs so far."""
         self._epochs = list(epochs)
         for tracker in self._trackers:
-            with self._warned_of(tracker):
+            with self._warning_once(tracker):
                 tracker.log(self._epochs)
 
     def end(self, status: str) -> None:
-        """Try once more what is not logged, and say how the training ended."""
+        """Log what is still missing, and set the status of the training."""
         for tracker in self._trackers:
-            with self._warned_of(tracker):
+            with self._warning_once(tracker):
                 tracker.log(self._epochs)
                 tracker.end(status)
 
     @contextmanager
-    def _warned_of(self, tracker: Tracker) -> Iterator[None]:
+    def _warning_once(self, tracker: Tracker) -> Iterator[None]:
         try:
             yield
-        # Whatever a plugin of MLflow, a file system or a proxy may raise: the training is worth more than its curves.
+        # Plugins of MLflow, file systems and proxies may raise anything; it must not stop the training.
         except Exception as error:
             if tracker.name not in self._has_warned:
                 self._has_warned.add(tracker.name)
                 reason = " ".join(storage.hide_secrets(str(error)).split())
-                self._echo(
-                    f"{tracker.name} cannot be written to, the training goes on without it and tries again after each "
-                    f"epoch: {reason[:300]}"
+                self._report(
+                    f"cannot write to {tracker.name}; the training continues and tries again after each epoch: "
+                    f"{reason[:300]}"
                 )
 
 
 @contextmanager
 def tracking(
-    work: str, epochs: Epochs, *, run_name: str, parameters: Mapping[str, Any], echo: Callable[[str], None]
+    work: str, epochs: History, *, run_name: str, parameters: Mapping[str, Any], report: Callable[[str], None]
 ) -> Iterator[Trackers]:
-    """The trackers of the training in this work folder while the block runs; they are told how it ends.
+    """Provide the trackers of the training in this work folder while the block runs, and set the status at its end.
 
     Args:
-        epochs: those that are done before the block.
+        epochs: epochs that are finished before the block.
+        parameters: see `MlflowRun`.
     """
     trackers: list[Tracker] = [TensorBoardFolder(storage.join(work, EVENTS_FOLDER))]
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and find_spec("mlflow"):
-        place = storage.join(work, MLFLOW_FILE)
-        trackers.append(MlflowRun(place, tracking_uri=uri, run_name=run_name, parameters=parameters))
+        location = storage.join(work, MLFLOW_FILE)
+        trackers.append(MlflowRun(location, tracking_uri=uri, run_name=run_name, parameters=parameters))
     elif uri:
-        echo("MLFLOW_TRACKING_URI is set, but mlflow is not installed: nothing is logged there")
-    found = Trackers(trackers, epochs, echo=echo)
+        report("MLFLOW_TRACKING_URI is set, but mlflow is not installed, so nothing is logged there")
+    everything = Trackers(trackers, epochs, report=report)
     try:
-        yield found
+        yield everything
     except Exception:
-        found.end("FAILED")
+        everything.end("FAILED")
         raise
     except BaseException:
-        found.end("KILLED")
+        everything.end("KILLED")
         raise
-    found.end("FINISHED")
+    everything.end("FINISHED")
 
 
-def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What can be drawn as a curve over the epochs."""
+def _numbers(metrics: EpochMetrics) -> dict[str, float]:
+    """The metrics that can be drawn as curves over the epochs."""
     return {
         key: float(value)
         for key, value in metrics.items()
@@ -275,9 +275,9 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

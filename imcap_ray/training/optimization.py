@@ -1,8 +1,9 @@
 """Features or pixels and captions -> weights, on one process. Knows nothing of Ray.
 
-A training has up to three kinds of phases, each starting from the best weights so far: the decoder alone by
-cross-entropy on cached features; the CNN with it, on pixels; the decoder on captions that it draws itself, by their
-scores. The last two can be repeated: the second from where it began, and the mean of these is what follows starts from.
+A training has up to three kinds of phases: the decoder alone, by cross-entropy on cached features; the decoder with the
+CNN, on pixels; the decoder alone, on captions that it samples itself and that are rewarded by their scores. Each phase
+starts from the best weights so far. The last two kinds can be repeated: every repetition of the second starts from the
+same weights, and the weights they end with are averaged for the next phase.
 
 I images and N captions of a batch, T positions of the longest caption, P positions of all captions together,
 R regions, F channels, S pixels a side.
@@ -27,9 +28,9 @@ from imcap_ray.training.batches import CaptionBatch
 
 
 class EndToEnd(nn.Module):
-    """A CNN and a decoder that are trained together, called with pixels where a decoder is called with features.
+    """A CNN and a decoder that are trained together. It is called with pixels instead of features.
 
-    The CNN's batch normalisation stays as in captioning: the batches of a fine-tuning are too small for statistics.
+    Batch normalisation always works as in captioning, because the batches of fine-tuning are too small for statistics.
     """
 
     def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
@@ -38,12 +39,12 @@ class EndToEnd(nn.Module):
         self.decoder = decoder
 
     def forward(self, pixels: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
-        """Logits (P, V) as the decoder's; pixels (I, 3, S, S)."""
+        """Logits (P, V) as in `Decoder.forward`, of pixels (I, 3, S, S)."""
         logits: Tensor = self.decoder(self.encoder(pixels), token_ids, lengths, image_of_caption)
         return logits
 
     def train(self, mode: bool = True) -> EndToEnd:
-        """Dropout on or off; the CNN has no other mode than captioning's."""
+        """Switch dropout on or off; the CNN always stays in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self
@@ -53,13 +54,14 @@ class Optimization:
     """The optimizer, its schedule and the moving average of one phase.
 
     Args:
-        model: what is called: the module that is trained, or DDP around it.
+        model: the module to call: `trained` itself, or DDP around it.
         trained: a decoder, or a CNN and a decoder.
-        encoder_learning_rate: of the CNN.
-        temperature: divides the logits, as when captions are drawn.
-        forbidden_ids: tokens without any probability, as when captions are drawn. If the gradient knew them, nothing
-            would hold their logits: on Flickr8k the unknown word took all probability within two epochs, and CIDEr-D
-            fell from 0.54 to 0.48.
+        encoder_learning_rate: the CNN's learning rate.
+        temperature: divides the logits, as in sampling.
+        forbidden_ids: tokens whose probability is zero, as in sampling. If they were part of the gradient, nothing
+        would
+            limit their logits: on Flickr8k the unknown word took all probability within two epochs, and CIDEr-D fell
+            from 0.54 to 0.48.
     """
 
     def __init__(
@@ -79,8 +81,8 @@ class Optimization:
         self.config = config
         groups: list[dict[str, Any]] = [{"params": list(trained.parameters())}]
         if isinstance(trained, EndToEnd):
-            learnt = [parameter for parameter in trained.encoder.parameters() if parameter.requires_grad]
-            groups = [{"params": list(trained.decoder.parameters())}, {"params": learnt, "lr": encoder_learning_rate}]
+            of_cnn = [parameter for parameter in trained.encoder.parameters() if parameter.requires_grad]
+            groups = [{"params": list(trained.decoder.parameters())}, {"params": of_cnn, "lr": encoder_learning_rate}]
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         optimizer_class = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         options: dict[str, Any] = {"weight_decay": config.weight_decay} if config.optimizer == "adamw" else {}
@@ -94,17 +96,17 @@ class Optimization:
             self.average = AveragedModel(trained, multi_avg_fn=update)
         self.trained = trained
         self.loss = torch.zeros(())
-        """What the last step has lowered, on its device. Where it is not finite, the weights are not either."""
+        """The loss of the last step, on its device. If it is not finite, neither are the weights."""
 
     def step(self, batch: CaptionBatch) -> tuple[Tensor, int]:
-        """One optimizer step; the summed cross-entropy in nats, without smoothing and weights, and its tokens' number.
+        """Take one optimizer step. Return the sum of the cross-entropy in nats, without smoothing and weights, and the
+        number of tokens.
 
-        The sum is left on the device: to ask for it is to wait for the step.
-
-        With advantages for weights this is a step of REINFORCE (Rennie et al. 2017, arXiv 1612.00563, equation 7).
+        The sum stays on the device, because reading it would wait for the step. If the batch's weights are advantages,
+        this is a step of REINFORCE (Rennie et al. 2017, arXiv 1612.00563, equation 7).
         """
         self.model.train()
-        self.optimizer.zero_grad()  # first of all: gradients that stand while all else is allocated split the heap
+        self.optimizer.zero_grad()  # before anything is allocated: gradients in between would fragment the heap
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=prefers_bfloat16(batch.inputs.device)):
             logits = self.model(batch.inputs, batch.token_ids, batch.lengths, batch.image_of_caption)
         logits = logits.float()
@@ -117,8 +119,8 @@ class Optimization:
         smoothing = self.config.label_smoothing  # Szegedy et al. 2016, arXiv 1512.00567, section 7
         loss = (1 - smoothing) * (batch.weights * nats).sum() / batch.num_tokens
         if smoothing:
-            of_all_words = log_probs.mean(dim=-1) * (batch.targets != PADDING_ID)
-            loss = loss - smoothing * of_all_words.sum() / batch.num_tokens
+            uniform = log_probs.mean(dim=-1) * (batch.targets != PADDING_ID)
+            loss = loss - smoothing * uniform.sum() / batch.num_tokens
         self.loss = loss.detach()
         loss.backward()  # type: ignore[no-untyped-call]
         if self.config.gradient_clip:
@@ -131,11 +133,11 @@ class Optimization:
 
     @property
     def kept(self) -> nn.Module:
-        """What is validated and kept: the moving average, where there is one."""
+        """The module that is validated and kept: the moving average if there is one."""
         return self.trained if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, object]:
-        """All that a later process needs to go on."""
+        """Everything that another process needs to resume."""
         return {
             "trained": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -144,10 +146,10 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, object], *, step: int) -> None:
-        """Go on from what `state_dict` returned.
+        """Resume from what `state_dict` returned.
 
         Args:
-            step: where the schedule stands: another number of workers takes another number of steps for an epoch.
+            step: the position in the schedule, because the number of steps in an epoch depends on that of workers.
         """
         self.trained.load_state_dict(state["trained"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(_without_unused(state["optimizer"], self.optimizer))
@@ -161,8 +163,10 @@ class Optimization:
 
 
 def _without_unused(state: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's state without the parameters that never had a gradient, where it has more than the optimizer:
-    earlier versions kept the layers of a CNN behind its features among those to be trained."""
+    """Drop parameters that never had a gradient from an optimizer's state if it has more than the optimizer.
+
+    Earlier versions also optimized a CNN's layers after its features.
+    """
     groups = []
     for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         used = [number for number in saved["params"] if number in state["state"]]
@@ -172,7 +176,7 @@ def _without_unused(state: Any, optimizer: torch.optim.Optimizer) -> dict[str, A
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) -> float:
-    """The learning rate of a step as a share of its peak."""
+    """The learning rate of a step, as a share of the peak."""
     if config.schedule == "constant":
         return 1.0
     if step < config.warmup_steps:
@@ -184,8 +188,8 @@ def learning_rate_factor(step: int, total_steps: int, config: TrainingConfig) ->
 def prefers_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices faster than float32 ones.
 
-    AMD's processors do with AVX512-BF16, Intel's with AMX: with AVX512-BF16 alone an optimizer step takes 1.35 times as
-    long there as in float32 (a Xeon whose hypervisor hides AMX; a decoder of 384 and 448 units, 32 images).
+    AMD's processors do with AVX512-BF16, Intel's only with AMX: with AVX512-BF16 alone, an optimizer step there takes
+    1.35 times as long as in float32 (a Xeon whose hypervisor hides AMX; a decoder of 384 and 448 units, 32 images).
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from imcap_ray.config import Recipe, TrainingConfig
+from imcap_ray.runs.training_run import History
 
 CROSS_ENTROPY: Final = "cross_entropy"
 
@@ -15,11 +15,11 @@ FINETUNE: Final = "finetune"
 SELF_CRITICAL: Final = "self_critical"
 
 SCORE: Final = "cider_d"
-"""What a training is stopped by, and its best epoch chosen by."""
+"""The metric that decides when a phase stops and which epoch is the best."""
 
 
 def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
-    """The phases of a training in their order, with the settings of each: `finetune`, and `finetune_2` if repeated."""
+    """The phases of a training in their order, with their settings. Repetitions are `finetune`, `finetune_2`, ..."""
     settings = {}
     for kind, config, smoothing, repetitions in (
         (CROSS_ENTROPY, recipe.training, recipe.training.label_smoothing, 1),
@@ -38,28 +38,28 @@ def phases(recipe: Recipe) -> dict[str, TrainingConfig]:
 
 
 def kind_of(phase: str) -> str:
-    """Which kind a phase is of, `CROSS_ENTROPY`, `FINETUNE` or `SELF_CRITICAL`."""
+    """The kind of a phase: `CROSS_ENTROPY`, `FINETUNE` or `SELF_CRITICAL`."""
     return next(kind for kind in (CROSS_ENTROPY, FINETUNE, SELF_CRITICAL) if phase.startswith(kind))
 
 
 def reads_pixels(phase: str) -> bool:
-    """Whether a phase is trained on photographs, another view of each at every step, or else on cached features.
+    """Whether a phase is trained on photographs, with a new view of each at every step, instead of cached features.
 
-    A decoder knows the features of its training images by heart in the end, and what it draws for those tells little
-    of what it would draw for others.
+    The decoder has memorised the features of its training images by then, so captions sampled for these say little
+    about captions of other images.
     """
     return kind_of(phase) in (FINETUNE, SELF_CRITICAL)
 
 
 def num_epochs(recipe: Recipe) -> int:
-    """The most epochs that a training has, over all phases."""
+    """The maximum number of epochs of a training, over all phases."""
     return sum(settings.epochs for settings in phases(recipe).values())
 
 
-def next_phase(history: Sequence[Mapping[str, Any]], recipe: Recipe) -> str | None:
-    """The phase of the next epoch after these, given each one's `phase` and score; None when the training is done.
+def next_phase(history: History, recipe: Recipe) -> str | None:
+    """The phase of the next epoch; None if the training is complete.
 
-    A phase ends after its epochs, or when the last `patience` of them brought no better score.
+    A phase ends after its number of epochs, or if the last `patience` epochs brought no better score.
     """
     for phase, settings in phases(recipe).items():
         scores = [row[SCORE] for row in history if row["phase"] == phase]

@@ -17,13 +17,13 @@ from imcap_ray.training.optimization import prefers_bfloat16
 
 
 class CaptionReward:
-    """CIDEr-D of a caption against those of its image, with document frequencies of all these images.
+    """CIDEr-D of a caption against those of its image, with document frequencies over all images given.
 
-    To it comes `bleu_weight` times the BLEU-4 of this caption alone, of 0 to 1. An order without a match would make
-    that 0, as most captions have one, so one is added to the matches and the n-grams of every order above the first
-    (Lin and Och 2004, ORANGE).
+    `bleu_weight` times the BLEU-4 of the single caption, 0 to 1, is added. Most captions have an n-gram order without a
+    match, which would make it 0, so one is added to the matches and the n-grams of every order above the first (Lin and
+    Och 2004, ORANGE).
 
-    The end counts as a token, or captions are rewarded that stop in the middle of a phrase (Hu et al. 2023,
+    The end counts as a token; otherwise captions that stop in the middle of a phrase are rewarded (Hu et al. 2023,
     arXiv 2305.12254).
     """
 
@@ -32,7 +32,7 @@ class CaptionReward:
     ) -> None:
         end = vocabulary.tokens[END_ID]
         self._tokens = vocabulary.tokens
-        self._places = {image_id: number for number, image_id in enumerate(captions)}
+        self._indices = {image_id: number for number, image_id in enumerate(captions)}
         self._references = [
             [[*tokenize(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()
         ]
@@ -41,16 +41,16 @@ class CaptionReward:
 
     def __call__(self, image_id: str, token_ids: Sequence[int]) -> float:
         """The reward of token ids from the start token to the end token, if there is one."""
-        place, tokens = self._places[image_id], [self._tokens[token_id] for token_id in token_ids[1:]]
-        reward = self._cider_d.score(place, tokens)
+        index, tokens = self._indices[image_id], [self._tokens[token_id] for token_id in token_ids[1:]]
+        reward = self._cider_d.score(index, tokens)
         if self._bleu_weight:
-            reward += self._bleu_weight * _sentence_bleu()(self._references[place], tokens)
+            reward += self._bleu_weight * _sentence_bleu()(self._references[index], tokens)
         return reward
 
 
 @cache
 def _sentence_bleu() -> Callable[..., float]:
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # a second and a half
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # takes 1.5 s
 
     return partial(sentence_bleu, smoothing_function=SmoothingFunction().method2)
 
@@ -59,7 +59,7 @@ def _sentence_bleu() -> Callable[..., float]:
 def draw_captions(
     decoder: Decoder, features: Tensor, *, num_samples: int, max_length: int, temperature: float = 1.0
 ) -> list[list[list[int]]]:
-    """For each image of features (I, R, F) captions drawn from the decoder, as ids from start to end."""
+    """Sample captions from the decoder for each image of features (I, R, F), as token ids from start to end."""
     decoder.eval()
     with torch.autocast(features.device.type, torch.bfloat16, enabled=prefers_bfloat16(features.device)):
         step, state = decoder.start(features.float(), num_samples)
@@ -75,7 +75,8 @@ def draw_captions(
 
 
 def advantages_of(rewards: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Each caption's reward minus the mean of the other captions' of its image (Luo 2020, arXiv 2003.09971)."""
+    """Each caption's reward minus the mean reward of its image's other captions (Luo 2020, arXiv 2003.09971)."""
     return [
-        [(len(of_image) * reward - sum(of_image)) / (len(of_image) - 1) for reward in of_image] for of_image in rewards
+        [(len(image_rewards) * reward - sum(image_rewards)) / (len(image_rewards) - 1) for reward in image_rewards]
+        for image_rewards in rewards
     ]

@@ -26,11 +26,11 @@ import ray
 
 ray.init(num_cpus=6, num_gpus=1, include_dashboard=False)
 
-from imcap_ray.config import CaptioningConfig, ResourcesConfig, load_recipe
-from imcap_ray.data.datasets import load_dataset
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, TrainingRunConfig, load_recipe
 from imcap_ray.distributed.captioning import caption_images, load_captioner
 from imcap_ray.distributed.cluster import connect
 from imcap_ray.distributed.trainer import train
+from imcap_ray.distributed.training_plan import load_data
 from imcap_ray.errors import ImcapError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
@@ -57,8 +57,8 @@ def caption(output, load):
 
 def learn():
     recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING | {"training.epochs": 1})
-    train(load_dataset(str(root / "data")), str(root / "trained"), recipe=recipe, recipe_name="tiny",
-        resources=resources, reporter=ProgressReporter(None))
+    config = TrainingRunConfig(data=str(root / "data"), model=str(root / "trained"), recipe=recipe)
+    train(config, ResourcesConfig(), data=load_data(config), cluster=resources, reporter=ProgressReporter(None))
 
 
 print(json.dumps([

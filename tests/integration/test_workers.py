@@ -14,13 +14,16 @@ pytestmark = pytest.mark.timeout(200)
 
 CONNECT = """
 import json, sys
-import numpy as np
 import torch
 
 rank, arguments = int(sys.argv[1]), json.loads(sys.argv[3])
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 device = torch.device("cpu")
+
+from imcap_ray.training.team import Team
+
+team = Team(rank, 2, device)
 """
 
 
@@ -44,11 +47,11 @@ def run_workers(tmp_path: Path, script: str, *arguments: Any) -> list[Any]:
 
 
 READ_AN_EPOCH = """
-from imcap_ray.distributed.train_worker import _Inputs, _fits_in_memory, agree
+from imcap_ray.distributed.training_shards import ShardFormat
 
-inputs = _Inputs("features", np.float16, {"train": (1, 49, 1280)})
-fits = _fits_in_memory(1000, inputs, arguments)
-keeps = agree(fits, 2, device)
+shard = ShardFormat.of_phase("cross_entropy", {"train": (1, 49, 1280)})
+fits = shard.fits_in_memory(1000, arguments)
+keeps = team.agree(fits)
 # As Ray's barrier: each epoch that is streamed begins when all workers ask for it.
 num_barriers = 1 if keeps else 3
 for _ in range(num_barriers):
@@ -102,9 +105,6 @@ def test_two_workers_fine_tune_a_cnn_that_has_layers_behind_its_grid(tmp_path: P
 
 
 DIVERGE = """
-from functools import partial
-
-from imcap_ray.distributed.train_worker import _first_of
 from imcap_ray.training.loop import run_epoch
 
 
@@ -123,10 +123,21 @@ class Optimization:
 
 optimization = Optimization()
 batches = ((torch.zeros(1), ["1.jpg"]) for _ in range(500))
-learnt = run_epoch(optimization, lambda inputs, ids: (None, {}), batches, partial(_first_of, 2, device))
+learnt = run_epoch(optimization, lambda inputs, ids: (None, {}), batches, team)
 print(json.dumps([learnt.bad_step, optimization.num_steps]))
 """
 
 
 def test_workers_stop_together_at_the_first_loss_that_is_not_finite_on_any(tmp_path: Path) -> None:
     assert run_workers(tmp_path, DIVERGE, 10_000, 73) == [[73, 100], [73, 100]]
+
+
+SHARE = """
+print(json.dumps(team.share(arguments)))
+"""
+
+
+def test_workers_share_values_of_any_length(tmp_path: Path) -> None:
+    values = [None, {"犬.jpg": {"text": "a dog \ud800", "logprob": -0.1 - 0.2, "num_tokens": 3}}]
+
+    assert run_workers(tmp_path, SHARE, *values) == [values, values]

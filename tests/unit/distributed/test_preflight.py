@@ -18,15 +18,15 @@ from click.testing import CliRunner
 import imcap_ray
 from imcap_ray import storage
 from imcap_ray.cli import main, submit
-from imcap_ray.config import CaptioningConfig, ResourcesConfig, load_recipe
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, TrainingRunConfig, load_recipe
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import InputOptions, build_manifest
-from imcap_ray.distributed import jobs, training_plan
+from imcap_ray.distributed import jobs
 from imcap_ray.distributed.captioning import CaptioningPlan, plan_captioning
 from imcap_ray.distributed.cluster import ClusterResources, require
 from imcap_ray.distributed.preflight import ADVICE, Marks, find_problem, require_visible
-from imcap_ray.distributed.training_plan import TrainingPlan, prepare_training
+from imcap_ray.distributed.training_plan import PreparedTraining, TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
 from imcap_ray.runs.captioning_run import run_identity
 from imcap_ray.runs.captions_folder import CaptionsFolder
@@ -303,9 +303,14 @@ def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path
     settings = small_data.TINY_TRAINING | {"training.epochs": 3, "finetune.epochs": 2}
     recipe = load_recipe("lite2-attention", settings)
 
+    def prepare(
+        model: Path, *, num_workers: Any = None, seed: int = 0, cluster: ClusterResources = RESOURCES
+    ) -> PreparedTraining:
+        config = TrainingRunConfig(data=data.location, model=str(model), recipe=recipe, seed=seed)
+        return prepare_training(config, ResourcesConfig(num_workers=num_workers), data=data, cluster=cluster)
+
     def plan(**options: Any) -> TrainingPlan:
-        arguments = {"recipe": recipe, "resources": RESOURCES} | options
-        return prepare_training(data, str(tmp_path / "model"), **arguments).plan()
+        return prepare(tmp_path / "model", **options).plan()
 
     found = plan(num_workers=(2, 4))
 
@@ -320,13 +325,11 @@ def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path
     write_metrics(str(tmp_path / "model" / "_training"), rows)
     with pytest.raises(OutputError, match="exists and is no training of imcap"):
         plan()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_plan, "_refuse_another", lambda *arguments: None)
-        settings = prepare_training(data, "", recipe=recipe, resources=RESOURCES).settings
+    settings = prepare(tmp_path / "other").settings
     (tmp_path / "model" / "_training" / "settings.json").write_text(json.dumps(settings))
     assert (plan().num_epochs_done, plan().seconds) == (2, 21.0)
 
     with pytest.raises(OutputError, match="another seed"):
         plan(seed=5)
     with pytest.raises(ClusterError, match="--num-workers 3-4 needs 4 CPUs, the cluster has 2"):
-        plan(num_workers=(3, 4), resources=replace(RESOURCES, cpus=2))
+        plan(num_workers=(3, 4), cluster=replace(RESOURCES, cpus=2))

@@ -16,18 +16,18 @@ from imcap_ray.config import (
     SelfCriticalConfig,
     TrainingConfig,
 )
-from imcap_ray.distributed.train_worker import record_stop, share
 from imcap_ray.errors import ConfigError
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder
 from imcap_ray.models.model_folder import select_tensors
 from imcap_ray.runs.lease import Lease
-from imcap_ray.runs.training_run import take_stop
+from imcap_ray.runs.training_run import take_stop, write_stop
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import augmentation, make_batch
-from imcap_ray.training.loop import batch_maker, unfreeze
+from imcap_ray.training.loop import Phase, batch_maker, build_learner, unfreeze
 from imcap_ray.training.optimization import EndToEnd, Optimization
-from imcap_ray.training.phases import SELF_CRITICAL, phases
+from imcap_ray.training.phases import SELF_CRITICAL
+from imcap_ray.training.team import Team
 
 SIZE = 64
 
@@ -77,7 +77,7 @@ def test_fine_tuning_changes_the_cnn_from_the_first_layer_on_and_no_statistics(e
 
 
 def test_a_layer_that_the_cnn_lacks_is_refused_with_those_it_has(encoder: Encoder) -> None:
-    with pytest.raises(ConfigError, match=r"finetune.first_layer 'layer9' is none of the CNN's: .*cnn.blocks.0"):
+    with pytest.raises(ConfigError, match=r"finetune.first_layer .*'layer9'.*cnn.blocks.0"):
         unfreeze(encoder, "layer9")
 
 
@@ -158,9 +158,15 @@ def test_captions_are_drawn_for_other_views_of_the_photographs_at_each_step(enco
     )
     captions = {"1.jpg": ["a dog runs"], "2.jpg": ["a cat sleeps", "a cat lies down"]}
     vocabulary = Vocabulary.build((text for texts in captions.values() for text in texts), tokenizer="ptb", min_count=1)
-    decoder = build_decoder(recipe.decoder, num_channels=encoder.num_channels, vocabulary_size=len(vocabulary))
-    optimization = Optimization(decoder, decoder, phases(recipe)[SELF_CRITICAL], total_steps=2)
-    make = batch_maker(SELF_CRITICAL, recipe, vocabulary, captions, optimization, encoder, torch.device("cpu"))
+    learner = build_learner(
+        Phase(name=SELF_CRITICAL, recipe=recipe, seed=0),
+        vocabulary=vocabulary,
+        encoder=encoder,
+        start_weights=None,
+        num_images=2,
+        team=Team(),
+    )
+    make = batch_maker(learner, captions, torch.device("cpu"))
 
     batches = [make(pixels(2), list(captions)) for _ in range(2)]
 
@@ -172,11 +178,11 @@ def test_captions_are_drawn_for_other_views_of_the_photographs_at_each_step(enco
     assert not torch.equal(*(batch.inputs for batch, _ in batches))
 
 
-def test_a_worker_alone_has_nobody_to_ask() -> None:
-    assert share({"a": 1}, 1, torch.device("cpu")) == [{"a": 1}]
+def test_a_worker_alone_shares_its_values_with_itself() -> None:
+    assert Team().share({"a": 1}) == [{"a": 1}]
 
 
-def test_tensors_below_a_prefix_are_named_without_it() -> None:
+def test_tensors_are_selected_by_a_prefix_and_named_without_it() -> None:
     a, b = torch.zeros(1), torch.ones(1)
 
     assert select_tensors("encoder.", {"encoder.x.y": a, "decoder.x": b}) == {"x.y": a}
@@ -188,10 +194,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_a_worker_of_a_run_that_was_superseded_stops_nobody(tmp_path: Path) -> None:
     work = str(tmp_path)
-    first = Lease.acquire(work).token
-    record_stop(work, first, "the loss is not finite")
+    first = Lease.acquire(work)
+    write_stop(first, "the loss is not finite")
     assert take_stop(work) == "the loss is not finite"
 
     Lease.acquire(work)
-    record_stop(work, first, "the loss is not finite")
+    write_stop(first, "the loss is not finite")
     assert take_stop(work) is None

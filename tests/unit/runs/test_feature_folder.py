@@ -29,7 +29,8 @@ from imcap_ray.distributed.image_pipeline import origin_of
 from imcap_ray.errors import DatasetError
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.runs import feature_folder
-from imcap_ray.runs.feature_folder import DEAD_SECONDS, FeatureFolder
+from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.heartbeat import SILENT_SECONDS
 
 NUM_IMAGES = 12
 ROWS_PER_PART = 5
@@ -83,7 +84,7 @@ def cache(images: Path, folder: Path, *, training: str = "") -> tuple[FeatureCac
     """The cache of a training, and the images that it had to encode."""
     encoded: list[str] = []
     use = FeatureFolder(str(folder), training)
-    with use.encoding(echo=lambda line: None, check=lambda: None):
+    with use.encoding(report=lambda line: None, check=lambda: None):
         found = complete_cache(manifest_of(images), use, encode=encoder_of(str(folder), encoded), shape=(1, 1, 16))
     return found, encoded
 
@@ -226,7 +227,7 @@ def test_trainings_at_the_same_time_have_each_image_once_and_encode_it_once(imag
     def learn() -> None:
         use = FeatureFolder(str(tmp_path / "cache"))
         start.wait(20)
-        with use.encoding(echo=lambda line: None, check=lambda: None):
+        with use.encoding(report=lambda line: None, check=lambda: None):
             encode = encoder_of(str(tmp_path / "cache"), encoded, seconds=0.3)
             caches.append(complete_cache(manifest_of(images), use, encode=encode, shape=(1, 1, 16)))
 
@@ -247,7 +248,7 @@ def test_a_training_that_waits_for_another_one_names_it(tmp_path: Path) -> None:
     has_begun = threading.Event()
 
     def encode() -> None:
-        with other.encoding(echo=lambda line: None, check=lambda: None):
+        with other.encoding(report=lambda line: None, check=lambda: None):
             has_begun.set()
             may_end.wait(20)
 
@@ -258,7 +259,7 @@ def test_a_training_that_waits_for_another_one_names_it(tmp_path: Path) -> None:
     thread = threading.Thread(target=encode)
     thread.start()
     has_begun.wait(20)
-    with FeatureFolder(str(tmp_path), "host:runs/mine").encoding(echo=tell, check=lambda: None):
+    with FeatureFolder(str(tmp_path), "host:runs/mine").encoding(report=tell, check=lambda: None):
         thread.join()
 
     assert lines == [f"waiting for {tmp_path}: host:runs/other is encoding the same images there"]
@@ -302,7 +303,7 @@ def test_a_training_that_was_killed_is_waited_for_until_its_signs_of_life_are_ol
     assert set(other.live_others()) == {killed.name}
 
     sign_of_life = tmp_path / "_imcap" / "users" / killed.name
-    past = sign_of_life.stat().st_mtime - DEAD_SECONDS - 1
+    past = sign_of_life.stat().st_mtime - SILENT_SECONDS - 1
     os.utime(sign_of_life, (past, past))
     assert not other.live_others()
 
@@ -322,7 +323,7 @@ def test_a_training_that_is_started_again_does_not_wait_for_itself(tmp_path: Pat
     assert list(FeatureFolder(str(tmp_path), "host:runs/other").live_others().values()) == ["host:runs/mine"] * 2
 
 
-@pytest.mark.parametrize(("age", "is_alive"), [(0.0, True), (DEAD_SECONDS + 9, False)])
+@pytest.mark.parametrize(("age", "is_alive"), [(0.0, True), (SILENT_SECONDS + 9, False)])
 def test_on_a_store_without_times_the_time_in_the_file_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, is_alive: bool
 ) -> None:

@@ -111,8 +111,8 @@ def work(tmp_path: Path) -> str:
 
 
 def train(work: str, done: int, until: int, lines: list[str], error: BaseException | None = None) -> None:
-    """A training that goes on after so many epochs, and ends well or with the error."""
-    options: dict[str, Any] = {"run_name": "mine", "parameters": PARAMETERS, "echo": lines.append}
+    """A training that resumes after `done` epochs, and ends well or with the error."""
+    options: dict[str, Any] = {"run_name": "mine", "parameters": PARAMETERS, "report": lines.append}
     with tracking(work, epochs(done), **options) as trackers:
         for count in range(done, until + 1):
             trackers.log(epochs(count))
@@ -157,7 +157,7 @@ def test_a_training_that_fails_is_a_failed_run(server: Server, work: str, monkey
     assert [run.info.status for run in server.runs("captions")] == ["FAILED"]
 
 
-def test_a_run_that_somebody_removed_is_begun_anew_with_all_epochs(
+def test_a_run_that_was_deleted_is_replaced_by_a_new_one_with_all_epochs(
     server: Server, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -170,7 +170,7 @@ def test_a_run_that_somebody_removed_is_begun_anew_with_all_epochs(
     assert server.curve(run, "cider_d") == expected_curves(2)["cider_d"]
 
 
-def test_without_the_variable_there_is_no_run_and_nothing_is_said(work: str, tmp_path: Path) -> None:
+def test_without_the_variable_there_is_no_run_and_no_line(work: str, tmp_path: Path) -> None:
     lines: list[str] = []
 
     train(work, 0, 2, lines)
@@ -191,7 +191,7 @@ def test_a_server_that_is_down_costs_one_line_and_gets_all_epochs_when_it_is_bac
     train(work, 2, 2, [])
 
     assert len(lines) == 1
-    assert lines[0].startswith("MLflow cannot be written to, the training goes on without it")
+    assert "MLflow" in lines[0]
     assert "secret" not in lines[0]
     assert capfd.readouterr() == ("", "")
     (run,) = server.runs()
@@ -199,7 +199,7 @@ def test_a_server_that_is_down_costs_one_line_and_gets_all_epochs_when_it_is_bac
     assert json.loads((Path(work) / MLFLOW_FILE).read_text()) == {"tracking_uri": server.uri, "run_id": run.info.run_id}
 
 
-def test_whatever_a_tracker_raises_is_told_once(tmp_path: Path) -> None:
+def test_any_error_of_a_tracker_is_reported_once(tmp_path: Path) -> None:
     (tmp_path / EVENTS_FOLDER).write_text("in the way")
     lines: list[str] = []
 
@@ -209,7 +209,7 @@ def test_whatever_a_tracker_raises_is_told_once(tmp_path: Path) -> None:
     assert "TensorBoard" in lines[0]
 
 
-def test_a_run_that_the_environment_names_is_gone_on_with(
+def test_a_run_that_the_environment_names_is_continued(
     server: Server, work: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     MlflowRun(f"{work}/{MLFLOW_FILE}", tracking_uri=server.uri, run_name="theirs", parameters={}).log([])

@@ -18,7 +18,7 @@ from imcap_ray.config import DecoderConfig, FinetuneConfig, Recipe, SelfCritical
 from imcap_ray.models.decoders import AttentionDecoder, Decoder, build_decoder
 from imcap_ray.scoring.cider import CiderD
 from imcap_ray.text.vocabulary import END_ID, PADDING_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
-from imcap_ray.training import batches, optimization
+from imcap_ray.training import optimization
 from imcap_ray.training.batches import make_batch
 from imcap_ray.training.optimization import Optimization, learning_rate_factor
 from imcap_ray.training.phases import kind_of, next_phase, num_epochs, phases
@@ -93,15 +93,13 @@ def test_few_batch_sizes_come_up_in_a_step() -> None:
     assert set(packed.batch_sizes.tolist()) <= {16, 32, 48, 64, 80}
 
 
-def test_how_captions_are_padded_changes_neither_loss_nor_step(
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_how_captions_are_padded_changes_neither_loss_nor_step(decoder: Decoder) -> None:
     config, found = replace(PLAIN, label_smoothing=0.1), []
-    for lengths_alike in (1, 4, 16):
-        monkeypatch.setattr(batches, "LENGTHS_ALIKE", lengths_alike)
+    for bucket_size in (1, 4, 16):
         optimization = optimize(copy.deepcopy(decoder), config)
         advantages = [[0.5, -1.0]] * NUM_IMAGES
-        loss, num_tokens = optimization.step(make_batch(make_features(), make_captions(), CPU, advantages=advantages))
+        batch = make_batch(make_features(), make_captions(), CPU, advantages=advantages, bucket_size=bucket_size)
+        loss, num_tokens = optimization.step(batch)
         weights = torch.cat([parameter.detach().flatten() for parameter in optimization.trained.parameters()])
         found.append((float(loss), num_tokens, weights))
 
