@@ -13,13 +13,18 @@ from imcap_ray.cli.options import column_options, dataset_column_options, output
 from imcap_ray.config import DEFAULT_RECIPE
 
 DATASET_UNUSABLE = 3
-"""`imcap check` has found what would spoil a training."""
+"""Exit code: the data set is unusable for training."""
 
 
 @click.command()
 @click.argument("data")
-@click.option("--decode/--no-decode", default=True, help="Read every image; without it only names and captions.")
-@click.option("--recipe", default=DEFAULT_RECIPE, show_default=True, help="Whose vocabulary the captions are for.")
+@click.option("--decode/--no-decode", default=True, help="Read every image, or check only names and captions.")
+@click.option(
+    "--recipe",
+    default=DEFAULT_RECIPE,
+    show_default=True,
+    help="Recipe whose vocabulary the captions are compared with.",
+)
 @click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.NAME=VALUE", help="Override a setting of the recipe."
 )
@@ -27,11 +32,11 @@ DATASET_UNUSABLE = 3
 @outside_option
 @output_options
 def check(data: str, **options: Any) -> None:
-    """Tell what the captioned images of DATA hold, what is wrong with them, and what leaks between splits.
+    """Describe the captioned images of DATA, report problems, and find leaks between splits.
 
-    Exit code 3 says that a training would be spoilt: there are no training or validation images; more than 10 % of the
-    images are missing or unreadable; an image is in two splits with the same bytes, or more than 1 % of a split look
-    the same as images of another; more than 1 % of the captions were read in the wrong encoding.
+    Exit code 3 means that the data are unusable for training: there are no training or validation images; more than
+    10 % of the images are missing or unreadable; the same image is in two splits, or more than 1 % of a split are near
+    duplicates of images in another; more than 1 % of the captions were read in the wrong encoding.
 
     \b
     imcap check flickr8k/

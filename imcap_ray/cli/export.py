@@ -20,43 +20,43 @@ from imcap_ray.errors import InputError
     "format",
     required=True,
     type=click.Choice(["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"]),
-    help="What OUT is to be.",
+    help="Format of OUT.",
 )
-@click.option("--min-confidence", type=click.FloatRange(0, 1), help="Leave out captions with less confidence.")
+@click.option("--min-confidence", type=click.FloatRange(0, 1), help="Leave out captions with a lower confidence.")
 @click.option(
     "--existing",
     type=click.Choice(["skip", "overwrite", "append"]),
-    help="sidecar: leave a .txt that is there alone, replace it, or add a line to it. Default: skip.",
+    help="For sidecar: keep an existing .txt, replace it, or append a line to it. Default: skip.",
 )
 @click.option(
     "--shard-size",
     type=click.IntRange(1),
-    help="hf, webdataset: images in a file. Default: 10000; a file of 1 GB is full in any case.",
+    help="For hf and webdataset: maximum number of images in a file, which has at most 1 GB. Default: 10000.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
 @outside_option
 @output_options
 def export(captions: str, output: str, **options: Any) -> None:
-    """Turn the captions of CAPTIONS (a captions folder or Parquet) into what other tools read.
+    """Write the captions of CAPTIONS (a captions folder or Parquet file) in a format that other tools read.
 
     
     coco        annotations for pycocotools' COCO(OUT), and OUT_results.json for its loadRes
     jsonl       one JSON object a line
-    csv         the same as a table; text that a spreadsheet would run (=...) gets a ' before it
-    sidecar     a .txt for each image, in the folder OUT under the image's path below the input
-    hf          Parquet with images and captions in the folder OUT, for datasets.load_dataset(OUT)
-    webdataset  tar files with image, .txt and .json in the folder OUT
+    csv         the same as a table, with a ' before text that a spreadsheet would run (=...)
+    sidecar     a .txt for each image in the folder OUT, with the same path as the image in the input
+    hf          Parquet files with images and captions in the folder OUT, for datasets.load_dataset(OUT)
+    webdataset  tar files in the folder OUT, with each image, its .txt and .json
 
     Rows without a caption are left out and counted.
 
     
     imcap export captions/ captions.jsonl --to jsonl --min-confidence 0.3
-    imcap export captions/ ~/Pictures --to sidecar          the .txt beside the images
+    imcap export captions/ ~/Pictures --to sidecar          .txt files next to the images
     imcap export captions/ shards/ --to webdataset
     """
     from dataclasses import asdict
 
-    from imcap_ray.exports.export import export_captions
+    from imcap_ray.exports.export import ExportOptions, export_captions
     from imcap_ray.exports.shards import SHARD_IMAGES
     from imcap_ray.runs.captioned_images import CaptionedImageSource
     from imcap_ray.runs.captions_table import read_run, refuse_replacement
@@ -68,16 +68,20 @@ def export(captions: str, output: str, **options: Any) -> None:
     reporter = progress_reporter(quiet=options["quiet"])
     refuse_replacement(captions)
     if (read_run(captions) or {}).get("state", "complete") != "complete":
-        reporter.report(f"{captions}: the run that writes these captions is not complete; what is there is exported")
+        reporter.report(
+            f"{captions}: the run that writes these captions is not complete; exporting the captions so far"
+        )
     summary = export_captions(
         captions,
         output,
-        format=format,
+        ExportOptions(
+            format=format,
+            min_confidence=options["min_confidence"],
+            existing=options["existing"] or "skip",
+            shard_images=options["shard_size"] or SHARD_IMAGES,
+            overwrite=options["overwrite"],
+        ),
         images=CaptionedImageSource(captions, allow_outside_paths=options["allow_outside_paths"]),
-        min_confidence=options["min_confidence"],
-        existing=options["existing"] or "skip",
-        shard_images=options["shard_size"] or SHARD_IMAGES,
-        overwrite=options["overwrite"],
         on_progress=reporter.report_images,
     )
     if options["as_json"]:

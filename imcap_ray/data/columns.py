@@ -1,4 +1,4 @@
-"""Schema and first values of Parquet tables -> the column that holds their images. Knows neither rows nor manifests."""
+"""Schema and first values of Parquet tables -> the column of their images. Knows neither rows nor manifests."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from imcap_ray import storage
 from imcap_ray.data.image_formats import has_image_signature
+from imcap_ray.data.parquet_files import open_parquet
 from imcap_ray.errors import InputError
 
 BYTES_COLUMNS: Final = (
@@ -40,13 +40,13 @@ PATH_COLUMNS: Final = (
     "uri",
 )
 
-_VALUES_READ: Final = 8
-"""Values of a column that are looked at to see whether they are images."""
+_NUM_SAMPLES: Final = 8
+"""Number of values by which a column of images is recognised."""
 
-_ROWS_READ: Final = 1024
-"""Rows of a row group in which these are looked for."""
+_ROWS_SEARCHED: Final = 1024
+"""Rows of a row group in which these values are searched."""
 
-_ROW_GROUPS_READ: Final = 4
+_ROW_GROUPS_SEARCHED: Final = 4
 
 _READ_BYTES: Final = 2**20
 
@@ -55,11 +55,11 @@ _KINDS: Final = {"bytes": "bytes", "path": "paths", "struct": "bytes or paths"}
 
 @dataclass(frozen=True, slots=True)
 class ImageColumn:
-    """Where a Parquet table keeps its images."""
+    """The column of images of a Parquet table."""
 
     name: str
     kind: str
-    """`bytes`; `path`; `struct`: Hugging Face's struct of bytes and path."""
+    """`bytes`, `path`, or `struct` for Hugging Face's struct of bytes and path."""
 
     @property
     def data(self) -> str:
@@ -72,14 +72,14 @@ class ImageColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnOptions:
-    """The columns of Parquet tables that the user names; None: they are recognised by their names."""
+    """Columns of Parquet tables that the user names; None: the column is recognised by its name."""
 
     image: str | None = None
     caption: str | None = None
     id: str | None = None
 
     def given(self) -> list[str]:
-        """The options that were given, as the user types them."""
+        """The options that the user gave, as typed."""
         values = {"--image-column": self.image, "--caption-column": self.caption, "--id-column": self.id}
         return [f"{option} {value}" for option, value in values.items() if value is not None]
 
@@ -89,51 +89,51 @@ BY_NAME: Final = ColumnOptions()
 
 
 class ImageColumns:
-    """Chooses the column of images of each table of an input, once for all tables of one schema.
+    """Chooses the column of images of each table of an input, once for all tables with the same schema.
 
     Args:
         name: the column that the user names.
         known: the columns that earlier rows of the same manifest were read from, see `names`.
-        is_by_type: whether these rows were read by the rule of `find_image_column_by_type`.
+        is_by_type: whether these rows were chosen by the rule of `find_image_column_by_type`.
     """
 
     def __init__(self, name: str | None = None, *, known: Sequence[str] = (), is_by_type: bool = False) -> None:
         self.names: list[str] = list(known)
-        """The columns chosen so far. The first of them that a table has is the column of its images; this is how other
-        processes find it again, see `read_image_column`."""
+        """The columns chosen so far. The first of them that a table has is the column of its images, so that other
+        processes choose the same, see `read_image_column`."""
         self.chosen: dict[ImageColumn, None] = {}
-        """What was chosen here, in its order."""
+        """The columns chosen by this object, in order."""
         self._name = name
         self._known = tuple(known)
         self._is_by_type = is_by_type
         self._by_schema: dict[tuple[tuple[str, pa.DataType], ...], ImageColumn | None] = {}
         self._tables: dict[tuple[str, frozenset[str]], None] = {}
-        """For each kind of table the chosen column and the names of all."""
+        """For each kind of table the chosen column and the names of all columns."""
 
     def get(self, table: pq.ParquetFile, location: str) -> ImageColumn:
-        """As `find`, but a table without images is an InputError that names its columns."""
+        """The column of images of a table. As `find`, but a table without images is an InputError."""
         column = self.find(table, location)
         if column is None:
             raise _no_images(table.schema_arrow, location)
         return column
 
     def find(self, table: pq.ParquetFile, location: str) -> ImageColumn | None:
-        """The column of images of a table, None if it has none.
+        """The column of images of a table; None if it has none.
 
-        A known name decides; other columns of bytes, or of structs with bytes, are taken only if exactly one of them
-        holds images by its first values.
+        A usual name decides. Otherwise a column of bytes, or of structs with bytes, is chosen if it is the only one
+        whose first values are images.
 
         Raises:
-            InputError: several columns could be meant, the column that the user names is not there, or the rows that
-                are known already were read from another column.
+            InputError: several columns may be meant, the column that the user names does not exist, or the rows that
+                are listed already were read from another column.
         """
-        column = self.look(table, location)
+        column = self.peek(table, location)
         if column is not None:
             self._note(table.schema_arrow, column, location)
         return column
 
-    def look(self, table: pq.ParquetFile, location: str) -> ImageColumn | None:
-        """As `find`, for a table whose images may not be read at all: other tables are not compared with it."""
+    def peek(self, table: pq.ParquetFile, location: str) -> ImageColumn | None:
+        """As `find`, for a table whose images may not be used: it does not influence the choice for other tables."""
         schema = table.schema_arrow
         key = tuple(zip(schema.names, schema.types, strict=True))
         if key in self._by_schema:
@@ -144,7 +144,7 @@ class ImageColumns:
         return column
 
     def _choose(self, schema: pa.Schema, location: str) -> tuple[ImageColumn | None, bool]:
-        """The column, and whether tables of the same schema have the same one."""
+        """The column, and whether it is the same for all tables with this schema."""
         if self._name is not None:
             return _named_column(schema, self._name, location), True
         by_name = next(_columns_by_name(schema), None)
@@ -152,15 +152,15 @@ class ImageColumns:
             return by_name, True
         others = list(_other_columns(schema))
         holds_images = {column: holds_image_bytes(location, column) for column in others}
-        found = [column for column in others if holds_images[column]]
-        if len(found) > 1:
+        candidates = [column for column in others if holds_images[column]]
+        if len(candidates) > 1:
             raise InputError(
-                f"{location} has several columns of images, {' and '.join(map(str, found))}: give --image-column to "
-                "choose one"
+                f"{location} has several columns of images, {' and '.join(map(str, candidates))}: give --image-column "
+                "to choose one"
             )
-        if found:
-            return found[0], True
-        if len(others) == 1 and holds_images[others[0]] is None:  # not one value: nothing is read from it either
+        if candidates:
+            return candidates[0], True
+        if len(others) == 1 and holds_images[others[0]] is None:  # it has no value, so nothing is read from it
             return others[0], False
         return None, True
 
@@ -174,7 +174,7 @@ class ImageColumns:
             expected = next((name for name in self._known if name in schema.names), column.name)
         if expected != column.name:
             raise InputError(
-                f"{location}: the images known so far were read from column {expected}, and would now be read from "
+                f"{location}: the images listed so far were read from column {expected}, and would now be read from "
                 f"{column.name}: give --image-column {expected}, choose another OUTPUT, or give --overwrite to "
                 "start again"
             )
@@ -184,9 +184,9 @@ class ImageColumns:
             self.names = [*self._known, *self._order_new_names(column.name, location)]
 
     def _order_new_names(self, chosen: str, location: str) -> list[str]:
-        """The chosen names that were not known, in an order in which each table's own is the first that it has.
+        """The chosen names that were not known, in an order in which the first one that a table has is its own.
 
-        The order of the tables makes no difference to whether there is one.
+        Whether such an order exists does not depend on the order of the tables.
         """
         before: dict[str, set[str]] = {name: set() for name, _ in self._tables if name not in self._known}
         for name, names in self._tables:
@@ -196,23 +196,22 @@ class ImageColumns:
         try:
             return [*TopologicalSorter(before).static_order()]
         except CycleError as error:
-            cycle = error.args[1]  # each name comes before the next; the new table has put the chosen one into it
+            cycle = error.args[1]  # each name comes before the next; the new table added the chosen one to the cycle
             raise InputError(
-                f"{location} has images in column {chosen}, and other tables have theirs in "
-                f"{cycle[cycle.index(chosen) + 1]}, which is a column of this table too: give --image-column to choose "
-                "one"
+                f"{location} has images in column {chosen}, and other tables in {cycle[cycle.index(chosen) + 1]}, "
+                "which is also a column of this table: give --image-column to choose one"
             ) from None
 
 
 def read_image_column(schema: pa.Schema, location: str, names: Sequence[str]) -> ImageColumn:
-    """The column of images of a table that is in a manifest.
+    """The column of images of a table in a manifest.
 
     Args:
-        names: `ImageColumns.names`; none if the manifest is of a version that did not note them.
+        names: `ImageColumns.names`; none for a manifest of a version that did not record them.
 
     Raises:
         pa.ArrowInvalid: the table no longer has this column.
-        InputError: without names: the table has no such column.
+        InputError: the table has no column of images, without names.
     """
     if not names:
         return find_image_column_by_type(schema, location)
@@ -224,7 +223,7 @@ def read_image_column(schema: pa.Schema, location: str, names: Sequence[str]) ->
 
 
 def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
-    """The column of images by the rule of earlier versions, in which types came before names.
+    """The column of images by the rule of earlier versions, which considered types before names.
 
     Raises:
         InputError: there is none.
@@ -232,30 +231,28 @@ def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
     structs = [f.name for f in schema if pa.types.is_struct(f.type) and is_binary(field_type(f.type, "bytes"))]
     binaries = [f.name for f in schema if is_binary(f.type)]
     strings = [f.name for f in schema if is_string(f.type)]
-    for kind, found, known in (
+    for kind, columns, usual in (
         ("struct", structs, BYTES_COLUMNS),
         ("bytes", binaries, BYTES_COLUMNS),
         ("path", strings, PATH_COLUMNS),
     ):
-        named = [name for name in known if name in found]
-        if named or (len(found) == 1 and kind != "path"):
-            return ImageColumn(name=(named or found)[0], kind=kind)
+        named = [name for name in usual if name in columns]
+        if named or (len(columns) == 1 and kind != "path"):
+            return ImageColumn(name=(named or columns)[0], kind=kind)
     raise _no_images(schema, location)
 
 
 def holds_image_bytes(location: str, column: ImageColumn) -> bool | None:
-    """Whether the first values of a column of bytes are images; None if there is no value to look at."""
-    values = list(islice(_first_values(location, column), _VALUES_READ))
+    """Whether most of the first values of a column of bytes are images; None if there are no values."""
+    values = list(islice(_first_values(location, column), _NUM_SAMPLES))
     return sum(map(has_image_signature, values)) * 2 >= len(values) if values else None
 
 
 def _first_values(location: str, column: ImageColumn) -> Iterator[bytes]:
-    filesystem, path = storage.resolve(location)
-    # With a buffer, because otherwise all values of a row group are read at once.
-    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
-        for row_group in range(min(table.num_row_groups, _ROW_GROUPS_READ)):
-            batches = table.iter_batches(batch_size=_VALUES_READ, row_groups=[row_group], columns=[column.data])
-            for batch in islice(batches, _ROWS_READ // _VALUES_READ):
+    with open_parquet(location, buffer_bytes=_READ_BYTES) as table:
+        for row_group in range(min(table.num_row_groups, _ROW_GROUPS_SEARCHED)):
+            batches = table.iter_batches(batch_size=_NUM_SAMPLES, row_groups=[row_group], columns=[column.data])
+            for batch in islice(batches, _ROWS_SEARCHED // _NUM_SAMPLES):
                 values = batch.column(0)
                 if pa.types.is_struct(values.type):
                     values = values.field("bytes")
@@ -263,17 +260,17 @@ def _first_values(location: str, column: ImageColumn) -> Iterator[bytes]:
 
 
 def _columns_by_name(schema: pa.Schema) -> Iterator[ImageColumn]:
-    """Columns with a known name, the most likely first: structs, then bytes, then paths. Letters may be of any case."""
-    for kind, known in (("struct", BYTES_COLUMNS), ("bytes", BYTES_COLUMNS), ("path", PATH_COLUMNS)):
+    """Columns with a usual name in any case, the most likely first: structs, then bytes, then paths."""
+    for kind, usual in (("struct", BYTES_COLUMNS), ("bytes", BYTES_COLUMNS), ("path", PATH_COLUMNS)):
         columns = [column for name in schema.names if (column := _column(schema, name)) and column.kind == kind]
-        for name in known:
+        for name in usual:
             yield from (column for column in columns if column.name == name)
-        for name in known:
+        for name in usual:
             yield from (column for column in columns if column.name.strip().lower() == name != column.name)
 
 
 def _other_columns(schema: pa.Schema) -> Iterator[ImageColumn]:
-    """Columns that hold bytes under a name of their own."""
+    """Columns that hold bytes."""
     for name in schema.names:
         column = _column(schema, name)
         if column and column.kind != "path":
@@ -281,8 +278,8 @@ def _other_columns(schema: pa.Schema) -> Iterator[ImageColumn]:
 
 
 def _column(schema: pa.Schema, name: str) -> ImageColumn | None:
-    """A column that could hold images by its type."""
-    number = schema.get_field_index(name)  # -1 where there are several of this name
+    """The column of this name, if its type can hold images."""
+    number = schema.get_field_index(name)  # -1 if there are several of this name
     kind = schema.field(number).type if number >= 0 else pa.null()
     if pa.types.is_struct(kind) and is_binary(field_type(kind, "bytes")):
         return ImageColumn(name, "struct")
@@ -303,7 +300,7 @@ def _named_column(schema: pa.Schema, name: str, location: str) -> ImageColumn:
 
 
 def require_column(schema: pa.Schema, name: str, location: str, *, option: str) -> None:
-    """Raise InputError if a table does not have the column, once, that the user names."""
+    """Raise InputError unless a table has exactly one column of the name that the user gives with `option`."""
     if schema.names.count(name) != 1:
         problem = "no such column" if name not in schema.names else "several columns of this name"
         raise InputError(f"{option} {name}: {location} has {problem}; its columns are {_describe(schema)}")

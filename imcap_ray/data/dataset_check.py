@@ -1,15 +1,15 @@
-"""A data set -> what it holds and what is wrong with it: the data doctor. Knows no model and no Ray.
+"""A data set -> its contents and its problems. Knows no model and no Ray.
 
-What would spoil a training, and makes `imcap check` end with exit code 3:
+These problems make a data set unusable for training, and give `imcap check` exit code 3:
 
     no_split        no training images, or no validation images
     missing         more than 10 % of the captioned images have no file
-    unreadable      more than 10 % of the files cannot be read or are no image
+    unreadable      more than 10 % of the files cannot be read or are not images
     leak            an image in two splits, by its name, its file or its bytes
-    near_leak       more than 1 % of the validation or test images look the same as one of another split
+    near_leak       more than 1 % of the validation or test images are near duplicates of images in another split
     encoding        more than 1 % of the captions show that a text was read in the wrong encoding
 
-All else is worth a look.
+All other problems are warnings.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe
 from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.data.datasets.dataset import DatasetRow
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_formats import is_image_name
 from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import image_columns_of
-from imcap_ray.data.near_duplicates import describe_look, find_lookalikes
+from imcap_ray.data.near_duplicates import Fingerprint, find_near_duplicates, fingerprint
+from imcap_ray.data.schemas import ManifestRow
 from imcap_ray.errors import ImageError, InputError
 from imcap_ray.text.escaping import printable
-from imcap_ray.text.mojibake import FAULTS
+from imcap_ray.text.mojibake import ENCODING_FAULTS
 from imcap_ray.text.tokenizers import tokenize
 
 MAX_BAD_IMAGES: Final = 0.1
-"""Share of images that may be missing or unreadable; what `imcap caption` lets fail, too."""
+"""Share of images that may be missing or unreadable; also the default of `imcap caption --max-failure-rate`."""
 
 MAX_NEAR_LEAKS: Final = 0.01
 """Share of the images of a split."""
@@ -48,82 +50,122 @@ MAX_NEAR_LEAKS: Final = 0.01
 MAX_BAD_CAPTIONS: Final = 0.01
 
 MAX_UNKNOWN_TOKENS: Final = 0.1
-"""Share of a split's tokens that the training vocabulary need not know; more is told."""
+"""Share of a split's tokens that may be missing from the training vocabulary without a warning."""
 
 SMALLEST_SIDE: Final = 64
-"""Fewer pixels than this on a side show little of what a caption tells."""
+"""An image with fewer pixels on a side shows little of what a caption describes."""
 
-# A note is what was odd when the captions were read.
+# Of a note by the reader of the data set.
 _NO_CAPTION: Final = re.compile("images? ha(s|ve) no caption")
 
-_WORST_FIRST: Final = (
+# Codes of findings, the most severe first. A `note` is a problem that the reader of the data set found.
+_SEVERITY: Final = (
     *("no_split", "missing", "unreadable", "leak", "near_leak", "encoding", "note", "without_captions", "odd_names"),
     *("num_captions", "unknown_words", "repeated", "repeated_captions", "short", "small", "long"),
 )
 
 _NUM_EXAMPLES: Final = 3
 
-_IMAGES_AT_A_TIME: Final = 256
+_IMAGES_PER_BATCH: Final = 256
 
-LOOK_SIZE: Final = 32
-"""Pixels on a side that images are decoded to. A large JPEG is then read at an eighth of its size, and whole."""
+FINGERPRINT_SIZE: Final = 32
+"""Pixels on a side that images are decoded to. A large JPEG is then decoded completely, at an eighth of its size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One kind of thing that is wrong, or odd."""
+    """A kind of problem."""
 
     code: str
     count: int
     text: str
-    """What stands behind the count: "validation images are byte for byte in train too"."""
+    """Text that follows the count: "validation images are also in train, byte for byte"."""
     examples: list[str] = field(default_factory=list)
-    """The first few."""
+    """The first few cases."""
     spoils: bool = False
-    """Whether a training would be spoilt by it."""
+    """Whether it makes the data set unusable for training."""
+
+
+class ImageCaptions(TypedDict):
+    """Number of captions of an image."""
+
+    fewest: int
+    median: float
+    most: int
+
+
+TokenCounts = TypedDict("TokenCounts", {"shortest": int, "median": float, "95 %": int, "longest": int})
+"""Number of tokens of a caption."""
+
+
+class CaptionFacts(TypedDict):
+    """Numbers of captions and of their tokens."""
+
+    count: int
+    per_image: ImageCaptions
+    tokens: TokenCounts
+
+
+class VocabularyFacts(TypedDict):
+    """The training vocabulary, and the share of the other splits' tokens that it has."""
+
+    tokenizer: str
+    min_count: int
+    tokens: int
+    tokens_of_train: int
+    coverage: dict[str, float]
+
+
+class ImageFacts(TypedDict, total=False):
+    """Numbers of images, their formats and sizes; empty if none was decoded."""
+
+    read: int
+    unreadable: int
+    formats: dict[str, int]
+    smallest: list[int]
+    """Width and height."""
+    median: list[int]
+    largest: list[int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataCheck:
-    """What a data set holds, and what is wrong with it, the worst first."""
+    """Contents and problems of a data set, the most severe problem first."""
 
     location: str
     format: str
     splits: dict[str, int]
-    """Images by split."""
-    captions: dict[str, Any]
-    """How many there are, for each image and of which length in tokens."""
-    vocabulary: dict[str, Any]
-    """The training vocabulary, and the share of the other splits' tokens that it knows."""
-    images: dict[str, Any]
-    """How many were read, their formats and sizes; empty if none was decoded."""
+    """Number of images by split."""
+    captions: CaptionFacts
+    vocabulary: VocabularyFacts
+    images: ImageFacts
     findings: list[Finding]
     columns: str = ""
-    """From which columns of Parquet tables the data are."""
+    """Columns of Parquet tables that the data were read from, for people."""
 
     @property
     def spoils(self) -> bool:
-        """Whether anything found would spoil a training."""
+        """Whether a problem makes the data set unusable for training."""
         return any(finding.spoils for finding in self.findings)
 
     def to_mapping(self) -> dict[str, Any]:
-        """The check as plain dictionaries and lists, ready for JSON."""
+        """The check as dictionaries and lists, for JSON."""
         return {**asdict(self), "spoils": self.spoils}
 
     def to_text(self) -> str:
-        """The check for people: what there is, then what is wrong, the worst first."""
+        """The check for people: contents, then problems, the most severe first."""
         lines = [f"{self.location}: {self.format}", *(f"  {line}" for line in self._facts())]
         if self.columns:
             lines.insert(1, f"  {self.columns}")
-        for title, spoils in (("would spoil a training:", True), ("worth a look:", False)):
+        for title, spoils in (("makes the data unusable for training:", True), ("warnings:", False)):
             chosen = [finding for finding in self.findings if finding.spoils == spoils]
             if chosen:
                 lines += ["", title, *(f"{finding.count:9,} {_with_examples(finding)}" for finding in chosen)]
         num_spoiling = sum(finding.spoils for finding in self.findings)
         if num_spoiling:
-            end = f"not fit to train on: {num_spoiling} thing{'s' * (num_spoiling != 1)} would spoil a training"
+            end = f"unusable for training: {num_spoiling} serious problem{'s' * (num_spoiling != 1)}"
         else:
-            end = "nothing found that would spoil a training"
+            end = "usable for training: no serious problems"
         return "\n".join([*lines, "", end])
 
     def _facts(self) -> Iterator[str]:
@@ -141,27 +183,29 @@ def check_dataset(
     decode: bool = True,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataCheck:
-    """Look for whatever is wrong with a data set.
+    """Find the problems of a data set.
 
     Args:
-        recipe: whose vocabulary and longest caption the captions are judged by.
-        decode: read and decode every image, on all cores: 1 ms for a small photograph, 10 or 20 for a large one.
-        on_progress: called with the numbers of images done and of all.
+        recipe: its vocabulary and maximum caption length are those that captions are compared with.
+        decode: whether to read and decode every image, on all cores: 1 ms for a small photograph, 10 to 20 for a large
+            one.
+        on_progress: called with the number of images done and the number of all images.
     """
-    rows = dataset.table.to_pylist()
+    rows: list[DatasetRow] = dataset.table.to_pylist()
     files = _list_files(dataset)
     tokens = _count_tokens(rows, recipe.vocabulary.tokenizer)
-    images: dict[str, Any] = {}
+    images: ImageFacts = {}
     findings = [*_check_splits(dataset), *_check_files(dataset, rows, files), *_check_captions(rows, tokens, recipe)]
     if decode:
-        there = [row for row in rows if row["image_path"] and _is_there(dataset, row["image_path"], files)]
-        seen = list(_look_at_all(dataset, there, on_progress))
-        images = _measure_images(seen) if seen else {}
-        findings += _check_images(seen)
+        existing = [row for row in rows if row["image_path"] and _exists(dataset, row["image_path"], files)]
+        inspected = list(_inspect_all(dataset, existing, on_progress))
+        images = _measure_images(inspected) if inspected else {}
+        findings += _check_images(inspected)
     findings += map(_from_note, dataset.notes)
-    # Both count images without captions: the reader those that the data name, this module those in the same folders.
-    without = [one for one in findings if one.code == "without_captions" or _NO_CAPTION.match(one.text)]
-    for finding in sorted(without, key=lambda one: one.count)[:-1]:
+    # Images without captions are counted twice: by the reader, those that the data name, and here, those in the same
+    # folders. The larger number is kept.
+    without = [finding for finding in findings if finding.code == "without_captions" or _NO_CAPTION.match(finding.text)]
+    for finding in sorted(without, key=lambda finding: finding.count)[:-1]:
         findings.remove(finding)
     return DataCheck(
         location=dataset.location,
@@ -170,18 +214,18 @@ def check_dataset(
         captions=_measure_captions(rows, tokens),
         vocabulary=_measure_vocabulary(tokens, recipe),
         images=images,
-        findings=sorted(findings, key=_badness),
+        findings=sorted(findings, key=_severity),
         columns=dataset.columns_note,
     )
 
 
-def _badness(finding: Finding) -> tuple[bool, int, int]:
-    return not finding.spoils, _WORST_FIRST.index(finding.code), -finding.count
+def _severity(finding: Finding) -> tuple[bool, int, int]:
+    return not finding.spoils, _SEVERITY.index(finding.code), -finding.count
 
 
 # ---- files
 def _list_files(dataset: CaptionedImages) -> dict[str, set[str]]:
-    """Names of the files in each folder that an image of the data set should be in."""
+    """Names of the files in each folder of the data set's images."""
     folders = {storage.parent(path) for path in _paths(dataset) if path not in dataset.packed}
     return {folder: _names_in(folder) for folder in folders}
 
@@ -193,35 +237,35 @@ def _paths(dataset: CaptionedImages) -> list[str]:
 def _names_in(folder: str) -> set[str]:
     try:
         return {file.name for file in storage.list_files(folder, recursive=False)}
-    except (InputError, OSError, ValueError):  # not there, not to be read, or no name that a file can have
+    except (InputError, OSError, ValueError):  # missing, unreadable, or not a valid name
         return set()
 
 
-def _is_there(dataset: CaptionedImages, path: str, files: Mapping[str, set[str]]) -> bool:
+def _exists(dataset: CaptionedImages, path: str, files: Mapping[str, set[str]]) -> bool:
     return path in dataset.packed or path.rpartition("/")[2] in files[storage.parent(path)]
 
 
 def _check_splits(dataset: CaptionedImages) -> Iterator[Finding]:
     names = [f"{leak.image} ({leak.split} and {leak.other})" for leak in dataset.leaks]
-    yield from _found(
-        "leak", names, "image is said to be in two splits", "images are said to be in two splits", spoils=True
+    yield from _findings(
+        "leak", names, "image is assigned to two splits", "images are assigned to two splits", spoils=True
     )
     counts = dataset.count_splits()
     for split in (TRAIN, VALIDATION):
         if split not in counts:
-            yield Finding(code="no_split", count=0, text=f"{split} images: a training needs some", spoils=True)
+            yield Finding(code="no_split", count=0, text=f"{split} images, which a training needs", spoils=True)
 
 
 def _check_files(
-    dataset: CaptionedImages, rows: list[dict[str, Any]], files: Mapping[str, set[str]]
+    dataset: CaptionedImages, rows: Sequence[DatasetRow], files: Mapping[str, set[str]]
 ) -> Iterator[Finding]:
-    captioned = [*rows, *dataset.left_out.to_pylist()]  # a row that names no file has none: nothing can be learnt of it
-    missing = [row for row in captioned if not row["image_path"] or not _is_there(dataset, row["image_path"], files)]
+    captioned: list[DatasetRow] = [*rows, *dataset.left_out.to_pylist()]
+    missing = [row for row in captioned if not row["image_path"] or not _exists(dataset, row["image_path"], files)]
     if missing:
         num_in_splits = sum(row["split"] != "" for row in missing)
         num_captions = sum(len(row["captions"]) for row in missing)
         names = [row["image_id"] for row in missing]
-        yield from _found(
+        yield from _findings(
             "missing",
             names,
             f"captioned image has no file ({num_captions:,} captions)",
@@ -229,63 +273,66 @@ def _check_files(
             spoils=num_in_splits > MAX_BAD_IMAGES * len(rows),
         )
     known = {os.path.normpath(path) for path in _paths(dataset)}
-    found = (f"{folder}/{name}" for folder in sorted(files) for name in sorted(files[folder]) if is_image_name(name))
-    without = [path.rpartition("/")[2] for path in found if os.path.normpath(path) not in known]
-    yield from _found("without_captions", without, "image file has no caption", "image files have no caption")
-    odd = [row["image_id"] for row in captioned if not is_image_name(row["image_path"])]
-    if len(odd) < len(captioned) / 2:  # else it is how images are named here
-        ending = "does not end like an image's"
-        yield from _found(
-            "odd_names", odd, f"captioned name {ending}", f"captioned names {ending.replace('does', 'do')}"
+    images = (f"{folder}/{name}" for folder in sorted(files) for name in sorted(files[folder]) if is_image_name(name))
+    without = [path.rpartition("/")[2] for path in images if os.path.normpath(path) not in known]
+    yield from _findings("without_captions", without, "image file has no caption", "image files have no caption")
+    unusual = [row["image_id"] for row in captioned if not is_image_name(row["image_path"])]
+    if len(unusual) < len(captioned) / 2:  # otherwise this data set names all images so
+        yield from _findings(
+            "odd_names",
+            unusual,
+            "captioned image has no image extension",
+            "captioned images have no image extension",
         )
 
 
-def _shared_beginning(missing: Sequence[str], captioned: Sequence[Mapping[str, Any]]) -> str:
-    """Whether the missing are of one kind by their names, as when the captions of another set were added."""
+def _shared_beginning(missing: Sequence[str], captioned: Sequence[DatasetRow]) -> str:
+    """A remark if the names of the missing images have the same first letter, because they come from another set."""
     letter, count = Counter(name[:1] for name in missing).most_common(1)[0]
     num_with_letter = sum(row["image_id"].startswith(letter) for row in captioned)
     if count < 10 or count < 0.9 * len(missing) or num_with_letter > count:
         return ""
-    return f"; {count:,} of them begin with {letter!r}, as no other does"
+    return f"; {count:,} of them begin with {letter!r}, and no others do"
 
 
 # ---- pixels
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """What was seen of one image."""
+class _InspectedImage:
+    """Facts about one image."""
 
     image_id: str
     split: str
     error_code: str = ""
     sha256: str = ""
-    look: tuple[bytes, bytes] = (b"", b"")
+    fingerprint: Fingerprint = Fingerprint(b"", b"")
     width: int = 0
     height: int = 0
     format: str = ""
 
 
-def _look_at_all(
-    dataset: CaptionedImages, rows: list[dict[str, Any]], on_progress: Callable[[int, int], None]
-) -> Iterator[_Seen]:
-    places = dataset.manifest(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
-    root = root_of(places) if rows else ""
-    image_columns = image_columns_of(places)
-    files = [place for place in places.to_pylist() if not place["table_path"]]
-    packed = [place for place in places.to_pylist() if place["table_path"]]
+def _inspect_all(
+    dataset: CaptionedImages, rows: Sequence[DatasetRow], on_progress: Callable[[int, int], None]
+) -> Iterator[_InspectedImage]:
+    manifest = dataset.manifest(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+    root = root_of(manifest) if rows else ""
+    image_columns = image_columns_of(manifest)
+    files: list[ManifestRow] = [row for row in manifest.to_pylist() if not row["table_path"]]
+    packed: list[ManifestRow] = [row for row in manifest.to_pylist() if row["table_path"]]
 
-    def look_at_file(place: dict[str, Any]) -> _Seen:
-        return look_at(next(read_rows([place], root)))
+    def inspect_file(row: ManifestRow) -> _InspectedImage:
+        return inspect(next(read_rows([row], root)))
 
-    def look_at(found: tuple[dict[str, Any], bytes | ImageError]) -> _Seen:
-        return _look_at(rows[found[0]["manifest_id"]], found[1])
+    def inspect(image: tuple[ManifestRow, bytes | ImageError]) -> _InspectedImage:
+        row, data = image
+        return _inspect(rows[row["manifest_id"]], data)
 
     read_packed = read_rows(packed, root, image_columns=image_columns)
-    # Threads, for Pillow decodes and hashlib hashes without the interpreter's lock; stores take time to answer, too.
+    # In threads, because Pillow and hashlib release the interpreter's lock, and stores have latency.
     with ThreadPoolExecutor(_num_cores()) as pool:
         num_done = 0
-        for look, images in ((look_at_file, iter(files)), (look_at, read_packed)):
-            while chunk := list(islice(images, _IMAGES_AT_A_TIME)):
-                yield from pool.map(look, chunk)
+        for function, images in ((inspect_file, iter(files)), (inspect, read_packed)):
+            while chunk := list(islice(images, _IMAGES_PER_BATCH)):
+                yield from pool.map(function, chunk)
                 num_done += len(chunk)
                 on_progress(num_done, len(rows))
 
@@ -294,57 +341,59 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _look_at(row: Mapping[str, Any], data: bytes | ImageError) -> _Seen:
+def _inspect(row: DatasetRow, data: bytes | ImageError) -> _InspectedImage:
     try:
         if isinstance(data, ImageError):
             raise data
-        image = decode_image(data, image_size=LOOK_SIZE)
+        image = decode_image(data, image_size=FINGERPRINT_SIZE)
     except ImageError as error:
-        return _Seen(row["image_id"], row["split"], error.code)
-    return _Seen(
+        return _InspectedImage(row["image_id"], row["split"], error.code)
+    return _InspectedImage(
         row["image_id"],
         row["split"],
         sha256=image.sha256,
-        look=describe_look(image.pixels),
+        fingerprint=fingerprint(image.pixels),
         width=image.width,
         height=image.height,
         format=image.format,
     )
 
 
-def _check_images(seen: Sequence[_Seen]) -> Iterator[Finding]:
+def _check_images(images: Sequence[_InspectedImage]) -> Iterator[Finding]:
     failed: dict[str, list[str]] = defaultdict(list)
-    for image in seen:
+    for image in images:
         if image.error_code:
             failed[image.error_code].append(image.image_id)
-    spoils = sum(map(len, failed.values())) > MAX_BAD_IMAGES * len(seen)
+    spoils = sum(map(len, failed.values())) > MAX_BAD_IMAGES * len(images)
     for code, names in failed.items():
-        yield from _found(
+        yield from _findings(
             "unreadable", names, f"image cannot be read ({code})", f"images cannot be read ({code})", spoils=spoils
         )
 
-    readable = [image for image in seen if not image.error_code]
-    by_hash: dict[str, list[_Seen]] = defaultdict(list)
+    readable = [image for image in images if not image.error_code]
+    by_hash: dict[str, list[_InspectedImage]] = defaultdict(list)
     for image in readable:
         by_hash[image.sha256].append(image)
-    yield from _check_twins(by_hash.values(), "leak", "byte for byte", {})
+    yield from _check_duplicates(by_hash.values(), "leak", "byte for byte", {})
     firsts = [group[0] for group in by_hash.values()]
-    groups = [[firsts[number] for number in group] for group in find_lookalikes([image.look for image in firsts])]
+    near_duplicates = find_near_duplicates([image.fingerprint for image in firsts])
+    groups = [[firsts[number] for number in group] for group in near_duplicates]
     split_sizes = Counter(image.split for image in readable)
-    yield from _check_twins(groups, "near_leak", "to the eye", split_sizes)
+    yield from _check_duplicates(groups, "near_leak", "visually", split_sizes)
 
     small = [image.image_id for image in readable if min(image.width, image.height) < SMALLEST_SIDE]
     sides = f"a side of fewer than {SMALLEST_SIDE} pixels"
-    yield from _found("small", small, f"image has {sides}", f"images have {sides}")
+    yield from _findings("small", small, f"image has {sides}", f"images have {sides}")
 
 
-def _check_twins(
-    groups: Iterable[Sequence[_Seen]], code: str, how: str, split_sizes: Mapping[str, int]
+def _check_duplicates(
+    groups: Iterable[Sequence[_InspectedImage]], code: str, how: str, split_sizes: Mapping[str, int]
 ) -> Iterator[Finding]:
-    """Images of a group are the same: which of them are in two splits, and which are in one split twice.
+    """Find images of the same group that are in two splits, or twice in one split.
 
     Args:
-        split_sizes: images by split, where some leaks are tolerated.
+        how: in which way images of a group are the same, for people.
+        split_sizes: numbers of images by split, if a share of leaks is tolerated.
     """
     leaks: dict[tuple[str, str], list[str]] = defaultdict(list)
     repeated: dict[str, list[str]] = defaultdict(list)
@@ -360,44 +409,51 @@ def _check_twins(
             firsts.setdefault(image.split, image.image_id)
     for (split, other), names in leaks.items():
         spoils = len(names) > MAX_NEAR_LEAKS * split_sizes.get(split, 0)
-        rest = f"in {other} too, {how}"
-        yield from _found(code, names, f"{split} image is {rest}", f"{split} images are {rest}", spoils=spoils)
+        rest = f"also in {other}, {how}"
+        yield from _findings(code, names, f"{split} image is {rest}", f"{split} images are {rest}", spoils=spoils)
     for split, names in repeated.items():
         rest = f"the same as another of {split}, {how}"
-        yield from _found("repeated", names, f"{split} image is {rest}", f"{split} images are {rest}")
+        yield from _findings("repeated", names, f"{split} image is {rest}", f"{split} images are {rest}")
 
 
-def _measure_images(seen: Sequence[_Seen]) -> dict[str, Any]:
-    readable = [image for image in seen if not image.error_code]
+def _measure_images(images: Sequence[_InspectedImage]) -> ImageFacts:
+    readable = [image for image in images if not image.error_code]
     sizes = sorted((image.width * image.height, image.width, image.height) for image in readable)
-    facts: dict[str, Any] = {"read": len(readable), "unreadable": len(seen) - len(readable)}
-    facts["formats"] = dict(Counter(image.format for image in readable).most_common())
+    facts: ImageFacts = {
+        "read": len(readable),
+        "unreadable": len(images) - len(readable),
+        "formats": dict(Counter(image.format for image in readable).most_common()),
+    }
     if sizes:
-        chosen = {"smallest": sizes[0], "median": sizes[len(sizes) // 2], "largest": sizes[-1]}
-        facts |= {name: [width, height] for name, (_, width, height) in chosen.items()}
+        facts["smallest"], facts["median"], facts["largest"] = (
+            [width, height] for _, width, height in (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        )
     return facts
 
 
-def _describe_images(images: Mapping[str, Any]) -> str:
+def _describe_images(images: ImageFacts) -> str:
     if not images["read"]:
         return "no image could be read"
     formats = ", ".join(f"{count:,} {name}" for name, count in images["formats"].items())
-    smallest, middle, largest = (" x ".join(map(str, images[name])) for name in ("smallest", "median", "largest"))
-    sizes = f"all {smallest}" if smallest == largest else f"{smallest} to {largest}, median {middle}"
+    smallest, median_size, largest = (
+        " x ".join(map(str, size)) for size in (images["smallest"], images["median"], images["largest"])
+    )
+    sizes = f"all {smallest}" if smallest == largest else f"{smallest} to {largest}, median {median_size}"
     return f"{images['read']:,} image files read: {formats}; {sizes} pixels"
 
 
 # ---- captions
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """The tokens of all captions, counted."""
+    """The tokens of all captions."""
 
     lengths: list[int]
-    """Of each caption."""
+    """Number of tokens of each caption."""
     by_split: dict[str, Counter[str]]
+    """Count of each token, by split."""
 
 
-def _count_tokens(rows: list[dict[str, Any]], tokenizer: str) -> _Tokens:
+def _count_tokens(rows: Sequence[DatasetRow], tokenizer: str) -> _Tokens:
     lengths: list[int] = []
     by_split: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
@@ -408,7 +464,7 @@ def _count_tokens(rows: list[dict[str, Any]], tokenizer: str) -> _Tokens:
     return _Tokens(lengths, by_split)
 
 
-def _measure_captions(rows: list[dict[str, Any]], tokens: _Tokens) -> dict[str, Any]:
+def _measure_captions(rows: Sequence[DatasetRow], tokens: _Tokens) -> CaptionFacts:
     per_image = sorted(len(row["captions"]) for row in rows)
     lengths = sorted(tokens.lengths)
     return {
@@ -423,8 +479,8 @@ def _measure_captions(rows: list[dict[str, Any]], tokens: _Tokens) -> dict[str, 
     }
 
 
-def _measure_vocabulary(tokens: _Tokens, recipe: Recipe) -> dict[str, Any]:
-    known = _known(tokens, recipe)
+def _measure_vocabulary(tokens: _Tokens, recipe: Recipe) -> VocabularyFacts:
+    known = _training_vocabulary(tokens, recipe)
     coverage = {
         split: sum(count for token, count in counts.items() if token in known) / max(1, counts.total())
         for split, counts in tokens.by_split.items()
@@ -439,42 +495,44 @@ def _measure_vocabulary(tokens: _Tokens, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _known(tokens: _Tokens, recipe: Recipe) -> set[str]:
+def _training_vocabulary(tokens: _Tokens, recipe: Recipe) -> set[str]:
     counts = tokens.by_split.get(TRAIN, Counter())
     return {token for token, count in counts.items() if count >= recipe.vocabulary.min_count}
 
 
-def _check_captions(rows: list[dict[str, Any]], tokens: _Tokens, recipe: Recipe) -> Iterator[Finding]:
+def _check_captions(rows: Sequence[DatasetRow], tokens: _Tokens, recipe: Recipe) -> Iterator[Finding]:
     captions = [(row["image_id"], caption) for row in rows for caption in row["captions"]]
-    for what, (find, is_wrong_encoding) in FAULTS.items():
-        found = [f"{piece} in {image_id}" for image_id, caption in captions if (piece := find(caption))]
-        spoils = is_wrong_encoding and len(found) > MAX_BAD_CAPTIONS * len(captions)
-        yield from _found("encoding", found, f"caption has {what}", f"captions have {what}", spoils=spoils)
-    known = _known(tokens, recipe)
+    for fault in ENCODING_FAULTS:
+        cases = [f"{piece} in {image_id}" for image_id, caption in captions if (piece := fault.find(caption))]
+        spoils = fault.is_wrong_encoding and len(cases) > MAX_BAD_CAPTIONS * len(captions)
+        yield from _findings(
+            "encoding", cases, f"caption has {fault.name}", f"captions have {fault.name}", spoils=spoils
+        )
+    known = _training_vocabulary(tokens, recipe)
     for split, counts in tokens.by_split.items():
         unknown = Counter({token: count for token, count in counts.items() if token not in known})
         if split != TRAIN and unknown.total() > MAX_UNKNOWN_TOKENS * counts.total():
             text = f"of {counts.total():,} words of {split} are not in the training vocabulary"
             names = [token for token, _ in unknown.most_common(_NUM_EXAMPLES)]
-            yield from _found("unknown_words", names, text, text, count=unknown.total())
+            yield from _findings("unknown_words", names, text, text, count=unknown.total())
     longest = recipe.training.max_caption_length
     num_long = sum(length > longest for length in tokens.lengths)
     cut = f"cut to {longest} tokens in training"
-    yield from _found("long", [], f"caption is {cut}", f"captions are {cut}", count=num_long)
+    yield from _findings("long", [], f"caption is {cut}", f"captions are {cut}", count=num_long)
     num_short = sum(length < 2 for length in tokens.lengths)
     few = "fewer than two tokens"
-    yield from _found("short", [], f"caption has {few}", f"captions have {few}", count=num_short)
+    yield from _findings("short", [], f"caption has {few}", f"captions have {few}", count=num_short)
     usual, num_usual = Counter(len(row["captions"]) for row in rows).most_common(1)[0]
     unusual = [row["image_id"] for row in rows if len(row["captions"]) != usual]
     if num_usual > 0.9 * len(rows):
         number = f"more or fewer than {usual} captions"
-        yield from _found("num_captions", unusual, f"image has {number}", f"images have {number}")
+        yield from _findings("num_captions", unusual, f"image has {number}", f"images have {number}")
     repeated = [row["image_id"] for row in rows if len(set(row["captions"])) < len(row["captions"])]
     twice = "the same caption twice"
-    yield from _found("repeated_captions", repeated, f"image has {twice}", f"images have {twice}")
+    yield from _findings("repeated_captions", repeated, f"image has {twice}", f"images have {twice}")
 
 
-def _describe_captions(captions: Mapping[str, Any]) -> str:
+def _describe_captions(captions: CaptionFacts) -> str:
     per_image, tokens = captions["per_image"], captions["tokens"]
     fewest, most = per_image["fewest"], per_image["most"]
     each = f"{fewest}" if fewest == most else f"{fewest} to {most}"
@@ -484,22 +542,22 @@ def _describe_captions(captions: Mapping[str, Any]) -> str:
     )
 
 
-def _describe_vocabulary(vocabulary: Mapping[str, Any]) -> Iterator[str]:
+def _describe_vocabulary(vocabulary: VocabularyFacts) -> Iterator[str]:
     if vocabulary["tokens"]:
         coverage = vocabulary["coverage"].items()
         shares = ", ".join(f"{100 * share:.1f} % of the words of {split}" for split, share in coverage)
         yield (
-            f"{vocabulary['tokens']:,} of {vocabulary['tokens_of_train']:,} training words stand there "
+            f"{vocabulary['tokens']:,} of {vocabulary['tokens_of_train']:,} training words occur "
             f"{vocabulary['min_count']} times or more ({vocabulary['tokenizer']})"
             + (f"; they are {shares}" if shares else "")
         )
 
 
 # ---- common
-def _found(
+def _findings(
     code: str, names: Sequence[str], one: str, many: str, *, count: int | None = None, spoils: bool = False
 ) -> list[Finding]:
-    """A finding of these names, or of so many things, if there are any; `one` or `many` stands behind the number."""
+    """A finding if there are any names, or if `count` is not 0; `one` or `many` follows the number."""
     number = len(names) if count is None else count
     if not number:
         return []
@@ -515,7 +573,7 @@ def _with_examples(finding: Finding) -> str:
 
 
 def _from_note(note: str) -> Finding:
-    """What was noticed while reading, which begins with its number, if it has one."""
+    """The finding of a note by the reader of the data set, which begins with a count if it has one."""
     number, _, text = note.partition(" ")
     count = number.replace(",", "")
     return (

@@ -1,4 +1,4 @@
-"""A manifest on disk -> which images it lists already, and which of them have changed or moved."""
+"""A manifest on disk -> the images that it lists, and which of them have changed or moved since."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
-from imcap_ray.data.parquet_files import read_table
+from imcap_ray.data.parquet_files import read_metadata, read_table
 from imcap_ray.data.schemas import MANIFEST_SCHEMA
 
 ID_SOURCE_KEY: Final = b"imcap_ray.id_source"
-"""In the metadata of a manifest of Parquet tables: whether the images' ids are `_TABLE`, those that the tables have for
-them, or `_POSITION`, the table's name and the row's number."""
+"""Key in the metadata of a manifest of Parquet tables: the source of the ids, `IDS_FROM_TABLE` or `IDS_FROM_POSITION`
+of `table_listing`."""
 
 IMAGE_COLUMNS_KEY: Final = b"imcap_ray.image_columns"
-"""In the metadata of a manifest: a JSON list of the columns that the tables' images are read from, see
-`ImageColumns.names`. Earlier versions wrote none."""
+"""Key in the metadata of a manifest: a JSON list of the columns that images are read from, see `ImageColumns.names`.
+Earlier versions did not write it."""
 
 ID_COLUMN_KEY: Final = b"imcap_ray.id_column"
-"""In the metadata of a manifest: the column that the user named for the ids; absent if none was named."""
+"""Key in the metadata of a manifest: the column of ids that the user named, if any."""
 
 
 def parse_image_columns(metadata: Mapping[bytes, bytes] | None) -> list[str]:
@@ -34,24 +34,23 @@ def parse_image_columns(metadata: Mapping[bytes, bytes] | None) -> list[str]:
 
 
 class KnownImages:
-    """The images that a manifest lists already, looked up without holding them all.
+    """The images that a manifest lists, looked up without holding all of them in memory.
 
-    A listing comes in the order in which the manifest was written, so that one part after the other is needed; which
-    part may hold an id is told by the least and the greatest id in each.
+    A new listing has the same order as the manifest, so that its parts are needed one after the other. The smallest and
+    the largest id of a part show whether it may list an image.
     """
 
     def __init__(self, folder: str) -> None:
         self.num_images = 0
         self.id_source: str | None = None
-        """`_TABLE` or `_POSITION` where these are rows of Parquet tables."""
+        """See `ID_SOURCE_KEY`; None if there are no Parquet tables."""
         self.id_column: str | None = None
         """The column of ids that the user named."""
         self.image_columns: list[str] = []
         """See `ImageColumns.names`."""
         self._parts: list[tuple[str, tuple[str, str] | None]] = []
         for part in storage.list_parquet(folder):
-            filesystem, path = storage.resolve(part)
-            metadata = pq.read_metadata(path, filesystem=filesystem)
+            metadata = read_metadata(part)
             self.num_images += metadata.num_rows
             self.id_source = ((metadata.metadata or {}).get(ID_SOURCE_KEY) or b"").decode() or self.id_source
             self.id_column = ((metadata.metadata or {}).get(ID_COLUMN_KEY) or b"").decode() or self.id_column
@@ -60,44 +59,44 @@ class KnownImages:
 
     @property
     def is_by_type(self) -> bool:
-        """Whether these are rows of tables, listed by a version that did not note the columns of images."""
+        """Whether tables were listed by a version that did not record their columns of images."""
         return self.id_source is not None and not self.image_columns
 
     def find(self, rows: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """For rows of a listing their `manifest_id`, -1 where they are new; whether they have changed since; whether
-        they have not, but are in another place."""
+        """The `manifest_id` of each row of a new listing, -1 for a new image; whether its file has changed; whether the
+        image has moved without a change."""
         ids = np.full(rows.num_rows, -1, np.int64)
         is_changed, is_moved = np.zeros(rows.num_rows, bool), np.zeros(rows.num_rows, bool)
-        least, greatest = pc.min_max(rows["image_id"]).as_py().values()
+        smallest, largest = pc.min_max(rows["image_id"]).as_py().values()
         for part, known_range in self._parts:
             if (ids >= 0).all():
                 break
-            if known_range and (known_range[1] < least or known_range[0] > greatest):
+            if known_range and (known_range[1] < smallest or known_range[0] > largest):
                 continue
             part_rows = read_table(part)
-            found = pc.index_in(rows["image_id"], value_set=part_rows["image_id"]).to_numpy(zero_copy_only=False)
-            here = np.flatnonzero(~np.isnan(found))
-            there = found[here].astype(np.int64)
-            ids[here] = part_rows["manifest_id"].to_numpy()[there]
-            before, now = part_rows.take(there), rows.take(here)
-            is_changed[here] = _differ(before, now, "size", "modified_ns")
-            is_moved[here] = ~is_changed[here] & _differ(before, now, "image_path", "table_path", "row_group", "row")
+            matches = pc.index_in(rows["image_id"], value_set=part_rows["image_id"]).to_numpy(zero_copy_only=False)
+            known = np.flatnonzero(~np.isnan(matches))
+            positions = matches[known].astype(np.int64)
+            ids[known] = part_rows["manifest_id"].to_numpy()[positions]
+            before, now = part_rows.take(positions), rows.take(known)
+            is_changed[known] = _differ(before, now, "size", "modified_ns")
+            is_moved[known] = ~is_changed[known] & _differ(before, now, "image_path", "table_path", "row_group", "row")
         return ids, is_changed, is_moved
 
 
 def range_of(metadata: pq.FileMetaData, name: str) -> tuple[Any, Any] | None:
-    """The least and the greatest value of a column of a manifest; None if the file does not have them: Parquet keeps
-    none of text longer than 4 KB."""
+    """The smallest and the largest value in a column of a manifest; None if the file does not record them, as for text
+    of more than 4 KB."""
     column = MANIFEST_SCHEMA.get_field_index(name)
-    ranges = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
-    if not ranges or any(one is None or not one.has_min_max for one in ranges):
+    groups = [metadata.row_group(number).column(column).statistics for number in range(metadata.num_row_groups)]
+    if not groups or any(group is None or not group.has_min_max for group in groups):
         return None
-    return min(one.min for one in ranges), max(one.max for one in ranges)
+    return min(group.min for group in groups), max(group.max for group in groups)
 
 
-def _differ(one: pa.Table, other: pa.Table, *columns: str) -> npt.NDArray[np.bool_]:
-    """In which rows two tables differ in any of these columns."""
-    differ = np.zeros(one.num_rows, bool)
+def _differ(left: pa.Table, right: pa.Table, *columns: str) -> npt.NDArray[np.bool_]:
+    """The rows in which two tables differ in any of these columns."""
+    differ = np.zeros(left.num_rows, bool)
     for name in columns:
-        differ |= pc.not_equal(one[name], other[name]).to_numpy()
+        differ |= pc.not_equal(left[name], right[name]).to_numpy()
     return differ

@@ -1,11 +1,11 @@
-"""Parquet tables of images -> their rows: image and id columns, and the bytes of each row."""
+"""Parquet tables of images -> the bytes or paths of their rows."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,43 +13,43 @@ import pyarrow.parquet as pq
 
 from imcap_ray import storage
 from imcap_ray.data.columns import ImageColumn, ImageColumns, field_type, is_string, read_image_column
-from imcap_ray.errors import InputError
+from imcap_ray.data.parquet_files import open_parquet
+from imcap_ray.errors import InputError, translate_errors
 
 _READ_BYTES: Final = 2**20
-"""Of a column that are asked for at once; else it would be read up to the end of the row group."""
+"""Read at once of a column, which would otherwise be read to the end of the row group."""
 
 _MAX_PATH_CHARACTERS: Final = 4096
-"""A longer text in a column of paths is no path: no system has longer ones."""
+"""Longer texts in a column of paths are not paths: no system has longer ones."""
 
 _SHOWN_CHARACTERS: Final = 60
-"""Of such a text in the place of the path."""
+"""Of such a text, instead of the path."""
 
 _PICKLES: Final = "arrow_pickled_object"
-"""In the name of Ray's type for columns of pickled objects."""
+"""Part of the name of Ray's type for columns of pickled objects."""
 
 ID_COLUMNS: Final = ("image_id", "__key__", "key", "id")
 
 
 def find_id_column(schema: pa.Schema) -> str | None:
-    """The column of a Parquet table that holds the ids of its images, if it has one; see `can_be_id`."""
+    """The column of a Parquet table with a usual name for ids of images, see `can_be_id`; None if it has none."""
     types = dict(zip(schema.names, schema.types, strict=True))
     return next((name for name in ID_COLUMNS if name in types and can_be_id(types[name])), None)
 
 
 def read_table_images(
-    table_path: str, places: Iterable[tuple[int, int]], *, image_columns: Sequence[str] = ()
+    table_path: str, positions: Iterable[tuple[int, int]], *, image_columns: Sequence[str] = ()
 ) -> Iterator[tuple[tuple[int, int], bytes | None]]:
-    """The bytes in some rows of a table, each with its place (row group, row), sorted; None where the table holds none.
+    """The bytes in some rows of a table, sorted by position (row group, row); None for a row without bytes.
 
-    A place that the table does not have is left out. Read are the pages up to the last of a row group's rows, because
-    a table cannot be entered in the middle of a row group; a page is in memory at a time. No other file is opened:
-    where a struct of bytes and path has only a path, `build_manifest` has made a row of that file.
+    Positions that the table does not have are left out. A row group is read from its start up to the last of these
+    rows, because a table cannot be entered in the middle of a row group; one page is in memory at a time. No other file
+    is opened: if a struct of bytes and path has only a path, `build_manifest` lists that file.
     """
     rows_of: dict[int, set[int]] = defaultdict(set)
-    for row_group, row in places:
+    for row_group, row in positions:
         rows_of[row_group].add(row)
-    filesystem, path = storage.resolve(table_path)
-    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=_READ_BYTES) as table:
+    with open_parquet(table_path, buffer_bytes=_READ_BYTES) as table:
         refuse_pickles(table.schema_arrow, table_path)
         column = read_image_column(table.schema_arrow, table_path, image_columns)
         for row_group in sorted(rows_of):
@@ -66,38 +66,46 @@ def read_table_images(
 
 
 def leaf_of(values: pa.Array | pa.ChunkedArray, name: str) -> pa.Array | pa.ChunkedArray:
-    """A field of structs; values that are no structs as they are."""
+    """A field of structs; values that are not structs are returned unchanged."""
     return pc.struct_field(values, name) if pa.types.is_struct(values.type) else values
 
 
 def refuse_pickles(schema: pa.Schema, location: str) -> None:
     """Raise InputError if a table has a column of pickled Python objects, as Ray Data can write them.
 
-    Whoever turns such a value into a Python object runs the code in it. Ray's own reader refuses them, pyarrow's
-    does not.
+    Turning such a value into a Python object runs the code in it. Ray's own reader refuses them, pyarrow's does not.
     """
     for column in schema:
         if _PICKLES in pa.schema([column]).to_string(truncate_metadata=False):
             raise InputError(
                 f"{location}: the column {column.name} holds pickled Python objects, which run code when they are "
-                "read: leave it out of the table"
+                "read: remove it from the table"
             )
 
 
 @contextmanager
 def open_table(table_path: str) -> Iterator[pq.ParquetFile]:
     """An open Parquet table; InputError if it cannot be read or holds pickled objects."""
-    filesystem, path = storage.resolve(table_path)
-    try:
-        with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream) as table:
-            refuse_pickles(table.schema_arrow, table_path)
-            yield table
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{table_path} is not readable Parquet: {error}") from error
+    message = f"{table_path} is not readable Parquet"
+    with (
+        translate_errors(pa.ArrowException, OSError, to=InputError, message=message),
+        open_parquet(table_path) as table,
+    ):
+        refuse_pickles(table.schema_arrow, table_path)
+        yield table
+
+
+class RowGroup(NamedTuple):
+    """A row group of a table of images."""
+
+    number: int
+    num_rows: int
+    paths: list[str | None] | None
+    """Locations of the images; None for a row with bytes, or for a row group with bytes in all rows."""
 
 
 class TablePaths:
-    """Where the images are that tables only name, in the folder that their paths must not leave."""
+    """Locations of the images that tables only name, which must be in `folder`."""
 
     def __init__(self, folder: str, allow_outside_paths: bool, columns: ImageColumns) -> None:
         self._folder = folder
@@ -105,21 +113,18 @@ class TablePaths:
         self._columns = columns
 
     def check(self, tables: list[str], limit: int | None) -> None:
-        """InputError for the first path in so many rows that leads where it may not."""
+        """Raise InputError for the first path that points out of the folder, in the first `limit` rows."""
         num_rows = 0
         for table_path in tables:
-            for _, count, _ in self.row_groups(table_path):
-                num_rows += count
+            for group in self.row_groups(table_path):
+                num_rows += group.num_rows
                 if limit is not None and num_rows >= limit:
                     return
 
-    def row_groups(
-        self, table_path: str, column: ImageColumn | None = None
-    ) -> Iterator[tuple[int, int, list[str | None] | None]]:
-        """Number and rows of each row group, and where its images are: None for one, or all, with bytes in the table.
+    def row_groups(self, table_path: str, column: ImageColumn | None = None) -> Iterator[RowGroup]:
+        """The row groups of a table.
 
-        Of a struct's bytes nothing is read where the table's statistics say that there are bytes in all its rows, or
-        in none.
+        The bytes of structs are not read if the table's statistics show that all rows of a group have bytes, or none.
         """
         with open_table(table_path) as table:
             column = column or self._columns.get(table, table_path)
@@ -130,13 +135,13 @@ class TablePaths:
                 image_paths: list[str | None] | None = None
                 if paths is not None:
                     image_paths = [
-                        None if path is None else self._place(path, table_path, first_row + row)
+                        None if path is None else self._locate(path, table_path, first_row + row)
                         for row, path in enumerate(paths)
                     ]
-                yield row_group, num_rows, image_paths
+                yield RowGroup(row_group, num_rows, image_paths)
                 first_row += num_rows
 
-    def _place(self, path: str, table_path: str, row: int) -> str:
+    def _locate(self, path: str, table_path: str, row: int) -> str:
         if not can_be_path(path):
             path = f"{path[:_SHOWN_CHARACTERS]}... ({len(path):,} characters)"
         return storage.locate(
@@ -149,7 +154,7 @@ class TablePaths:
 
 
 def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> list[str | None] | None:
-    """The path in each row of a row group that has no bytes, None in the others; None if there is no such row."""
+    """The path in each row of a row group that has no bytes, None in the other rows; None if all rows have bytes."""
     if column.kind == "path":
         paths = _texts(table.read_row_group(row_group, columns=[column.name]).column(0))
         return [path or "" for path in paths]
@@ -161,13 +166,13 @@ def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> l
     paths = _texts(leaf_of(table.read_row_group(row_group, columns=[f"{column.name}.path"]).column(0), "path"))
     if num_missing != num_rows:
         batches = table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data])
-        has_bytes = [found for batch in batches for found in leaf_of(batch.column(0), "bytes").is_valid().to_pylist()]
-        paths = [None if found else path for found, path in zip(has_bytes, paths, strict=True)]
+        has_bytes = [valid for batch in batches for valid in leaf_of(batch.column(0), "bytes").is_valid().to_pylist()]
+        paths = [None if valid else path for valid, path in zip(has_bytes, paths, strict=True)]
     return [path or None for path in paths]
 
 
 def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int | None:
-    """How many rows have no value in this column, if the table says it."""
+    """The number of rows without a value in this column; None if the table does not record it."""
     metadata = table.metadata.row_group(row_group)
     for number in range(metadata.num_columns):
         column = metadata.column(number)
@@ -177,7 +182,7 @@ def _num_nulls(table: pq.ParquetFile, row_group: int, column_path: str) -> int |
 
 
 def can_be_id(kind: pa.DataType) -> bool:
-    """Whether values of this type can name images: not those that are made of several values."""
+    """Whether values of this type can be ids of images; lists and structs cannot."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
     if pa.types.is_dictionary(kind):
@@ -186,7 +191,7 @@ def can_be_id(kind: pa.DataType) -> bool:
 
 
 def valid_text_array(values: pa.Array) -> pa.Array:
-    """Strings as `pa.string`, with bytes that are not UTF-8 written as `\\xff`: Parquet's readers do not check them."""
+    """Strings as `pa.string`, with bytes that are not UTF-8 as `\\xff`, because Parquet's readers do not check them."""
     values = values.cast(pa.string())
     try:
         values.validate(full=True)
@@ -201,5 +206,5 @@ def _texts(values: pa.ChunkedArray) -> list[str | None]:
 
 
 def can_be_path(text: str) -> bool:
-    """Whether a text can be a path; data URIs and texts of thousands of characters cannot."""
+    """Whether a text may be a path; data URIs and texts of thousands of characters are not."""
     return len(text) <= _MAX_PATH_CHARACTERS and text[:5].lower() != "data:"

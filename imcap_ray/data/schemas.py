@@ -1,8 +1,8 @@
-"""The Arrow schemas of a row in (the manifest) and a row out (the captions)."""
+"""The rows of the two tables: the manifest, which lists the images to caption, and the captions."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypedDict
 
 import pyarrow as pa
 
@@ -10,20 +10,41 @@ SCHEMA_VERSION: Final = "2"
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
-        # Position of the image in the manifest: 0, 1, 2, ... Ray's progress is kept by this number,
-        # for eight bytes an image are affordable at 100 million images and strings are not.
+        # Position of the image in the manifest: 0, 1, 2, ... Progress is kept by this number, because eight bytes an
+        # image are affordable at 100 million images and strings are not.
         ("manifest_id", pa.int64()),
         ("image_id", pa.string()),
-        ("image_path", pa.string()),  # "" when the bytes are in a table or a tar
-        ("table_path", pa.string()),  # of the table or tar; "" when the image is a file of its own
-        ("row_group", pa.int32()),  # of the table; the block of a tar, see `archives`; -1 for a file
+        ("image_path", pa.string()),  # "" if the bytes are in a table or a tar
+        ("table_path", pa.string()),  # of the table or tar; "" if the image is a separate file
+        ("row_group", pa.int32()),  # of the table; in a tar the number of the block, see `tar_images`; -1 for a file
         ("row", pa.int32()),  # within `row_group`; 0 in a tar; -1 for a file
-        # Of the file, the table or the tar: by these a changed image under an old name is known. -1 and 0 for what a
-        # table names in a store, which would have to be asked for each image.
+        # Of the file, the table or the tar, to detect a changed image under an old name. -1 and 0 for objects of a
+        # store that a table names, because asking for them would take a request for each image.
         ("size", pa.int64()),
         ("modified_ns", pa.int64()),
     ]
 )
+
+
+class ManifestEntry(TypedDict):
+    """A row of `MANIFEST_SCHEMA` before it has a number."""
+
+    image_id: str
+    image_path: str
+    table_path: str
+    row_group: int
+    row: int
+    size: int
+    modified_ns: int
+
+
+class ManifestRow(ManifestEntry, total=False):
+    """A row of `MANIFEST_SCHEMA`. Manifests of earlier versions have neither `size` nor `modified_ns`."""
+
+    manifest_id: int
+    sha256: str | None
+    """Hash of the bytes that were captioned, if the row comes from a captions table; no column of the manifest."""
+
 
 CAPTIONS_SCHEMA: Final = pa.schema(
     [
@@ -44,6 +65,27 @@ CAPTIONS_SCHEMA: Final = pa.schema(
         ("duplicate_of", pa.string()),
     ]
 )
+
+
+class CaptionRow(TypedDict):
+    """A row of `CAPTIONS_SCHEMA`. Its confidence and logprob are NaN without a caption, None in exports."""
+
+    image_id: str
+    image_path: str
+    caption: str
+    captions: list[str]
+    confidence: float | None
+    logprob: float | None
+    num_tokens: int
+    status: str
+    error_code: str
+    error_message: str
+    width: int
+    height: int
+    format: str
+    sha256: str
+    duplicate_of: str
+
 
 OK: Final = "ok"
 

@@ -1,11 +1,11 @@
-"""Parquet tables -> the entries of a manifest: for each row its id, and the place of its image."""
+"""Parquet tables -> entries of a manifest: for each row its id and the position of its image."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from imcap_ray.data.parquet_images import (
     open_table,
     valid_text_array,
 )
+from imcap_ray.data.schemas import ManifestEntry
 from imcap_ray.errors import InputChangedError, InputError
 from imcap_ray.storage import ListedFile
 
@@ -31,17 +32,17 @@ IDS_FROM_TABLE: Final = "table"
 
 IDS_FROM_POSITION: Final = "position"
 
-_IDS_AT_A_TIME: Final = 4096
+_IDS_PER_READ: Final = 4096
 
 _UUID_BYTES: Final = 16
 
 
 class IdColumns:
-    """Chooses for each table the column of its ids.
+    """Chooses the column of ids of each table.
 
     Args:
         name: the column that the user names.
-        known: the images of a manifest whose ids must stay the same.
+        known: images of a manifest, whose ids must stay the same.
     """
 
     def __init__(self, name: str | None = None, *, known: KnownImages | None = None) -> None:
@@ -50,13 +51,16 @@ class IdColumns:
         self._known = known if known and known.id_source is not None else None
         if self._known and name and self._known.id_source == IDS_FROM_POSITION:
             raise InputError(
-                f"--id-column {name}: the images known so far have the table's name and the row's number as ids: leave "
-                "it out, choose another OUTPUT, or give --overwrite to start again"
+                f"--id-column {name}: the ids of the images listed so far are table names and row numbers: omit the "
+                "option, choose another OUTPUT, or give --overwrite to start again"
             )
 
     def find(self, schema: pa.Schema, location: str) -> str | None:
-        """The column, None if the table has none. InputError if the ids were of another column so far, or if the named
-        column is not there or cannot hold ids."""
+        """The column; None if the table has none.
+
+        Raises:
+            InputError: the ids came from another column so far, or the column that the user names cannot hold ids.
+        """
         name = self._name or find_id_column(schema)
         if self._name is not None:
             require_column(schema, self._name, location, option="--id-column")
@@ -67,9 +71,9 @@ class IdColumns:
             before = self._known.id_column or find_id_column(schema)
             if before != name:
                 raise InputError(
-                    f"{location}: the ids of the images known so far were those of {_column_or_none(before)}, and "
-                    f"would now be those of {_column_or_none(name)}: give --id-column as before, choose another "
-                    "OUTPUT, or give --overwrite to start again"
+                    f"{location}: the ids of the images listed so far came from {_column_or_none(before)}, and would "
+                    f"now come from {_column_or_none(name)}: give --id-column as before, choose another OUTPUT, or "
+                    "give --overwrite to start again"
                 )
         if name is not None:
             self.chosen[name] = None
@@ -82,26 +86,26 @@ def _column_or_none(name: str | None) -> str:
 
 def list_table_images(
     tables: list[ListedFile], *, base: str, columns: ImageColumns, id_columns: IdColumns
-) -> Iterator[dict[str, Any]]:
-    """What a manifest says of each row of Parquet tables, the ids being those that `build_manifest` gives them; but
-    rows may share an id or a path, as where each caption has a row. Null is the id of a row without one.
+) -> Iterator[ManifestEntry]:
+    """Entries of a manifest for the rows of Parquet tables, with the same ids as in `build_manifest`. Rows may share an
+    id or a path, for instance if each caption has a row. The id of a row without one is None.
 
     Args:
-        base: the folder of the data; whether a path leads out of it is for the caller to ask.
+        base: the folder of the data. The caller checks whether a path points out of it.
 
     Raises:
         InputError: a table is not readable or has no column of images, or a path holds a secret.
     """
     ids = _natural_ids(tables, columns, id_columns)
-    if ids is not None and "name" in ids.kinds and not ids.are_distinct():  # a name beside bytes says nothing
+    if ids is not None and "name" in ids.kinds and not ids.are_distinct():  # names next to bytes may be arbitrary
         ids = None
     return table_entries(tables, TablePaths(base, True, columns), ids)
 
 
 def manifest_entry(
     image_id: str, image_path: str, file: ListedFile, *, table_path: str = "", row_group: int = -1, row: int = -1
-) -> dict[str, Any]:
-    """One row of a manifest without its `manifest_id`."""
+) -> ManifestEntry:
+    """The entry of an image: of a file, or of a row of the table or tar `file`."""
     return {
         "image_id": image_id,
         "image_path": image_path,
@@ -116,11 +120,11 @@ def manifest_entry(
 def choose_ids(
     location: str, tables: list[ListedFile], source: str | None, columns: ImageColumns, id_columns: IdColumns
 ) -> _NaturalIds | None:
-    """The ids of the tables' rows, None where these are known by table and number.
+    """The ids of the tables' rows; None if ids are table names and row numbers.
 
     Args:
-        source: where the images that are known already have theirs from; None where none is known. It stays, or all of
-            them would be others.
+        source: the source of ids of the images that are listed already, which stays the same because otherwise all of
+            them would count as new; None if none is listed.
     """
     if source == IDS_FROM_POSITION:
         return None
@@ -130,29 +134,29 @@ def choose_ids(
     counts = pc.value_counts(ids.values.drop_null())
     repeated = next((entry["values"].as_py() for entry in counts if entry["counts"].as_py() > 1), None)
     if source is None and (repeated is None or "id" not in ids.kinds):
-        return None  # a name beside bytes may be the same for all images
+        return None  # a name next to bytes may be the same for all images
     problem = "some rows have none" if repeated is None else f"{repeated!r} occurs more than once"
     if "id" in ids.kinds:
         raise InputError(f"{location}: image ids must be unique, but {problem}; --id-column names the column of ids")
     raise InputError(
-        f"{location}: its images were known by their paths so far, which new tables have made ambiguous ({problem}): "
+        f"{location}: paths have been the ids of its images so far, and new tables make them ambiguous ({problem}): "
         "choose another OUTPUT, or give --overwrite to start again"
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _NaturalIds:
-    """The ids that the rows of Parquet tables have of their own, null for a row without one."""
+    """Ids that the rows of Parquet tables contain, null for a row without one."""
 
     values: pa.ChunkedArray
     """Of all tables, one after the other."""
     num_rows: Mapping[str, int]
     """By table."""
     kinds: frozenset[str]
-    """`id`: of a column of ids; `path` of an image's file; `name` next to its bytes."""
+    """Sources of ids: `id`, a column of ids; `path`, that of an image's file; `name`, next to an image's bytes."""
 
     def are_distinct(self) -> bool:
-        """Whether each row has an id of its own."""
+        """Whether each row has an id, and a different one."""
         return not self.values.null_count and pc.count_distinct(self.values).as_py() == len(self.values)
 
     def by_table(self) -> dict[str, pa.ChunkedArray]:
@@ -164,27 +168,29 @@ class _NaturalIds:
         }
 
 
-def table_entries(tables: list[ListedFile], places: TablePaths, ids: _NaturalIds | None) -> Iterator[dict[str, Any]]:
-    """What a manifest says of each row.
+def table_entries(tables: list[ListedFile], paths: TablePaths, ids: _NaturalIds | None) -> Iterator[ManifestEntry]:
+    """Entries of a manifest for the rows of Parquet tables.
 
     Raises:
-        InputChangedError: a table has another number of rows than it has ids, because it has been rewritten since.
+        InputChangedError: a table has more or fewer rows than ids, because it has been rewritten since.
     """
     ids_of = ids.by_table() if ids is not None else {}
     for table in tables:
         natural = iter(ids_of[table.location].to_pylist()) if ids is not None else None
         first_row = 0
-        for row_group, num_rows, image_paths in places.row_groups(table.location):
-            if ids is not None and first_row + num_rows > ids.num_rows[table.location]:
+        for group in paths.row_groups(table.location):
+            if ids is not None and first_row + group.num_rows > ids.num_rows[table.location]:
                 raise _rewritten(table)
-            for row in range(num_rows):
+            for row in range(group.num_rows):
                 image_id = next(natural) if natural is not None else f"{table.name}#{first_row + row}"
-                image_path = image_paths[row] if image_paths is not None else None
-                if image_path is None:
-                    yield manifest_entry(image_id, "", table, table_path=table.location, row_group=row_group, row=row)
+                path = group.paths[row] if group.paths is not None else None
+                if path is None:
+                    yield manifest_entry(
+                        image_id, "", table, table_path=table.location, row_group=group.number, row=row
+                    )
                 else:
-                    yield manifest_entry(image_id, image_path, _named_file(image_path))
-            first_row += num_rows
+                    yield manifest_entry(image_id, path, _named_file(path))
+            first_row += group.num_rows
         if ids is not None and first_row != ids.num_rows[table.location]:
             raise _rewritten(table)
 
@@ -194,15 +200,15 @@ def _rewritten(table: ListedFile) -> InputChangedError:
 
 
 def _named_file(location: str) -> ListedFile:
-    """A file that a table names, as a listing of its folder shows it."""
+    """A file that a table names, with size and time if it is on a local disk."""
     if not storage.is_uri(location):
-        with suppress(OSError, ValueError):  # its row will say what is wrong with the path
+        with suppress(OSError, ValueError):  # the error is reported when the image is read
             return storage.describe_file(location)
     return ListedFile(location, location, -1, 0)
 
 
 def _natural_ids(tables: list[ListedFile], columns: ImageColumns, id_columns: IdColumns) -> _NaturalIds | None:
-    """The ids the tables have of their own, None when one of them has none."""
+    """The ids that the tables contain; None if one of the tables has none."""
     chunks: list[pa.Array] = []
     num_rows, kinds = {}, set()
     for listed in tables:
@@ -220,7 +226,7 @@ def _natural_ids(tables: list[ListedFile], columns: ImageColumns, id_columns: Id
                 return None
             kinds.add(kind)
             num_rows[listed.location] = 0
-            for batch in table.iter_batches(batch_size=_IDS_AT_A_TIME, columns=[id_column]):
+            for batch in table.iter_batches(batch_size=_IDS_PER_READ, columns=[id_column]):
                 ids = id_texts(leaf_of(batch.column(0), "path"))
                 if kind != "id":
                     ids = _without_contents(ids, listed.name, num_rows[listed.location])
@@ -230,8 +236,8 @@ def _natural_ids(tables: list[ListedFile], columns: ImageColumns, id_columns: Id
 
 
 def id_texts(values: pa.Array) -> pa.Array:
-    """Ids of any type that `can_be_id` as strings: numbers, times and the like as Arrow writes them, bytes as text if
-    they are printable UTF-8 and else in hexadecimal, as those of UUIDs are. Null stays null."""
+    """Ids of any type that `can_be_id` accepts, as strings. Numbers, times and the like are as Arrow writes them; bytes
+    are text if they are printable UTF-8, otherwise hexadecimal, as those of UUIDs are. Null stays null."""
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
     if pa.types.is_dictionary(values.type):
@@ -245,7 +251,7 @@ def id_texts(values: pa.Array) -> pa.Array:
 
 
 def describe_unused_ids(schema: pa.Schema) -> str:
-    """The columns that are named like ids and cannot be ids, with their types, if the table has no others; else ""."""
+    """Columns that are named like ids and cannot hold ids, with their types; "" if the table has a column of ids."""
     if find_id_column(schema) is not None:
         return ""
     return ", ".join(f"{name} ({schema.field(name).type})" for name in ID_COLUMNS if name in schema.names)
@@ -264,8 +270,7 @@ def _text_or_hex(value: bytes) -> str:
 
 
 def _without_contents(paths: pa.Array, table_name: str, first_row: int) -> pa.Array:
-    """Paths that serve as ids; where one is no path but content, as a data URI is, the table's name and the row's
-    number."""
+    """Paths as ids, with table name and row number instead of a text that is content, such as a data URI."""
     if not any(path is not None and not can_be_path(path) for path in paths.to_pylist()):
         return paths
     return pa.array(

@@ -1,29 +1,29 @@
-"""A captions table -> the rows to export, and the ones that are left out."""
+"""A captions table -> the rows to export, and the number of those that are left out."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, OK
-from imcap_ray.errors import InputError
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, OK, CaptionRow
+from imcap_ray.errors import InputError, translate_errors
 from imcap_ray.runs.captions_table import open_captions
 
 COLUMNS: Final = tuple(name for name in CAPTIONS_SCHEMA.names if not name.startswith("error_"))
-"""Of a row in JSON and CSV. An exported row has no error."""
+"""Columns in JSON and CSV. Exported rows have no error."""
 
 NAMED_IMAGES: Final = 20
-"""How many of the images that are gone the summary names; all of them are counted."""
+"""Number of missing images that the summary names; all of them are counted."""
 
-# Of images that cannot be read, by their error's code; else its message.
-REASONS_LEFT_OUT: Final = {"missing": "gone", "permission_denied": "may not be read"}
+# Reasons why images cannot be read, by their error's code; other codes use the error's message.
+REASONS_LEFT_OUT: Final = {"missing": "missing", "permission_denied": "may not be read"}
 
 BATCH_ROWS: Final = 8192
 
@@ -31,56 +31,53 @@ READ_THREADS: Final = 16
 
 ROWS_PER_REPORT: Final = 256
 
-Row = dict[str, Any]
-
 
 @dataclass(slots=True)
 class ExportSummary:
-    """What became of the rows of a captions table. The counts add up to all of them."""
+    """The result of an export. Its counts add up to the rows of the captions table."""
 
     output: str
     format: str
     num_exported: int = 0
     num_kept: int = 0
-    """Rows whose sidecar was there already and is left as it is."""
+    """Rows whose sidecar existed and was not changed."""
     left_out_by_status: dict[str, int] = field(default_factory=dict)
-    """Rows without a caption, by status: `failed`, or a `duplicate` that a run has not come to yet."""
+    """Rows without a caption, by status: `failed`, or a `duplicate` that is not resolved yet."""
     left_out_by_confidence: int = 0
     left_out_without_image: int = 0
-    """Rows whose image is gone, may not be read, or has other bytes than those that were captioned."""
+    """Rows whose image is missing, may not be read, or has changed since it was captioned."""
     images_without: list[str] = field(default_factory=list)
     """The first of these, each with the reason."""
 
     def describe(self) -> str:
         """One line for people."""
         captions = f"{self.num_exported:,} caption{'s' * (self.num_exported != 1)}"
-        kept = f", {self.num_kept:,} left as they were" if self.num_kept else ""
+        kept = f", {self.num_kept:,} existing ones kept" if self.num_kept else ""
         return f"{self.output}: {captions} as {self.format}{kept}; left out: {self.describe_left_out() or 'none'}"
 
     def describe_left_out(self) -> str:
-        """How many rows for which reason; "" when there are none."""
+        """The number of rows for each reason; "" if none is left out."""
         reasons = [f"{count:,} {status}" for status, count in sorted(self.left_out_by_status.items())]
         if self.left_out_by_confidence:
-            reasons.append(f"{self.left_out_by_confidence:,} below the confidence asked for")
+            reasons.append(f"{self.left_out_by_confidence:,} below --min-confidence")
         if self.left_out_without_image:
-            reasons.append(f"{self.left_out_without_image:,} without their image")
+            reasons.append(f"{self.left_out_without_image:,} without an image")
         return ", ".join(reasons)
 
 
-# --- which rows, and whether they can be exported
 @dataclass(slots=True)
-class _LeftOut:
-    """Rows that are not exported."""
+class LeftOut:
+    """Numbers of rows that are not exported."""
 
     by_status: Counter[str] = field(default_factory=Counter)
     by_confidence: int = 0
 
 
 class CaptionsTable:
-    """The rows of a captions table that are to be exported; what the others were, by the way.
+    """The rows of a captions table that are to be exported, and the number of the others.
 
     Raises:
-        InputError: on opening, or while it is read: no captions table, or a damaged one.
+        InputError: it is not a captions table, or it is damaged; on opening or while it is read.
     """
 
     def __init__(self, location: str, min_confidence: float | None) -> None:
@@ -90,26 +87,26 @@ class CaptionsTable:
         missing = [name for name in COLUMNS if name not in self._dataset.schema.names]
         if missing:
             raise InputError(
-                f"{location} is not what `imcap caption` writes: it lacks the columns {', '.join(missing)}"
+                f"{location} was not written by `imcap caption`: it lacks the columns {', '.join(missing)}"
             )
-        with self._told_as_ours():
+        with self._translate_errors():
             self._dataset.schema.empty_table().select(COLUMNS).cast(select_schema(COLUMNS))
 
-    def rows(self) -> Iterator[Row]:
-        """The rows to be exported, with `COLUMNS`; numbers that JSON does not know are None."""
+    def rows(self) -> Iterator[CaptionRow]:
+        """The rows to be exported, with `COLUMNS`; NaN and infinity, which JSON does not have, are None."""
         for batch, _ in self.batches(COLUMNS):
             for name in ("confidence", "logprob"):
-                # By way of the text: 0.3 in 32 bits is to be 0.3 in JSON, not 0.30000001192092896.
+                # Converted to text in between, so that 0.3 in 32 bits is 0.3 in JSON, not 0.30000001192092896.
                 values = batch[name].cast(pa.string()).cast(pa.float64())
                 values = pc.if_else(pc.is_finite(values), values, None)
                 batch = batch.set_column(batch.schema.get_field_index(name), name, values)
             yield from batch.select(COLUMNS).to_pylist()
 
-    def batches(self, columns: Iterable[str]) -> Iterator[tuple[pa.Table, _LeftOut]]:
-        """At least these columns of the rows to be exported, some thousand rows at a time; what the others were."""
+    def batches(self, columns: Iterable[str]) -> Iterator[tuple[pa.Table, LeftOut]]:
+        """At least these columns of the rows to be exported, some thousand rows at a time; the number of the others."""
         wanted = dict.fromkeys([*columns, "image_id", "status", "caption", "confidence"])
         for batch in self._read(list(wanted)):
-            left_out = _LeftOut()
+            left_out = LeftOut()
             is_captioned = pc.and_(
                 pc.is_in(batch["status"], value_set=pa.array([OK, DUPLICATE])),
                 pc.not_equal(pc.utf8_trim_whitespace(batch["caption"]), ""),
@@ -126,12 +123,12 @@ class CaptionsTable:
             yield batch, left_out
 
     def _read(self, columns: list[str]) -> Iterator[pa.Table]:
-        with self._told_as_ours():
+        with self._translate_errors():
             batches = self._dataset.to_batches(
                 columns=columns, batch_size=BATCH_ROWS, batch_readahead=4, fragment_readahead=1
             )
         while True:
-            with self._told_as_ours():
+            with self._translate_errors():
                 batch = next(batches, None)
                 if batch is None:
                     return
@@ -139,15 +136,12 @@ class CaptionsTable:
                 for number, column in enumerate(table.schema):
                     if pa.types.is_string(column.type):
                         table = table.set_column(number, column, pc.fill_null(table[column.name], ""))
-                table.validate(full=True)  # Parquet's readers do not ask whether text is UTF-8
+                table.validate(full=True)  # Parquet's readers do not check that text is UTF-8
             yield table
 
-    @contextmanager
-    def _told_as_ours(self) -> Iterator[None]:
-        try:
-            yield
-        except pa.ArrowException as error:
-            raise InputError(f"{self.location} cannot be read as a captions table: {error}") from error
+    def _translate_errors(self) -> AbstractContextManager[None]:
+        message = f"{self.location} cannot be read as a captions table"
+        return translate_errors(pa.ArrowException, to=InputError, message=message)
 
 
 def select_schema(columns: Iterable[str]) -> pa.Schema:
@@ -155,8 +149,8 @@ def select_schema(columns: Iterable[str]) -> pa.Schema:
     return pa.schema([CAPTIONS_SCHEMA.field(name) for name in columns])
 
 
-def file_name_of(row: Row) -> str:
-    """The image below the folder that was captioned; its full path where its id is not that."""
+def file_name_of(row: CaptionRow) -> str:
+    """Path of the image below the folder that was captioned, if its id is that; otherwise its full path."""
     image_id, image_path = row["image_id"], row["image_path"]
     is_below = f"/{image_path}".endswith(f"/{image_id}")
-    return str(image_id if is_below or not image_path else image_path)
+    return image_id if is_below or not image_path else image_path

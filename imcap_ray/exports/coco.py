@@ -1,4 +1,4 @@
-"""Rows -> COCO's annotations and results."""
+"""Rows of captions -> COCO's annotations and results."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from tempfile import TemporaryFile
 from typing import Final
 
 from imcap_ray import __version__, storage
-from imcap_ray.exports.captions_rows import Row, file_name_of
+from imcap_ray.data.schemas import CaptionRow
+from imcap_ray.exports.captions_rows import file_name_of
 from imcap_ray.exports.text import to_json_line
 
-# The files of COCO itself: COCO_val2014_000000391895.jpg, 000000391895.jpg.
+# Files of COCO itself: COCO_val2014_000000391895.jpg, 000000391895.jpg.
 _COCO_NAME: Final = re.compile(r"(?:.*/)?(?:COCO_[a-z]+\d{4}_)?(\d{12})(?:\.jpg)?", re.DOTALL)
 
 
 def coco_results_name(output: str) -> str:
-    """The file of results beside the file of annotations."""
+    """The file of results next to the file of annotations."""
     stem, extension = posixpath.splitext(output)
     return f"{stem}_results{extension}" if extension == ".json" else f"{output}_results.json"
 
 
-def write_coco(rows: Iterator[Row], output: str, *, keep_numbers: bool) -> None:
-    """The annotations that pycocotools' `COCO(file)` reads, and the results that its `loadRes` reads beside them.
+def write_coco(rows: Iterator[CaptionRow], output: str, *, keep_numbers: bool) -> None:
+    """Write annotations for pycocotools' `COCO(file)`, and results for its `loadRes` next to them.
 
     Args:
-        keep_numbers: whether the names have COCO's numbers; else images are numbered from 1.
+        keep_numbers: whether to use COCO's numbers, which are in the names; otherwise images are numbered from 1.
     """
     about = {"description": f"captions exported by imcap_ray {__version__}"}
     with (
@@ -35,17 +36,17 @@ def write_coco(rows: Iterator[Row], output: str, *, keep_numbers: bool) -> None:
         storage.replacing(coco_results_name(output)) as results,
         TemporaryFile() as annotations,
     ):
-        # No categories: with them pycocotools asks each annotation for its own.
+        # Without categories, because with them pycocotools expects one in each annotation.
         dataset.write(b'{"info": ' + to_json_line(about) + b', "licenses": [], "images": [')
         results.write(b"[")
         for number, row in enumerate(rows, start=1):
             coco_id = int(coco_number(row["image_id"])) if keep_numbers else number
             image = {"id": coco_id, "file_name": file_name_of(row), "width": row["width"], "height": row["height"]}
-            answer = {"image_id": coco_id, "caption": row["caption"]}
+            result = {"image_id": coco_id, "caption": row["caption"]}
             comma = b",\n" if number > 1 else b"\n"
             dataset.write(comma + to_json_line(image))
-            annotations.write(comma + to_json_line({"id": number, **answer, "confidence": row["confidence"]}))
-            results.write(comma + to_json_line(answer))
+            annotations.write(comma + to_json_line({"id": number, **result, "confidence": row["confidence"]}))
+            results.write(comma + to_json_line(result))
         dataset.write(b'\n], "annotations": [')
         annotations.seek(0)
         shutil.copyfileobj(annotations, dataset)
@@ -54,6 +55,6 @@ def write_coco(rows: Iterator[Row], output: str, *, keep_numbers: bool) -> None:
 
 
 def coco_number(image_id: str) -> str:
-    """The number of an image of COCO; "" for other images."""
-    found = _COCO_NAME.fullmatch(image_id)
-    return found[1] if found else ""
+    """The number in the name of an image of COCO; "" for other images."""
+    match = _COCO_NAME.fullmatch(image_id)
+    return match[1] if match else ""

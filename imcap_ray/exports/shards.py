@@ -1,4 +1,4 @@
-"""Rows with their images -> Hugging Face's Parquet and WebDataset's tars."""
+"""Rows of captions with their images -> Hugging Face's Parquet and WebDataset's tars."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import json
 import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, BinaryIO, Final, Literal
+from typing import BinaryIO, Final, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 from imcap_ray.data.image_formats import file_extension
 from imcap_ray.data.image_reading import location_of
+from imcap_ray.data.schemas import CaptionRow
 from imcap_ray.errors import ImageError
 from imcap_ray.exports.captions_rows import (
     BATCH_ROWS,
@@ -27,7 +28,6 @@ from imcap_ray.exports.captions_rows import (
     NAMED_IMAGES,
     REASONS_LEFT_OUT,
     ExportSummary,
-    Row,
     select_schema,
 )
 from imcap_ray.exports.sidecar import without_extension
@@ -39,57 +39,56 @@ Format = Literal["coco", "jsonl", "csv", "sidecar", "hf", "webdataset"]
 SHARD_IMAGES: Final = 10_000
 
 SHARD_BYTES: Final = 10**9
-"""A file of images that has reached this size is full, however few they are."""
+"""Maximum size of the images in a file, unless it holds only one."""
 
 NAMED_UNREAD: Final = 3
-"""How many of the images that a store failed to deliver the error names."""
+"""Number of images that the error names, of those that a store failed to deliver."""
 
 SHARD_FILE_NAMES: Final = {"hf": "captions-{:05d}.parquet", "webdataset": "captions-{:05d}.tar"}
 
-_ROW_GROUP_IMAGES: Final = 100  # as Hugging Face writes images: a reader that wants one reads no more than these
+_ROW_GROUP_IMAGES: Final = 100  # as Hugging Face writes images, because reading one image reads its row group
 
 _ROW_GROUP_BYTES: Final = 32 * 2**20
 
 _NAME_BYTES: Final = 255
-"""Longest name of a file or folder on the usual file systems, to which a tar is extracted."""
+"""Maximum length of a file name on usual file systems, to which a tar is extracted."""
 
 _EXTENSION_BYTES: Final = 10
-"""Longest extension of a member of a tar, without its dot."""
+"""Maximum length of the extension of a tar's member, without the dot."""
 
 _DIGEST_LETTERS: Final = 24
 
 
-# --- images with their captions
 @dataclass(slots=True)
 class Unread:
-    """Images that a store failed to deliver. An export without them fails at its end."""
+    """Images that a store failed to deliver. The export fails at its end if there are any."""
 
     number: int = 0
     first: list[str] = field(default_factory=list)
     """Some of them, each with the reason."""
 
     def describe(self) -> str:
-        """The first names, and how many more there are."""
+        """The first names, and the number of the others."""
         more = self.number - len(self.first)
         return ", ".join(self.first) + (f" and {more:,} more" if more else "")
 
 
 def load_row_images(
-    rows: Iterator[Row], images: CaptionedImageSource, summary: ExportSummary, unread: Unread
-) -> Iterator[tuple[Row, bytes]]:
-    """The rows with the bytes of their images; those whose image is not there as it was are counted in `summary`.
+    rows: Iterator[CaptionRow], images: CaptionedImageSource, summary: ExportSummary, unread: Unread
+) -> Iterator[tuple[CaptionRow, bytes]]:
+    """The rows with the bytes of their images; rows whose image is missing or has changed are counted in `summary`.
 
     Raises:
-        ImcapError: the store, or the disk of the run's input, is gone.
+        ImcapError: the store, or the disk of the run's input, is no longer available.
     """
     while chunk := list(islice(rows, BATCH_ROWS)):
-        places = images.find(chunk)
-        for row, place, data in zip(chunk, places, images.load(chunk, places), strict=True):
+        positions = images.find(chunk)
+        for row, position, data in zip(chunk, positions, images.load(chunk, positions), strict=True):
             if isinstance(data, ImageError):
                 reason = REASONS_LEFT_OUT.get(data.code, data.message)
                 if data.code in ("missing", "read_error"):
-                    images.require_reachable(location_of(place), data)
-                    if data.code == "read_error" and storage.is_uri(location_of(place)):
+                    images.require_reachable(location_of(position), data)
+                    if data.code == "read_error" and storage.is_uri(location_of(position)):
                         unread.number += 1
                         if len(unread.first) < NAMED_UNREAD:
                             unread.first.append(f"{row['image_id']} ({reason})")
@@ -101,18 +100,24 @@ def load_row_images(
         images.require_still_reachable()
 
 
-AddImage = Callable[[Row, bytes], None]
+AddImage = Callable[[CaptionRow, bytes], None]
 
 
 def write_shards(
-    images: Iterator[tuple[Row, bytes]],
+    images: Iterator[tuple[CaptionRow, bytes]],
     output: str,
     *,
-    format: str,
+    file_name: str,
     shard_images: int,
     open_shard: Callable[[BinaryIO], AbstractContextManager[AddImage]],
 ) -> int:
-    """Files of so many images; how many images. The files of an earlier export go when there is a first image."""
+    """Write files of at most `shard_images` images; the number of images.
+
+    The files of an earlier export are removed once there is a first image.
+
+    Args:
+        file_name: a format string for the file's number.
+    """
     total = 0
     following = next(images, None)
     if following and storage.is_folder(output):
@@ -120,7 +125,7 @@ def write_shards(
             storage.remove(earlier.location)
     number = 0
     while following:
-        path = storage.join(output, SHARD_FILE_NAMES[format].format(number))
+        path = storage.join(output, file_name.format(number))
         with storage.replacing(path) as file, open_shard(file) as add:
             num_images = num_bytes = 0
             rest, following = chain([following], images), None
@@ -137,14 +142,14 @@ def write_shards(
 
 
 def webdataset_key(image_id: str, *, keep_extension: bool) -> str:
-    """What webdataset knows an image by: its id without the extension, as that library can bear it; one for each id.
+    """The key of an image: its id without the extension, escaped for webdataset; different ids have different keys.
 
-    What would end the key early (a dot in the name), hide it (`__name__`) or lead elsewhere (`../`, `//`) is written
-    with `%`, as in a URI: `urllib.parse.unquote` gives the name back. A name too long to be a file's or a folder's ends
-    with `%-` and a hash; its whole id is in the sample's JSON.
+    Characters that would end the key early (a dot in the name), hide it (`__name__`) or point elsewhere (`../`, `//`)
+    are written with `%`, as in a URI, and `urllib.parse.unquote` restores them. A name that is too long for a file or
+    folder ends with `%-` and a hash; its complete id is in the sample's JSON.
 
     Args:
-        keep_extension: whether `a.jpg` and `a.png` are both there and are to be told apart.
+        keep_extension: whether the extension is needed to distinguish `a.jpg` from `a.png`.
     """
     path = image_id if keep_extension else without_extension(image_id)
     path = re.sub("[%\x00-\x1f\x7f]", _percent, path)
@@ -158,7 +163,7 @@ def webdataset_key(image_id: str, *, keep_extension: bool) -> str:
 
 
 def _shortened(name: str, max_bytes: int) -> str:
-    """The name, or if it is longer its beginning and a hash. No other name becomes the same: `%-` is in no key else."""
+    """The name; a longer one becomes its beginning and a hash. This is unique, because `%-` is in no other key."""
     if len(name.encode("utf-8", "surrogatepass")) <= max_bytes:
         return name
     ending = f"%-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:_DIGEST_LETTERS]}"
@@ -166,11 +171,11 @@ def _shortened(name: str, max_bytes: int) -> str:
     return re.sub("%[0-9A-F]?$", "", beginning) + ending  # not half of an escape
 
 
-def _percent(found: re.Match[str]) -> str:
-    return "".join(f"%{ord(letter):02X}" for letter in found[0])
+def _percent(match: re.Match[str]) -> str:
+    return "".join(f"%{ord(letter):02X}" for letter in match[0])
 
 
-def _extension_of(row: Row) -> str:
+def _extension_of(row: CaptionRow) -> str:
     name = row["format"] if row["format"] not in ("", "unknown") else posixpath.splitext(row["image_id"])[1][1:]
     name = file_extension(name.lower())
     return name if re.fullmatch(f"[a-z0-9]{{1,{_EXTENSION_BYTES}}}", name) else "bin"
@@ -181,7 +186,7 @@ def tar_shard(file: BinaryIO, *, key_of: Callable[[str], str]) -> Iterator[AddIm
     """A function that adds an image and its caption to a WebDataset tar."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
 
-        def add(row: Row, data: bytes) -> None:
+        def add(row: CaptionRow, data: bytes) -> None:
             key = key_of(row["image_id"])
             for extension, content in (
                 (_extension_of(row), data),
@@ -195,17 +200,18 @@ def tar_shard(file: BinaryIO, *, key_of: Callable[[str], str]) -> Iterator[AddIm
         yield add
 
 
-def _hf_feature(column: pa.Field) -> dict[str, Any]:
+def _hf_feature(column: pa.Field) -> Mapping[str, object]:
     """Hugging Face's name of a column's type."""
     if pa.types.is_list(column.type):
         return {"_type": "Sequence", "feature": {"_type": "Value", "dtype": "string"}}
     return {"_type": "Value", "dtype": "float32" if pa.types.is_float32(column.type) else str(column.type)}
 
 
-# The images stand in the table, as the Hub itself keeps them: the folder can be moved and streamed, names may be
-# anything, and images that were not captioned are not in the way, as they are for `imagefolder`.
-_HF_FEATURES: Final = {"image": {"_type": "Image"}} | {
-    column.name: _hf_feature(column) for column in select_schema(COLUMNS)
+# Images are in the table, as the Hub itself stores them: the folder can be moved and streamed, any names are possible,
+# and images without captions do no harm, as they would with `imagefolder`.
+_HF_FEATURES: Final[Mapping[str, Mapping[str, object]]] = {
+    "image": {"_type": "Image"},
+    **{column.name: _hf_feature(column) for column in select_schema(COLUMNS)},
 }
 
 _HF_SCHEMA: Final = pa.schema(
@@ -217,9 +223,9 @@ _HF_SCHEMA: Final = pa.schema(
 @contextmanager
 def parquet_shard(file: BinaryIO) -> Iterator[AddImage]:
     """A function that adds an image and its caption to a Parquet file as Hugging Face's datasets reads it."""
-    waiting: list[Row] = []
+    waiting: list[Mapping[str, object]] = []
     num_bytes = 0
-    # Images do not repeat, and are compressed already.
+    # Images are neither repeated nor compressible.
     with pq.ParquetWriter(file, _HF_SCHEMA, use_dictionary=["status", "format"]) as writer:
 
         def write() -> None:
@@ -228,7 +234,7 @@ def parquet_shard(file: BinaryIO) -> Iterator[AddImage]:
             waiting.clear()
             num_bytes = 0
 
-        def add(row: Row, data: bytes) -> None:
+        def add(row: CaptionRow, data: bytes) -> None:
             nonlocal num_bytes
             if len(waiting) == _ROW_GROUP_IMAGES or num_bytes + len(data) > _ROW_GROUP_BYTES:
                 write()

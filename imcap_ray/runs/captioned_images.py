@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from typing import Any
 
 import pyarrow.dataset as pads
 
@@ -15,13 +16,12 @@ from imcap_ray.data.image_reading import (
     IMAGES_PER_READ,
     REACHABILITY_INTERVAL_SECONDS,
     READ_THREADS,
-    Row,
     read_file,
     read_rows,
     require_reachable,
 )
 from imcap_ray.data.manifest import read_image_columns
-from imcap_ray.data.schemas import MANIFEST_SCHEMA
+from imcap_ray.data.schemas import MANIFEST_SCHEMA, ManifestRow
 from imcap_ray.errors import ImageError
 from imcap_ray.runs.captions_table import folder_of, image_locator, read_run
 
@@ -44,24 +44,24 @@ class CaptionedImageSource:
         self._not_probed: dict[str, tuple[str, ImageError]] = {}
         """The last image of each store that could not be read while the store counted as reachable."""
 
-    def find(self, rows: Sequence[Row]) -> list[Row | None]:
+    def find(self, rows: Sequence[Mapping[str, Any]]) -> list[ManifestRow | None]:
         """Locate the image of each row of captions by its `image_id` and `image_path`.
 
-        For a file, the result has these and `table_path`; for a row of a table, all of `MANIFEST_SCHEMA` except
-        `manifest_id`. It is None if the bytes were in a table that no manifest lists any more.
+        The result has no `manifest_id`, and for a file no size and time. It is None if the bytes were in a table that
+        no manifest lists any more.
 
         Raises:
             InputError: a path leads outside the folders that are allowed.
         """
         packed = self._find_packed([row["image_id"] for row in rows if not row["image_path"]])
         return [
-            {**row, "image_path": self._locate(row, row["image_path"]), "table_path": ""}
+            _file_row(row["image_id"], self._locate(row, row["image_path"]))
             if row["image_path"]
             else packed.get(row["image_id"])
             for row in rows
         ]
 
-    def _find_packed(self, image_ids: list[str]) -> dict[str, Row]:
+    def _find_packed(self, image_ids: list[str]) -> dict[str, ManifestRow]:
         parts = storage.list_parquet(self._manifest) if image_ids else []
         if not parts:
             return {}
@@ -77,10 +77,12 @@ class CaptionedImageSource:
     def _image_columns(self) -> list[str]:
         return read_image_columns(self._manifest)
 
-    def _read_packed(self, places: list[Row]) -> Iterator[tuple[Row, bytes | ImageError]]:
+    def _read_packed(self, places: list[ManifestRow]) -> Iterator[tuple[ManifestRow, bytes | ImageError]]:
         return read_rows(places, None, image_columns=self._image_columns)
 
-    def load(self, rows: Sequence[Row], places: Sequence[Row | None] | None = None) -> Iterator[bytes | ImageError]:
+    def load(
+        self, rows: Sequence[Mapping[str, Any]], places: Sequence[ManifestRow | None] | None = None
+    ) -> Iterator[bytes | ImageError]:
         """The image bytes of each row in order, or an error. Only a few images are in memory at a time.
 
         Bytes that differ from those that were captioned, by the row's `sha256`, are an error with the code `changed`. A
@@ -97,8 +99,8 @@ class CaptionedImageSource:
             for start in range(0, len(rows), IMAGES_PER_READ):
                 captioned = rows[start : start + IMAGES_PER_READ]
                 chunk = places[start : start + IMAGES_PER_READ]
-                packed = [
-                    place | {"sha256": row.get("sha256")}
+                packed: list[ManifestRow] = [
+                    {**place, "sha256": row.get("sha256")}
                     for row, place in zip(captioned, chunk, strict=True)
                     if place and place["table_path"]
                 ]
@@ -143,7 +145,19 @@ class CaptionedImageSource:
         self._reachable_until[store] = time.monotonic() + REACHABILITY_INTERVAL_SECONDS
 
 
-def _as_captioned(row: Row, data: bytes | ImageError) -> bytes | ImageError:
+def _file_row(image_id: str, path: str) -> ManifestRow:
+    return {
+        "image_id": image_id,
+        "image_path": path,
+        "table_path": "",
+        "row_group": -1,
+        "row": -1,
+        "size": -1,
+        "modified_ns": 0,
+    }
+
+
+def _as_captioned(row: Mapping[str, Any], data: bytes | ImageError) -> bytes | ImageError:
     """The data, or an error if other data were captioned. Rows without a hash, as in a table made by hand, pass."""
     expected = row.get("sha256")
     if expected and isinstance(data, bytes) and hashlib.sha256(data).hexdigest() != expected:

@@ -17,7 +17,7 @@ from imcap_ray import storage
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.exports.captions_rows import ExportSummary
-from imcap_ray.exports.export import export_captions
+from imcap_ray.exports.export import ExportOptions, export_captions
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from tests import small_data
 from tests.flaky_s3 import Fault, S3Store
@@ -260,7 +260,7 @@ def captions(s3: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def export(captions: Path, output: Path, format: Any) -> ExportSummary:
     images = CaptionedImageSource(str(captions), allow_outside_paths=True)
-    return export_captions(str(captions), str(output), format=format, images=images)
+    return export_captions(str(captions), str(output), ExportOptions(format=format), images=images)
 
 
 @pytest.mark.parametrize("format", ["webdataset", "hf"])

@@ -1,13 +1,7 @@
 """Captioned images in any of the formats people have -> one table. Knows no model and no pixel.
 
-dataset        the table itself, and how a reader fills it
-detection      recognises a format by looking
-fields         fields as people name them
-text_tables    Flickr8k, Flickr30k, Kaggle's forms, CSV
-coco_json      Karpathy's and COCO's JSON, lists of records
-image_folders  Hugging Face's metadata files, images with .txt next to them
-parquet        Parquet
-webdataset     tars
+`dataset` is the table and the means by which a reader fills it, `detection` lists the formats and recognises one by its
+files, `fields` knows the usual names of fields. Every other module reads one format.
 """
 
 from imcap_ray.data.datasets.dataset import DATASET_SCHEMA, SPLITS, TEST, TRAIN, VALIDATION, CaptionedImages, split_of

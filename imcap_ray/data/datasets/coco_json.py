@@ -1,4 +1,4 @@
-"""JSON -> captioned images: Karpathy's splits, COCO's captions, lists of records."""
+"""JSON -> captioned images: Karpathy's splits, COCO's captions, lists of records. Documents are unchecked JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from imcap_ray import storage
-from imcap_ray.data.datasets.dataset import CaptionedImages, Collector, Source, find_image_folder, split_in_name
-from imcap_ray.data.datasets.fields import IMAGE_FIELDS, add_record, has_caption_field
-from imcap_ray.data.datasets.text_tables import IMAGE_FOLDERS
+from imcap_ray.data.datasets.dataset import (
+    CaptionedImages,
+    Collector,
+    DatasetFormat,
+    Source,
+    find_image_folder,
+    split_in_name,
+)
+from imcap_ray.data.datasets.fields import IMAGE_FIELDS, Record, add_record, has_caption_field
 from imcap_ray.errors import DatasetError
 
 _KARPATHY: Final = "Karpathy's JSON"
@@ -19,22 +25,22 @@ _COCO: Final = "COCO captions"
 
 _LIST: Final = "a JSON list of captions"
 
-# COCO's files that are large and hold no captions.
+# COCO's large files without captions.
 _NO_CAPTIONS: Final = re.compile(r"(instances|person_keypoints|panoptic|stuff|image_info|sentids)_.*")
 
 _NAMED_LIKE_CAPTIONS: Final = re.compile(r"(captions|dataset)[_.-].*|captions?\.json|.*_captions\.json")
 
 MAX_UNNAMED_FILES: Final = 20
-"""A folder with more JSON files than these, none of which is named like captions, holds something else."""
+"""JSON files that are not named like captions are ignored in a folder with more of them than this."""
 
 _TERMS: Final = {
-    _COCO: "Where they are COCO's own: X. Chen et al. (2015), Microsoft COCO Captions, arXiv:1504.00325; the "
+    _COCO: "If they are COCO's own: X. Chen et al. (2015), Microsoft COCO Captions, arXiv:1504.00325; the "
     "photographs belong to their photographers."
 }
 
 
 def read_json(source: Source) -> CaptionedImages | None:
-    """One file, or those of a folder, which are COCO's files by split, such as `captions_train2017.json`."""
+    """Read one file, or the files of a folder, which are COCO's files by split, such as `captions_train2017.json`."""
     files = _candidates(source)
     if not files:
         return None
@@ -48,7 +54,7 @@ def read_json(source: Source) -> CaptionedImages | None:
                 "(images, and annotations with image_id and caption), or a list of records of an image and its captions"
             )
         return None
-    _check_they_go_together(source, kinds)
+    _refuse_several_sets(source, kinds)
     for name, kind in kinds.items():
         collector.format, collector.terms = kind, _TERMS.get(kind, "")
         _READERS[kind](collector, documents[name], name)
@@ -56,7 +62,7 @@ def read_json(source: Source) -> CaptionedImages | None:
 
 
 def _candidates(source: Source) -> list[str]:
-    """The files of a folder that may hold captions, those named like them before the others."""
+    """The files that may hold captions, those named like captions first."""
     if source.is_file:
         return list(source.files) if source.location.endswith(".json") else []
     names = list(source.files)
@@ -78,7 +84,7 @@ def _file_name(name: str) -> str:
 
 
 def _read_documents(collector: Collector, files: Iterable[str]) -> dict[str, Any]:
-    """The files that hold captions, by name. Where some are named like captions, the others are left unread."""
+    """The files that hold captions, by name. If some are named like captions, the others are not read."""
     documents: dict[str, Any] = {}
     for name in files:
         is_named = _is_named_like_captions(name) or collector.source.is_file
@@ -97,7 +103,7 @@ def _read_documents(collector: Collector, files: Iterable[str]) -> dict[str, Any
 
 
 def _kind(document: Any) -> str:
-    """What the document is; "" if it holds no captions."""
+    """The format of a document; "" if it holds no captions."""
     if isinstance(document, list):
         return _LIST if any(has_caption_field(item) for item in _mappings(document[:100])) else ""
     if not isinstance(document, dict):
@@ -107,18 +113,18 @@ def _kind(document: Any) -> str:
     return _COCO if any("caption" in item for item in _mappings(document.get("annotations"))) else ""
 
 
-def _mappings(items: Any) -> Iterable[dict[str, Any]]:
+def _mappings(items: Any) -> Iterable[Record]:
     return (item for item in items if isinstance(item, dict)) if isinstance(items, list) else ()
 
 
-def _check_they_go_together(source: Source, kinds: dict[str, str]) -> None:
-    """Several files are the splits of one data set, or one must be named."""
+def _refuse_several_sets(source: Source, kinds: dict[str, str]) -> None:
+    """Raise DatasetError for several files, unless they are the splits of one data set."""
     splits = [split_in_name(_file_name(name)) for name in kinds]
     years = {year for name in kinds for year in re.findall(r"20\d\d", _file_name(name))}
     are_splits = len(set(kinds.values())) == 1 and all(splits) and len(set(splits)) == len(splits)
     if len(kinds) > 1 and (not are_splits or len(years) > 1 or _KARPATHY in kinds.values()):
         raise DatasetError(
-            f"{source.location} holds several sets of captions, {', '.join(sorted(kinds))}: name one of these files, "
+            f"{source.location} holds several sets of captions, {', '.join(sorted(kinds))}: give one of these files, "
             "or leave only the splits of one set there, such as captions_train2017.json and captions_val2017.json"
         )
 
@@ -131,20 +137,20 @@ def _read_karpathy(collector: Collector, document: Any, name: str) -> None:
         names_by_folder.setdefault(_text(image.get("filepath")), []).append(_text(image.get("filename")))
     for folder, names in names_by_folder.items():
         candidates = (folder, f"images/{folder}") if folder else ()
-        folders[folder] = find_image_folder(base, (*candidates, *IMAGE_FOLDERS), names)
+        folders[folder] = find_image_folder(base, candidates, names)
     for number, image in enumerate(document["images"]):
         where = f"{name} images[{number}]"
         fields = image if isinstance(image, dict) else {}
         image_id = _text(fields.get("filename"))
         captions = [caption for sentence in _mappings(fields.get("sentences")) for caption in _sentence(sentence)]
         if not image_id or not captions:
-            collector.odd("image has no name or no caption", "images have no name or no caption", where)
+            collector.add_problem("image has no name or no caption", "images have no name or no caption", where)
             continue
         path = storage.join(folders[_text(fields.get("filepath"))], image_id)
         collector.add(image_id, captions, where=where, path=path, split=_text(fields.get("split")))
 
 
-def _sentence(sentence: dict[str, Any]) -> list[str]:
+def _sentence(sentence: Record) -> list[str]:
     raw, tokens = sentence.get("raw"), sentence.get("tokens")
     if isinstance(raw, str):
         return [raw]
@@ -161,20 +167,20 @@ def _read_coco(collector: Collector, document: Any, name: str) -> None:
         fields = annotation if isinstance(annotation, dict) else {}
         key, caption = str(fields.get("image_id")), fields.get("caption")
         if key not in file_names or not isinstance(caption, str):
-            collector.odd(
-                "annotation has no caption or none of the images",
-                "annotations have no caption or none of the images",
+            collector.add_problem(
+                "annotation has no caption or no known image",
+                "annotations have no caption or no known image",
                 where,
             )
             continue
         captioned.add(key)
         file_name = file_names[key]
-        # Without a file name it is of use as a reference, under its number.
+        # Without a file name it is still useful as a reference, under its number.
         path = storage.join(folder, file_name) if file_name else ""
         collector.add(file_name or key, [caption], where=where, path=path, split=split)
     for key, file_name in file_names.items():
         if key not in captioned:
-            collector.odd("image has no caption", "images have no caption", file_name or key)
+            collector.add_problem("image has no caption", "images have no caption", file_name or key)
 
 
 def _read_list(collector: Collector, document: Any, name: str) -> None:
@@ -186,15 +192,15 @@ def _read_list(collector: Collector, document: Any, name: str) -> None:
             collector,
             record,
             where=f"{name} [{number}]",
-            place=lambda image: (image, storage.join(folder, image), split),
+            locate=lambda image: (image, storage.join(folder, image), split),
         )
 
 
 def _find_folder_of(collector: Collector, name: str, image_names: Iterable[str]) -> str:
-    """The folder of the images of `captions_train2017.json` is `train2017`, if there is one."""
+    """The folder of images; for `captions_train2017.json` it is `train2017`, if that exists."""
     same_name = re.findall(r"[a-z]+\d{4}|train|val|test", _file_name(name))
-    candidates = [place for folder in same_name for place in (folder, f"images/{folder}")]
-    return find_image_folder(collector.source.base, (*candidates, *IMAGE_FOLDERS), image_names)
+    candidates = [path for folder in same_name for path in (folder, f"images/{folder}")]
+    return find_image_folder(collector.source.base, candidates, image_names)
 
 
 def _text(value: Any) -> str:
@@ -206,3 +212,5 @@ _READERS: Final[dict[str, Callable[[Collector, Any, str], None]]] = {
     _COCO: _read_coco,
     _LIST: _read_list,
 }
+
+FORMAT: Final = DatasetFormat(description="Karpathy's or COCO's JSON", read=read_json)

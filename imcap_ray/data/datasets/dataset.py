@@ -1,22 +1,26 @@
-"""The table of captioned images, and the collector through which the reader of any format fills it."""
+"""The table of captioned images, and the `Collector` through which the reader of any format fills it.
+
+A format is a module with a `FORMAT: DatasetFormat`, listed in `detection`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions
-from imcap_ray.data.manifest import Listing, with_image_columns
+from imcap_ray.data.input_listing import Listing
+from imcap_ray.data.manifest import with_image_columns
 from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.errors import DatasetError
 from imcap_ray.storage import ListedFile
@@ -30,7 +34,6 @@ TEST: Final = "test"
 
 SPLITS: Final = (TRAIN, VALIDATION, TEST)
 
-# One row per image: image_id, image_path, split, captions.
 DATASET_SCHEMA: Final = pa.schema(
     [
         ("image_id", pa.string()),
@@ -40,7 +43,18 @@ DATASET_SCHEMA: Final = pa.schema(
     ]
 )
 
-# What people call the splits. Karpathy's restval, the rest of COCO's validation images, is trained on.
+
+class DatasetRow(TypedDict):
+    """One image of `DATASET_SCHEMA`."""
+
+    image_id: str
+    image_path: str
+    """Location of the file; for an image in a tar or table a key of `CaptionedImages.packed`; "" if there is none."""
+    split: str
+    captions: list[str]
+
+
+# Usual names of the splits. Karpathy's restval, the rest of COCO's validation images, is for training.
 SPLIT_NAMES: Final[Mapping[str, str]] = {
     **dict.fromkeys(("train", "training", "restval"), TRAIN),
     **dict.fromkeys(("validation", "valid", "val", "dev", "development"), VALIDATION),
@@ -48,7 +62,7 @@ SPLIT_NAMES: Final[Mapping[str, str]] = {
 }
 
 NUM_EXAMPLES: Final = 3
-"""So many of what is odd are named, the rest is counted."""
+"""Number of examples that a note names; the rest is counted."""
 
 _REQUESTS_AT_A_TIME: Final = 16
 
@@ -58,7 +72,7 @@ _SURROGATES: Final = re.compile("[\ud800-\udfff]")
 
 
 class PackedImage(NamedTuple):
-    """Where in a Parquet table or a tar the bytes of an image are, as `MANIFEST_SCHEMA` says it."""
+    """Position of an image's bytes in a Parquet table or a tar, as in `MANIFEST_SCHEMA`."""
 
     table_path: str
     row_group: int
@@ -66,64 +80,64 @@ class PackedImage(NamedTuple):
 
 
 class Leak(NamedTuple):
-    """An image that is said to be in two splits."""
+    """An image that the data assign to two splits."""
 
     image: str
     split: str
-    """That it is in, here."""
+    """The split that it has in the data set's table."""
     other: str
 
 
 _NOT_PACKED: Final = PackedImage("", -1, -1)
 
-_UNKNOWN: Final = ListedFile("", "", -1, 0)
+_UNKNOWN_FILE: Final = ListedFile("", "", -1, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionedImages:
-    """A data set: its table (`DATASET_SCHEMA`, one row per image) and what was noticed while reading it."""
+    """A data set: its table (`DATASET_SCHEMA`, one row per image) and the problems found while reading it."""
 
     location: str
     format: str
-    """As a person would call it: "Flickr8k as distributed"."""
+    """Name for people: "Flickr8k as distributed"."""
     table: pa.Table
     notes: list[str] = field(default_factory=list)
-    """One line for each kind of oddity, with its count and the first few."""
+    """One line for each kind of problem, with its count and the first few examples."""
     terms: str = ""
-    """Where the data come from and what they may be used for, as far as the format tells."""
+    """Origin and licence of the data, as far as the format implies them."""
     left_out: pa.Table = field(default_factory=DATASET_SCHEMA.empty_table)
-    """Rows of images that have captions and are in no split, where the others have official ones; `split` is ""."""
+    """Rows of captioned images that are in none of the official splits; `split` is ""."""
     packed: Mapping[str, PackedImage] = field(default_factory=dict)
-    """By `image_path`, the images that are no files of their own; such a path is the tar's and the member's name, or
-    the table's and the row's number."""
+    """By `image_path`, the images that are not separate files. Such a path consists of the tar and a member's name, or
+    of the table and a row's number."""
     tables: Mapping[str, ListedFile] = field(default_factory=dict)
-    """By location, the tables and tars as they were when they were read."""
+    """By location, size and time of the tables and tars when they were read."""
     leaks: list[Leak] = field(default_factory=list)
-    """Images in two splits; `load_dataset` refuses them unless it is told not to."""
+    """Images in two splits; see `load_dataset(refuse_leaks=...)`."""
     without_captions: frozenset[str] = frozenset()
-    """Ids of the images that are there and have no caption, as far as the format shows them."""
+    """Ids of images that exist and have no caption, as far as the format shows them."""
     columns: ColumnOptions = BY_NAME
-    """The columns of Parquet tables that the user named."""
+    """Columns of Parquet tables that the user named."""
     image_columns: tuple[str, ...] = ()
-    """The columns of Parquet tables that packed images are read from, see `columns.ImageColumns.names`."""
+    """Columns of Parquet tables that packed images are read from, see `columns.ImageColumns.names`."""
     columns_note: str = ""
-    """From which columns of Parquet tables the data are, for people."""
+    """Description of the columns of Parquet tables that the data were read from."""
 
     def split(self, name: str) -> pa.Table:
-        """The rows of one split, or DatasetError naming those there are."""
+        """The rows of one split; DatasetError if it has none."""
         rows = self.table.filter(pa.compute.equal(self.table["split"], name))
         if not rows.num_rows:
             raise DatasetError(f"{self.location} has no {name} images: it has {self.describe_splits()}")
         return rows
 
     def count_splits(self) -> dict[str, int]:
-        """Images by split; a split without any is left out."""
-        counts = self.table.group_by("split").aggregate([([], "count_all")]).to_pylist()
-        found = {row["split"]: row["count_all"] for row in counts}
-        return {name: found[name] for name in SPLITS if name in found}
+        """Number of images by split; splits without images are left out."""
+        rows = self.table.group_by("split").aggregate([([], "count_all")]).to_pylist()
+        counts = {row["split"]: row["count_all"] for row in rows}
+        return {name: counts[name] for name in SPLITS if name in counts}
 
     def describe_splits(self) -> str:
-        """The splits with their numbers of images."""
+        """The splits with their numbers of images, for people."""
         return ", ".join(f"{count:,} {name}" for name, count in self.count_splits().items()) or "nothing"
 
     def references(self, split: str | None = None) -> dict[str, list[str]]:
@@ -132,26 +146,30 @@ class CaptionedImages:
         return dict(zip(rows["image_id"].to_pylist(), rows["captions"].to_pylist(), strict=True))
 
     def manifest(self, rows: pa.Table) -> pa.Table:
-        """Rows of its table that have images -> `MANIFEST_SCHEMA`, the ids being their numbers.
+        """Rows of `table` that have images -> rows of `MANIFEST_SCHEMA`, whose `manifest_id` is the row's number.
 
-        Size and time of tables and tars are those from when the data set was read; of files, those from now.
+        Tables and tars have the size and time of when the data set was read; files have the current ones.
         """
         paths = rows["image_path"].to_pylist()
-        places = [self.packed.get(path, _NOT_PACKED) for path in paths]
+        positions = [self.packed.get(path, _NOT_PACKED) for path in paths]
         listed = storage.describe_files(
-            path for path, place in zip(paths, places, strict=True) if place is _NOT_PACKED and path
+            path for path, position in zip(paths, positions, strict=True) if position is _NOT_PACKED and path
         )
         listed |= self.tables
-        listed |= describe_tables({place.table_path for place in places if place.table_path} - self.tables.keys())
-        files = [listed.get(place.table_path or path, _UNKNOWN) for path, place in zip(paths, places, strict=True)]
+        tables = {position.table_path for position in positions if position.table_path}
+        listed |= describe_tables(tables - self.tables.keys())
+        files = [
+            listed.get(position.table_path or path, _UNKNOWN_FILE)
+            for path, position in zip(paths, positions, strict=True)
+        ]
         manifest = pa.table(
             [
                 range(len(paths)),
                 rows["image_id"],
-                [path if place is _NOT_PACKED else "" for path, place in zip(paths, places, strict=True)],
-                [place.table_path for place in places],
-                [place.row_group for place in places],
-                [place.row for place in places],
+                [path if position is _NOT_PACKED else "" for path, position in zip(paths, positions, strict=True)],
+                [position.table_path for position in positions],
+                [position.row_group for position in positions],
+                [position.row for position in positions],
                 [file.size for file in files],
                 [file.modified_ns for file in files],
             ],
@@ -160,8 +178,8 @@ class CaptionedImages:
         return with_image_columns(manifest, self.image_columns)
 
 
-class Contents:
-    """What a folder holds, as `imcap caption` sees it; listed when it is first asked for."""
+class FolderContents:
+    """Images, tars and tables of a folder, as `imcap caption` lists them; listed on first use."""
 
     def __init__(self, location: str) -> None:
         self.location = location
@@ -194,30 +212,30 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A data set as it was named: a folder, or one file of it."""
+    """A data set as the user names it: a folder, or one file of it."""
 
     location: str
     base: str
-    """The folder that names of images start at and must not lead out of."""
+    """The folder that names of images are relative to and must not point out of."""
     files: tuple[str, ...]
-    """Names of the files directly in the folder; of the one that was named."""
+    """Names of the files directly in the folder; the name of a single file."""
     columns: ColumnOptions = BY_NAME
-    """The columns of Parquet tables that the user names."""
+    """Columns of Parquet tables that the user names."""
     is_deep: bool = False
-    """Whether tars and tables are looked for in all folders below, and not only in the usual ones."""
-    contents: Contents | None = None
-    """Of the folder; None for a file."""
+    """Whether tars and tables are searched in all folders below, and not only in the usual ones."""
+    contents: FolderContents | None = None
+    """Contents of the folder; None for a file."""
 
     @property
     def is_file(self) -> bool:
-        """Whether one file was named."""
+        """Whether the user names a single file."""
         return self.base != self.location
 
     def files_ending(self, extension: str) -> list[str]:
-        """Names below `base` of the files with this ending, sorted, without hidden ones; see `usual_files_ending`.
+        """Names below `base` of the files with this extension, sorted, without hidden ones.
 
-        If there are some in the usual folders, or `is_deep`, those in all other folders are among them: the same files
-        that `imcap caption` reads.
+        If any are in the usual folders, see `usual_files_ending`, or if `is_deep`, these are the files of all folders:
+        the same ones that `imcap caption` reads.
         """
         names = set() if self.is_deep else {*self.usual_files_ending(extension)}
         if self.contents and (names or self.is_deep):
@@ -225,18 +243,32 @@ class Source:
         return sorted(names)
 
     def usual_files_ending(self, extension: str) -> list[str]:
-        """Those directly in the folder, in folders that are named after splits, and in Hugging Face's `data`."""
+        """The files directly in the folder, in folders named after splits, and in Hugging Face's `data`."""
         names = list(self.files)
         if not self.is_file:
             for folder in (*SPLIT_NAMES, "data"):
-                place = storage.join(self.base, folder)
-                if storage.is_folder(place):
-                    names += [f"{folder}/{file.name}" for file in storage.list_files(place, recursive=False)]
+                location = storage.join(self.base, folder)
+                if storage.is_folder(location):
+                    names += [f"{folder}/{file.name}" for file in storage.list_files(location, recursive=False)]
         return sorted(name for name in names if re.fullmatch(rf"(.*/)?[^._/][^/]*\.{extension}", name))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetFormat:
+    """A format of captioned images."""
+
+    description: str
+    """Part of the list of expected formats in an error message."""
+    read: Callable[[Source], CaptionedImages | None]
+    """Reads a data set; returns None for data of another format."""
+    is_packed: bool = False
+    """Whether images are in tars or tables, which are then searched in all folders below as well."""
+    covers_folder: bool = False
+    """Whether the data set is all that the folder holds: other images are counted, other captioned images refused."""
+
+
 class Collector:
-    """What the reader of a format has found so far: images, their captions and splits, and what was odd."""
+    """Collects images, their captions and splits, and problems, while the reader of a format finds them."""
 
     def __init__(self, source: Source, format_name: str, *, terms: str = "") -> None:
         self.source = source
@@ -245,18 +277,18 @@ class Collector:
         self.format = format_name
         self.terms = terms
         self._paths: dict[str, str] = {}
-        self._odd: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._problems: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.without_captions: set[str] = set()
         self._leaks: dict[str, Leak] = {}
 
-    def odd(self, one: str, many: str, where: str) -> None:
-        """Count something odd; `one` or `many` stands behind the number: "line is blank", "lines are blank"."""
-        self._odd[one, many].append(where)
+    def add_problem(self, one: str, many: str, where: str) -> None:
+        """Count a problem. `one` or `many` follows the number: "line is blank", "lines are blank"."""
+        self._problems[one, many].append(where)
 
-    def without_caption(self, image_id: str, *, where: str) -> None:
-        """Count an image that is there and has no caption."""
+    def add_uncaptioned(self, image_id: str, *, where: str) -> None:
+        """Count an image that exists and has no caption."""
         self.without_captions.add(image_id)
-        self.odd("image has no caption", "images have no caption", where)
+        self.add_problem("image has no caption", "images have no caption", where)
 
     def add(
         self, image_id: str, captions: Iterable[str], *, where: str, path: str | None = None, split: str = ""
@@ -264,29 +296,31 @@ class Collector:
         """Add captions of an image; blank ones are counted and left out.
 
         Args:
-            where: the place in the file, for people.
-            path: the image's location; None: `image_id` in the folder that `to_dataset` is told.
-            split: its official split by any of its names; "": it has none.
+            where: position in the file, for people.
+            path: the image's location; None: `image_id` in the folder given to `to_dataset`.
+            split: any usual name of the official split; "" for none.
         """
         if not image_id or _SURROGATES.search(image_id):
-            self.odd("name of an image is empty or no Unicode", "names of images are empty or no Unicode", where)
+            self.add_problem(
+                "image name is empty or not valid Unicode", "image names are empty or not valid Unicode", where
+            )
             return
         kept = []
         for caption in captions:
             text = _LINE_ENDS_AND_TABS.sub(" ", caption).strip()
             if _SURROGATES.search(text):
-                self.odd("caption has letters that are no Unicode", "captions have letters that are no Unicode", where)
+                self.add_problem("caption is not valid Unicode", "captions are not valid Unicode", where)
                 text = _SURROGATES.sub("\ufffd", text)
             if text:
                 kept.append(text)
             else:
-                self.odd("caption is blank", "captions are blank", where)
+                self.add_problem("caption is blank", "captions are blank", where)
         if not kept:
             return
         if path and self._paths.get(image_id, path) != path:
-            self.odd(
-                "name stands for another image too, whose captions are left out",
-                "names stand for other images too, whose captions are left out",
+            self.add_problem(
+                "name is also that of another image, whose captions are left out",
+                "names are also those of other images, whose captions are left out",
                 f"{image_id} ({where})",
             )
             return
@@ -294,10 +328,10 @@ class Collector:
         if path is not None:
             self._paths.setdefault(image_id, path)
         if split:
-            self.put_into(image_id, split)
+            self.assign_split(image_id, split)
 
-    def put_into(self, image_id: str, split: str) -> None:
-        """Say the official split of an image. DatasetError if it is none."""
+    def assign_split(self, image_id: str, split: str) -> None:
+        """Set the official split of an image; DatasetError for an unknown name."""
         name = SPLIT_NAMES.get(split.strip().lower())
         if name is None:
             raise DatasetError(
@@ -308,12 +342,12 @@ class Collector:
             self._leaks.setdefault(image_id, Leak(image_id, known, name))
 
     def decode(self, data: bytes, name: str) -> str:
-        """The text of a file, its encoding noted where it is not UTF-8."""
+        """The text of a file; an encoding other than UTF-8 is noted."""
         decoded = decode_text(data)
         if decoded.encoding != "UTF-8":
-            self.odd(f"file is {decoded.encoding}", f"files are {decoded.encoding}", name)
+            self.add_problem(f"file is {decoded.encoding}", f"files are {decoded.encoding}", name)
         for number in decoded.odd_lines:
-            self.odd(
+            self.add_problem(
                 "line is not UTF-8 and is read as Windows-1252 (latin-1)",
                 "lines are not UTF-8 and are read as Windows-1252 (latin-1)",
                 f"{name} line {number}",
@@ -321,7 +355,7 @@ class Collector:
         return decoded.text
 
     def read_text(self, name: str) -> str:
-        """The text of a file below the data's folder."""
+        """The text of a file below the folder of the data."""
         location = storage.join(self.source.base, name)
         try:
             return self.decode(storage.read_bytes(location), name)
@@ -335,14 +369,14 @@ class Collector:
         packed: Mapping[str, PackedImage] | None = None,
         tables: Mapping[str, ListedFile] | None = None,
     ) -> CaptionedImages:
-        """The data set: with the official splits, where any image has one, else each image's by a hash of its name.
+        """The data set, with the official splits if any image has one, otherwise with splits by a hash of the names.
 
         Args:
-            folder: where the images are that were added without a path.
-            tables: by location, the tables and tars that were read, as `describe_tables` found them before.
+            folder: location of the images that were added without a path.
+            tables: by location, the tables and tars that were read, as `describe_tables` described them before.
 
         Raises:
-            DatasetError: nothing can be used, or a table or tar was rewritten while it was read.
+            DatasetError: nothing is usable, or a table or tar was rewritten while it was read.
         """
         location = self.source.location
         _refuse_rewritten(tables or {})
@@ -351,17 +385,17 @@ class Collector:
         chosen = [image_id for image_id in splits if image_id in self.captions]
         left_out = [image_id for image_id in self.captions if image_id not in splits]
         for image_id in left_out:
-            self.odd("captioned image is in no split", "captioned images are in no split", image_id)
+            self.add_problem("captioned image is in no split", "captioned images are in no split", image_id)
         for image_id in (image_id for image_id in splits if image_id not in self.captions):
-            self.odd("image of the splits has no caption", "images of the splits have no caption", image_id)
-        notes = [_describe(kind, places) for kind, places in self._odd.items()]
+            self.add_problem("image of the splits has no caption", "images of the splits have no caption", image_id)
+        notes = [_describe_problem(kind, places) for kind, places in self._problems.items()]
         if not chosen:
-            found = "not one caption in it" if not left_out else "not one captioned image is in a split"
-            raise DatasetError("; ".join([f"{location}: {self.format}, but {found}", *notes]))
+            reason = "no captioned image is in a split" if left_out else "without a single caption"
+            raise DatasetError("; ".join([f"{location}: {self.format}, {reason}", *notes]))
         if not has_splits:
             notes.append("no official splits: each image's split is a hash of its name")
         table = self._rows(chosen, splits, folder)
-        leaks = [*self._leaks.values()] or _find_files_in_two_splits(table)
+        leaks = [*self._leaks.values()] or _find_leaked_files(table)
         return CaptionedImages(
             location,
             self.format,
@@ -388,7 +422,7 @@ class Collector:
 
 
 def describe_tables(locations: Iterable[str]) -> dict[str, ListedFile]:
-    """Size and time of these tables and tars; -1 and 0 for one that is missing or may not be described.
+    """Size and time of these tables and tars; -1 and 0 for those that are missing or may not be described.
 
     Raises:
         ImcapError: the store failed.
@@ -396,7 +430,7 @@ def describe_tables(locations: Iterable[str]) -> dict[str, ListedFile]:
 
     def describe(location: str) -> ListedFile:
         file = storage.describe_file_or_nothing(location)
-        return file if file and file.size else _UNKNOWN  # a missing file is described as empty, and no table is
+        return file if file and file.size else _UNKNOWN_FILE  # a missing file is described as empty, and no table is
 
     chosen = sorted(locations)
     with ThreadPoolExecutor(_REQUESTS_AT_A_TIME) as threads:
@@ -404,7 +438,7 @@ def describe_tables(locations: Iterable[str]) -> dict[str, ListedFile]:
 
 
 def _refuse_rewritten(before: Mapping[str, ListedFile]) -> None:
-    """Raise DatasetError if a table or tar is no longer the version that this description is of."""
+    """Raise DatasetError if a table or tar has changed since it was described."""
     for location, now in describe_tables(before).items():
         old = before[location]
         if not storage.is_same_version(location, (old.size, old.modified_ns), (now.size, now.modified_ns)):
@@ -418,23 +452,31 @@ def split_of(image_id: str) -> str:
 
 
 def split_in_name(name: str) -> str:
-    """The split that a file's or folder's name tells, like `captions_val2017`; "" if it tells none or several."""
+    """The split in the name of a file or folder, such as `captions_val2017`; "" if it has none or several."""
     words = re.split(r"[^a-z]+", name.lower())
-    found = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
-    return found.pop() if len(found) == 1 else ""
+    splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+    return splits.pop() if len(splits) == 1 else ""
 
 
 def split_in_path(path: str) -> str:
-    """The split that a folder on the way to a file is named after; "" if there is none."""
+    """The split that one of a file's folders is named after; "" if there is none."""
     folders = path.lower().split("/")[:-1]
     return next((SPLIT_NAMES[folder] for folder in folders if folder in SPLIT_NAMES), "")
 
 
+IMAGE_FOLDERS: Final = (
+    *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images", "Images", "images"),
+    *("flickr8k_images", "flickr8k-images", "flickr30k_images/flickr30k_images", "flickr8k", "flickr30k"),
+)
+"""Usual names of the folder of images next to a file of captions."""
+
+
 def find_image_folder(base: str, names: Iterable[str], image_ids: Iterable[str]) -> str:
-    """The first of these folders below `base`, or itself, that holds an image; else the first that is there."""
-    plain = (one for one in image_ids if not re.search(r"(^|/)\.\.(/|$)|^/|^[A-Za-z][\w+.-]*:|[\0]", one))
+    """The first of these folders below `base`, the usual ones, and `base` that holds one of the images; otherwise the
+    first that exists."""
+    plain = (name for name in image_ids if not re.search(r"(^|/)\.\.(/|$)|^/|^[A-Za-z][\w+.-]*:|[\0]", name))
     some = list(islice(plain, 5))
-    folders = [folder for name in names if storage.is_folder(folder := storage.join(base, name))]
+    folders = [folder for name in (*names, *IMAGE_FOLDERS) if storage.is_folder(folder := storage.join(base, name))]
     for folder in (*folders, base):
         if any(storage.is_file(storage.join(folder, image_id)) for image_id in some):
             return folder
@@ -442,16 +484,16 @@ def find_image_folder(base: str, names: Iterable[str], image_ids: Iterable[str])
 
 
 def examples(names: Iterable[str], total: int) -> str:
-    """The first few names, and a sign that there are more."""
+    """The first few names, with "..." if there are more."""
     return ", ".join(islice(names, NUM_EXAMPLES)) + (", ..." if total > NUM_EXAMPLES else "")
 
 
-def _describe(kind: tuple[str, str], places: list[str]) -> str:
+def _describe_problem(kind: tuple[str, str], places: list[str]) -> str:
     return f"{len(places):,} {kind[len(places) != 1]}: {examples(places, len(places))}"
 
 
-def _find_files_in_two_splits(table: pa.Table) -> list[Leak]:
-    """Whatever the ids are: the same file is the same image."""
+def _find_leaked_files(table: pa.Table) -> list[Leak]:
+    """Files that are in two splits under different ids."""
     seen: dict[str, str] = {}
     leaks = []
     for path, split in zip(table["image_path"].to_pylist(), table["split"].to_pylist(), strict=True):

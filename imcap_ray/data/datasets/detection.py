@@ -1,45 +1,33 @@
-"""Where captioned images are -> the data set, its format recognised by looking."""
+"""The location of captioned images -> the data set, its format recognised by its files."""
 
 from __future__ import annotations
 
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Final
 
 import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
-from imcap_ray.data.datasets.coco_json import read_json
-from imcap_ray.data.datasets.dataset import CaptionedImages, Contents, Source, examples
-from imcap_ray.data.datasets.image_folders import find_captioned_images, read_hugging_face, read_sidecars
-from imcap_ray.data.datasets.parquet import read_parquet
-from imcap_ray.data.datasets.text_tables import read_text_files
-from imcap_ray.data.datasets.webdataset import read_webdataset
+from imcap_ray.data.datasets.dataset import CaptionedImages, DatasetFormat, FolderContents, Source, examples
+from imcap_ray.data.datasets.sidecars import find_captioned_images
 from imcap_ray.errors import DatasetError, InputError
 
-# Each returns None for what is not its own. The last is for folders that hold nothing but images and texts.
-_READERS: Final[tuple[Callable[[Source], CaptionedImages | None], ...]] = (
-    read_text_files,
-    read_hugging_face,
-    read_webdataset,  # before the tables that img2dataset puts beside tars
-    read_parquet,
-    read_json,
-    read_sidecars,
+# The formats: modules of this package with a `FORMAT`. The first one that recognises the data reads them.
+_MODULES: Final = (
+    "text_tables",
+    "hugging_face",
+    "webdataset",  # before the tables that img2dataset writes next to tars
+    "parquet",
+    "coco_json",
+    "sidecars",  # last, because it takes any folder of images and texts
 )
 
-_PACKED_READERS: Final = (read_webdataset, read_parquet)
-"""Of images in tars and tables."""
-
-_EXPECTED: Final = (
-    "Flickr8k as distributed (Flickr8k.token.txt beside the image folder), Kaggle's form (captions.txt beside "
-    "Images/), Flickr30k (results.csv or results_20130124.token), Karpathy's or COCO's JSON, Hugging Face's "
-    "metadata.jsonl or metadata.csv, WebDataset tars, images with .txt files beside them, or Parquet with images, "
-    "their paths or ids, and captions"
-)
+FORMATS: Final[tuple[DatasetFormat, ...]] = tuple(import_module(f"{__package__}.{name}").FORMAT for name in _MODULES)
 
 
 def load_dataset(
@@ -50,59 +38,61 @@ def load_dataset(
     count_missing_files: bool = True,
     refuse_leaks: bool = True,
 ) -> CaptionedImages:
-    """The captioned images of a folder or file, its format recognised by looking.
+    """The captioned images of a folder or file.
 
     Args:
-        columns: of Parquet tables, as the user names them; an error where the data are in another format.
+        columns: columns of Parquet tables that the user names; an error if the data are in another format.
         allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
-        count_missing_files: whether to note how many of the images have no file, where they are on a local disk.
+        count_missing_files: whether to note how many of the images have no file, if they are on a local disk.
         refuse_leaks: whether an image in two splits is an error.
 
     Raises:
-        DatasetError: nothing there, or nothing in a format that is known; the message lists those that are. Or an
-            image lies where it may not, or is in two splits.
+        DatasetError: nothing exists there, or nothing in a known format; the message lists these formats. Or an image
+            is outside of where it may be, or in two splits.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
         raise DatasetError(f"no such data set: {location}")
     source = replace(_open(location), columns=columns)
-    in_other_folders = [(read, replace(source, is_deep=True)) for read in _PACKED_READERS if source.contents]
-    for read, place in (*((read, source) for read in _READERS), *in_other_folders):
-        dataset = read(place)
+    dataset = _read(source)
+    if columns.given() and dataset.columns != columns:
+        raise DatasetError(
+            f"{', '.join(columns.given())} applies only to Parquet tables, and {location} is {dataset.format}"
+        )
+    _check_paths(dataset, source.base, allow_outside_paths)
+    if dataset.leaks and refuse_leaks:
+        raise _leak_error(dataset)
+    dataset = _with_names_on_disk(dataset)
+    return replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)]) if count_missing_files else dataset
+
+
+def _read(source: Source) -> CaptionedImages:
+    in_all_folders = [(one, replace(source, is_deep=True)) for one in FORMATS if one.is_packed and source.contents]
+    for format, searched in (*((one, source) for one in FORMATS), *in_all_folders):
+        dataset = format.read(searched)
         if dataset is not None:
-            if source.contents and read in (*_PACKED_READERS, read_sidecars):
-                dataset = _with_other_images(dataset, source.contents)
-            if columns.given() and dataset.columns != columns:
-                raise DatasetError(
-                    f"{', '.join(columns.given())} applies only to Parquet tables, and {location} is {dataset.format}"
-                )
-            _check_places(dataset, source.base, allow_outside_paths)
-            if dataset.leaks and refuse_leaks:
-                raise _leaks(dataset)
-            dataset = _in_the_form_on_disk(dataset)
-            return (
-                replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)])
-                if count_missing_files
-                else dataset
-            )
-    raise DatasetError(f"{location} holds no captioned images: expected {_EXPECTED}")
+            if source.contents and format.covers_folder:
+                return _with_other_images(dataset, source.contents)
+            return dataset
+    expected = "; ".join(format.description for format in FORMATS)
+    raise DatasetError(f"{source.location} holds no captioned images: expected one of: {expected}")
 
 
 def _open(location: str) -> Source:
     if not storage.is_file(location):
         files = tuple(file.name for file in storage.list_files(location, recursive=False))
-        return Source(location, location, files, contents=Contents(location))
+        return Source(location, location, files, contents=FolderContents(location))
     folder = storage.parent(location)
-    # COCO's images lie beside the folder of its annotations.
+    # COCO's images are next to the folder of its annotations.
     base = storage.parent(folder) if folder.endswith("/annotations") else folder
     return Source(location, base, (location[len(base) + 1 :],))
 
 
-def _with_other_images(dataset: CaptionedImages, contents: Contents) -> CaptionedImages:
-    """The same, with the images of the folder that are not among it: they have no captions.
+def _with_other_images(dataset: CaptionedImages, contents: FolderContents) -> CaptionedImages:
+    """Add the folder's other images to the data set, as images without captions.
 
     Raises:
-        DatasetError: the folder holds captioned images of another kind too.
+        DatasetError: the folder also holds captioned images of another kind.
     """
     try:
         packed = contents.tars
@@ -112,7 +102,7 @@ def _with_other_images(dataset: CaptionedImages, contents: Contents) -> Captione
     except InputError as error:
         if dataset.packed or not dataset.columns_note:
             raise DatasetError(str(error)) from error
-        packed = []  # the table names images elsewhere, and is what was read
+        packed = []  # the table that was read names images elsewhere
     paths = {*dataset.table["image_path"].to_pylist(), *dataset.left_out["image_path"].to_pylist()}
     others = [file for file in contents.images if file.location not in paths]
     captioned = find_captioned_images(contents.location) if packed and contents.images else []
@@ -127,17 +117,17 @@ def _with_other_images(dataset: CaptionedImages, contents: Contents) -> Captione
     notes = dataset.notes
     if dataset.packed:
         count = len(others)
-        what = "image files are" if count != 1 else "image file is"
+        subject = "image files are" if count != 1 else "image file is"
         kind = "tars" if contents.tars else "tables"
         names = examples((file.name for file in others), count)
-        notes = [*notes, f"{count:,} {what} next to the {kind} and without a caption: {names}"]
+        notes = [*notes, f"{count:,} {subject} next to the {kind} and without a caption: {names}"]
     known = {*dataset.table["image_id"].to_pylist(), *dataset.left_out["image_id"].to_pylist()}
     without_captions = dataset.without_captions | {file.name for file in others}
     return replace(dataset, notes=notes, without_captions=without_captions - known)
 
 
-def _check_places(dataset: CaptionedImages, folder: str, allow_outside_paths: bool) -> None:
-    """Raise DatasetError for the first image that lies where it may not, whatever the format says it with."""
+def _check_paths(dataset: CaptionedImages, folder: str, allow_outside_paths: bool) -> None:
+    """Raise DatasetError for the first image that is outside of the folder."""
     for table in (dataset.table, dataset.left_out):
         for number, row in enumerate(table.select(["image_id", "image_path"]).to_pylist()):
             if row["image_path"]:
@@ -152,18 +142,20 @@ def _check_places(dataset: CaptionedImages, folder: str, allow_outside_paths: bo
                 )
 
 
-def _leaks(dataset: CaptionedImages) -> DatasetError:
+def _leak_error(dataset: CaptionedImages) -> DatasetError:
     image, split, other = dataset.leaks[0]
     number = f"the first of {len(dataset.leaks):,}; " if len(dataset.leaks) > 1 else ""
     return DatasetError(
         f"{dataset.location}: {image} is in two splits, {split} and {other} ({number}`imcap check` counts them): "
-        "splits must be by image and not by caption, or a model is judged on what it has learnt by heart"
+        "splits must be by image and not by caption, otherwise a model is scored on captions that it was trained on"
     )
 
 
-def _in_the_form_on_disk(dataset: CaptionedImages) -> CaptionedImages:
-    """The same images, where a file's name is written in another Unicode form than the data's: macOS takes names apart
-    (NFD), most texts have them composed (NFC). Only on a local disk, as `_describe_missing`."""
+def _with_names_on_disk(dataset: CaptionedImages) -> CaptionedImages:
+    """Replace the paths of files whose names on disk have another Unicode form than in the data.
+
+    macOS writes decomposed names (NFD), and most texts have composed ones (NFC). Only local disks are checked.
+    """
     folders: dict[str, dict[str, str]] = {}
     changed: dict[str, str] = {}
     for path in dataset.table["image_path"].to_pylist():
@@ -171,22 +163,25 @@ def _in_the_form_on_disk(dataset: CaptionedImages) -> CaptionedImages:
             continue
         folder, name = storage.parent(path), path.rpartition("/")[2]
         if folder not in folders:
-            folders[folder] = {unicodedata.normalize("NFC", one): one for one in _names_in(folder)}
-        if found := folders[folder].get(unicodedata.normalize("NFC", name)):
-            changed[path] = storage.join(folder, found)
+            folders[folder] = {unicodedata.normalize("NFC", other): other for other in _names_in(folder)}
+        if name_on_disk := folders[folder].get(unicodedata.normalize("NFC", name)):
+            changed[path] = storage.join(folder, name_on_disk)
     if not changed:
         return dataset
     paths = [changed.get(path, path) for path in dataset.table["image_path"].to_pylist()]
     number = dataset.table.schema.get_field_index("image_path")
     table = dataset.table.set_column(number, dataset.table.schema.field(number), pa.array(paths, pa.string()))
     count = len(changed)
-    note = f"{count:,} name{'s' * (count != 1)} of files in another Unicode form than in the data"
+    note = f"{count:,} file name{'s' * (count != 1)} in another Unicode form than in the data"
     return replace(dataset, table=table, notes=[*dataset.notes, note])
 
 
 def _describe_missing(dataset: CaptionedImages) -> list[str]:
-    """How many of the images have no file. No error, for captions are of use without their images too, and a training
-    counts what it cannot read; and only on a local disk, where it costs nothing."""
+    """A note on how many of the images have no file.
+
+    This is not an error, because captions are useful without their images too, and a training counts the images that
+    it cannot read. Only local disks are checked, where it costs nothing.
+    """
     names: dict[str, set[str]] = defaultdict(set)
     for path in dataset.table["image_path"].to_pylist():
         if path and path not in dataset.packed and not storage.is_uri(path):
@@ -196,12 +191,12 @@ def _describe_missing(dataset: CaptionedImages) -> list[str]:
     if not missing:
         return []
     if len(missing) == num_images:
-        return [f"none of the {num_images:,} images is there"]
+        return [f"none of the {num_images:,} images has a file"]
     return [f"{len(missing):,} of {num_images:,} images have no file: {examples(missing, len(missing))}"]
 
 
 def _names_in(folder: str) -> set[str]:
     try:
         return set(os.listdir(folder))
-    except (OSError, ValueError):  # not there; a name with a zero byte
+    except (OSError, ValueError):  # the folder does not exist; a name with a zero byte
         return set()

@@ -1,11 +1,11 @@
-"""Records of an image and its captions, as people name their fields -> captioned images."""
+"""Records of an image and its captions, with fields of any usual name -> captioned images."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Final, TypeAlias
 
 from imcap_ray.data.datasets.dataset import Collector
 
@@ -19,43 +19,49 @@ _NUMBERED_CAPTION: Final = re.compile(r"caption_?\d+")
 
 SPLIT_FIELD: Final = "split"
 
+Record: TypeAlias = Mapping[str, object]
+"""An image and its captions as a file describes them; neither fields nor values are known to be valid."""
+
 
 def add_record(
-    collector: Collector, record: Any, *, where: str, place: Callable[[str], tuple[str, str | None, str]]
+    collector: Collector, record: object, *, where: str, locate: Callable[[str], tuple[str, str | None, str]]
 ) -> None:
-    """Add what one record says; one without an image or a caption is counted.
+    """Add the image of a record with its captions. A record without an image or a caption is counted.
 
     Args:
-        place: the record's name of the image -> its id, its location (None: below the image folder), and the split
-            that the place tells.
+        where: position of the record, for people.
+        locate: the record's name of the image -> its id, its location (None: in the image folder), and the split that
+            the location implies.
     """
-    fields = {str(key).strip().lower(): value for key, value in record.items()} if isinstance(record, Mapping) else {}
+    fields: Record = (
+        {str(key).strip().lower(): value for key, value in record.items()} if isinstance(record, Mapping) else {}
+    )
     name = _first_text(fields, IMAGE_FIELDS)
     number = _first_text(fields, ID_FIELDS)
     captions = captions_in(fields)
     if not (name or number) or not captions:
-        collector.odd("record has no image or no caption", "records have no image or no caption", where)
+        collector.add_problem("record has no image or no caption", "records have no image or no caption", where)
         return
-    image_id, path, split = place(name) if name else (number, "", "")
+    image_id, path, split = locate(name) if name else (number, "", "")
     own_split = fields.get(SPLIT_FIELD)
     collector.add(image_id, captions, where=where, path=path, split=own_split if isinstance(own_split, str) else split)
 
 
-def has_caption_field(names: Any) -> bool:
-    """Whether one of these names is that of a field of captions."""
+def has_caption_field(names: Iterable[object]) -> bool:
+    """Whether one of these fields holds captions, by its name."""
     return any(is_caption_field(str(name)) for name in names)
 
 
 def is_caption_field(name: str) -> bool:
-    """Whether this is the name of a field of captions."""
+    """Whether a field holds captions, by its name."""
     return name.strip().lower() in CAPTION_FIELDS or _is_numbered_caption(name)
 
 
-def captions_in(fields: Mapping[str, Any]) -> list[str]:
-    """The captions of a record, in whatever field and form: a text, a list, a list written as JSON, `caption_0`, ..."""
+def captions_in(fields: Record) -> list[str]:
+    """The captions of a record, in any usual field: a text, a list, a list written as JSON, `caption_0`, ..."""
     for name in CAPTION_FIELDS:
-        if found := _texts(fields.get(name)):
-            return found
+        if captions := _texts(fields.get(name)):
+            return captions
     return [text for name, value in fields.items() if _is_numbered_caption(name) for text in _texts(value)]
 
 
@@ -63,7 +69,7 @@ def _is_numbered_caption(name: str) -> bool:
     return _NUMBERED_CAPTION.fullmatch(name.strip().lower()) is not None
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(value: object) -> list[str]:
     if isinstance(value, str):
         if value.startswith("["):
             try:
@@ -77,7 +83,7 @@ def _texts(value: Any) -> list[str]:
     return []
 
 
-def _first_text(fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """The first of these fields that holds a text or a whole number."""
+def _first_text(fields: Record, names: tuple[str, ...]) -> str:
+    """The value of the first of these fields that holds a text or a whole number."""
     values = (fields.get(name) for name in names)
     return next((str(value) for value in values if type(value) in (str, int) and value != ""), "")

@@ -1,4 +1,4 @@
-"""A text file of names and captions -> captioned images: Flickr8k, Flickr30k, Kaggle's forms of them, any such CSV."""
+"""Text files of names and captions -> captioned images: Flickr8k, Flickr30k, Kaggle's versions, any such CSV."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from imcap_ray import storage
-from imcap_ray.data.datasets.dataset import SPLIT_NAMES, SPLITS, CaptionedImages, Collector, Source, find_image_folder
+from imcap_ray.data.datasets.dataset import (
+    SPLIT_NAMES,
+    SPLITS,
+    CaptionedImages,
+    Collector,
+    DatasetFormat,
+    Source,
+    find_image_folder,
+)
 from imcap_ray.data.datasets.fields import ID_FIELDS, IMAGE_FIELDS, add_record, has_caption_field
 from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, extension_of
 from imcap_ray.text.encodings import split_lines
@@ -20,8 +28,8 @@ _FLICKR30K: Final = "Flickr30k as distributed"
 
 _KAGGLE: Final = "Flickr8k in Kaggle's form"
 
-# In this order: where several are there, the first is the most original.
-_FORMATS: Final = {
+# If there are several of these files, the first one is used.
+_NAMES: Final = {
     "Flickr8k.token.txt": _FLICKR8K,
     "results_20130124.token": _FLICKR30K,
     "results.csv": _FLICKR30K,
@@ -43,28 +51,23 @@ _TERMS_30K: Final = (
 
 _TERMS: Final = {_FLICKR8K: _TERMS_8K, _KAGGLE: _TERMS_8K, _FLICKR30K: _TERMS_30K}
 
-IMAGE_FOLDERS: Final = (
-    *("Flicker8k_Dataset", "Flickr8k_Dataset", "flickr30k_images", "flickr30k-images", "Images", "images"),
-    *("flickr8k_images", "flickr8k-images", "flickr30k_images/flickr30k_images", "flickr8k", "flickr30k"),
-)
-
 _TOKEN_LINE: Final = re.compile(r"[^\t|]*#\d+\t")
 
 _SPLIT_LIST: Final = re.compile(r"(?:[\w-]*\.)?(train|validation|valid|val|dev|test)(?:_?images)?\.txt", re.IGNORECASE)
 
 
 def read_text_files(source: Source) -> CaptionedImages | None:
-    """`name#number<TAB>caption`, or a table with `,` `|` `;` or tabs between image and caption.
+    """Read lines `name#number<TAB>caption`, or a table with `,` `|` `;` or tabs between image and caption.
 
-    The official splits are those of the lists beside the file (`Flickr_8k.trainImages.txt`, `train.txt`), if any, or
-    of a column `split`.
+    The official splits come from lists next to the file (`Flickr_8k.trainImages.txt`, `train.txt`) or from a column
+    `split`.
     """
-    name = next((name for name in _FORMATS if name in source.files), "")
+    name = next((name for name in _NAMES if name in source.files), "")
     if source.is_file and source.location.endswith(_EXTENSIONS):
         name = source.files[0]
     if not name:
         return None
-    format_name = _FORMATS.get(name.rpartition("/")[2], "a text file of captions")
+    format_name = _NAMES.get(name.rpartition("/")[2], "a text file of captions")
     collector = Collector(source, format_name, terms=_TERMS.get(format_name, ""))
     text = collector.read_text(name)
     lines = split_lines(text)
@@ -73,7 +76,7 @@ def read_text_files(source: Source) -> CaptionedImages | None:
     else:
         _read_table(collector, text, lines)
     _read_split_lists(collector)
-    return collector.to_dataset(folder=find_image_folder(source.base, IMAGE_FOLDERS, collector.captions))
+    return collector.to_dataset(folder=find_image_folder(source.base, (), collector.captions))
 
 
 def _read_token_lines(collector: Collector, lines: Sequence[str]) -> None:
@@ -82,10 +85,10 @@ def _read_token_lines(collector: Collector, lines: Sequence[str]) -> None:
         image_id, hash_sign, _ = key.rpartition("#")
         if tab and hash_sign:
             if "\t" in caption:
-                collector.odd("line has more than one tab", "lines have more than one tab", f"line {number}")
+                collector.add_problem("line has more than one tab", "lines have more than one tab", f"line {number}")
             collector.add(image_id, [caption], where=f"line {number}")
         elif line.strip():
-            collector.odd(
+            collector.add_problem(
                 "line is not `name#number<TAB>caption`", "lines are not `name#number<TAB>caption`", f"line {number}"
             )
 
@@ -93,7 +96,7 @@ def _read_token_lines(collector: Collector, lines: Sequence[str]) -> None:
 def _read_table(collector: Collector, text: str, lines: Sequence[str]) -> None:
     first_number, first_line = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
     separator, header, has_header = _find_header(first_line)
-    caption_column = next(place for place, name in enumerate(header) if has_caption_field([name]))
+    caption_column = next(number for number, name in enumerate(header) if has_caption_field([name]))
     expected = separator.join(header)
     for number, fields in _records(text, lines, separator, len(header)):
         if not any(field.strip() for field in fields) or (has_header and number == first_number):
@@ -103,30 +106,31 @@ def _read_table(collector: Collector, text: str, lines: Sequence[str]) -> None:
             end = caption_column + num_extra + 1
             fields = [*fields[:caption_column], separator.join(fields[caption_column:end]), *fields[end:]]
         fields = [field.strip() for field in fields]
-        # Without a header nothing else tells that a line of any text is not a name and a caption.
+        # Without a header, this alone distinguishes a name and a caption from a line of any text.
         is_name = has_header or extension_of(fields[0]) in IMAGE_EXTENSIONS
         if num_extra < 0 or not fields[caption_column] or not is_name:
-            collector.odd(f"line is not `{expected}`", f"lines are not `{expected}`", f"line {number}")
+            collector.add_problem(f"line is not `{expected}`", f"lines are not `{expected}`", f"line {number}")
             continue
         record = {name: field for name, field in zip(header, fields, strict=True) if field}
-        add_record(collector, record, where=f"line {number}", place=lambda name: (name, None, ""))
+        add_record(collector, record, where=f"line {number}", locate=lambda name: (name, None, ""))
 
 
 def _find_header(line: str) -> tuple[str, list[str], bool]:
-    """Separator and names of the columns, and whether the first line says them or they are what is usual."""
+    """Separator and names of the columns, and whether the names are those in the first line or the usual ones."""
     for separator in ("|", "\t", ",", ";"):
         names = [name.strip().strip('"').lower() for name in line.split(separator)]
         names = ["image" if name in ID_FIELDS and not set(IMAGE_FIELDS) & set(names) else name for name in names]
         if len(names) > 1 and has_caption_field(names) and set(IMAGE_FIELDS) & set(names):
             return separator, names, True
-    separator = next((one for one in ("|", "\t") if one in line), ",")
+    separator = next((mark for mark in ("|", "\t") if mark in line), ",")
     return separator, ["image", "number", "caption"] if separator == "|" else ["image", "caption"], False
 
 
 def _records(text: str, lines: Sequence[str], separator: str, num_columns: int) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each record, with a number for people: CSV to the letter, where all of it is.
+    """The fields of each record, with a number for people.
 
-    Else each line by itself, so that a quote which nothing closes costs one line and not the rest of the file.
+    If the file is not valid CSV with the same number of fields throughout, each line is read separately, so that an
+    unclosed quote costs one line and not the rest of the file.
     """
     if separator == "|":  # never quoted
         yield from ((number, line.split("|")) for number, line in enumerate(lines, 1))
@@ -148,18 +152,27 @@ def _records(text: str, lines: Sequence[str], separator: str, num_columns: int) 
 def _read_split_lists(collector: Collector) -> None:
     source = collector.source
     neighbours = [file.name for file in storage.list_files(source.base, recursive=False)] if source.is_file else ()
-    # Some lists leave the ending out.
+    # Some lists leave the extension out.
     by_stem = {image_id.rpartition(".")[0]: image_id for image_id in collector.captions}
-    lists = [found for name in neighbours or source.files if (found := _SPLIT_LIST.fullmatch(name))]
-    # In the order of the splits, which is that of the rows: a training that goes on knows its data by it.
-    for found in sorted(lists, key=lambda found: SPLITS.index(SPLIT_NAMES[found[1].lower()])):
-        name = found[0]
+    lists = [match for name in neighbours or source.files if (match := _SPLIT_LIST.fullmatch(name))]
+    # In the order of the splits, because it becomes that of the rows, by which a resumed training recognises its data.
+    for match in sorted(lists, key=lambda match: SPLITS.index(SPLIT_NAMES[match[1].lower()])):
+        name = match[0]
         if source.is_file and name in source.files:
             continue
         listed = dict.fromkeys(line.strip() for line in split_lines(collector.read_text(name)) if line.strip())
         image_ids = [line if line in collector.captions else by_stem.get(line, line) for line in listed]
         if not any(image_id in collector.captions for image_id in image_ids):
-            collector.odd("list of a split names none of the images", "lists of splits name none of the images", name)
+            collector.add_problem(
+                "list of a split names none of the images", "lists of splits name none of the images", name
+            )
             continue
         for image_id in image_ids:
-            collector.put_into(image_id, found[1])
+            collector.assign_split(image_id, match[1])
+
+
+FORMAT: Final = DatasetFormat(
+    description="Flickr8k as distributed (Flickr8k.token.txt next to the image folder), Kaggle's version (captions.txt "
+    "next to Images/), Flickr30k (results.csv or results_20130124.token)",
+    read=read_text_files,
+)

@@ -1,4 +1,4 @@
-"""WebDataset tars -> captioned images, their bytes left where they are."""
+"""WebDataset tars -> captioned images, whose bytes stay in the tars."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from imcap_ray.data import tar_images
 from imcap_ray.data.datasets.dataset import (
     CaptionedImages,
     Collector,
+    DatasetFormat,
     PackedImage,
     Source,
     describe_tables,
     split_in_name,
     split_in_path,
 )
-from imcap_ray.data.datasets.image_folders import CAPTION_EXTENSIONS, caption_texts
+from imcap_ray.data.datasets.sidecars import CAPTION_EXTENSIONS, caption_texts
 from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
 
 MAX_CAPTION_BYTES: Final = 2**20
-"""A longer member is no caption."""
+"""Longer members are not captions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +36,17 @@ class _Image:
 
 @dataclass(slots=True)
 class _Members:
-    """What a tar holds of images and texts, in its order."""
+    """Images and texts of a tar, in its order."""
 
     images: list[_Image] = field(default_factory=list)
     texts: list[tuple[str, bytes]] = field(default_factory=list)
 
 
 def read_webdataset(source: Source) -> CaptionedImages | None:
-    """`key.jpg` next to `key.txt`, a caption a line, or `key.json` with a caption; see `tar_images.pair_members`.
+    """Read `key.jpg` with `key.txt`, one caption a line, or with `key.json`; see `tar_images.pair_members`.
 
-    The splits are those of the tars' names or folders: `train/000.tar`, `flickr-train-000.tar`. An image's id is the
-    one that `imcap caption` gives it, see `tar_images.ImageIds`.
+    The splits are those in the tars' names or folders: `train/000.tar`, `flickr-train-000.tar`. An image has the same
+    id as in `imcap caption`, see `tar_images.ImageIds`.
     """
     names = source.files_ending("tar")
     if not names:
@@ -53,7 +54,7 @@ def read_webdataset(source: Source) -> CaptionedImages | None:
     collector = Collector(source, f"WebDataset, {len(names):,} tar{'s' * (len(names) != 1)}")
     ids = tar_images.ImageIds()
     packed: dict[str, PackedImage] = {}
-    # Before anything is read: a tar that is rewritten meanwhile must not count as the version that was read.
+    # Before anything is read, so that a tar that is rewritten meanwhile does not count as the version that was read.
     tables = describe_tables(storage.join(source.base, name) for name in names)
     for name in names:
         _add_captions(collector, name, _read_tar(collector, name, ids), packed)
@@ -61,7 +62,7 @@ def read_webdataset(source: Source) -> CaptionedImages | None:
 
 
 def _add_captions(collector: Collector, tar: str, members: _Members, packed: dict[str, PackedImage]) -> None:
-    """Add the images of a tar that have captions, and where they are to `packed`; count everything else."""
+    """Add the captioned images of a tar, with their positions in `packed`; count everything else."""
     pairing = tar_images.pair_members([image.name for image in members.images], [name for name, _ in members.texts])
     location = storage.join(collector.source.base, tar)
     split = split_in_path(tar) or split_in_name(tar.rpartition("/")[2].removesuffix(".tar"))
@@ -76,7 +77,7 @@ def _add_captions(collector: Collector, tar: str, members: _Members, packed: dic
                 used.update(numbers)
                 break
         if not captions:
-            collector.without_caption(image.image_id, where=where)
+            collector.add_uncaptioned(image.image_id, where=where)
             continue
         path = storage.join(location, image.name)
         if path in packed:
@@ -85,7 +86,7 @@ def _add_captions(collector: Collector, tar: str, members: _Members, packed: dic
         collector.add(image.image_id, captions, where=where, path=path, split=split)
     for name, count in repeated.items():
         if count > 1:
-            collector.odd(
+            collector.add_problem(
                 "name is in a tar more than once", "names are in a tar more than once", f"{tar}, {name} ({count} times)"
             )
     for kind, numbers in (
@@ -100,19 +101,19 @@ def _add_captions(collector: Collector, tar: str, members: _Members, packed: dic
         ),
     ):
         for number in numbers:
-            collector.odd(*kind, f"{tar}, {members.texts[number][0]}")
+            collector.add_problem(*kind, f"{tar}, {members.texts[number][0]}")
 
 
 def _read_tar(collector: Collector, name: str, ids: tar_images.ImageIds) -> _Members:
-    """The images and texts of a tar; of one that ends early, those before its end."""
+    """The images and texts of a tar; if it ends early, those before its end."""
     members = _Members()
     try:
         with tar_images.open_tar(storage.join(collector.source.base, name)) as tar:
             for member in tar_images.list_files(tar):
-                key, ending = tar_images.split_name(member.name)
+                key, extensions = tar_images.split_name(member.name)
                 if not key:
                     continue
-                kind = ending.rpartition(".")[2]
+                kind = extensions.rpartition(".")[2]
                 text = tar_images.printable_name(member)
                 if kind in IMAGE_EXTENSIONS:
                     members.images.append(_Image(text, ids.choose(name, member), tar_images.block_of(member)))
@@ -120,5 +121,8 @@ def _read_tar(collector: Collector, name: str, ids: tar_images.ImageIds) -> _Mem
                     content = tar.extractfile(member)
                     members.texts.append((text, content.read() if content else b""))
     except tar_images.DAMAGED as error:
-        collector.odd("tar is damaged or ends early", "tars are damaged or end early", f"{name} ({error})")
+        collector.add_problem("tar is damaged or ends early", "tars are damaged or end early", f"{name} ({error})")
     return members
+
+
+FORMAT: Final = DatasetFormat(description="WebDataset tars", read=read_webdataset, is_packed=True, covers_folder=True)

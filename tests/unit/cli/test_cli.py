@@ -605,7 +605,7 @@ def test_captions_are_exported_and_the_last_line_counts_them(format: str, captio
 
     assert (result.exit_code, result.stdout) == (0, "")
     assert result.stderr.splitlines() == [
-        f"{tmp_path}/out: 1 caption as {format}; left out: 1 failed, 1 below the confidence asked for"
+        f"{tmp_path}/out: 1 caption as {format}; left out: 1 failed, 1 below --min-confidence"
     ]
     assert (tmp_path / "out").exists()
 
@@ -623,7 +623,7 @@ def test_an_export_as_json_is_all_there_is_on_stdout(captioned: Path, tmp_path: 
         "left_out_by_status": {"failed": 1},
         "left_out_by_confidence": 0,
         "left_out_without_image": 1,
-        "images_without": ["1.jpg (gone)"],
+        "images_without": ["1.jpg (missing)"],
     }
 
 
@@ -634,7 +634,7 @@ def test_an_image_that_is_gone_is_named(captioned: Path, tmp_path: Path) -> None
 
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "left out: 1.jpg (gone)",
+        "left out: 1.jpg (missing)",
         f"{tmp_path}/out: 1 caption as hf; left out: 1 failed, 1 without their image",
     ]
 
@@ -670,7 +670,7 @@ def test_an_export_from_an_unfinished_run_says_so(captioned: Path, tmp_path: Pat
     result = imcap("export", captioned, tmp_path / "out", "--to", "jsonl")
 
     assert result.exit_code == 0
-    assert "is not complete; what is there is exported" in result.stderr.splitlines()[0]
+    assert "is not complete" in result.stderr.splitlines()[0]
 
 
 def test_python_m_is_the_same_command() -> None:

@@ -10,15 +10,13 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from imcap_ray.data.image_decoding import decode_image
-from imcap_ray.data.near_duplicates import HASH_BYTES, MAX_DISTANCE, describe_look, find_lookalikes
+from imcap_ray.data.near_duplicates import HASH_BYTES, MAX_DISTANCE, Fingerprint, find_near_duplicates, fingerprint
 from tests.odd_images import photo
 from tests.small_data import jpeg
 
-Look = tuple[bytes, bytes]
 
-
-def look(data: bytes) -> Look:
-    return describe_look(decode_image(data, image_size=32).pixels)
+def look(data: bytes) -> Fingerprint:
+    return fingerprint(decode_image(data, image_size=32).pixels)
 
 
 def saved(image: Image.Image, format: str, **options: int) -> bytes:
@@ -41,7 +39,7 @@ def saved(image: Image.Image, format: str, **options: int) -> bytes:
 def test_a_copy_saved_in_another_way_looks_the_same(copy: bytes) -> None:
     others = [look(jpeg(number)) for number in range(60)]
 
-    groups = find_lookalikes([look(saved(photo(400, 300), "JPEG", quality=95)), *others, look(copy)])
+    groups = find_near_duplicates([look(saved(photo(400, 300), "JPEG", quality=95)), *others, look(copy)])
 
     assert groups == [[0, 61]]
 
@@ -49,34 +47,34 @@ def test_a_copy_saved_in_another_way_looks_the_same(copy: bytes) -> None:
 def test_a_mirrored_picture_is_another_one() -> None:
     mirrored = photo(400, 300).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
-    assert find_lookalikes([look(saved(photo(400, 300), "PNG")), look(saved(mirrored, "PNG"))]) == []
+    assert find_near_duplicates([look(saved(photo(400, 300), "PNG")), look(saved(mirrored, "PNG"))]) == []
 
 
 def test_every_pair_within_the_distance_is_found_and_no_other() -> None:
     """The bands against comparing each with each, on random hashes with some bits of them turned."""
     random = np.random.default_rng(0)
     thumbnail = os.urandom(256)  # all the same: the hash alone decides
-    looks: list[Look] = []
+    looks: list[Fingerprint] = []
     for _ in range(40):
         bits = random.integers(0, 2, 8 * HASH_BYTES, dtype=np.uint8)
         for num_turned in (0, MAX_DISTANCE, MAX_DISTANCE + 1):
             turned = bits.copy()
             turned[random.permutation(len(bits))[:num_turned]] ^= 1
-            looks.append((np.packbits(turned).tobytes(), thumbnail))
+            looks.append(Fingerprint(np.packbits(turned).tobytes(), thumbnail))
     hashes = [np.unpackbits(np.frombuffer(one, np.uint8)) for one, _ in looks]
     expected = [[n, n + 1] for n in range(0, len(looks), 3)]  # the third of each is too far away
     for n in range(0, len(looks), 3):
         if (hashes[n + 1] != hashes[n + 2]).sum() <= MAX_DISTANCE:
             expected[n // 3].append(n + 2)
 
-    assert find_lookalikes(looks) == expected
+    assert find_near_duplicates(looks) == expected
 
 
 def test_many_pictures_with_the_same_hash_are_one_group() -> None:
     same = look(jpeg(1))
 
-    assert find_lookalikes([same] * 3000) == [list(range(3000))]
+    assert find_near_duplicates([same] * 3000) == [list(range(3000))]
 
 
 def test_nothing_looks_like_nothing() -> None:
-    assert find_lookalikes([]) == find_lookalikes([look(jpeg(1))]) == []
+    assert find_near_duplicates([]) == find_near_duplicates([look(jpeg(1))]) == []

@@ -30,7 +30,7 @@ from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.exports.captions_rows import COLUMNS, ExportSummary
 from imcap_ray.exports.coco import coco_results_name
-from imcap_ray.exports.export import export_captions
+from imcap_ray.exports.export import ExportOptions, export_captions
 from imcap_ray.exports.shards import Format, webdataset_key
 from imcap_ray.exports.sidecar import sidecar_name
 from imcap_ray.exports.text import guard_cell
@@ -112,9 +112,11 @@ def write_images(folder: Path, names: Iterable[str]) -> list[Row]:
     return rows
 
 
-def export(captions: Path, output: Path | str, format: str, **options: Any) -> ExportSummary:
-    images = CaptionedImageSource(str(captions), allow_outside_paths=True)
-    return export_captions(str(captions), str(output), format=format, images=images, **options)  # type: ignore[arg-type]
+def export(
+    captions: Path, output: Path | str, format: Any, *, images: CaptionedImageSource | None = None, **options: Any
+) -> ExportSummary:
+    source = images or CaptionedImageSource(str(captions), allow_outside_paths=True)
+    return export_captions(str(captions), str(output), ExportOptions(format=format, **options), images=source)
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -307,7 +309,7 @@ def test_damaged_captions_leave_what_was_there(format: str, captions: Path, tmp_
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_nothing_to_export_is_an_error_and_no_empty_file(format: str, captions: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no caption to export: 1 duplicate, 2 failed, 7 below the confidence"):
+    with pytest.raises(InputError, match="no caption to export: 1 duplicate, 2 failed, 7 below --min-confidence"):
         export(captions, tmp_path / "out", format, min_confidence=0.99)
 
     assert not (tmp_path / "out").exists()
@@ -392,7 +394,7 @@ def test_other_types_of_the_same_columns_are_read(tmp_path: Path) -> None:
 def test_captions_are_not_written_over(format: str, name: str, captions: Path) -> None:
     before = files_below(captions)
 
-    with pytest.raises(OutputError, match="lies in CAPTIONS"):
+    with pytest.raises(OutputError, match="is inside CAPTIONS"):
         export(captions, captions / name, format, overwrite=format != "sidecar")
 
     assert files_below(captions) == before
@@ -615,7 +617,7 @@ def test_two_images_of_one_sidecar_are_refused_before_anything_is_written(existi
 def test_no_sidecar_leads_out_of_the_output(image_id: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("good.jpg"), row(image_id)])
 
-    with pytest.raises(InputError, match="is no path below OUT"):
+    with pytest.raises(InputError, match="is not a path below OUT"):
         export(folder, tmp_path / "deep" / "out", "sidecar", existing="overwrite")
 
     assert sorted(os.listdir(tmp_path)) == ["captions"]
@@ -646,7 +648,7 @@ def test_an_image_that_is_not_what_was_captioned_is_named_and_left_out(format: s
     summary = export(write_captions(tmp_path / "captions", rows), tmp_path / "out", format)
 
     assert summary.images_without == [
-        "gone.jpg (gone)",
+        "gone.jpg (missing)",
         "changed.jpg (changed since it was captioned)",
         f"folder.jpg (cannot read {tmp_path}/images/folder.jpg: Is a directory)",
     ]
@@ -662,7 +664,9 @@ def test_a_disk_that_is_gone_is_an_error_and_the_earlier_export_stands(
     before = files_below(tmp_path / "out")
     (tmp_path / "images").rename(tmp_path / "unmounted")
 
-    with pytest.raises(ImcapError, match=r"none of the 7 images can be read, the first is 0\.jpg \(gone\)") as refused:
+    with pytest.raises(
+        ImcapError, match=r"none of the 7 images can be read, the first is 0\.jpg \(missing\)"
+    ) as refused:
         export(captions, tmp_path / "out", format, overwrite=True)
 
     assert refused.value.exit_code == 1
@@ -713,7 +717,7 @@ def test_a_store_that_throttles_many_images_is_asked_twice_whether_it_is_reachab
 def test_images_of_a_table_that_nothing_names_cannot_be_exported(format: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path="")])
 
-    with pytest.raises(InputError, match=r"the bytes of image 'a\.jpg' were in a table"):
+    with pytest.raises(InputError, match=r"image 'a\.jpg' was in a table"):
         export(folder, tmp_path / "out", format)
 
 
@@ -746,7 +750,7 @@ def test_no_file_from_elsewhere_gets_into_an_export(format: str, tmp_path: Path)
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path=str(tmp_path / "secret"))])
 
     with pytest.raises(InputError, match="leads out of"):
-        export_captions(str(folder), str(tmp_path / "out"), format=format, images=CaptionedImageSource(str(folder)))  # type: ignore[arg-type]
+        export(folder, tmp_path / "out", format, images=CaptionedImageSource(str(folder)))
 
     assert not (tmp_path / "out").exists()
 
@@ -846,12 +850,18 @@ def test_what_a_killed_export_has_left_goes_with_the_next(captions: Path, tmp_pa
     assert os.listdir(tmp_path / "out") == ["captions-00000.tar"]
 
 
-def test_progress_is_told_while_rows_go_by(tmp_path: Path) -> None:
-    folder = write_captions(tmp_path / "captions", [row(f"{number}.jpg") for number in range(1000)])
-    told: list[tuple[int, int]] = []
+def test_progress_is_reported_while_rows_are_written(tmp_path: Path) -> None:
+    folder = str(write_captions(tmp_path / "captions", [row(f"{number}.jpg") for number in range(1000)]))
+    reports: list[tuple[int, int]] = []
 
-    export(folder, tmp_path / "out", "jsonl", on_progress=lambda done, total: told.append((done, total)))
+    export_captions(
+        folder,
+        str(tmp_path / "out"),
+        ExportOptions(format="jsonl"),
+        images=CaptionedImageSource(folder),
+        on_progress=lambda done, total: reports.append((done, total)),
+    )
 
-    assert [total for _, total in told] == [1000] * len(told)
-    assert 1 < len(told) <= 10
-    assert told == sorted(told)
+    assert [total for _, total in reports] == [1000] * len(reports)
+    assert 1 < len(reports) <= 10
+    assert reports == sorted(reports)

@@ -114,7 +114,7 @@ def test_images_without_a_file_are_counted_and_stay(flickr8k: Path) -> None:
     for path in (flickr8k / "Flicker8k_Dataset").iterdir():
         path.unlink()
     dataset = load(flickr8k)
-    assert dataset.notes[-1] == "none of the 12 images is there"
+    assert "12 images" in dataset.notes[-1]
     assert len(dataset.references()) == 12
 
 
@@ -130,7 +130,7 @@ def test_no_caption_at_all_is_refused(flickr8k: Path) -> None:
         path.unlink()
     (flickr8k / "Flickr8k.token.txt").write_text("")
 
-    with pytest.raises(DatasetError, match="Flickr8k as distributed, but not one caption in it"):
+    with pytest.raises(DatasetError, match="Flickr8k as distributed, without a single caption"):
         load_dataset(str(flickr8k))
 
 
@@ -164,10 +164,9 @@ def test_kaggles_form_is_recognised(tmp_path: Path) -> None:
         "b.jpg": ["A cat , asleep .", 'He says "hi" .'],
     }
     assert dataset.table["image_path"].to_pylist() == [f"{tmp_path}/Images/a.jpg", f"{tmp_path}/Images/b.jpg"]
-    assert dataset.notes == [
-        "no official splits: each image's split is a hash of its name",
-        "none of the 2 images is there",
-    ]
+    splits, missing = dataset.notes
+    assert "no official splits" in splits
+    assert "2 images" in missing
 
 
 def test_kaggles_odd_lines_are_counted(tmp_path: Path) -> None:
@@ -268,7 +267,7 @@ def test_parquet_rows_without_an_image_or_a_caption_are_counted(tmp_path: Path) 
         ({"image_id": ["a"], "words": ["x"]}, "expected a column of images .* of captions .*; got image_id, words"),
         ({"picture": ["a"], "caption": ["x"]}, "expected a column of images .* of captions .*; got picture, caption"),
         ({"image_id": [["a"]], "caption": [{"text": "x"}]}, "ids must be text, numbers or bytes, which image_id .list"),
-        ({"image_id": ["a"], "caption": [""]}, "Parquet, but not one caption in it"),
+        ({"image_id": ["a"], "caption": [""]}, "Parquet, without a single caption"),
     ],
 )
 def test_parquet_that_is_no_data_set_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
@@ -314,7 +313,7 @@ def test_a_name_may_be_written_in_another_unicode_form(tmp_path: Path, on_disk: 
     paths = dataset.table["image_path"].to_pylist()
     assert [Path(path).exists() for path in paths] == [True, True, True, False]
     assert dataset.table["image_id"].to_pylist() == columns["image_path"]
-    assert "1 name of files in another Unicode form than in the data" in dataset.notes
+    assert any(note.startswith("1 file name") and "Unicode" in note for note in dataset.notes)
 
 
 def write_naming(folder: Path, form: str, path: str) -> Path:
@@ -378,7 +377,7 @@ def test_what_is_not_there_or_not_recognised_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"no such data set: {tmp_path}/nowhere"):
         load_dataset(f"{tmp_path}/nowhere")
     (tmp_path / "photo.jpg").write_bytes(b"")
-    with pytest.raises(DatasetError, match=r"holds no captioned images: expected Flickr8k as distributed .*Parquet"):
+    with pytest.raises(DatasetError, match=r"expected one of: Flickr8k as distributed .*Parquet"):
         load_dataset(str(tmp_path))
 
 

@@ -192,8 +192,8 @@ FORMATS: Final[dict[Callable[[Path], None], tuple[str, bool]]] = {
     write_list: ("a JSON list of captions", True),
     write_metadata_jsonl: ("Hugging Face's imagefolder", False),
     write_metadata_by_split: ("Hugging Face's imagefolder", True),
-    write_sidecars: ("a folder of images with their captions beside them", False),
-    write_sidecars_by_split: ("a folder of images with their captions beside them", True),
+    write_sidecars: ("a folder of images with their captions next to them", False),
+    write_sidecars_by_split: ("a folder of images with their captions next to them", True),
     write_webdataset: ("WebDataset, 3 tars", True),
     write_hugging_face_parquet: ("Parquet with images", True),
     write_parquet_of_bytes: ("Parquet with images", True),
@@ -338,9 +338,7 @@ def test_coco_without_file_names_is_of_use_as_references(tmp_path: Path) -> None
 
     assert set(dataset.references()) == {"7", "8", "9", "10"}
     assert dataset.table["image_path"].to_pylist() == [""] * 4
-    assert dataset.notes[0].startswith(
-        "3 annotations have no caption or none of the images: references.json annotations"
-    )
+    assert dataset.notes[0].startswith("3 annotations have no caption or no known image: references.json annotations")
 
 
 def test_captions_as_pycocotools_writes_them_are_read_back(tmp_path: Path) -> None:
@@ -378,7 +376,7 @@ def test_one_file_of_coco_finds_its_images_beside_the_annotations(tmp_path: Path
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["dataset_a.json", "dataset_b.json"], "several sets of captions, dataset_a.json, dataset_b.json: name one"),
+        (["dataset_a.json", "dataset_b.json"], "several sets of captions, dataset_a.json, dataset_b.json: "),
         (["captions_train2014.json", "captions_val2017.json"], "several sets of captions"),
     ],
 )
@@ -402,9 +400,9 @@ def test_of_several_sets_of_captions_one_must_be_named(tmp_path: Path, names: li
             '{"file_name": "a.jpg", "label": 1}\n',
             "metadata.jsonl has no captions: .*got file_name, label",
         ),
-        ("notes.txt", "Dear all,\nthis is no data set, I fear.\n", "not one caption in it; 2 lines are not"),
-        ("broken.tar", "no tar", "not one caption in it; 1 tar is damaged or ends early: broken.tar"),
-        ("photo.xyz", "x", "holds no captioned images: expected Flickr8k"),
+        ("notes.txt", "Dear all,\nthis is no data set, I fear.\n", "without a single caption; 2 lines are not"),
+        ("broken.tar", "no tar", "without a single caption; 1 tar is damaged or ends early: broken.tar"),
+        ("photo.xyz", "x", "holds no captioned images: expected one of: Flickr8k"),
     ],
 )
 def test_a_file_that_holds_no_captions_is_refused_in_one_line(
@@ -425,7 +423,7 @@ def test_names_in_split_folders_do_not_clash(tmp_path: Path) -> None:
     dataset = load_dataset(str(tmp_path))
 
     assert dataset.references() == {"train/1.jpg": ["train"], "test/1.jpg": ["test"]}
-    assert "2 lines are no JSON objects: train/metadata.jsonl line 2, test/metadata.jsonl line 2" in dataset.notes
+    assert "2 lines are not JSON objects: train/metadata.jsonl line 2, test/metadata.jsonl line 2" in dataset.notes
 
 
 def test_what_has_no_other_half_beside_it_is_counted(tmp_path: Path) -> None:
@@ -439,7 +437,7 @@ def test_what_has_no_other_half_beside_it_is_counted(tmp_path: Path) -> None:
     assert dataset.references()["dog.png"] == dataset.references()["dog.jpg"]
     assert "1 caption file belongs to several images: dog" in dataset.notes
     assert "2 images have no caption: blank.jpg, alone.jpg" in dataset.notes
-    assert "1 file has no image beside it: README.txt" in dataset.notes
+    assert "1 file has no image next to it: README.txt" in dataset.notes
 
 
 def test_an_image_whose_name_begins_with_an_underscore_is_an_image_in_every_command(tmp_path: Path) -> None:
@@ -577,7 +575,7 @@ def test_every_image_of_a_tar_that_is_captioned_is_in_its_data_set(
     folder = tmp_path_factory.mktemp("tar")
     try:
         dataset = written_tar(folder / "a.tar", *names)
-    except DatasetError:  # not one caption in it
+    except DatasetError:  # without a single caption
         return
     build_manifest(str(folder / "a.tar"), str(folder / "manifest"))
 
@@ -609,7 +607,7 @@ def test_captions_of_another_image_of_the_same_name_are_left_out_and_named(tmp_p
 
     assert dataset.references()["dog.jpg"] == REFERENCES["dog.jpg"]
     assert (
-        "1 name stands for another image too, whose captions are left out: dog.jpg (dataset_coco.json images[4])"
+        "1 name is also that of another image, whose captions are left out: dog.jpg (dataset_coco.json images[4])"
         in (dataset.notes)
     )
 

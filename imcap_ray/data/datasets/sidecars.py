@@ -1,0 +1,128 @@
+"""Images with their captions in files next to them, `photo.jpg` and `photo.txt` -> captioned images."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from imcap_ray import storage
+from imcap_ray.data.datasets.dataset import CaptionedImages, Collector, DatasetFormat, Source, split_in_path
+from imcap_ray.data.datasets.fields import captions_in
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
+from imcap_ray.text.encodings import split_lines
+
+CAPTION_EXTENSIONS: Final = ("txt", "caption", "json")
+"""Extensions of caption files, in the order in which they are searched for a caption."""
+
+_CONCURRENT_READS: Final = 16
+"""A store takes far longer to answer a request than to send the data."""
+
+
+def read_sidecars(source: Source) -> CaptionedImages | None:
+    """Read images and caption files of all folders below, one caption a line. Folders named after splits are the
+    splits."""
+    if source.is_file:
+        return None
+    images, captions = _list_by_stem(source.base)
+    pairs = {stem: captions[stem] for stem in images if stem in captions}
+    if not pairs:
+        return None
+    collector = Collector(source, "a folder of images with their captions next to them")
+    for stem, contents in zip(pairs, _read_all(source, pairs), strict=True):
+        names = images[stem]
+        if len(names) > 1:
+            collector.add_problem(
+                "caption file belongs to several images", "caption files belong to several images", stem
+            )
+        for name in (name for name, content in contents.items() if content is None):
+            collector.add_problem("file cannot be read", "files cannot be read", name)
+        readable = [(name, content) for name, content in contents.items() if content is not None]
+        texts = caption_texts(collector, readable, where=stem)
+        for name in names:
+            if texts:
+                path = storage.join(source.base, name)
+                collector.add(name, texts, where=name, path=path, split=split_in_path(name))
+            else:
+                collector.add_uncaptioned(name, where=name)
+    for name in (name for stem, names in images.items() if stem not in captions for name in names):
+        collector.add_uncaptioned(name, where=name)
+    for name in (names[0] for stem, names in captions.items() if stem not in images):
+        collector.add_problem("file has no image next to it", "files have no image next to them", name)
+    return collector.to_dataset()
+
+
+def find_captioned_images(folder: str) -> list[str]:
+    """Names of the images below a folder that have a caption file next to them."""
+    images, captions = _list_by_stem(folder)
+    return [name for stem, names in images.items() if stem in captions for name in names]
+
+
+def _list_by_stem(folder: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The images and the caption files below a folder, by their names without the extension."""
+    images: dict[str, list[str]] = defaultdict(list)
+    captions: dict[str, list[str]] = defaultdict(list)
+    for file in storage.list_files(folder):
+        stem, _, extension = file.name.rpartition(".")
+        if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith("."):
+            continue
+        if extension.lower() in IMAGE_EXTENSIONS:
+            images[stem].append(file.name)
+        elif extension.lower() in CAPTION_EXTENSIONS:
+            captions[stem].append(file.name)
+    return images, captions
+
+
+def _read_all(source: Source, pairs: dict[str, list[str]]) -> Iterator[dict[str, bytes | None]]:
+    """For each image the contents of its caption files, by name; None for a file that cannot be read."""
+
+    def read(names: list[str]) -> dict[str, bytes | None]:
+        return {name: read_file(storage.join(source.base, name)) for name in names}
+
+    def read_file(location: str) -> bytes | None:
+        try:
+            return storage.read_bytes(location)
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(_CONCURRENT_READS) as pool:
+        yield from pool.map(read, pairs.values())
+
+
+def caption_texts(collector: Collector, files: Sequence[tuple[str, bytes]], *, where: str) -> list[str]:
+    """The captions in the files of an image, given by name and content: those of the first extension that has any.
+
+    If several files with this extension have captions, the first one is used and the image is noted.
+    """
+    for extension in CAPTION_EXTENSIONS:
+        of_kind = [(name, data) for name, data in files if name.rpartition(".")[2].lower() == extension]
+        texts = [captions for name, data in of_kind if (captions := _captions_in_file(collector, name, data))]
+        if len(texts) > 1:
+            collector.add_problem(
+                "image has several caption files, of which the first is used",
+                "images have several caption files, of which the first is used",
+                where,
+            )
+        if texts:
+            return texts[0]
+    return []
+
+
+def _captions_in_file(collector: Collector, name: str, data: bytes) -> list[str]:
+    text = collector.decode(data, name)
+    if name.lower().endswith(".json"):
+        return _captions_in_json(text)
+    return [line for line in split_lines(text) if line.strip()]
+
+
+def _captions_in_json(text: str) -> list[str]:
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return captions_in({str(key).lower(): value for key, value in record.items()}) if isinstance(record, dict) else []
+
+
+FORMAT: Final = DatasetFormat(description="images with .txt files next to them", read=read_sidecars, covers_folder=True)

@@ -1,0 +1,210 @@
+"""A folder -> its image files, tars and Parquet tables of images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+
+from imcap_ray import storage
+from imcap_ray.data.columns import ImageColumns, holds_image_bytes
+from imcap_ray.data.image_formats import extension_of, has_image_signature, is_image_name
+from imcap_ray.data.parquet_files import read_metadata
+from imcap_ray.data.parquet_images import TablePaths, open_table
+from imcap_ray.errors import InputError
+from imcap_ray.storage import ListedFile
+
+_SIGNATURE_BYTES: Final = 64
+
+_MAX_OBJECT_REQUESTS: Final = 8
+"""Maximum number of objects of a store, named by a table next to image files, that are asked for one by one."""
+
+
+class Listing:
+    """The files of a location, sorted into image files, tars, Parquet tables and others.
+
+    Files that captioning runs have written below the location, and files in `output`, count as others.
+    """
+
+    def __init__(self, location: str, *, recursive: bool = True, output: str | None = None) -> None:
+        self.num_images = 0
+        self._location = location
+        self._recursive = recursive
+        self._output = output
+        self._packed: dict[str, list[ListedFile]] = {"tar": [], "parquet": []}
+        self._num_others = 0
+        self._run_folders: set[str] = set()
+        self.unreadable: list[str] = []
+        """Names of the tables that `find_image_tables` could not read."""
+
+    def images(self) -> Iterator[ListedFile]:
+        """The image files. Everything else is known once all of them have been iterated."""
+        if storage.is_file(self._location):
+            file = storage.describe_file(self._location)
+            if extension_of(file.name) in self._packed:
+                self._packed[extension_of(file.name)].append(file)
+                return
+            files: Iterable[ListedFile] = [file]
+        else:
+            files = storage.list_files(self._location, recursive=self._recursive)
+        for file in files:
+            folder, _, name = file.name.rpartition("/")
+            if is_image_name(file.name):
+                self.num_images += 1
+                yield file
+            elif (
+                extension_of(name) in self._packed
+                and not name.startswith(("_", "."))
+                and not (self._output and storage.is_inside(self._output, file.location))
+            ):
+                self._packed[extension_of(name)].append(file)
+            else:
+                self._num_others += 1
+            before, work, _ = f"/{folder}/".partition("/_imcap/")
+            if work and before:  # the location itself may be a captions folder, whose table names images
+                self._run_folders.add(before[1:])
+
+    def tars(self) -> list[ListedFile]:
+        """The tars, sorted by name."""
+        return sorted(self._without_runs("tar"), key=lambda file: file.name)
+
+    def tables(self) -> list[ListedFile]:
+        """The Parquet tables."""
+        return self._without_runs("parquet")
+
+    def num_others(self) -> int:
+        """Number of files of other kinds."""
+        return self._num_others + sum(
+            len(files) - len(self._without_runs(kind)) for kind, files in self._packed.items()
+        )
+
+    def _without_runs(self, kind: str) -> list[ListedFile]:
+        return [file for file in self._packed[kind] if not self._is_of_run(file.name.rpartition("/")[0])]
+
+    def _is_of_run(self, folder: str) -> bool:
+        return folder in self._run_folders or "/_imcap/" in f"/{folder}/"
+
+    def find_image_tables(self, columns: ImageColumns) -> list[ListedFile]:
+        """The Parquet tables that belong to an input of image files or tars, because they hold images themselves.
+
+        Raises:
+            InputError: there are tars too, or a table names existing images that are not among the image files.
+        """
+        tables = [table for table in self._readable_tables() if self._holds_images(table, columns)]
+        tars = self.tars()
+        if tables and tars:
+            raise InputError(
+                f"{self._location} holds images in {count_files(tars, 'tar')} ({tars[0].name}) and in "
+                f"{count_files(tables, 'Parquet table')} ({tables[0].name}), which may be the same images: give one of "
+                "them as the input, or a folder that holds only one kind"
+            )
+        return tables
+
+    def _readable_tables(self) -> Iterator[ListedFile]:
+        self.unreadable = []
+        for table in self.tables():
+            try:
+                read_metadata(table.location)
+            except (pa.ArrowException, OSError):
+                self.unreadable.append(table.name)
+            else:
+                yield table
+
+    def _holds_images(self, table: ListedFile, columns: ImageColumns) -> bool:
+        with open_table(table.location) as opened:
+            column = columns.peek(opened, table.location)
+        if column is None or (column.kind != "path" and holds_image_bytes(table.location, column) is False):
+            return False
+        named = _NamedFiles(self._location)
+        first_row = 0
+        for group in TablePaths(self._location, True, columns).row_groups(table.location, column):
+            if group.paths is None or None in group.paths:
+                return True
+            if self.num_images:
+                for path, row in _first_rows(group.paths, first_row):
+                    named.add(path, row, is_listed=self._is_listed(path))
+            first_row += group.num_rows
+        unlisted = named.unlisted_image()
+        if unlisted is not None:
+            path, row = unlisted
+            raise InputError(
+                f"{self._location} holds {self.num_images:,} image file{'s' * (self.num_images != 1)}, and its "
+                f"table {table.name} names images that are not among them (row {row}: {path!r}): give "
+                f"{table.location} as the input, or a folder without it"
+            )
+        return False
+
+    def _is_listed(self, path: str) -> bool:
+        """Whether a file that a table names would be among the image files, if it exists."""
+        is_below = storage.is_inside(self._location, path)
+        return is_image_name(path) and (is_below if self._recursive else storage.parent(path) == self._location)
+
+
+def _first_rows(paths: Iterable[str | None], first_row: int) -> Iterator[tuple[str, int]]:
+    """Each path with the number of its first row, without empty ones."""
+    rows: dict[str, int] = {}
+    for row, path in enumerate(paths, first_row):
+        if path:
+            rows.setdefault(path, row)
+    return iter(rows.items())
+
+
+class _NamedFiles:
+    """The files that a column of paths names, to find images among them that are not listed.
+
+    Such a column may hold anything: the paths of scripts, or those that photographs had before they were moved. A file
+    counts as an image if it exists and has the name or the first bytes of one; if at least half of the values are
+    existing image files, any existing file does. In a store, only some objects below the input are asked for: others
+    count as images, and a web address does if it ends like one.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._num_values = 0
+        self._num_image_names = 0
+        self._image: tuple[str, int] | None = None
+        self._file: tuple[str, int] | None = None
+        self._num_asked = 0
+
+    def add(self, path: str, row: int, *, is_listed: bool) -> None:
+        """Count a value of the column, given as an absolute path."""
+        self._num_values += 1
+        self._num_image_names += is_image_name(path) and (storage.is_uri(path) or os.path.isfile(path))
+        if is_listed or self._image is not None:
+            return
+        if storage.is_uri(path) and not (storage.is_inside(self._folder, path) and not is_image_name(path)):
+            is_web = path.lower().startswith(("http://", "https://"))
+            if is_image_name(urlsplit(path).path) or not is_web:
+                self._image = path, row
+        elif self._exists(path):
+            if is_image_name(path) or _begins_like_image(path):
+                self._image = path, row
+            elif self._file is None:
+                self._file = path, row
+
+    def unlisted_image(self) -> tuple[str, int] | None:
+        """The first existing image that is not listed, and its row."""
+        return self._image or (self._file if self._num_image_names * 2 >= self._num_values else None)
+
+    def _exists(self, path: str) -> bool:
+        if not storage.is_uri(path):
+            return os.path.isfile(path)
+        self._num_asked += 1
+        return self._num_asked <= _MAX_OBJECT_REQUESTS and storage.is_file(path)
+
+
+def _begins_like_image(path: str) -> bool:
+    filesystem, inner = storage.resolve(path)
+    try:
+        with filesystem.open_input_file(inner) as file:
+            return has_image_signature(file.read(_SIGNATURE_BYTES))
+    except OSError:
+        return True  # it exists, and may be an image
+
+
+def count_files(files: Sequence[ListedFile], noun: str) -> str:
+    """The number of files for people: "2 tars"."""
+    return f"{len(files):,} {noun}{'s' * (len(files) != 1)}"
