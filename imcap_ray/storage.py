@@ -1,4 +1,4 @@
-"""Local paths and URIs -> files, through pyarrow's file systems. Knows nothing of what the files hold."""
+"""Local paths and URIs -> files, through pyarrow's file systems. Knows nothing of the contents of files."""
 
 from __future__ import annotations
 
@@ -26,17 +26,16 @@ from pyarrow import fs
 from imcap_ray.errors import ImcapError, InputError
 
 S3_ATTEMPTS: Final = 11
-"""How often a request to S3 is tried, unless AWS_MAX_ATTEMPTS gives another number. The first retry is immediate, and
-the waits before the others double from 50 ms to 12.8 s: 25.6 seconds in total. A short outage, or a store that
-throttles, costs a run only time."""
+"""Number of attempts of a request to S3, unless AWS_MAX_ATTEMPTS is set. The first retry is immediate, and the waits
+before the others double from 50 ms to 12.8 s: 25.6 seconds in total. A short outage, or a store that throttles, costs a
+run only time."""
 
 MOST_S3_ATTEMPTS: Final = 16
-"""A larger AWS_MAX_ATTEMPTS counts as this, because the waits double: 16 attempts wait 14 minutes, 20 would wait 4
-hours."""
+"""Maximum of AWS_MAX_ATTEMPTS, because the waits double: 16 attempts wait 14 minutes, 20 would wait 4 hours."""
 
 _CHECKSUM_VARIABLE: Final = "AWS_REQUEST_CHECKSUM_CALCULATION"
 _CHUNK_HEADER: Final = re.compile(rb"[0-9a-fA-F]+(;chunk-signature=[0-9a-f]+)?\r\n")
-"""What an upload that is encoded as `aws-chunked` begins with."""
+"""Beginning of an upload that is encoded as `aws-chunked`."""
 _READ_BACK_ATTEMPTS: Final = 3
 
 _FIRST_WAIT_SECONDS: Final = 0.05
@@ -44,20 +43,20 @@ _REACHABLE_SECONDS: Final = 11.0
 _REACHABLE_TIMEOUT_SECONDS: Final = 3.0
 _REACHABLE_PAUSE_SECONDS: Final = 0.25
 
-# pyarrow gives the answer of S3 as much room as the object needs. Where an error's text is longer than that, neither
-# pyarrow nor the AWS library knows what the error was, and neither tries again.
+# pyarrow's buffer for a response of S3 is as large as the object. If an error's text is longer than that, neither
+# pyarrow nor the AWS library knows the error, and neither tries again.
 _LOST_ANSWER: Final = "Failed to flush response stream"
 
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 _TEMPORARY_LETTERS: Final = 60  # of the file's own name; 4 bytes each in UTF-8 leave room in the 255 that a name has
 _COPY_BYTES: Final = 16 * 2**20
 _SECOND_NS: Final = 10**9
-_LISTINGS_AT_A_TIME: Final = 16
-_FILES_AT_A_TIME: Final = 1000
+_CONCURRENT_LISTINGS: Final = 16
+_FILES_PER_TASK: Final = 1000
 
 _NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 _REFUSED_STATUS: Final = (401, 403, 404, 405, 501)
-"""HTTP statuses that come again, as the errors of fsspec's web stores have them."""
+"""HTTP statuses, in the errors of fsspec's web stores, for which a retry is useless."""
 
 _FORBIDDEN: Final = re.compile(r"AWS Error ACCESS_DENIED|HTTP status (401|403)\b")
 _SECRET_NAMES: Final = (
@@ -70,15 +69,15 @@ _SECRET_USER: Final = re.compile(
 
 
 def is_uri(location: str) -> bool:
-    """Whether the location is written as a URI (`s3://bucket/key`) rather than as a path."""
+    """Whether the location is a URI (`s3://bucket/key`) rather than a path."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", location) is not None
 
 
 def absolute(location: str) -> str:
-    """The location independent of the current folder: a URI as it is, a path made absolute, `file://` taken off.
+    """The location as an absolute path without `file://`; a URI is returned unchanged.
 
     Raises:
-        InputError: the URI carries a password, a key or a signature.
+        InputError: the URI contains a password, a key or a signature.
     """
     refuse_secrets(location)
     return _absolute(location)
@@ -96,16 +95,15 @@ def join(location: str, *parts: str) -> str:
 
 
 def parent(location: str) -> str:
-    """The folder that holds this location."""
+    """The folder that contains this location."""
     return posixpath.dirname(location.rstrip("/"))
 
 
 def is_inside(folder: str, location: str) -> bool:
-    """Whether an absolute location is `folder` or below it, judged by the names alone.
+    """Whether an absolute location is `folder` or below it, by the names alone.
 
-    `.` and `..` are worked out; in a URI also where they are written `%2e`, for a server may read them so. A backslash
-    is a letter like others. Links are not looked at: one that lies inside a folder was made by whoever may write
-    there, and is followed wherever it leads.
+    `.` and `..` are resolved; in a URI also `%2e`, because a server may decode it. A backslash is an ordinary
+    character. Links are not resolved: anyone who creates one inside a folder may write there, so it is followed.
     """
     if location.startswith(f"{folder}/") and "/.." not in location and "%" not in location:
         return True
@@ -118,7 +116,7 @@ def _is_below(folder: str, location: str) -> bool:
 
 
 def _steps(location: str) -> list[str] | None:
-    """Scheme, authority and names on the way to a location; None for a relative one, or one above the root."""
+    """Scheme, authority and names in a location; None for a relative location, or one above the root."""
     if location[:7].lower() == "file://":
         location = location[7:]
     scheme, _, rest = location.partition("://") if is_uri(location) else ("", "", location)
@@ -137,7 +135,7 @@ def _steps(location: str) -> list[str] | None:
 
 
 def _decode(location: str) -> str:
-    """A URI without its percent signs, those that stand for one included; a path as it is."""
+    """A URI with all percent escapes decoded, also repeated ones; a path is returned unchanged."""
     while is_uri(location) and (decoded := unquote(location)) != location:
         location = decoded
     return location
@@ -152,15 +150,15 @@ def locate(
     allow_outside: bool,
     error: type[InputError] = InputError,
 ) -> str:
-    """Where a path leads that stands in a table or in a list; a relative one starts at `base`.
+    """The location of a path in a table or a list; a relative path starts at `base`.
 
     Args:
-        folders: the path must lead into one of them, see `is_inside`, unless `allow_outside`.
+        folders: the location must be in one of these, see `is_inside`, unless `allow_outside`.
         source: the table and the row, for the message.
-        error: what is raised.
+        error: type of the error.
 
     Raises:
-        InputError: the path leads elsewhere, or it is a URI with a secret.
+        InputError: the location is outside, or it is a URI with a secret.
     """
     try:
         refuse_secrets(path)
@@ -170,40 +168,40 @@ def locate(
     if not allow_outside and not any(is_inside(folder, location) for folder in folders):
         raise error(
             f"{source}: the path {path!r} leads out of {' and '.join(folders)}; "
-            "if it may name any file that you can read, give --allow-outside-paths"
+            "give --allow-outside-paths to allow any file that you can read"
         )
     return location
 
 
 def refuse_secrets(location: str) -> None:
-    """Raise InputError, without repeating it, if a URI holds a password, a key or a signature.
+    """Raise InputError if a URI contains a password, a key or a signature, without repeating the secret.
 
-    A location is written to tables, to run.json, to logs and to the list of a cluster's jobs.
+    Locations are written to tables, to run.json, to logs and to the list of a cluster's jobs.
     """
     if not is_uri(location):
         return
     scheme, _, rest = location.partition("://")
     user, at, host = rest.partition("/")[0].rpartition("@")
-    if at:  # abfs://container@account and gs://anonymous@bucket are no secrets
+    if at:  # abfs://container@account and gs://anonymous@bucket are not secrets
         has_key = ":" in unquote(user) or scheme.lower() in ("http", "https")
-    else:  # a key with a slash in it ends the part before the first slash, and looks like a port
+    else:  # a key that contains a slash looks like a port before the first slash
         port = re.sub(r"^\[.*?\]", "", host).partition(":")[2]
         has_key = not port.isdigit() and port != "" and not host.startswith("arn:")
     if has_key or _SECRET_QUERY.search(location):
         shown = "..." if has_key else re.split("[?&;]", rest)[0]
         raise InputError(
-            f"the URI {scheme}://{shown} holds a secret, which would end up in tables and logs: leave it out, and set "
+            f"the URI {scheme}://{shown} holds a secret, which would end up in tables and logs: remove it, and set "
             "environment variables (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or a profile (AWS_PROFILE) instead"
         )
 
 
 def hide_secrets(text: str) -> str:
-    """The text, of an error for instance, with passwords, keys and signatures in its URIs replaced by `***`."""
+    """The text, such as that of an error, with passwords, keys and signatures in its URIs replaced by `***`."""
     return _SECRET_USER.sub(r"\g<scheme>***@", _SECRET_QUERY.sub(r"\g<name>***", text))
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path on it; InputError when no installed library knows the URI's scheme."""
+    """The file system and the path on it; InputError if no installed library supports the URI's scheme."""
     location = _absolute(location)
     if not is_uri(location):
         return _local(), location
@@ -214,39 +212,43 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
 
 
 class _S3(fs.S3FileSystem):  # type: ignore[misc]
-    """S3 that tries again, in whatever process it arrives: pyarrow's own pickling forgets the number of attempts.
+    """S3 with retries, which survive pickling; pyarrow's own pickling loses the number of attempts.
 
-    The AWS library's "standard" strategy takes 5 of 500 tokens for each retry and never gets them back: after
-    100 retries in a process it would not try again. The "default" strategy counts the retries of each request alone.
+    The AWS library's "standard" strategy spends 5 of 500 tokens on each retry and never gets them back: after 100
+    retries in a process it would stop retrying. The "default" strategy counts the retries of each request separately.
 
     Args:
-        attempts: of each request, the first one included.
-        timeout_seconds: without a connection, or without a byte.
-        place: pyarrow's arguments that say where the store is.
+        attempts: number of attempts of each request, including the first one.
+        timeout_seconds: maximum time without a connection, or without a byte.
+        endpoint: pyarrow's arguments for the location of the store.
     """
 
-    def __init__(self, *, attempts: int, timeout_seconds: float, place: dict[str, str]) -> None:
-        if "endpoint_override" in place:
-            # Else the AWS library adds a checksum behind each upload, in an encoding that not every store decodes.
+    def __init__(self, *, attempts: int, timeout_seconds: float, endpoint: dict[str, str]) -> None:
+        if "endpoint_override" in endpoint:
+            # Otherwise the AWS library appends a checksum to each upload, in an encoding that not every store decodes.
             os.environ.setdefault(_CHECKSUM_VARIABLE, "when_required")
         super().__init__(
             retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts - 1),  # it counts retries
             connect_timeout=timeout_seconds,
             request_timeout=timeout_seconds,
             allow_delayed_open=True,  # a small object in one request instead of the three of a multipart upload
-            **place,
+            **endpoint,
         )
-        self._arguments: dict[str, Any] = {"attempts": attempts, "timeout_seconds": timeout_seconds, "place": place}
-        self._is_checked = "endpoint_override" not in place
+        self._arguments: dict[str, Any] = {
+            "attempts": attempts,
+            "timeout_seconds": timeout_seconds,
+            "endpoint": endpoint,
+        }
+        self._is_checked = "endpoint_override" not in endpoint
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(_S3, **self._arguments), ()
 
     def check_first_upload(self, path: str, size: int) -> None:
-        """Raise InputError if the store keeps the first object that was written otherwise than it was written.
+        """Raise InputError if the store has not stored the first object as it was written.
 
-        Only sizes are compared: an object of the same size may be another process's by now. Stores that are not AWS are
-        asked, once in each process.
+        Only sizes are compared, because another process may have written the object since. Stores other than AWS are
+        checked, once in each process.
         """
         if self._is_checked:
             return
@@ -264,27 +266,27 @@ class _S3(fs.S3FileSystem):  # type: ignore[misc]
         except OSError as error:
             if not _is_forbidden(error):
                 raise
-            self._is_checked = True  # who may write need not be allowed to read
+            self._is_checked = True  # writing may be allowed without reading
             return
-        reason = "ask who runs it whether uploads with checksums are supported"
+        reason = "ask its administrator whether it supports uploads with checksums"
         if _CHUNK_HEADER.match(begins):
             reason = f"it does not decode aws-chunked uploads; set {_CHECKSUM_VARIABLE}=when_required"
-        endpoint = hide_secrets(self._arguments["place"]["endpoint_override"])
+        endpoint = hide_secrets(self._arguments["endpoint"]["endpoint_override"])
         raise InputError(
-            f"the store at {endpoint} did not store what was written to s3://{path}: it has {stored.size:,} bytes, "
-            f"expected {size:,}; {reason}"
+            f"the store at {endpoint} did not store what was written to s3://{path}: expected {size:,} bytes, got "
+            f"{stored.size:,}; {reason}"
         )
 
     def without_retries(self, *, timeout_seconds: float) -> _S3:
-        """The same store, which is asked once."""
+        """The same store without retries."""
         return _S3(**self._arguments | {"attempts": 1, "timeout_seconds": timeout_seconds})
 
 
 def _open_s3(bucket: str) -> _S3:
-    # pyarrow itself looks at these variables for URIs only, and a URI cannot say how many attempts.
+    # pyarrow itself uses these variables only for URIs, and a URI cannot contain the number of attempts.
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    place = {"endpoint_override": endpoint} if endpoint else {"region": fs.resolve_s3_region(bucket)}
-    return _S3(attempts=_s3_attempts(), timeout_seconds=10.0, place=place)
+    location = {"endpoint_override": endpoint} if endpoint else {"region": fs.resolve_s3_region(bucket)}
+    return _S3(attempts=_s3_attempts(), timeout_seconds=10.0, endpoint=location)
 
 
 def _s3_attempts() -> int:
@@ -301,7 +303,7 @@ def _local() -> fs.FileSystem:
 
 @lru_cache(maxsize=16)
 def _remote(scheme: str, authority: str) -> fs.FileSystem:
-    """One file system object per bucket: making one for S3 costs a request for its region."""
+    """The file system of a bucket. One object for each, because creating one for S3 takes a request for its region."""
     root = f"{scheme}://{authority}/"
     try:
         return _open_s3(authority) if scheme == "s3" else fs.FileSystem.from_uri(root)[0]
@@ -315,41 +317,40 @@ def _remote(scheme: str, authority: str) -> fs.FileSystem:
 
 
 def exists(location: str) -> bool:
-    """Whether a file or folder is there."""
+    """Whether a file or folder exists."""
     filesystem, path = resolve(location)
     return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
 
 def is_file(location: str) -> bool:
-    """Whether a file is there."""
+    """Whether the location is an existing file."""
     filesystem, path = resolve(location)
     return bool(filesystem.get_file_info(path).type == fs.FileType.File)
 
 
 def is_folder(location: str) -> bool:
-    """Whether a folder is there; in an object store, whether anything is below that name."""
+    """Whether the location is an existing folder; in an object store, whether any object is below that name."""
     filesystem, path = resolve(location)
     return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
 
 
 class ListedFile(NamedTuple):
-    """A file as a listing shows it."""
+    """A file in a listing."""
 
     location: str
     name: str
     """Path relative to the listed folder."""
     size: int
-    """In bytes; -1 where a link leads nowhere."""
+    """In bytes; -1 for a broken link."""
     modified_ns: int
-    """Time of its last change since 1970; 0 where the store knows none."""
+    """Time of the last change since 1970; 0 if unknown."""
 
 
 def list_files(folder: str, *, recursive: bool = True) -> Iterator[ListedFile]:
     """The files below a folder, sorted within each folder.
 
-    One folder at a time is held in memory. Links are followed; a folder met a second time on the way down is not
-    entered again. A link that leads nowhere is listed: it is somebody's image, and its row will say `missing`.
-    A folder that cannot be read raises InputError.
+    One folder at a time is in memory. Links are followed, but not into a folder that contains them. A broken link is
+    listed, because it is an image whose row gets the error `missing`. A folder that cannot be read raises InputError.
     """
     folder = absolute(folder)
     filesystem, root = resolve(folder)
@@ -357,7 +358,7 @@ def list_files(folder: str, *, recursive: bool = True) -> Iterator[ListedFile]:
 
 
 def describe_file(location: str) -> ListedFile:
-    """One file as a listing of its folder shows it; with size and time 0 if there is no such file."""
+    """A file as in a listing of its folder; with size and time 0 if it does not exist."""
     filesystem, path = resolve(location)
     name = location.rpartition("/")[2]
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -367,17 +368,17 @@ def describe_file(location: str) -> ListedFile:
             return ListedFile(location, name, 0, 0)
         size = status.st_size if stat.S_ISREG(status.st_mode) else 0
         return ListedFile(location, name, size, _int64_or_unknown(status.st_mtime_ns))
-    if isinstance(filesystem, fs.PyFileSystem):  # fsspec remembers what it has seen, and others write to the store
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec caches, and others write to the store
         filesystem.handler.fs.invalidate_cache()
     info = filesystem.get_file_info(path)
     return ListedFile(location, name, info.size or 0, _int64_or_unknown(info.mtime_ns or 0))
 
 
 def describe_regular_file(location: str) -> ListedFile:
-    """As `describe_file`.
+    """A regular file, see `describe_file`.
 
     Raises:
-        OSError: there is no such file, or it is not a regular one, or the store does not answer.
+        OSError: the file does not exist, it is not a regular file, or the store does not answer.
     """
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -385,21 +386,21 @@ def describe_regular_file(location: str) -> ListedFile:
         return describe_file(location)
     try:
         file = describe_file(location)
-        is_there = file.size > 0 or exists(location)
+        file_exists = file.size > 0 or exists(location)
     except OSError:
         raise
     except Exception as error:  # fsspec libraries raise exceptions of any type
         raise OSError(hide_secrets(f"{type(error).__name__}: {error}")) from None
-    if not is_there:
+    if not file_exists:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
     return file
 
 
 def is_same_version(location: str, before: tuple[int, int], now: tuple[int, int]) -> bool:
-    """Whether two pairs of size and modification time (ns) can be of the same content of a file.
+    """Whether two pairs of size and modification time (ns) may belong to the same content of a file.
 
-    An unknown size (0 or less) or time (0) is not compared. The times of an object are the same if they differ by less
-    than a second and one of them has no fraction: some stores list milliseconds and report whole seconds otherwise.
+    An unknown size (0 or less) or time (0) is not compared. Times of an object are the same if they differ by less than
+    a second and one of them has no fraction: some stores list milliseconds, and elsewhere report seconds.
     """
     (old_size, old_time), (size, time_) = before, now
     if old_size > 0 and size > 0 and old_size != size:
@@ -411,12 +412,12 @@ def is_same_version(location: str, before: tuple[int, int], now: tuple[int, int]
 
 
 def _int64_or_unknown(modified_ns: int) -> int:
-    """The time, or 0 where it does not fit into the 64 bits of a table: from 1677 to 2262."""
+    """The time, or 0 if it does not fit into the 64 bits of a table, which are for the years 1677 to 2262."""
     return modified_ns if -(2**63) <= modified_ns < 2**63 else 0
 
 
 def describe_file_or_nothing(location: str) -> ListedFile | None:
-    """As `describe_file`; None for a file that the store does not allow to be described.
+    """A file, see `describe_file`; None if the store does not allow to describe it.
 
     Raises:
         ImcapError: the store failed.
@@ -425,42 +426,42 @@ def describe_file_or_nothing(location: str) -> ListedFile | None:
         return describe_file(location)
     except ImcapError:
         raise
-    except Exception as error:  # a library under fsspec raises anything
+    except Exception as error:  # libraries under fsspec raise exceptions of any type
         if _is_refused(error):
             return None
         raise _cannot_describe(location, error) from error
 
 
 def describe_files(locations: Iterable[str]) -> dict[str, ListedFile]:
-    """Size and time of these files, as a listing shows them; -1 and 0 for a file that is missing or cannot be asked.
+    """Size and time of these files, as in a listing; -1 and 0 for a file that is missing or was not asked for.
 
-    A store is asked for listings of the files' folders, a thousand files a request, and never for a file that is the
-    only one of its folder: that would be a request for each, and its size and time stay unknown. A folder is listed to
-    its end, however few of its files are wanted, because nothing says beforehand how many it has: a few files of a
-    folder of millions are better copied to a folder of their own. pyarrow holds the listings of at most 16 folders in
-    memory at a time; only the wanted files are kept.
+    A store lists the files' folders, a thousand files a request. A file that is the only one of its folder is not asked
+    for, because this would take a request for each, so its size and time stay unknown. A folder is listed completely,
+    however few of its files are wanted, because its number of files is unknown: it is better to copy a few files of a
+    folder of millions to another folder. pyarrow has the listings of at most 16 folders in memory at a time; only the
+    wanted files are kept.
 
     Raises:
         ImcapError: a store or a file system failed.
     """
     local: list[str] = []
     in_folders: dict[str, dict[str, str]] = defaultdict(dict)
-    found = {}
+    files = {}
     for location in locations:
         if is_uri(location):
             name = location.rpartition("/")[2]
             in_folders[parent(location)][name] = location
-            found[location] = ListedFile(location, name, -1, 0)
+            files[location] = ListedFile(location, name, -1, 0)
         else:
             local.append(location)
     folders = {folder: names for folder, names in in_folders.items() if len(names) > 1}
-    pieces = [local[start : start + _FILES_AT_A_TIME] for start in range(0, len(local), _FILES_AT_A_TIME)]
-    with ThreadPoolExecutor(_LISTINGS_AT_A_TIME) as threads:
+    pieces = [local[start : start + _FILES_PER_TASK] for start in range(0, len(local), _FILES_PER_TASK)]
+    with ThreadPoolExecutor(_CONCURRENT_LISTINGS) as threads:
         for described in itertools.chain(
             threads.map(_describe_local, pieces), threads.map(_list_wanted, folders, folders.values())
         ):
-            found.update((file.location, file) for file in described)
-    return found
+            files.update((file.location, file) for file in described)
+    return files
 
 
 def _describe_local(paths: Sequence[str]) -> list[ListedFile]:
@@ -480,7 +481,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 def _list_wanted(folder: str, wanted: Mapping[str, str]) -> list[ListedFile]:
-    """The files of a folder with these names, given with their locations; none if it may not be listed."""
+    """The files of a folder with these names, given by location; none if the folder may not be listed."""
     try:
         filesystem, path = resolve(folder)
         try:
@@ -488,12 +489,12 @@ def _list_wanted(folder: str, wanted: Mapping[str, str]) -> list[ListedFile]:
         except FileNotFoundError:
             if not isinstance(filesystem, fs.PyFileSystem):
                 raise
-            filesystem.handler.fs.ls(path)  # to pyarrow a folder that fsspec fails to look at is one that is not there
+            filesystem.handler.fs.ls(path)  # pyarrow reports a folder that fsspec cannot list as missing
             entries = _entries_remote(filesystem, path)
     except ImcapError:
         raise
-    except Exception as error:  # a library under fsspec raises anything
-        if _is_refused(error):  # a store may let its files be read and not be listed
+    except Exception as error:  # libraries under fsspec raise exceptions of any type
+        if _is_refused(error):  # a store may allow reading without listing
             return []
         raise _cannot_describe(folder, error) from error
     return [
@@ -504,7 +505,7 @@ def _list_wanted(folder: str, wanted: Mapping[str, str]) -> list[ListedFile]:
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether asking again would be answered the same way: it is not there, not allowed or not offered."""
+    """Whether a retry is useless, because the object is missing, or the request not allowed or not supported."""
     kinds = (FileNotFoundError, NotADirectoryError, NotImplementedError)
     return isinstance(error, kinds) or _is_forbidden(error) or getattr(error, "status", None) in _REFUSED_STATUS
 
@@ -514,7 +515,7 @@ def _cannot_describe(location: str, error: Exception) -> ImcapError:
 
 
 def list_parquet(folder: str) -> list[str]:
-    """The Parquet files directly in a folder, without hidden ones; none where there is no such folder.
+    """The Parquet files directly in a folder, without hidden ones; none if the folder does not exist.
 
     Raises:
         OSError: the folder cannot be listed.
@@ -549,20 +550,20 @@ def _walk(
 
 
 def _list_local(path: str) -> list[tuple[str, bool, int, int]]:
-    """Name, whether it is a folder, size and time of what lies in a folder. Not through pyarrow, which leaves out
-    links that lead nowhere and stops at a name that is not UTF-8."""
-    found = []
+    """Name, whether it is a folder, size and time of each entry of a folder. Not through pyarrow, which omits broken
+    links and stops at a name that is not UTF-8."""
+    listed = []
     with os.scandir(path) as entries:
         for entry in entries:
             try:
                 status = entry.stat()
-            except OSError:  # a link that leads nowhere, or in a circle
-                found.append((entry.name, False, -1, 0))
+            except OSError:  # a broken or circular link
+                listed.append((entry.name, False, -1, 0))
                 continue
-            if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            if stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode):  # reading a pipe would block
                 modified_ns = _int64_or_unknown(status.st_mtime_ns)
-                found.append((entry.name, stat.S_ISDIR(status.st_mode), status.st_size, modified_ns))
-    return found
+                listed.append((entry.name, stat.S_ISDIR(status.st_mode), status.st_size, modified_ns))
+    return listed
 
 
 def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, int, int]]:
@@ -573,14 +574,14 @@ def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, 
 
 
 def _entries_remote(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    if isinstance(filesystem, fs.PyFileSystem):  # fsspec remembers listings, and others write to the store as well
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec caches listings, and others write to the store
         filesystem.handler.fs.invalidate_cache()
     entries: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
     return entries
 
 
 def _printable(name: str) -> str:
-    """The name with bytes that are not UTF-8 written as `\\xff`: no table holds them, so its image is `missing`."""
+    """The name with bytes that are not UTF-8 as `\\xff`. Tables cannot contain them, so that the image is `missing`."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -588,13 +589,13 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
     """The file's content.
 
     Args:
-        max_bytes: never read more than this; a longer file is an error. So is anything but a regular file: a pipe may
-            never end, and a device may not.
+        max_bytes: maximum size; a larger file is an error. With a maximum, so is anything but a regular file, because
+            pipes and devices may never end.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        PermissionError: it may not be read.
-        OSError: anything else; what passes by itself has been waited for. No secret stands in its text.
+        FileNotFoundError: the file does not exist.
+        PermissionError: the file may not be read.
+        OSError: any other error, after retries if it may be temporary. Its text contains no secret.
     """
     filesystem, path = resolve(location)
     if "\0" in path:
@@ -609,7 +610,7 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
             raise PermissionError(errno.EACCES, "not allowed to read", location) from error
         if hide_secrets(str(error)) == str(error):
             raise
-        # A store may send its client on to a signed URL, which then stands in what the client complains of.
+        # A store may redirect its client to a signed URL, which is then in the text of the error.
         kind = type(error) if type(error).__module__ == "builtins" else OSError
         raise kind(hide_secrets(str(error))) from None
     except Exception as error:  # fsspec libraries raise exceptions of any type
@@ -617,8 +618,8 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
 
 
 def _read_regular(path: str, location: str, max_bytes: int) -> bytes:
-    """The content of a local regular file. Its reported size is not relied on: files under /proc report 0, and a file
-    may grow while it is read."""
+    """The content of a local regular file. The reported size may be wrong: files under /proc report 0, and a file may
+    grow while it is read."""
     _require_regular(os.stat(path), location)  # before it is opened: opening a device may have effects
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         size = _require_regular(os.fstat(file.fileno()), location)
@@ -638,7 +639,7 @@ def _read_regular(path: str, location: str, max_bytes: int) -> bytes:
 
 
 def _require_regular(status: os.stat_result, location: str) -> int:
-    """The size of a regular file; OSError naming what is there instead."""
+    """The size of a regular file; OSError for anything else, with its kind."""
     if stat.S_ISREG(status.st_mode):
         return status.st_size
     if stat.S_ISDIR(status.st_mode):
@@ -668,20 +669,20 @@ def _read_remote(filesystem: fs.FileSystem, path: str, max_bytes: int | None) ->
 
 
 def _read_once(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:
-    with filesystem.open_input_file(path) as file:  # not a stream, which takes a request for each 256 KB
+    with filesystem.open_input_file(path) as file:  # not a stream, which takes a request for every 256 KB
         if max_bytes is not None and file.size() > max_bytes:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
         return bytes(file.read())
 
 
 def is_reachable(location: str) -> bool:
-    """Whether the store still answers. Asked after a read has failed, it tells a broken file from a store that is gone.
+    """Whether the store still answers. After a failed read, this distinguishes a broken file from a missing store.
 
-    S3 is asked again and again for some 11 seconds, and one answer is enough: a store that throttles is not gone.
+    S3 is probed for up to 11 seconds, and one answer is enough, because a store that throttles is reachable.
 
     Args:
-        location: any URI of the store; on a local disk the input itself, a folder or a file. A folder that is empty
-            counts as gone, for that is how an unmounted disk or share looks.
+        location: any URI of the store; on a local disk the input itself, a folder or a file. An empty folder is not
+            reachable, because this is how an unmounted disk or share looks.
     """
     location = absolute(location)
     try:
@@ -694,17 +695,17 @@ def is_reachable(location: str) -> bool:
         if isinstance(filesystem, _S3):
             return _has_bucket(filesystem, path.partition("/")[0])
         filesystem.get_file_info(path)
-    except Exception as error:  # whatever it was, the store did not answer
+    except Exception as error:  # of any type: the store did not answer
         return _is_forbidden(error)
     return True
 
 
 def _has_bucket(filesystem: _S3, bucket: str) -> bool:
-    impatient = filesystem.without_retries(timeout_seconds=_REACHABLE_TIMEOUT_SECONDS)
+    without_retries = filesystem.without_retries(timeout_seconds=_REACHABLE_TIMEOUT_SECONDS)
     deadline = time.monotonic() + _REACHABLE_SECONDS
     while True:
         try:
-            return bool(impatient.get_file_info(bucket).type != fs.FileType.NotFound)
+            return bool(without_retries.get_file_info(bucket).type != fs.FileType.NotFound)
         except OSError as error:
             if _is_forbidden(error) or time.monotonic() > deadline - _REACHABLE_TIMEOUT_SECONDS:
                 raise
@@ -712,15 +713,15 @@ def _has_bucket(filesystem: _S3, bucket: str) -> bool:
 
 
 def _is_forbidden(error: BaseException) -> bool:
-    """Whether the store answered, and the answer was no. pyarrow has no type for it."""
+    """Whether the store denied access, for which pyarrow has no exception type."""
     return isinstance(error, PermissionError) or _FORBIDDEN.search(str(error)) is not None
 
 
 def write_bytes(location: str, data: bytes | memoryview) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
+    """Write a file so that readers see the old content or the new one, never a part.
 
     Raises:
-        InputError: the store did not store what was written.
+        InputError: the store did not store the data as written.
     """
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -735,10 +736,10 @@ def write_bytes(location: str, data: bytes | memoryview) -> None:
 
 @contextmanager
 def replacing(location: str) -> Iterator[BinaryIO]:
-    """A file to be written piece by piece, which is put in its place when the block ends.
+    """A file to be written piece by piece, which replaces `location` when the block ends.
 
-    After an exception what stood there before still does. What goes to an object store is gathered in a temporary file
-    of this machine first: a stream to a store cannot be given up, only ended, and would leave a part there.
+    After an exception, `location` is unchanged. Data for an object store are first written to a local temporary file,
+    because a stream to a store cannot be aborted, only closed, and would leave a part there.
     """
     filesystem, path = resolve(location)
     if isinstance(filesystem, fs.LocalFileSystem):
@@ -763,25 +764,25 @@ def replacing(location: str) -> Iterator[BinaryIO]:
 @contextmanager
 def _replacing_local(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the whole name: it may be as long as a name can be.
+    # Not the complete name, which may have the maximum length.
     temporary = path.with_name(f".{path.name[:_TEMPORARY_LETTERS]}.{uuid.uuid4().hex[:8]}")
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
+            os.fsync(file.fileno())  # otherwise a power cut may leave an empty file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is what `write_bytes` writes first."""
+    """Whether `write_bytes` gives such names to its temporary files."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_temporary(folder: str) -> None:
-    """Remove what killed processes have left of files that `write_bytes` was writing to this folder."""
+    """Remove the temporary files that killed processes have left in this folder."""
     filesystem, path = resolve(folder)
     if isinstance(filesystem, fs.LocalFileSystem) and os.path.isdir(path):
         for name, *_ in _list_local(path):
@@ -790,7 +791,7 @@ def remove_temporary(folder: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Move a file within one file system, over what is there."""
+    """Move a file within one file system; an existing target is replaced."""
     filesystem, path = resolve(source)
     if isinstance(filesystem, fs.LocalFileSystem):
         os.replace(path, resolve(target)[1])
@@ -799,7 +800,7 @@ def move(source: str, target: str) -> None:
 
 
 def remove(location: str) -> None:
-    """Remove a file, or a folder with all below it; nothing to do where there is none."""
+    """Remove a file, or a folder with its contents, if it exists."""
     filesystem, path = resolve(location)
     kind = filesystem.get_file_info(path).type
     if kind == fs.FileType.File:

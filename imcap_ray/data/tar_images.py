@@ -1,7 +1,7 @@
-"""Tars of WebDataset -> the files in them, and which of them belong together. Knows neither captions nor how images
-are listed.
+"""WebDataset tars -> their files, and which of them belong together. Knows neither captions nor listings of images.
 
-A member is found again by the number of the 512-byte block its content begins at, with its header in the block before.
+The position of a member is the number of the 512-byte block at which its content begins; its header is in the block
+before.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _BUFFER_BYTES: Final = 2**20
-"""Are read at once while the headers are looked through; over a network small members cost no request of their own."""
+"""Read at once while listing, so that small members over a network need no request each."""
 
 DAMAGED: Final = (tarfile.TarError, OSError, EOFError)
-"""What `list_files` raises for a tar that cannot be read, or not to its end."""
+"""Exceptions of `list_files` for a tar that cannot be read completely."""
 
 _MAX_HEADER_BYTES: Final = 16 * 2**20
-"""Largest header that extends another one, with a long name for instance; tarfile reads it at once."""
+"""Maximum size of a header that extends another one, with a long name for instance; tarfile reads it at once."""
 
 _EXTENDS_A_HEADER: Final = frozenset(
     {
@@ -43,20 +43,21 @@ _EXTENDS_A_HEADER: Final = frozenset(
 )
 
 _MALFORMED: Final = (ValueError, ArithmeticError, LookupError, TypeError, RecursionError)
-"""What tarfile raises for headers that make no sense, next to its own errors."""
+"""Exceptions of tarfile for invalid headers, next to its own errors."""
 
 _DIGEST_BYTES: Final = 12
 
 
 class _CheckedTarInfo(tarfile.TarInfo):
-    """A header; `ReadError` where tarfile itself would end the listing silently, read backwards, or fill the memory."""
+    """A header. Raises `ReadError` where tarfile itself would end the listing silently, read backwards, or use up the
+    memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
         """The header in a block.
 
         Raises:
-            ReadError: it is malformed, or only a part of a block.
+            ReadError: it is malformed or incomplete.
             HeaderError: the tar ends here.
         """
         try:
@@ -73,7 +74,7 @@ class _CheckedTarInfo(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
-        """The next header of a tar, with those that extend it; raises as `frombuf`."""
+        """The next header of a tar, with those that extend it; see `frombuf` for exceptions."""
         try:
             return super().fromtarfile(tarfile)
         except _MALFORMED as error:
@@ -86,7 +87,7 @@ def _malformed(error: BaseException) -> tarfile.ReadError:
 
 @contextmanager
 def open_tar(location: str) -> Iterator[tarfile.TarFile]:
-    """An uncompressed tar, to look through from its start to its end."""
+    """An uncompressed tar, to be read from start to end."""
     filesystem, path = storage.resolve(location)
     with (
         filesystem.open_input_file(path) as file,
@@ -97,31 +98,31 @@ def open_tar(location: str) -> Iterator[tarfile.TarFile]:
 
 
 def list_files(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The regular files of a tar, in its order. One of `DAMAGED` when it ends early or a header is malformed."""
+    """The regular files of a tar, in its order. Raises one of `DAMAGED` if it ends early or a header is malformed."""
     members, end = iter(tar), 0
     while True:
         try:
             member = next(members, None)
-        except _MALFORMED as error:  # of a place that no file can have
+        except _MALFORMED as error:  # for an impossible offset
             raise _malformed(error) from error
         if member is None:
             return
-        # The size of an extended header replaces the one that `frombuf` has checked.
+        # The size in an extended header replaces the one that `frombuf` has checked.
         if member.size < 0 or member.offset_data <= end:
-            raise tarfile.ReadError(f"the header of {member.name!r} has a negative size or leads backwards")
+            raise tarfile.ReadError(f"the header of {member.name!r} has a negative size or points backwards")
         end = member.offset_data
         if member.isreg() and not member.issparse():
             yield member
 
 
 def block_of(member: tarfile.TarInfo) -> int:
-    """Where its content begins, in blocks."""
+    """Number of the block at which a member's content begins."""
     return member.offset_data // tarfile.BLOCKSIZE
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's key and ending, cut at the first dot of the file's name as WebDataset does; a hidden file's key is "".
-    The "./" that `tar -C folder .` puts before all names is no part of it."""
+    """A member's key and extensions, split at the first dot of the file's name, as in WebDataset; a hidden file's key
+    is "". The key does not contain the "./" that `tar -C folder .` puts before all names."""
     name = name.removeprefix("./")
     folder, slash, file_name = name.rpartition("/")
     stem, _, extension = file_name.partition(".")

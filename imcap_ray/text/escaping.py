@@ -1,28 +1,30 @@
-"""Text out of files -> text that a terminal, or Markdown, shows and does not obey. HTML is the template's affair."""
+"""Text from files -> text without effect on a terminal or in Markdown. Templates escape HTML themselves."""
 
 from __future__ import annotations
 
 import re
 from typing import Final
 
-# Control characters, lone surrogates, other line ends, and marks that turn the direction of the text around them.
-_OBEYED: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, lone surrogates, other line ends, and marks that change the direction of text.
+_CONTROLS: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 _MARKDOWN: Final = re.compile(r"[\\`*\[\]<>|~&$#]|(?<![^\W_])_|_(?![^\W_])")
 
 
 def printable(text: str) -> str:
-    r"""One line for a terminal: what a terminal would obey is written out, `\x1b` or `\n`."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    r"""One line for a terminal, with control characters written as `\x1b` or `\n`."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def markdown(text: str) -> str:
-    """Markdown, within a line or a table's cell, that shows this text."""
+    """Markdown that shows this text, for a line or a table's cell."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
 
 
 def markdown_code(text: str) -> str:
-    """Markdown's code span of this text, for a line or a table's cell."""
+    """A Markdown code span with this text, for a line or a table's cell."""
     text = printable(text)
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     padding = " " if "`" in text else ""

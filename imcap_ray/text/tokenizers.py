@@ -1,9 +1,9 @@
-"""Caption text to a list of tokens, by named tokenizers, and back. Knows nothing of vocabularies or scores.
+"""Text of a caption -> tokens, by named tokenizers, and back. Knows nothing of vocabularies or scores.
 
 ptb      the tokens captions are scored on: lower case, split like the Penn Treebank, no punctuation
-unicode  for languages other than English: runs of letters and digits; a token a character for scripts
-         that put no spaces between words
-seed     the cleaning of the Keras tutorials, for comparison with scores computed on it
+unicode  for languages other than English: runs of letters and digits; one token per character in scripts
+         without spaces between words
+seed     the cleaning of the Keras tutorials, for comparison with scores that are based on it
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Final, Protocol
 
 from imcap_ray.errors import ConfigError
 
-# What coco-caption drops ("#" and "&" it keeps). A comma or a colon between digits is part of the number.
+# Punctuation that coco-caption drops, unlike "#" and "&". A comma or a colon between digits is part of the number.
 _PUNCTUATION: Final = re.compile(r"""["`?!;()\[\]{}]|''+|--+|\.\.\.|[,:](?!\d)|(?<!\d)[,:]""")
 
-# These are dropped where they stand alone: most often they are a part of a word.
+# Dropped only as separate tokens, because mostly they are part of a word.
 _PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
 
-# Their period is part of the word. So is that of an initial ("p.") and of letters with periods ("d.c.").
+# Words with a period; so are initials ("p.") and letters with periods ("d.c.").
 ABBREVIATIONS: Final = frozenset(["mr.", "mrs.", "ms.", "dr.", "jr.", "sr.", "st.", "vs."])
 
-# Words of letters alone that the treebank tokenizer splits.
+# Words without punctuation that the treebank tokenizer splits.
 _RUN_TOGETHER: Final = frozenset(["cannot", "gimme", "gonna", "gotta", "lemme", "wanna"])
 
 CONTRACTIONS: Final = frozenset(["'s", "'m", "'d", "'ll", "'re", "'ve", "n't"])
@@ -46,19 +46,19 @@ class _TreebankTokenizer(Protocol):
 
 
 def tokenize(text: str, tokenizer: str = "ptb") -> list[str]:
-    """Tokens of the text, none if it is all punctuation. Raises `ConfigError` for an unknown tokenizer."""
+    """Tokens of the text, without punctuation. Raises `ConfigError` for an unknown tokenizer."""
     if tokenizer not in TOKENIZERS:
         raise ConfigError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
     return TOKENIZERS[tokenizer](text)
 
 
 def scoring_tokenizer(tokenizer: str) -> str:
-    """The tokenizer that captions made of these tokens are scored with: `unicode` by itself, all others by `ptb`."""
+    """The tokenizer for scoring captions with these tokens: `unicode` for itself, `ptb` for all others."""
     return tokenizer if tokenizer == "unicode" else "ptb"
 
 
 def detokenize(tokens: Sequence[str]) -> str:
-    """Text that reads well; its ptb tokens are these again: "'s" and unspaced characters are joined on."""
+    """Readable text with these ptb tokens: "'s" and characters of scripts without spaces are not separated."""
     text = ""
     previous = ""
     for token in tokens:
@@ -90,7 +90,7 @@ def tokenize_unicode(text: str) -> list[str]:
 
 
 def tokenize_seed(text: str) -> list[str]:
-    """Lower-case words of a to z of two letters and more: "a", "'s" and numbers are lost."""
+    """Lower-case words of two or more letters from a to z: "a", "'s" and numbers are dropped."""
     words = re.sub(r"[^a-z\s]", "", text.lower()).split()
     return [word for word in words if len(word) > 1]
 
@@ -119,18 +119,19 @@ def _without_sentence_end(word: str) -> str:
 
 @lru_cache(maxsize=100_000)
 def _split_word(word: str) -> tuple[str, ...]:
-    """The treebank tokens of a word, without a sentence's end. Without quotation marks none depends on other words.
+    """The treebank tokens of a word without the end of a sentence. Without quotation marks, they do not depend on other
+    words.
 
-    Kept, for the tokenizer takes milliseconds (nltk 3.10 guards each of its patterns with a timeout).
+    Cached, because the tokenizer takes milliseconds (nltk 3.10 guards each of its patterns with a timeout).
     """
-    # It takes the last period for the end of the sentence: give it one to take.
+    # The tokenizer takes the last period for the end of the sentence, so that it needs one.
     tokens = _treebank_tokenizer().tokenize(f"{word} .")
     return tuple(token for token in tokens if token not in _PUNCTUATION_ALONE)
 
 
 @cache
 def _treebank_tokenizer() -> _TreebankTokenizer:
-    from nltk.tokenize.treebank import TreebankWordTokenizer  # a second and a half
+    from nltk.tokenize.treebank import TreebankWordTokenizer  # takes 1.5 s
 
     tokenizer: _TreebankTokenizer = TreebankWordTokenizer()
     return tokenizer
@@ -138,7 +139,7 @@ def _treebank_tokenizer() -> _TreebankTokenizer:
 
 @cache
 def _combining_marks() -> str:
-    """A character class: accents and vowel signs belong to the letter before them, and are not in `\\w`."""
+    """A character class of accents and vowel signs, which belong to the letter before them and are not in `\\w`."""
     marks = (chr(code) for code in range(0x300, 0x20000) if unicodedata.category(chr(code)).startswith("M"))
     return f"[{''.join(marks)}\u200c\u200d]"
 

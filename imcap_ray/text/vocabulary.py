@@ -22,7 +22,7 @@ class Vocabulary:
     """The two-way table between tokens and ids. The first four ids are the special tokens.
 
     Args:
-        tokens: the words, without the special tokens, in the order of their ids.
+        tokens: the words without the special tokens, in the order of their ids.
         tokenizer: a name of `tokenizers.TOKENIZERS`.
     """
 
@@ -36,7 +36,7 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], *, tokenizer: str = "ptb", min_count: int = 1) -> Vocabulary:
-        """The tokens seen at least `min_count` times in the captions, the most frequent first."""
+        """A vocabulary of the tokens that occur at least `min_count` times, the most frequent first."""
         counts = Counter(token for caption in captions for token in tokenize(caption, tokenizer))
         kept = sorted((token for token, count in counts.items() if count >= min_count), key=lambda t: (-counts[t], t))
         return cls([token for token in kept if token not in SPECIAL_TOKENS], tokenizer=tokenizer)
@@ -45,12 +45,12 @@ class Vocabulary:
         return len(self.tokens)
 
     def to_ids(self, caption: str, *, max_length: int) -> list[int]:
-        """Token ids of the caption between start and end, cut to `max_length` words; unseen words become unknown."""
+        """Token ids of at most `max_length` words, with start and end; words outside the vocabulary become unknown."""
         words = tokenize(caption, self.tokenizer)[:max_length]
         return [START_ID, *(self._ids.get(word, UNKNOWN_ID) for word in words), END_ID]
 
     def to_text(self, token_ids: Iterable[int]) -> str:
-        """The caption these ids spell, up to the first end token, without special tokens."""
+        """The caption of these ids, up to the first end token, without special tokens."""
         words = []
         for token_id in token_ids:
             if token_id == END_ID:
@@ -60,20 +60,20 @@ class Vocabulary:
         return detokenize(words)
 
     def to_json(self) -> str:
-        """What `from_json` reads."""
+        """JSON for `from_json`."""
         words = self.tokens[len(SPECIAL_TOKENS) :]
         return json.dumps({"tokenizer": self.tokenizer, "tokens": words}, ensure_ascii=False, indent=0)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Vocabulary:
-        """The vocabulary that `to_json` wrote."""
+        """A vocabulary from the output of `to_json`."""
         try:
             values = parse_json(text)
             tokens, tokenizer = values["tokens"], values["tokenizer"]
             if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
                 raise ValueError("tokens must be a list of strings")
             for token in tokens:
-                token.encode()  # JSON may hold half of a character, which no caption can be written with
+                token.encode()  # JSON may hold half of a surrogate pair, which no file can be written with
             if tokenizer not in TOKENIZERS:
                 raise ValueError(f"no tokenizer {repr(tokenizer)[:100]}")
             return cls(tokens, tokenizer=tokenizer)

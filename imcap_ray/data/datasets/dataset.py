@@ -346,7 +346,7 @@ class Collector:
         decoded = decode_text(data)
         if decoded.encoding != "UTF-8":
             self.add_problem(f"file is {decoded.encoding}", f"files are {decoded.encoding}", name)
-        for number in decoded.odd_lines:
+        for number in decoded.windows_lines:
             self.add_problem(
                 "line is not UTF-8 and is read as Windows-1252 (latin-1)",
                 "lines are not UTF-8 and are read as Windows-1252 (latin-1)",

@@ -18,10 +18,10 @@ from imcap_ray import storage
 from imcap_ray.data import image_reading, table_listing
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.datasets.dataset import Collector
-from imcap_ray.data.image_reading import Row, read_rows
+from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import InputOptions, build_manifest, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, ManifestRow
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.runs.captions_folder import CaptionsFolder
@@ -51,7 +51,7 @@ def write_input(folder: Path, kind: str, names: str) -> None:
     os.utime(path, ns=(before + 10**9, before + 10**9))
 
 
-def manifest_rows(folder: str) -> list[Row]:
+def manifest_rows(folder: str) -> list[ManifestRow]:
     return [row for part in storage.list_parquet(folder) for row in read_table(part).to_pylist()]
 
 
@@ -66,7 +66,7 @@ def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False,
     read_and_write(folder, manifest_rows(folder.manifest))
 
 
-def read_and_write(folder: CaptionsFolder, rows: list[Row]) -> None:
+def read_and_write(folder: CaptionsFolder, rows: list[ManifestRow]) -> None:
     """Caption those of these rows that are not done: the caption names the content."""
     done = set(folder.done_ids().tolist())
     left = [row for row in rows if row["manifest_id"] not in done]
@@ -188,7 +188,7 @@ def test_a_row_known_by_its_position_is_not_read_from_a_table_that_has_become_sh
     assert results(folder) == ids
 
 
-def rows_of_table(tmp_path: Path, names: str, *, is_known: bool = True) -> list[Row]:
+def rows_of_table(tmp_path: Path, names: str, *, is_known: bool = True) -> list[ManifestRow]:
     shutil.rmtree(tmp_path / "manifest", ignore_errors=True)
     write_input(tmp_path / "in", "bytes", names)
     build_manifest(str(tmp_path / "in"), str(tmp_path / "manifest"))
@@ -196,7 +196,7 @@ def rows_of_table(tmp_path: Path, names: str, *, is_known: bool = True) -> list[
     return [row | unknown for row in manifest_rows(str(tmp_path / "manifest"))]
 
 
-def found(rows: Sequence[Row]) -> list[bytes | str]:
+def found(rows: Sequence[ManifestRow]) -> list[bytes | str]:
     """What is read for each row, in their order; of an error its code."""
     answers = {row["manifest_id"]: data for row, data in read_rows(rows, None)}
     assert len(answers) == len(rows)
@@ -305,7 +305,7 @@ def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id
 # ---- reports and exports
 
 
-def captioned(folder: CaptionsFolder, source: Path, names: str) -> tuple[CaptionedImageSource, list[Row]]:
+def captioned(folder: CaptionsFolder, source: Path, names: str) -> tuple[CaptionedImageSource, list[ManifestRow]]:
     write_input(source, "bytes", names)
     caption(folder, source)
     rows = [{"image_id": name, "image_path": ""} for name in names]
@@ -325,7 +325,7 @@ def test_a_report_shows_no_image_of_a_table_that_was_rewritten_since(source: Pat
     assert read_all(images.load(rows)) == ["changed"] * 3
 
 
-def with_hashes(rows: list[Row]) -> list[Row]:
+def with_hashes(rows: list[ManifestRow]) -> list[ManifestRow]:
     return [row | {"sha256": hashlib.sha256(CONTENTS[row["image_id"]]).hexdigest()} for row in rows]
 
 
