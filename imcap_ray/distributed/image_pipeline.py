@@ -28,8 +28,9 @@ from ray.exceptions import RayError
 
 from imcap_ray import storage
 from imcap_ray.data.image_decoding import DecodedImage, decode_image
-from imcap_ray.data.image_reading import Row, read_rows
+from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import largest_row_group, read_image_columns
+from imcap_ray.data.schemas import ManifestRow
 from imcap_ray.distributed.cluster import ClusterResources, own_cores, runtime_environment
 from imcap_ray.distributed.contention import (
     RELEASE_PENDING_SECONDS,
@@ -112,12 +113,12 @@ class LoadedImage(NamedTuple):
     is_repeated: bool = False
 
     @classmethod
-    def of(cls, row: Row) -> LoadedImage:
+    def of(cls, row: ManifestRow) -> LoadedImage:
         """An image of a manifest that has nothing but its names."""
         return cls(row["manifest_id"], row["image_id"], row["image_path"], origin_of(row))
 
     @classmethod
-    def failed(cls, row: Row, error: ImageError) -> LoadedImage:
+    def failed(cls, row: ManifestRow, error: ImageError) -> LoadedImage:
         """An image of a manifest that cannot be read or decoded."""
         return cls.of(row)._replace(error_code=error.code, error_message=error.message)
 
@@ -127,7 +128,7 @@ def loaded_table(images: Iterable[LoadedImage], image_size: int) -> pa.Table:
     return pa.Table.from_pylist([image._asdict() for image in images], schema=loaded_schema(image_size))
 
 
-def origin_of(row: Row) -> str:
+def origin_of(row: Mapping[str, object]) -> str:
     """A short digest of an image's id, its location, and the size and time of its file, table or tar, from the row of a
     manifest. If it changes, cached data of the image are out of date."""
     names = ("image_id", "image_path", "table_path", "row_group", "row", "size", "modified_ns")
@@ -272,7 +273,7 @@ def _decode_seconds() -> float:
     return seconds if 0 < seconds < threading.TIMEOUT_MAX else DECODE_SECONDS
 
 
-def _load_image(row: Row, data: bytes | ImageError, *, image_size: int, seconds: float) -> LoadedImage:
+def _load_image(row: ManifestRow, data: bytes | ImageError, *, image_size: int, seconds: float) -> LoadedImage:
     try:
         if isinstance(data, ImageError):
             raise data

@@ -6,7 +6,7 @@ import re
 from typing import Final
 
 # Control characters, lone surrogates, other line ends, and marks that change the direction of text.
-_CONTROLS: Final = re.compile(
+_CONTROL: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
@@ -15,7 +15,7 @@ _MARKDOWN: Final = re.compile(r"[\\`*\[\]<>|~&$#]|(?<![^\W_])_|_(?![^\W_])")
 
 def printable(text: str) -> str:
     r"""One line for a terminal, with control characters written as `\x1b` or `\n`."""
-    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def markdown(text: str) -> str:

@@ -484,15 +484,24 @@ def test_a_disk_that_fails_does_not_make_files_look_changed(monkeypatch: pytest.
 
 
 def test_of_a_large_folder_only_the_wanted_files_are_kept(failing: str) -> None:
-    listed = storage._list_wanted(failing, {"a": f"{failing}/a"})
+    files = storage.describe_files([f"{failing}/a", f"{failing}/missing"])
 
-    assert [(file.location, file.name, file.size) for file in listed] == [(f"{failing}/a", "a", 10)]
+    assert [(location, file.size) for location, file in files.items()] == [
+        (f"{failing}/a", 10),
+        (f"{failing}/missing", -1),
+    ]
 
 
 def test_local_files_are_described_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network share: a call that waits must not keep the others waiting."""
     together = threading.Barrier(2, timeout=20)
-    monkeypatch.setattr(storage, "_FILES_AT_A_TIME", 1)
-    monkeypatch.setattr(storage, "_size_and_time", lambda path: (together.wait(), 0))
+    paths = [f"/missing/{number}" for number in range(1001)]  # a thousand files are described one after the other
 
-    assert len(storage.describe_files(["/a", "/b"])) == 2
+    def stat(path: str) -> os.stat_result:
+        if path in (paths[0], paths[-1]):
+            together.wait()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert len(storage.describe_files(paths)) == len(paths)
