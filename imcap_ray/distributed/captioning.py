@@ -21,6 +21,7 @@ from imcap_ray.distributed.cluster import ClusterResources, connect, require
 from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work
 from imcap_ray.distributed.duplicate_filter import image_index
 from imcap_ray.distributed.gcs_watch import when_lost
+from imcap_ray.distributed.image_loading import stack_pixels
 from imcap_ray.distributed.image_pipeline import (
     RESUME_HINT,
     ActorPool,
@@ -29,7 +30,6 @@ from imcap_ray.distributed.image_pipeline import (
     default_num_actors,
     map_images,
     num_blocks,
-    stack_pixels,
 )
 from imcap_ray.distributed.progress import Progress
 from imcap_ray.distributed.ray_messages import without_ray_advice
@@ -392,7 +392,7 @@ def describe_bound(progress: Progress, cluster: ClusterResources, num_actors: in
     """One sentence: what limited the speed, by how long the actors waited, and what would help."""
     total = progress.busy_seconds + progress.waiting_seconds
     if not total or not progress.num_images:
-        return "too short to tell what bounds it"
+        return "the run was too short to know what limits its speed"
     waited = progress.waiting_seconds / total
     most_actors = min(default_num_actors(cluster, gpus_per_actor), num_blocks(progress.num_images))
     if waited > 0.25:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 import ray
 
@@ -78,3 +78,21 @@ class ProgressCounter:
             num_working=sum(moment > oldest for moment in self._working.values()),
             num_actors=len(self._actors),
         )
+
+
+class WorkReport:
+    """Reports to the counter whether the task or actor of this process is working."""
+
+    def __init__(self, counter: Any, *, is_actor: bool) -> None:
+        context = ray.get_runtime_context()
+        self._counter = counter
+        self._worker = (context.get_actor_id() if is_actor else context.get_task_id()) or ""
+        self._is_actor = is_actor
+
+    def continues(self) -> None:
+        """Report that it has begun or continues."""
+        self._counter.report_work.remote(self._worker, True, self._is_actor)
+
+    def ends(self) -> None:
+        """Report that it is done or has failed."""
+        self._counter.report_work.remote(self._worker, False, self._is_actor)

@@ -18,7 +18,8 @@ from imcap_ray.data.parquet_files import write_table
 from imcap_ray.distributed.cluster import ClusterResources
 from imcap_ray.distributed.failure_log import describe_failures
 from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views, cache_features, cache_key
-from imcap_ray.distributed.image_pipeline import LoadImages, default_num_actors, read_images
+from imcap_ray.distributed.image_loading import LoadImages
+from imcap_ray.distributed.image_pipeline import default_num_actors, read_images
 from imcap_ray.distributed.training_plan import PreparedTraining
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoders import Encoder

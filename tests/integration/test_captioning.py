@@ -25,7 +25,8 @@ from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.distributed import cluster, image_pipeline
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.image_pipeline import LoadImages, read_images
+from imcap_ray.distributed.image_loading import LoadImages
+from imcap_ray.distributed.image_pipeline import read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, ImageCaptioner
 from imcap_ray.models.captioner import Captioner

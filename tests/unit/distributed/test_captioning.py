@@ -58,7 +58,7 @@ def test_more_actors_than_there_are_tasks_would_not_help() -> None:
 def test_a_run_too_short_to_tell_says_so() -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
 
-    assert describe_bound(Progress(), resources, 1, 0) == "too short to tell what bounds it"
+    assert "too short" in describe_bound(Progress(), resources, 1, 0)
 
 
 @pytest.mark.parametrize(
