@@ -1,6 +1,6 @@
-"""A headless Chromium, driven over its debugging protocol: what a page looks like and does.
+"""A headless Chromium, driven over its debugging protocol, to see how a page looks and behaves.
 
-Debian: apt-get install chromium. Other names and places: the environment variable CHROMIUM.
+Debian: apt-get install chromium. The environment variable CHROMIUM names another browser.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SECONDS_TO_START = 60
 
 
 def find_chromium() -> str | None:
-    """Where it is; None where there is none."""
+    """Path of the browser; None if there is none."""
     if "CHROMIUM" in os.environ:
         path = shutil.which(os.environ["CHROMIUM"])
         assert path is not None, f"CHROMIUM names no program: {os.environ['CHROMIUM']}"
@@ -41,7 +41,7 @@ class Page:
         self._address = address
         self._number = 0
         self.events: list[dict[str, Any]] = []
-        """What the browser has told by itself: messages of the console, violations of the page's policy, requests."""
+        """Events from the browser: console messages, violations of the page's policy, requests."""
         self._loop.run_until_complete(self._connect())
 
     async def _connect(self) -> None:
@@ -49,12 +49,12 @@ class Page:
         self._socket = await self._session.ws_connect(self._address, max_msg_size=0)
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._loop.run_until_complete(self._session.close())
         self._loop.close()
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """The result of a method."""
+        """Call a method and return its result."""
         return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), timeout=120))
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Page:
             return result
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, scheme: str = "light", **metrics: Any) -> None:
-        """Show a file in a window of this size, in the light or in the dark."""
+        """Show a file in a window of this size, in a light or dark colour scheme."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call(
@@ -81,7 +81,9 @@ class Page:
             **{"mobile": False, **metrics},
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        self.call("Page.navigate", url="about:blank")  # else the page before, if it is the same file, is taken for it
+        self.call(
+            "Page.navigate", url="about:blank"
+        )  # otherwise the previous page, if it is the same file, would be mistaken for it
         while self.evaluate("location.protocol") != "about:":
             time.sleep(0.1)
         self.call("Page.navigate", url=path.absolute().as_uri())
@@ -90,26 +92,26 @@ class Page:
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def press(self, key: str, *, text: str = "") -> None:
-        """Press a key and let it go."""
+        """Press and release a key."""
         codes = {"Tab": 9, "Enter": 13, "ArrowDown": 40}
         common = {"key": key, "code": key, "windowsVirtualKeyCode": codes.get(key, 0)}
         self.call("Input.dispatchKeyEvent", type="keyDown", **common, **({"text": text} if text else {}))
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """What is seen, or the whole page, as PNG."""
+        """Save the visible part, or the whole page, as PNG."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A page of a new browser, which is gone at the end."""
+    """A page of a new browser, which is closed at the end."""
     chromium = find_chromium()
     assert chromium is not None
     with tempfile.TemporaryDirectory(prefix="imcap-chromium-", ignore_cleanup_errors=True) as profile:

@@ -22,25 +22,25 @@ FILES = (
     *sorted((ROOT / "imcap_ray" / "pretrained").glob("*/README.md")),
 )
 
-# At the start of a line, after what marks a comment, a variable or a virtual environment.
+# At the start of a line, possibly after a comment sign, a variable or the folder of a virtual environment.
 _LINE = re.compile(
     r"^[#\s]*((?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?"
     r"(?:(?:imcap|ray job submit|python jobs/\w+\.py) \S.*|python jobs/benchmarks/\w+\.py.*))$"
 )
-# In running text, with what it is given: `imcap train` alone is a name.
+# In running text, and with arguments: `imcap train` alone is a name.
 _INLINE = re.compile(r"`(imcap [a-z]+ [^`]+|python jobs/\w+\.py [^`]+|python jobs/benchmarks/\w+\.py[^`]*)`")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One command line and where it stands."""
+    """A command line and the place in the documentation where it is shown."""
 
     where: str
     line: str
 
     @property
     def words(self) -> list[str]:
-        """Without variables, and from `imcap` on: jobs/train.py is `imcap train` as a program."""
+        """The words without variables, from `imcap` on: jobs/train.py is `imcap train` as a program."""
         words = shlex.split(self.line)
         if words[:3] == ["ray", "job", "submit"]:
             words = words[words.index("--") + 1 :]
@@ -53,14 +53,14 @@ class Shown:
 
 def shown_commands() -> list[Shown]:
     """Each line once, in the order of the files and then of --help."""
-    found = [shown for path in FILES for shown in _in_file(path)]
-    found += [
+    commands = [shown for path in FILES for shown in _in_file(path)]
+    commands += [
         Shown(f"imcap {name} --help", _without_remark(line.strip()))
         for name, command in [("", main), *main.commands.items()]
         for line in (command.help or "").splitlines()
         if line.strip().startswith("imcap ") and not line.rstrip().endswith(".")
     ]
-    return list({shown.line: shown for shown in reversed(found)}.values())[::-1]
+    return list({shown.line: shown for shown in reversed(commands)}.values())[::-1]
 
 
 def _in_file(path: Path) -> Iterator[Shown]:
@@ -76,5 +76,5 @@ def _in_file(path: Path) -> Iterator[Shown]:
 
 
 def _without_remark(line: str) -> str:
-    """The command without what is said of it behind a # or two spaces."""
+    """The command without a remark after a # or two spaces."""
     return re.split(r"\s+#|\s{2,}", line)[0]

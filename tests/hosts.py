@@ -1,7 +1,7 @@
 """Hosts for tests, made of Linux namespaces: each has processes, a network and a /tmp/ray of its own, and a real Ray.
 
-They share the installed programs, whose file system they cannot write to, and a network with a store, S3 over HTTP;
-nothing else. All of it lies inside namespaces that end with the process that made them, however that one ends.
+They share only the installed programs, on a file system that they cannot write to, and a network with an S3 store over
+HTTP. Everything is inside namespaces that end with the process that made them, however that process ends.
 """
 
 from __future__ import annotations
@@ -86,17 +86,17 @@ sys.exit(connection.getresponse().status != 200)
 
 @dataclass(frozen=True)
 class Host:
-    """A machine, as far as its processes can tell."""
+    """A machine, from the point of view of its processes."""
 
     name: str
     address: str
     holder: subprocess.Popen[bytes]
     log: Path
-    """Of what is started here."""
+    """Output of the programs started here."""
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, *words: object, timeout: float = 900) -> str:
-        """Run a program to its end, which has to be a good one; its standard output."""
+        """Run a program, which must succeed, and return its standard output."""
         done = subprocess.run(
             self._command(*words), env=self._environment(), capture_output=True, text=True, timeout=timeout, check=False
         )
@@ -104,7 +104,7 @@ class Host:
         return done.stdout
 
     def start(self, *words: object) -> subprocess.Popen[bytes]:
-        """Start a program; what it says goes to the log."""
+        """Start a program whose output goes to the log."""
         with open(self.log, "ab") as log:
             process = subprocess.Popen(
                 self._command(*words), env=self._environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -112,12 +112,12 @@ class Host:
         self.started.append(process)
         return process
 
-    def said(self) -> str:
+    def output(self) -> str:
         """The log so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def processes(self) -> list[str]:
-        """The command lines of all that runs here."""
+        """The command lines of all processes of this host."""
         found = []
         for path in Path("/proc", str(self.holder.pid), "root", "proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
@@ -125,8 +125,8 @@ class Host:
         return found
 
     def lose(self) -> None:
-        """SIGKILL to every process at once, and the network gone, as when the power goes."""
-        self.holder.kill()  # the kernel kills the first process with it, and with that one all of its namespace
+        """Kill every process at once and remove the network, as when the power fails."""
+        self.holder.kill()  # the kernel then kills the first process, and with it everything in its namespace
         self.holder.communicate()
         for process in self.started:
             process.wait()
@@ -184,7 +184,7 @@ class Hosts:
         return [host for host in self.workers if host.holder.poll() is None]
 
     def imcap(self, *words: object) -> str:
-        """Run a command on the head to its good end; its standard output."""
+        """Run a command on the head, which must succeed, and return its standard output."""
         return self.head.run(sys.executable, "-m", "imcap_ray", *words)
 
     def start_imcap(self, *words: object) -> subprocess.Popen[bytes]:
@@ -207,15 +207,15 @@ class Hosts:
 
     def num_parts(self, uri: str) -> int:
         """Parquet files that were written there, from the store's own log."""
-        return len(re.findall(f'"PUT /{re.escape(uri.removeprefix("s3://"))}/[^/]*[.]parquet ', self.store.said()))
+        return len(re.findall(f'"PUT /{re.escape(uri.removeprefix("s3://"))}/[^/]*[.]parquet ', self.store.output()))
 
     def num_writes(self, uri: str) -> int:
         """How often a small file was written there, from the store's own log."""
-        return self.store.said().count(f'"PUT /{uri.removeprefix("s3://")} ')
+        return self.store.output().count(f'"PUT /{uri.removeprefix("s3://")} ')
 
-    def said(self) -> str:
+    def output(self) -> str:
         """The ends of all logs, for the message of a test that fails."""
-        return "\n".join(f"--- {host.name}\n{host.said()[-6000:]}" for host in (self.head, *self.workers))
+        return "\n".join(f"--- {host.name}\n{host.output()[-6000:]}" for host in (self.head, *self.workers))
 
     def _add(self, name: str) -> Host:
         number = 2 + len(self.workers) + (name != "head")
@@ -231,7 +231,9 @@ class Hosts:
     def _start_ray(self, host: Host, *options: str) -> None:
         words = ["--block", "--disable-usage-stats", f"--node-ip-address={host.address}"]
         words += [f"--object-store-memory={_OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
-        assert any(_stays(host.start("ray", "start", *options, *words), host) for _ in range(_START_TRIES)), host.said()
+        assert any(_stays(host.start("ray", "start", *options, *words), host) for _ in range(_START_TRIES)), (
+            host.output()
+        )
 
 
 @contextlib.contextmanager
@@ -252,7 +254,7 @@ def running_hosts(folder: Path) -> Iterator[Hosts]:
         store.run("ip", "link", "add", "bridge", "type", "bridge")
         _set_address(store, "bridge")
         store.start(sys.executable, "-m", "moto.server", "-H", store.address, "-p", "5000")
-        wait_until(lambda: "Running on" in store.said(), store.said)
+        wait_until(lambda: "Running on" in store.output(), store.output)
         store.run(sys.executable, "-S", "-c", _MAKE_BUCKET, _STORE, BUCKET)
         yield Hosts(folder, everyone, store)
 
@@ -266,7 +268,7 @@ def wait_until(condition: Callable[[], object], explain: Callable[[], str], *, s
 
 
 def _stays(ray: subprocess.Popen[bytes], host: Host) -> bool:
-    wait_until(lambda: _STARTED in host.said() or ray.poll() is not None, host.said)
+    wait_until(lambda: _STARTED in host.output() or ray.poll() is not None, host.output)
     return ray.poll() is None
 
 

@@ -1,4 +1,4 @@
-"""Captioning while processes die and nodes join."""
+"""Captioning runs whose processes are killed, and clusters that nodes join and leave."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.odd_images import encode, photo
 
 NUM_IMAGES = 2000
 NUM_IMAGES_OF_NODES = 24 * 64
-"""24 blocks: more than the actors of one node can have at hand, four CPUs times four blocks."""
+"""24 blocks: more than the actors of one node can hold at a time, which is four CPUs times four blocks."""
 ROOT = Path(__file__).parents[2]
 Read = Callable[[Path], list[dict[str, Any]]]
 
@@ -68,7 +68,7 @@ def test_every_image_is_one_row_whatever_dies(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Nodes:
-    """A cluster of nodes with CPUs, and a run whose captioners wait until each of so many nodes has left a file."""
+    """A cluster of nodes with CPUs, and a run whose captioners wait until `num_files` nodes have left a file each."""
 
     cluster: Cluster
     root: Path
@@ -79,14 +79,14 @@ class Nodes:
             data = encode(photo(20 + number % 32, 20 + number // 32), "JPEG")
             (self.root / "photographs" / f"{number:04}.jpg").write_bytes(data)
         (self.root / "nodes").mkdir()
-        places = [self.root / name for name in ("photographs", "captions", "nodes")]
-        words = [self.cluster.address, *places, num_files]
+        folders = [self.root / name for name in ("photographs", "captions", "nodes")]
+        words = [self.cluster.address, *folders, num_files]
         return subprocess.Popen(
             [sys.executable, "-c", CAPTION_ON_NODES, *map(str, words)], stdout=subprocess.PIPE, text=True
         )
 
-    def asked(self) -> set[str]:
-        """Ids of the nodes that were asked for captions."""
+    def captioning_nodes(self) -> set[str]:
+        """Ids of the nodes that have received images to caption."""
         return {path.name for path in (self.root / "nodes").iterdir()}
 
 
@@ -118,19 +118,19 @@ def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
 
     assert begun == f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 2 actors\n"
     assert process.returncode == 0
-    assert nodes.asked() == {first.node_id, joined.node_id}
+    assert nodes.captioning_nodes() == {first.node_id, joined.node_id}
     assert_complete(read(nodes.root / "captions"))
 
 
 @pytest.mark.slow
-def test_a_node_that_is_gone_for_good_leaves_work_and_cpus_to_the_others(
+def test_a_node_that_never_returns_leaves_work_and_cpus_to_the_others(
     nodes: Nodes, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S", "20")
     two = [nodes.cluster.add_node(num_cpus=4) for _ in range(2)]
     process = nodes.start(num_files=3)
     deadline = time.monotonic() + HANG_SECONDS
-    while len(nodes.asked()) < len(two):
+    while len(nodes.captioning_nodes()) < len(two):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -146,10 +146,10 @@ def test_a_node_that_is_gone_for_good_leaves_work_and_cpus_to_the_others(
 def test_captioning_spreads_over_four_nodes(nodes: Nodes, read: Read) -> None:
     four = [nodes.cluster.add_node(num_cpus=2) for _ in range(4)]
 
-    process = nodes.start(num_files=len(four))  # no image is captioned before every node is asked for one
+    process = nodes.start(num_files=len(four))  # no image is captioned before every node has received one
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS["chaos"] - 50)
 
     assert process.returncode == 0
     assert output.startswith(f"captioning {NUM_IMAGES_OF_NODES:,} of {NUM_IMAGES_OF_NODES:,} images with 6 actors\n")
-    assert nodes.asked() == {node.node_id for node in four}
+    assert nodes.captioning_nodes() == {node.node_id for node in four}
     assert_complete(read(nodes.root / "captions"))

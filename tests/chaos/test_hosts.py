@@ -1,4 +1,4 @@
-"""Hosts that share nothing but a network and a store are lost in the middle of a run."""
+"""Hosts that share only a network and a store, and are lost in the middle of a run."""
 
 from __future__ import annotations
 
@@ -32,16 +32,14 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
         yield hosts
 
 
-def host_with(hosts: Hosts, what: str) -> Host:
+def host_with(hosts: Hosts, name: str) -> Host:
     """A worker on which a process of this name runs."""
-    found: list[Host] = []
 
-    def look() -> bool:
-        found.extend(host for host in hosts.alive() if any(what in line for line in host.processes()))
-        return bool(found)
+    def matching_hosts() -> list[Host]:
+        return [host for host in hosts.alive() if any(name in line for line in host.processes())]
 
-    wait_until(look, hosts.said)
-    return found[0]
+    wait_until(matching_hosts, hosts.output)
+    return matching_hosts()[0]
 
 
 def test_a_host_that_is_lost_costs_no_image(
@@ -58,13 +56,13 @@ def test_a_host_that_is_lost_costs_no_image(
     command = ["caption", source, "--model", model, "--address", hosts.address, "--num-actors", 2]
 
     run = hosts.start_imcap(*command, f"{BUCKET}/captions")
-    wait_until(lambda: run.poll() is not None or hosts.num_parts(f"{BUCKET}/captions"), hosts.said)
+    wait_until(lambda: run.poll() is not None or hosts.num_parts(f"{BUCKET}/captions"), hosts.output)
     lost = host_with(hosts, "CaptionImages")
     lost.lose()
-    assert run.poll() is None, f"all was done before a host was lost: {hosts.said()}"
+    assert run.poll() is None, f"all was done before a host was lost: {hosts.output()}"
     hosts.add_worker(num_cpus=3)
 
-    assert run.wait(timeout=900) == 0, hosts.said()
+    assert run.wait(timeout=900) == 0, hosts.output()
     rows = hosts.rows(f"{BUCKET}/captions")
     assert [row["image_id"] for row in rows] == sorted(path.name for path in photographs.iterdir())
     assert {row["image_id"]: row["status"] for row in rows if row["status"] != "ok"} == {
@@ -73,12 +71,14 @@ def test_a_host_that_is_lost_costs_no_image(
     }
     captioned = [row for row in rows if row["status"] != "failed"]
     undisturbed = captioner.caption([photographs / row["image_id"] for row in captioned])
-    assert [row["caption"] for row in captioned] == [isinstance(one, Caption) and one.text for one in undisturbed]
+    assert [row["caption"] for row in captioned] == [
+        isinstance(caption, Caption) and caption.text for caption in undisturbed
+    ]
     assert rows[-1]["duplicate_of"] == "007.jpg"
     assert json.loads(hosts.text(f"{BUCKET}/captions/_imcap/run.json"))["state"] == "complete"
 
 
-def test_a_training_goes_on_when_a_host_is_lost(hosts: Hosts, tmp_path: Path) -> None:
+def test_a_training_continues_when_a_host_is_lost(hosts: Hosts, tmp_path: Path) -> None:
     data = hosts.put(
         small_data.write_flickr8k(tmp_path / "flickr8k", num_train=12, num_validation=4), f"{BUCKET}/flickr8k"
     )
@@ -87,12 +87,12 @@ def test_a_training_goes_on_when_a_host_is_lost(hosts: Hosts, tmp_path: Path) ->
 
     run = hosts.start_imcap("train", data, model, "--address", hosts.address, "--num-workers", 2, *settings)
     metrics = f"{model}/_training/metrics.jsonl"  # empty at first, then once for each epoch
-    wait_until(lambda: run.poll() is not None or hosts.num_writes(metrics) >= 3, hosts.said)
-    assert run.poll() is None, hosts.said()
+    wait_until(lambda: run.poll() is not None or hosts.num_writes(metrics) >= 3, hosts.output)
+    assert run.poll() is None, hosts.output()
     host_with(hosts, "RayTrainWorker").lose()
     done = len(epochs(hosts, model))
 
-    assert run.wait(timeout=900) == 0, hosts.said()
+    assert run.wait(timeout=900) == 0, hosts.output()
     assert 0 < done < EPOCHS
     assert epochs(hosts, model) == list(range(1, EPOCHS + 1))
     image = f"{data}/Flicker8k_Dataset/0000_photo.jpg"

@@ -1,4 +1,4 @@
-"""Images that kill the process which decodes them, or keep it busy for ever."""
+"""Images that kill the process that decodes them, or keep it busy for ever."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "table"])
-def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
+def test_images_that_kill_their_decoder_become_failed_rows_and_the_rest_are_captioned(
     kind: str, model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     images = {f"{number:03}.jpg": encode(photo(40 + number % 20, 50 + number // 20), "JPEG") for number in range(400)}
@@ -50,7 +50,7 @@ def test_images_that_kill_their_decoder_are_found_and_the_rest_go_on(
     assert {name: rows[name]["error_code"] for name in poison} == {name: code for name, (_, code) in poison.items()}
 
 
-def test_an_image_that_is_decoded_for_ever_is_a_row_and_the_others_are_captioned(
+def test_an_image_that_is_decoded_for_ever_becomes_a_failed_row_and_the_others_are_captioned(
     model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     input = tmp_path / "in"
@@ -70,7 +70,7 @@ def test_an_image_that_is_decoded_for_ever_is_a_row_and_the_others_are_captioned
 
 
 def caption(input: Path, output: Path, model: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A captioning of its own Ray, whose HEIC images meet the plugin with the bugs."""
+    """Run `imcap caption` on a private Ray, with the buggy plugin for HEIC images."""
     plugins = str(Path(__file__).parent / "plugins")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([plugins, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "imcap_ray", "caption", str(input), str(output), "--json", "--model", str(model)]

@@ -1,4 +1,4 @@
-"""A command and the private Ray that it starts: what ends one of them, and what is left of both."""
+"""A command and its private Ray: how each of them ends when the other does, and that neither leaves anything behind."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def wait_until(condition: Callable[[], object], process: subprocess.Popen[str], 
 
 
 def children(pid: int, name: str) -> list[int]:
-    """Ids of the processes that this one has started and whose program is called so."""
-    found = []
+    """Ids of the child processes that run this program."""
+    pids = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             status = (process / "status").read_text()
@@ -72,12 +72,12 @@ def children(pid: int, name: str) -> list[int]:
         except OSError:
             continue
         if f"\nPPid:\t{pid}\n" in status and program.endswith(name.encode()):
-            found.append(int(process.name))
-    return found
+            pids.append(int(process.name))
+    return pids
 
 
 def end(process: subprocess.Popen[str], *, seconds: float = 90) -> str:
-    """What it wrote to stderr until it ended."""
+    """Wait for the end of the process and return its stderr."""
     try:
         return process.communicate(timeout=seconds)[1]
     finally:
@@ -90,13 +90,13 @@ def test_a_run_whose_gcs_dies_ends_with_one_line_and_is_marked_failed(command: C
     [gcs] = children(process.pid, "gcs_server")
 
     os.kill(gcs, signal.SIGKILL)
-    said = end(process, seconds=40)
+    stderr = end(process, seconds=40)
 
-    assert process.returncode == 1, said
-    [line] = [line for line in said.splitlines() if line.startswith("imcap: ")]
+    assert process.returncode == 1, stderr
+    [line] = [line for line in stderr.splitlines() if line.startswith("imcap: ")]
     assert line.startswith("imcap: Ray's head at ")
     assert line.endswith(" has stopped answering; what is written is kept, the same command resumes")
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert command.state() == "failed"
     assert command.folders() == []
 
@@ -116,11 +116,11 @@ def test_sigterm_is_an_interruption_whenever_it_comes(command: Command, moment: 
     wait_until(lambda: MOMENTS[moment](command, process), process)
 
     process.send_signal(signal.SIGTERM)
-    said = end(process)
+    stderr = end(process)
 
-    assert process.returncode == 130, said
-    assert said.splitlines()[-1].startswith("imcap: interrupted")
-    assert "Traceback" not in said
+    assert process.returncode == 130, stderr
+    assert stderr.splitlines()[-1].startswith("imcap: interrupted")
+    assert "Traceback" not in stderr
     assert command.folders() == []
     if moment == "images are captioned":
         assert command.state() == "interrupted"

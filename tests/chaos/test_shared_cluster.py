@@ -1,4 +1,4 @@
-"""Several runs on one Ray that has not enough CPUs for all of them."""
+"""Several runs on one Ray that has too few CPUs for all of them."""
 
 from __future__ import annotations
 
@@ -82,17 +82,17 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SharedCl
 
 
 def finish(processes: list[subprocess.Popen[str]], *, seconds: float) -> list[str]:
-    """What each printed; fails if one does not end with 0 in time."""
+    """Wait until all processes have succeeded, and return their output."""
     deadline = time.monotonic() + seconds
     try:
-        said = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in processes]
+        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
                 print(process.communicate()[0])
-    assert [process.returncode for process in processes] == [0] * len(processes), said
-    return said
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs
 
 
 def assert_complete(rows: list[dict[str, Any]]) -> None:
@@ -110,9 +110,9 @@ def test_a_second_run_takes_only_the_cpus_that_the_first_leaves(
         time.sleep(0.1)
     second = cluster.caption(tmp_path / "second")
 
-    said = finish([first, second], seconds=200)
+    outputs = finish([first, second], seconds=200)
 
-    assert "with 1 actor" in said[1]
+    assert "with 1 actor" in outputs[1]
     assert_complete(read(tmp_path / "first"))
     assert_complete(read(tmp_path / "second"))
 

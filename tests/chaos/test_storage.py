@@ -28,7 +28,7 @@ def imcap(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def one_line(text: str) -> str:
-    """The one line that tells of the error; there is no traceback."""
+    """The line with the error, which must be the only one, without a traceback."""
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("imcap:")]
     return line
@@ -37,17 +37,17 @@ def one_line(text: str) -> str:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 600 KB, which `mount -o remount,size=...` makes larger."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(place)], capture_output=True)
-    if made.returncode:
-        pytest.skip(f"NOT TESTED: a full disk, for tmpfs cannot be mounted here: {made.stderr.decode().strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"NOT TESTED: a full disk, because tmpfs cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_clear_error_and_the_same_command_goes_on(
+def test_a_full_disk_is_one_clear_error_and_the_same_command_resumes(
     photographs: Path, model_dir: Path, small_disk: Path, read: Read
 ) -> None:
     (small_disk / "ballast").write_bytes(bytes(560 * 1024))
@@ -98,21 +98,21 @@ def test_a_run_on_a_store_that_fails_now_and_then_is_killed_and_loses_nothing(
 
     again = imcap(*command)
     rows = rows_at(f"{s3.uri}/out")
-    anew = imcap(*command, "--beam-size", "1", "--overwrite")
-    rows_anew = rows_at(f"{s3.uri}/out")
+    overwritten = imcap(*command, "--beam-size", "1", "--overwrite")
+    new_rows = rows_at(f"{s3.uri}/out")
 
     s3.proxy.every = None
-    assert (again.returncode, anew.returncode) == (0, 0), again.stderr + anew.stderr
+    assert (again.returncode, overwritten.returncode) == (0, 0), again.stderr + overwritten.stderr
     assert s3.proxy.num_faults > 30
     expected = {path.name: "ok" for path in photographs.iterdir()}
-    for found in (rows, rows_anew):
-        assert {row["image_id"]: row["status"] for row in found} == expected
-        assert len(found) == 120
+    for table in (rows, new_rows):
+        assert {row["image_id"]: row["status"] for row in table} == expected
+        assert len(table) == 120
     assert json.loads(storage.read_bytes(f"{s3.uri}/out/_imcap/run.json"))["search"]["beam_size"] == 1
     assert before
 
 
-def test_a_store_that_goes_away_is_one_clear_error_and_the_same_command_goes_on(
+def test_a_store_that_disappears_is_one_clear_error_and_the_same_command_resumes(
     photographs: Path, model_dir: Path, s3: S3Store
 ) -> None:
     copy_to(f"{s3.uri}/in", photographs)

@@ -38,7 +38,7 @@ SETTINGS: Final = small_data.TINY_TRAINING | {
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where the trainings of this file are done: one data set, one cache of features."""
+    """A folder for the trainings of this file, with one data set and one cache of features."""
 
     root: Path
 
@@ -48,22 +48,22 @@ class Workplace:
         return [*command, *(f"--set={name}={value}" for name, value in SETTINGS.items()), *options]
 
     def run(self, name: str) -> str:
-        """Train to the end; what was said."""
+        """Train to the end and return the output."""
         with self.running(name) as process:
             return self.finish(name, process)
 
     def finish(self, name: str, process: subprocess.Popen[bytes]) -> str:
-        """Wait for the end of a training; what was said."""
-        wait_until(lambda: process.poll() is not None, lambda: self.said(name))
-        assert process.returncode == 0, self.said(name)
-        return self.said(name)
+        """Wait for the end of a training and return its output."""
+        wait_until(lambda: process.poll() is not None, lambda: self.output(name))
+        assert process.returncode == 0, self.output(name)
+        return self.output(name)
 
     @contextlib.contextmanager
     def running(self, name: str, *options: str, report_seconds: float = 0.2) -> Iterator[subprocess.Popen[bytes]]:
-        """A training under way, in a process group of its own that has ended afterwards.
+        """Start a training in a process group of its own, and kill the group afterwards.
 
         Args:
-            report_seconds: Ray Train takes one report in this time; its default is two.
+            report_seconds: time in which Ray Train accepts one report; its default is two seconds.
         """
         environment = os.environ | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(report_seconds)}
         with open(self.root / f"{name}.log", "wb") as log:
@@ -77,27 +77,27 @@ class Workplace:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    def said(self, name: str) -> str:
-        """What the newest process of this training has said so far."""
+    def output(self, name: str) -> str:
+        """The output of the newest process of this training, so far."""
         return (self.root / f"{name}.log").read_text()
 
     def epochs(self, name: str) -> list[dict[str, Any]]:
-        """The metrics so far, but for the seconds it took."""
-        place = self.root / name / "_training" / "metrics.jsonl"
-        rows = [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        """The metrics so far, without durations."""
+        path = self.root / name / "_training" / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [{key: value for key, value in row.items() if not key.endswith("seconds")} for row in rows]
 
     def wait_for_epoch(self, name: str, epoch: int, process: subprocess.Popen[bytes]) -> None:
-        wait_until(lambda: len(self.epochs(name)) >= epoch or process.poll() is not None, lambda: self.said(name))
-        assert process.poll() is None, self.said(name)
+        wait_until(lambda: len(self.epochs(name)) >= epoch or process.poll() is not None, lambda: self.output(name))
+        assert process.poll() is None, self.output(name)
 
     def wait_for_workers(self, name: str, count: int, process: subprocess.Popen[bytes]) -> None:
-        """Until the newest epoch was done by so many workers."""
+        """Wait until an epoch has been trained by `count` workers."""
         wait_until(
             lambda: process.poll() is not None or [row["num_workers"] for row in self.epochs(name)][-1:] == [count],
-            lambda: self.said(name),
+            lambda: self.output(name),
         )
-        assert process.poll() is None, self.said(name)
+        assert process.poll() is None, self.output(name)
 
     def weights(self, name: str) -> bytes:
         return (self.root / name / "model.safetensors").read_bytes()
@@ -137,7 +137,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="module")
 def undisturbed(workplace: Workplace) -> str:
-    """Name of a training that nothing has disturbed."""
+    """Name of a training that was not disturbed."""
     workplace.run("undisturbed")
     assert len({row["bleu_1"] for row in workplace.epochs("undisturbed")}) > 2, "no epoch differs from another"
     return "undisturbed"
@@ -153,7 +153,7 @@ def test_a_killed_worker_a_killed_driver_and_damaged_files_change_nothing_in_the
         killed_after = len(workplace.epochs("disturbed"))
         workplace.wait_for_epoch("disturbed", killed_after + 3, process)
         [second] = train_workers_below(process.pid)
-        # The worker with its driver, for it would outlive it by seconds, in which it may train to the end.
+        # The worker too, because it would outlive its driver by seconds, in which it may train to the end.
         os.kill(second, signal.SIGSTOP)
         os.killpg(process.pid, signal.SIGKILL)
         os.kill(second, signal.SIGKILL)
@@ -166,10 +166,10 @@ def test_a_killed_worker_a_killed_driver_and_damaged_files_change_nothing_in_the
         os.truncate(damaged, damaged.stat().st_size // 2)
     os.truncate(work / "metrics.jsonl", (work / "metrics.jsonl").stat().st_size - 9)
 
-    said = workplace.run("disturbed")
+    output = workplace.run("disturbed")
 
-    assert f"left out: checkpoint {newest}: training_state.pt is not what was written" in said, said
-    assert "going on after epoch" in said
+    assert f"left out: checkpoint {newest}: training_state.pt is not what was written" in output, output
+    assert "going on after epoch" in output
     assert workplace.epochs("disturbed") == workplace.epochs(undisturbed)
     assert workplace.weights("disturbed") == workplace.weights(undisturbed)
 
@@ -197,7 +197,7 @@ def test_a_training_on_two_nodes_survives_the_loss_of_one(
 
 
 @pytest.mark.slow
-def test_a_training_goes_on_with_fewer_workers_and_takes_up_a_node_that_joins(
+def test_a_training_continues_with_fewer_workers_and_uses_a_node_that_joins(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
@@ -205,7 +205,7 @@ def test_a_training_goes_on_with_fewer_workers_and_takes_up_a_node_that_joins(
     try:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
         options = [f"--address={cluster.address}", "--num-workers=1-2", "--set=training.epochs=1000"]
-        # An epoch every two seconds: Ray looks once a minute whether there is room for more workers.
+        # An epoch every two seconds: Ray checks once a minute whether there is room for more workers.
         with workplace.running("elastic", *options, report_seconds=2.0) as process:
             workplace.wait_for_workers("elastic", 2, process)
             lost = next(node for node in nodes if train_workers_below(raylet_of(node)))

@@ -1,7 +1,7 @@
-"""Every command that the documentation shows for one machine, run as it stands there, where its names exist.
+"""Every command that the documentation shows for one machine runs as shown, in a folder where its names exist.
 
-Those for a cluster are in test_jobs.py; what measures for minutes runs with fewer images, or is only parsed, as is what
-needs a cloud (tests/unit/test_documentation.py).
+Commands for a cluster are in test_jobs.py. Benchmarks run with fewer images. Those that would still take minutes, and
+commands that need a cloud, are only parsed (tests/unit/test_documentation.py).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ MEASURES = "bench"
 SHOWN = [
     shown
     for shown in {" ".join(shown.words): shown for shown in shown_commands()}.values()
-    if not shown.where.startswith("imcap_ray/pretrained")  # how the card's model was trained is what README shows,
-    and not (shown.where.startswith("jobs/RESULTS") and "train" in shown.words)  # and so is the seed's recipe
+    if not shown.where.startswith("imcap_ray/pretrained")  # the README shows the same training,
+    and not (shown.where.startswith("jobs/RESULTS") and "train" in shown.words)  # and the same recipe
     and shown.words[1] in LOCAL
     and shown.words[1] != MEASURES
     and "s3://" not in shown.line
@@ -46,7 +46,7 @@ def _name(shown: Shown) -> str:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A user's folder, with VGG16's weights where torchvision would have put them. The Ray of these tests knows it."""
+    """A home folder with VGG16's weights where torchvision would put them. The Ray of these tests uses it."""
     import ray
     from torchvision.models import vgg16
 
@@ -63,7 +63,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where all the names of the examples lead to something, but for what a command is to make."""
+    """A folder in which all names of the examples exist, except those that a command creates."""
     monkeypatch.chdir(tmp_path)
     flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=8, num_validation=4, num_test=0)
     small_data.write_flickr8k(tmp_path / "holidays", num_train=6, num_validation=3, num_test=0)
@@ -87,26 +87,26 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def captions(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished captioning of such a development split."""
+    """Captions of a small development split."""
     folder = tmp_path_factory.mktemp("captioned")
     flickr8k = small_data.write_flickr8k(folder / "flickr8k", num_train=8, num_validation=4, num_test=0)
     model = small_data.write_model_folder(folder / "tiny")
     assert run("caption", flickr8k / "Flicker8k_Dataset", folder / "captions", "--model", model).exit_code == 0
     for part in (folder / "captions").glob("*.parquet"):
         table = pq.read_table(part)
-        place = table.schema.get_field_index("confidence")
-        sure = pa.array([0.5] * table.num_rows, pa.float32())  # as a model has it that has learnt something
-        pq.write_table(table.set_column(place, table.schema.field(place), sure), part)
+        position = table.schema.get_field_index("confidence")
+        sure = pa.array([0.5] * table.num_rows, pa.float32())  # as if the model had been trained
+        pq.write_table(table.set_column(position, table.schema.field(position), sure), part)
     return folder / "captions"
 
 
 def run(*words: object) -> Result:
-    """A command in this process, so that all share one Ray."""
+    """Run a command in this process, so that all share one Ray."""
     return CliRunner().invoke(main, [os.path.expanduser(str(word)) for word in words])
 
 
 def _shown(shown: Shown) -> object:
-    """As a parameter: a training takes minutes, and so does `imcap bench`."""
+    """A pytest parameter. Trainings and `imcap bench` are slow: they take minutes."""
     takes_minutes = _name(shown) in ("train", MEASURES) and "--dry-run" not in shown.words
     return pytest.param(shown, id=shown.line, marks=[pytest.mark.slow] if takes_minutes else [])
 
@@ -125,14 +125,14 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
     elif command != "train":
         small_data.write_model_folder(folder / "runs" / "mine")
 
-    # A hundred epochs of the seed's take four minutes, however few the images are, and so do five phases.
+    # A hundred epochs take four minutes however few the images are, and so do five phases.
     fewer = [f"{phase}.epochs=1" for phase in ("training", "finetune", "self_critical")]
     once = [f"{phase}.repetitions=1" for phase in ("finetune", "self_critical")]
     fewer = {"vgg16-lstm": fewer[:1], "lite2-finetuned": fewer + once}.get(shown.words[-1], [])
     done = run(command, *arguments, *(word for setting in fewer for word in ("--set", setting)))
 
-    spoilt = "captions_val2017.json" in shown.line  # nothing in it to train on
-    assert done.exit_code == (3 if spoilt else 0), f"{shown.where}: {shown.line}\n{done.output}"
+    is_unusable = "captions_val2017.json" in shown.line  # it has no training images
+    assert done.exit_code == (3 if is_unusable else 0), f"{shown.where}: {shown.line}\n{done.output}"
     if command == "caption" and "one.jpg" not in arguments:
         rows = [row for path in Path("captions").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
         assert len(rows) == 12 and {row["status"] for row in rows} == {"ok"}
@@ -140,7 +140,7 @@ def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Pat
         assert "--dry-run" in arguments or Path(arguments[1], "model.safetensors").exists()
 
 
-# What makes a measurement short. The others take minutes however few the images are, or tell no rate then.
+# Options that make a benchmark short. The others take minutes, or have no steady rate, with few images.
 FEW = {
     "bench": ["--images", "64"],
     "beam_search": ["--images", "4", "--rounds", "1"],

@@ -1,4 +1,4 @@
-"""The commands as Ray jobs on a head started by `ray start --head`, one that asks for a token."""
+"""The commands as Ray jobs on a head that `ray start --head` started, with token authentication."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Head:
     dashboard: str
 
     def run(self, *words: object) -> subprocess.CompletedProcess[str]:
-        """A program of this environment, as a user with the token runs it."""
+        """Run a program of this environment as a user with the token."""
         program, *arguments = map(str, words)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        # `ray job submit` shows its token only when told to; `imcap submit` finds out by itself.
+        # `ray job submit` sends its token only if RAY_AUTH_MODE is set; `imcap submit` detects that it must.
         environment |= {"RAY_AUTH_TOKEN": TOKEN} | ({"RAY_AUTH_MODE": "token"} if program == "ray" else {})
         command = [str(Path(sys.executable).parent / program), *arguments]
         return subprocess.run(
@@ -49,7 +49,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head(s3_endpoint: str) -> Iterator[Head]:
-    """A cluster that knows an S3 store, as this process does."""
+    """A cluster with access to an S3 store. This process has access too."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_environment(s3_endpoint).items():
             patch.setenv(name, value)
@@ -62,10 +62,10 @@ def flickr8k(tmp_path: Path) -> Path:
     return small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3, num_test=0)
 
 
-def test_the_lines_of_the_documentation_that_name_a_bucket_run_one_after_the_other(
+def test_the_documented_commands_that_name_a_bucket_run_one_after_the_other(
     head: Head, s3_endpoint: str, tmp_path: Path
 ) -> None:
-    """But for trainings: the store of these tests refuses their checkpoints, which are sent in several parts."""
+    """Except trainings: the store of these tests refuses their checkpoints, which are uploaded in several parts."""
     make_bucket(s3_endpoint, "bucket")
     flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3, num_test=0)
     for file in flickr8k.rglob("*.*"):
@@ -114,12 +114,12 @@ def test_imcap_submit_dry_run_plans_on_the_cluster(head: Head, flickr8k: Path, m
 
 
 def shown(start: str) -> list[str]:
-    """The words of the one line of the documentation that begins so."""
+    """The words of the only documented command that starts like this."""
     (line,) = [shown.line for shown in shown_commands() if shown.line.startswith(start)]
     return shlex.split(line)
 
 
-def test_the_line_of_the_documentation_that_follows_a_job_returns_its_exit_code(
+def test_the_documented_command_that_follows_a_job_returns_its_exit_code(
     head: Head, flickr8k: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     words = shown("imcap submit --follow")
@@ -136,12 +136,10 @@ def test_the_line_of_the_documentation_that_follows_a_job_returns_its_exit_code(
 
 
 @pytest.mark.slow
-def test_the_line_of_the_documentation_that_submits_a_training_trains(
-    head: Head, flickr8k: Path, tmp_path: Path
-) -> None:
+def test_the_documented_command_that_submits_a_training_trains(head: Head, flickr8k: Path, tmp_path: Path) -> None:
     words = shown("imcap submit --address http://127.0.0.1:8265 train")
-    places = {"http://127.0.0.1:8265": head.dashboard, "/mnt/flickr8k": str(flickr8k), "/mnt/runs/mine": "model"}
-    words = [places.get(word, word) for word in words]
+    substitutes = {"http://127.0.0.1:8265": head.dashboard, "/mnt/flickr8k": str(flickr8k), "/mnt/runs/mine": "model"}
+    words = [substitutes.get(word, word) for word in words]
     assert words[-2:] == [str(flickr8k), "model"]
     words[-1] = str(tmp_path / "model")
 
@@ -186,5 +184,5 @@ def test_a_relative_output_in_a_job_is_refused(head: Head, flickr8k: Path) -> No
 
     done = head.run("ray", *words, flickr8k / "Flicker8k_Dataset", "captions")
 
-    assert done.returncode == 1  # Ray's client says 1 whatever the command said
+    assert done.returncode == 1  # Ray's client returns 1 whatever the command returned
     assert "OUTPUT must be an absolute path or a URI inside a Ray job" in done.stdout + done.stderr

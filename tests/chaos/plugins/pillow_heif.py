@@ -1,4 +1,4 @@
-"""Stands in for a decoder with bugs, under the name of the one that is loaded for HEIC images: it crashes or hangs."""
+"""A decoder with bugs, under the name of the one that is loaded for HEIC images: it crashes or hangs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 from PIL import Image, ImageFile
 
 GREED = 6 * 2**30
-"""Bytes that an image asks for; none of them is ever touched."""
+"""Bytes that an image requests; none of them is ever touched."""
 
 
 class _Image(ImageFile.ImageFile):
@@ -20,12 +20,12 @@ class _Image(ImageFile.ImageFile):
         if b"SEGFAULT" in data:
             os.kill(os.getpid(), signal.SIGSEGV)
         if b"ENDLESS" in data:
-            ctypes.PyDLL(None).sleep(3600)  # keeps Python's lock, so that no thread of this process can act
+            ctypes.PyDLL(None).sleep(3600)  # holds Python's lock, so that no other thread of this process can run
         if b"GREEDY" in data:
             hoard = bytearray(GREED)
-            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does with who takes it all
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
             del hoard
-        raise SyntaxError("no picture in it")
+        raise SyntaxError("no image")
 
 
 def register_heif_opener() -> None:
