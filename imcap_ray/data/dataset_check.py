@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from statistics import median
-from typing import Any, Final, TypedDict
+from typing import Final, TypedDict
 
 import pyarrow as pa
 
@@ -148,7 +148,7 @@ class DataCheck:
         """Whether a problem makes the data set unusable for training."""
         return any(finding.spoils for finding in self.findings)
 
-    def to_mapping(self) -> dict[str, Any]:
+    def to_mapping(self) -> dict[str, object]:
         """The check as dictionaries and lists, for JSON."""
         return {**asdict(self), "spoils": self.spoils}
 

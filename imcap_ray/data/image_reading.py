@@ -27,7 +27,11 @@ REACHABILITY_INTERVAL_SECONDS: Final = 30
 
 
 def read_rows(
-    rows: Iterable[ManifestRow], root: str | None, *, image_columns: Sequence[str] = ()
+    rows: Iterable[ManifestRow],
+    root: str | None,
+    *,
+    image_columns: Sequence[str] = (),
+    rows_per_check: int = IMAGES_PER_READ,
 ) -> Iterator[tuple[ManifestRow, bytes | ImageError]]:
     """The bytes of each row, or why there are none; rows of tables and tars come last.
 
@@ -38,6 +42,7 @@ def read_rows(
     Args:
         root: location of the images. None: do not check whether it still exists.
         image_columns: the manifest's image columns, see `manifest.read_image_columns`.
+        rows_per_check: maximum number of rows that are read before a check that their table has not changed.
 
     Raises:
         ImcapError: `root` no longer exists.
@@ -49,7 +54,7 @@ def read_rows(
         else:
             yield row, read_file(row["image_path"], root)
     for table_path, of_table in in_tables.items():
-        yield from _TableReader(table_path, root, image_columns).read(of_table)
+        yield from _TableReader(table_path, root, image_columns, rows_per_check).read(of_table)
 
 
 def root_of(rows: pa.Table) -> str:
@@ -99,9 +104,10 @@ _Rows: TypeAlias = list[tuple[ManifestRow, bytes | ImageError]]
 class _TableReader:
     """Reads rows of one table or tar, if it is still the file that was listed."""
 
-    def __init__(self, table_path: str, root: str | None, image_columns: Sequence[str]) -> None:
+    def __init__(self, table_path: str, root: str | None, image_columns: Sequence[str], rows_per_check: int) -> None:
         self._path = table_path
         self._image_columns = image_columns
+        self._rows_per_check = rows_per_check
         self._root = root
         self._version = (0, 0)
         self._has_changed = False
@@ -127,7 +133,7 @@ class _TableReader:
         for row, data in self._read_positions(rows):
             waiting.append((row, data))
             num_bytes += len(data) if isinstance(data, bytes) else 0
-            if len(waiting) == IMAGES_PER_READ or num_bytes >= _BYTES_PER_CHECK:
+            if len(waiting) == self._rows_per_check or num_bytes >= _BYTES_PER_CHECK:
                 yield from self._confirm(waiting)
                 waiting, num_bytes = [], 0
         yield from self._confirm(waiting)

@@ -87,6 +87,7 @@ def build_manifest(
     output: str | None = None,
     check: Callable[[], None] = lambda: None,
     known_from: str | None = None,
+    rows_per_part: int = ROWS_PER_PART,
 ) -> InputSummary:
     """Write the manifest of the images at `location` (folder, image, Parquet or tars) to Parquet files in `folder`.
 
@@ -104,8 +105,8 @@ def build_manifest(
             new images are then written.
 
     Raises:
-        InputError: nothing exists there, nothing is readable, there is no image, a path points outside, new tables
-            make ids ambiguous, several columns or kinds of files may be meant, or the columns differ from before.
+        InputError: there is no readable image, a path points outside, new tables make ids ambiguous, several columns or
+            kinds of files may be meant, or the columns differ from before.
     """
     location = storage.absolute(location)
     if not storage.exists(location):
@@ -114,7 +115,7 @@ def build_manifest(
     images = _InputImages(location, options, output=output, known=known)
     next_id, num_images, changed = known.num_images, 0, [MANIFEST_SCHEMA.empty_table()]
     entries = islice(images.entries(), options.limit)
-    while chunk := list(islice(entries, ROWS_PER_PART)):
+    while chunk := list(islice(entries, rows_per_part)):
         num_images += len(chunk)
         rows = pa.Table.from_pylist(chunk, schema=MANIFEST_SCHEMA.remove(0))
         ids, is_changed, is_moved = known.find(rows)
@@ -126,13 +127,14 @@ def build_manifest(
         rows = rows.filter(ids < 0)
         if rows.num_rows:
             check()
-            part = storage.join(folder, manifest_part(next_id))
             new = _with_ids(rows, np.arange(next_id, next_id + rows.num_rows))
+            part = storage.join(folder, manifest_part(next_id))
             write_table(part, new.replace_schema_metadata(images.metadata))
             next_id += rows.num_rows
     if not num_images:
-        ignored = images.num_ignored
-        others = f"{ignored:,} other file{'s' * (ignored != 1)}" if ignored else "nothing"
+        others = (
+            f"{images.num_ignored:,} other file{'s' * (images.num_ignored != 1)}" if images.num_ignored else "nothing"
+        )
         raise InputError(f"no images in {location}: found {others}; expected files with names like .jpg or .png")
     return InputSummary(
         num_images=num_images,

@@ -20,7 +20,7 @@ from imcap_ray.errors import ConfigError
 _PUNCTUATION: Final = re.compile(r"""["`?!;()\[\]{}]|''+|--+|\.\.\.|[,:](?!\d)|(?<!\d)[,:]""")
 
 # Dropped only as separate tokens, because mostly they are part of a word.
-_PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
+PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
 
 # Words with a period; so are initials ("p.") and letters with periods ("d.c.").
 ABBREVIATIONS: Final = frozenset(["mr.", "mrs.", "ms.", "dr.", "jr.", "sr.", "st.", "vs."])
@@ -69,18 +69,21 @@ def detokenize(tokens: Sequence[str]) -> str:
 
 def tokenize_ptb(text: str) -> list[str]:
     """Lower-case Penn Treebank tokens ("do n't", "dog 's", "can not") without coco-caption's punctuation."""
-    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower())
-    if not text.isascii():
-        text = _unspaced_character().sub(r" \g<0> ", text)
     tokens: list[str] = []
-    for word in _PUNCTUATION.sub(" ", text).split():
-        if not word.isalnum():
-            word = _without_sentence_end(word)
+    for word in split_words(text):
         if word.isalnum() and word not in _RUN_TOGETHER:
             tokens.append(word)
         elif word:
             tokens += _split_word(word)
     return tokens
+
+
+def split_words(text: str) -> list[str]:
+    """Lower-case words of the text, without coco-caption's punctuation and the periods that end sentences."""
+    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower())
+    if not text.isascii():
+        text = _unspaced_character().sub(r" \g<0> ", text)
+    return [word if word.isalnum() else _without_sentence_end(word) for word in _PUNCTUATION.sub(" ", text).split()]
 
 
 def tokenize_unicode(text: str) -> list[str]:
@@ -126,7 +129,7 @@ def _split_word(word: str) -> tuple[str, ...]:
     """
     # The tokenizer takes the last period for the end of the sentence, so that it needs one.
     tokens = _treebank_tokenizer().tokenize(f"{word} .")
-    return tuple(token for token in tokens if token not in _PUNCTUATION_ALONE)
+    return tuple(token for token in tokens if token not in PUNCTUATION_ALONE)
 
 
 @cache

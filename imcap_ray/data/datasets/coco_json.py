@@ -83,9 +83,9 @@ def _file_name(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _read_documents(collector: Collector, files: Iterable[str]) -> dict[str, Any]:
+def _read_documents(collector: Collector, files: Iterable[str]) -> dict[str, object]:
     """The files that hold captions, by name. If some are named like captions, the others are not read."""
-    documents: dict[str, Any] = {}
+    documents: dict[str, object] = {}
     for name in files:
         is_named = _is_named_like_captions(name) or collector.source.is_file
         if documents and not is_named:

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.data import manifest
 from imcap_ray.data.columns import ColumnOptions, ImageColumns
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_reading import read_rows
@@ -203,13 +202,12 @@ def test_a_limit_can_be_lifted_later(source: Path, target: str) -> None:
     assert ids(target) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
 
 
-def test_a_long_manifest_has_several_parts(source: Path, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "ROWS_PER_PART", 2)
+def test_a_long_manifest_has_several_parts(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(5)))
-    build_manifest(str(source), target)
+    build_manifest(str(source), target, rows_per_part=2)
     touch(source, "00.jpg", "5.jpg")
 
-    build_manifest(str(source), target)
+    build_manifest(str(source), target, rows_per_part=2)
 
     assert len(list(Path(target).iterdir())) >= 4
     assert ids(target) == [*(f"{number}.jpg" for number in range(5)), "00.jpg", "5.jpg"]
@@ -925,17 +923,14 @@ def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
         open_captions(str(tmp_path))
 
 
-def test_what_is_known_is_found_in_whichever_part_it_stands(
-    source: Path, target: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("imcap_ray.data.manifest.ROWS_PER_PART", 3)
+def test_a_listed_image_is_recognised_in_any_part_of_the_manifest(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(1, 17, 2)))
-    build_manifest(str(source), target)
+    build_manifest(str(source), target, rows_per_part=3)
     before = {row["image_id"]: row["manifest_id"] for row in read(target)}
     touch(source, *(f"{number}.jpg" for number in range(0, 17, 2)), "below/1.jpg")
     (source / "7.jpg").write_bytes(b"changed")
 
-    summary = build_manifest(str(source), target)
+    summary = build_manifest(str(source), target, rows_per_part=3)
 
     after = {row["image_id"]: row["manifest_id"] for row in read(target)}
     assert len(storage.list_parquet(target)) > 5
@@ -943,7 +938,7 @@ def test_what_is_known_is_found_in_whichever_part_it_stands(
     assert before.items() <= after.items()
     assert summary.changed["image_id"].to_pylist() == ["7.jpg"]
     assert summary.changed["manifest_id"].to_pylist() == [before["7.jpg"]]
-    assert build_manifest(str(source), target).changed["image_id"].to_pylist() == ["7.jpg"]
+    assert build_manifest(str(source), target, rows_per_part=3).changed["image_id"].to_pylist() == ["7.jpg"]
 
 
 def test_an_image_whose_table_has_another_name_now_is_the_same_in_another_place(source: Path, target: str) -> None:

@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.data import image_reading, table_listing
+from imcap_ray.data import manifest
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.datasets.dataset import Collector
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import InputOptions, build_manifest, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, ManifestRow
+from imcap_ray.data.table_listing import choose_ids
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.runs.captions_folder import CaptionsFolder
@@ -240,13 +241,12 @@ def test_a_table_that_is_gone_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "bytes"])
 def test_nothing_that_was_read_before_a_table_was_rewritten_is_passed_on_after(
-    tmp_path: Path, source: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, kind: str
 ) -> None:
-    """The table is rewritten in its place after some rows were read: those read after that are another table's."""
-    monkeypatch.setattr(image_reading, "IMAGES_PER_READ", 2)
+    """The table is rewritten after some rows were read: later rows are those of another table."""
     write_input(source, kind, "acde")
     build_manifest(str(source), str(tmp_path / "manifest"))
-    reading = read_rows(manifest_rows(str(tmp_path / "manifest")), None)
+    reading = read_rows(manifest_rows(str(tmp_path / "manifest")), None, rows_per_check=2)
 
     answers = [next(reading), next(reading)]
     write_input(source, kind, "edca")
@@ -283,19 +283,17 @@ def test_a_table_is_described_twice_and_opened_once_however_many_row_groups_are_
 def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-
-    read_ids = table_listing._natural_ids
     write_input(source, "bytes", "acd")
     shutil.copy(source / "t.parquet", tmp_path / "new.parquet")
     write_input(source, "bytes", "ac" if before == "shorter" else "acde")
     pq.write_table(pa.table({"image": [CONTENTS["x"]], "id": ["x"]}), source / "u.parquet")
 
     def rewritten_after(*arguments: Any) -> Any:
-        ids = read_ids(*arguments)
+        ids = choose_ids(*arguments)
         shutil.copy(tmp_path / "new.parquet", source / "t.parquet")
         return ids
 
-    monkeypatch.setattr(table_listing, "_natural_ids", rewritten_after)
+    monkeypatch.setattr(manifest, "choose_ids", rewritten_after)
 
     with pytest.raises(ImcapError, match="was rewritten while it was listed: run the same command again") as refused:
         build_manifest(str(source), str(tmp_path / "manifest"))
@@ -378,10 +376,9 @@ def test_a_table_that_cannot_be_asked_for_its_version_is_a_read_error(
     assert found(rows) == ["read_error", "read_error"]
 
 
-def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path) -> None:
     rows = rows_of_table(tmp_path, "ac")
-    monkeypatch.setattr(image_reading, "IMAGES_PER_READ", 1)
-    reading = read_rows(rows, None)
+    reading = read_rows(rows, None, rows_per_check=1)
 
     answers = [next(reading)[1]]
     (tmp_path / "in" / "t.parquet").unlink()

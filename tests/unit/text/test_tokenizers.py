@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from imcap_ray.errors import ConfigError
-from imcap_ray.text import tokenizers
-from imcap_ray.text.tokenizers import TOKENIZERS, detokenize, tokenize
+from imcap_ray.text.tokenizers import PUNCTUATION_ALONE, TOKENIZERS, detokenize, split_words, tokenize
 
 COCO_PUNCTUATION = "'' ' `` ` ( ) { } . ? ! , : - -- ... ; \""
 
@@ -56,10 +55,8 @@ def test_ptb_tokens_of_free_text(text: str, tokens: list[str]):
 
 def words_of_a_whole_sentence(text: str) -> list[str]:
     """The judge: the treebank tokenizer sees all words at once."""
-    words = tokenizers._PUNCTUATION.sub(" ", text.translate(tokenizers._TYPOGRAPHIC).lower()).split()
-    words = [tokenizers._without_sentence_end(word) for word in words]
-    tokens = TreebankWordTokenizer().tokenize(" ".join([*words, "."]))
-    return [token for token in tokens if token not in tokenizers._PUNCTUATION_ALONE]
+    tokens = TreebankWordTokenizer().tokenize(" ".join([*split_words(text), "."]))
+    return [token for token in tokens if token not in PUNCTUATION_ALONE]
 
 
 @settings(deadline=None, max_examples=60)
