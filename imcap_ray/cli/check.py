@@ -54,7 +54,7 @@ def check(data: str, **options: Any) -> None:
         count_missing_files=False,
         refuse_leaks=False,
     )
-    found = check_dataset(
+    result = check_dataset(
         dataset,
         recipe=recipe,
         decode=options["decode"],
@@ -63,9 +63,9 @@ def check(data: str, **options: Any) -> None:
     if sys.stderr.isatty() and options["decode"] and not options["quiet"]:
         click.echo(CLEAR_LINE, err=True, nl=False)
     if options["as_json"]:
-        click.echo(json.dumps(found.to_mapping()))
+        click.echo(json.dumps(result.to_mapping()))
     elif not options["quiet"]:
-        for line in found.to_text().splitlines():
+        for line in result.to_text().splitlines():
             print_line(line)
-    if found.spoils:
+    if result.spoils:
         sys.exit(DATASET_UNUSABLE)

@@ -1,4 +1,4 @@
-"""What went wrong with an image's file or data -> the `ImageError` that says so."""
+"""A failure to read or decode an image -> its `ImageError`."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class ImageFormat:
     signatures: tuple[tuple[int, bytes], ...] = ()
     """Offsets and the bytes there; one of them is enough."""
     trailer: bytes = b""
-    """Last bytes of the file, for a format without a signature; the reader is tried only where they are."""
+    """Last bytes of the file, for a format without a signature; without them the reader is not tried."""
     matches_text: Callable[[bytes], bool] | None = None
     """Recognises a text format, which has no signature."""
     extensions: tuple[str, ...] = ()

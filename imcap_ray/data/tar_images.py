@@ -130,34 +130,34 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def printable_name(member: tarfile.TarInfo) -> str:
-    """The name of a member as text that every table holds, without a leading "./"."""
+    """The name of a member as valid Unicode, without a leading "./"."""
     return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").removeprefix("./")
 
 
 @dataclass(slots=True)
 class Pairing:
-    """Which texts of a tar belong to which of its images; members are given by their positions in two lists of names.
+    """Texts of a tar and the images they belong to, as indices into two lists of names.
 
-    Nothing is decided by order alone: a text that could belong to one image or another belongs to none.
+    Order alone decides nothing: a text that may belong to either of two images belongs to none.
     """
 
     texts: list[list[list[int]]]
-    """For each image its texts in groups: those of the first group that holds a caption count."""
+    """For each image its texts in groups: the first group with a caption is used."""
     unpaired: list[int] = field(default_factory=list)
     """Texts that belong to no image."""
     ambiguous: list[int] = field(default_factory=list)
-    """Texts whose name, or whose image's name, is in the tar several times, and not equally often."""
+    """Texts whose name is in the tar more or less often than their image's name."""
 
 
 def pair_members(images: Sequence[str], texts: Sequence[str]) -> Pairing:
-    """Pair the images and texts of one tar by their names, as WebDataset does where that is unambiguous.
+    """Pair the images and texts of one tar by their names, as WebDataset does in unambiguous cases.
 
-    A text belongs to the image of the same name up to the last dot (`2023.05.00.jpg`, `2023.05.00.txt`), or of that
-    name and more (`k.jpg`, `k.caption.txt`). An image without such a text has one that its own name continues
-    (`k.left.jpg`, `k.right.jpg`, `k.txt`). If a key, which is the name up to the first dot, has one image and none of
-    these (`k.image.jpg`, `k.caption.txt`), all texts of the key are its own, unless other names of the tar are equal up
-    to a later dot. Where names are repeated, the first text of a name belongs to the first image, the second to the
-    second, and so on.
+    A text belongs to the image with the same name up to the last dot (`2023.05.00.jpg`, `2023.05.00.txt`), or if the
+    text's name continues the image's (`k.jpg`, `k.caption.txt`). An image without such a text gets one whose name the
+    image's continues (`k.left.jpg`, `k.right.jpg`, `k.txt`). If a key, which is the name up to the first dot, has a
+    single image and no such texts (`k.image.jpg`, `k.caption.txt`), all texts of the key belong to it, unless other
+    names in the tar are equal up to a later dot. If names are repeated, the first text of a name belongs to the first
+    image, the second to the second, and so on.
     """
     groups: dict[str, _Group] = defaultdict(_Group)
     for number, name in enumerate(images):
@@ -172,7 +172,7 @@ def pair_members(images: Sequence[str], texts: Sequence[str]) -> Pairing:
 
 
 class _Group:
-    """The members under one key: their positions by name."""
+    """The members with one key: their indices by name."""
 
     def __init__(self) -> None:
         self.images: dict[str, list[int]] = defaultdict(list)
@@ -223,7 +223,7 @@ def _pair_group(group: _Group, pairing: Pairing, *, is_key_enough: bool) -> None
 
 
 def _beginnings(names: Iterable[str], known: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Each name with those of the known ones that it continues after a dot."""
+    """Each name, with the known names that it continues after a dot."""
     lengths = {*map(len, known)}
     for name in names:
         dots = (match.start() for match in re.finditer(r"\.", name))
@@ -231,10 +231,10 @@ def _beginnings(names: Iterable[str], known: Collection[str]) -> Iterator[tuple[
 
 
 class ImageIds:
-    """Ids for the images of tars, which are asked for in the order of the tars' names.
+    """Chooses ids for the images of tars, in the order of the tars' names.
 
-    An image's id is its key. Where an earlier tar has the same key, the tar's name stands before it; a second image of
-    one key has its file's name. So the ids of a folder's images stay when tars are added behind the others.
+    An image's id is its key. If an earlier tar has the same key, the tar's name precedes it; a second image with the
+    same key has its file's name as id. So the ids of a folder's images stay the same when tars are appended.
     """
 
     def __init__(self) -> None:
@@ -243,7 +243,7 @@ class ImageIds:
         self._keys: set[str] = set()
 
     def choose(self, tar_name: str, member: tarfile.TarInfo) -> str:
-        """The id of an image of this tar, given by its name below the input."""
+        """The id of an image in this tar, given by its name below the input."""
         if tar_name != self._tar:
             self._tar, self._keys = tar_name, set()
         name = printable_name(member)
@@ -252,13 +252,11 @@ class ImageIds:
         self._keys.add(key)
         stem = tar_name.removesuffix(".tar")
         at_block = f"{stem}/{own}#{block_of(member)}"
-        repeated = (f"{at_block}#{number}" for number in count(2))  # only where names are chosen to collide
-        chosen = next(one for one in chain((own, f"{stem}/{own}", at_block), repeated) if self._is_new(one))
+        repeated = (f"{at_block}#{number}" for number in count(2))  # only for names that are chosen to collide
+        candidates = chain((own, f"{stem}/{own}", at_block), repeated)
+        chosen = next(candidate for candidate in candidates if digest(candidate) not in self._known)
         self._known.add(digest(chosen))
         return chosen
-
-    def _is_new(self, image_id: str) -> bool:
-        return digest(image_id) not in self._known
 
 
 class IdSet:
@@ -272,21 +270,21 @@ class IdSet:
         self._digests.sort()
 
     def __contains__(self, image_id: str) -> bool:
-        wanted = np.bytes_(digest(image_id).rstrip(b"\0"))  # numpy leaves zeros at the end out
-        place = int(np.searchsorted(self._digests, wanted))
-        return place < len(self._digests) and bool(self._digests[place] == wanted)
+        wanted = np.bytes_(digest(image_id).rstrip(b"\0"))  # numpy drops zeros at the end
+        position = int(np.searchsorted(self._digests, wanted))
+        return position < len(self._digests) and bool(self._digests[position] == wanted)
 
 
 def digest(image_id: str) -> bytes:
-    """Twelve bytes in the place of an id of any length: among 100 million no two are the same by chance."""
+    """Twelve bytes that represent an id of any length: among 100 million ids, a collision by chance is negligible."""
     return hashlib.blake2b(image_id.encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 def read_files(
     location: str, blocks: Iterable[int], *, max_bytes: int
 ) -> Iterator[tuple[int, bytes | OSError | tarfile.TarError]]:
-    """The content of some members of a tar, with their blocks; of one that cannot be read, or is longer than
-    `max_bytes`, the error.
+    """The contents of some members of a tar, with their blocks; an error for a member that cannot be read or is larger
+    than `max_bytes`.
 
     Raises:
         OSError: the tar itself cannot be read.
@@ -305,5 +303,5 @@ def read_files(
                 yield block, OSError(errno.EFBIG, os.strerror(errno.EFBIG), location)
                 continue
             content = file.read_at(size, start)
-            cut = tarfile.ReadError(f"ends after {len(content):,} of {size:,} bytes")
-            yield block, bytes(content) if len(content) == size else cut
+            truncated = tarfile.ReadError(f"ends after {len(content):,} of {size:,} bytes")
+            yield block, bytes(content) if len(content) == size else truncated

@@ -237,7 +237,7 @@ def test_parent_undoes_join() -> None:
         assert storage.parent(storage.join(folder, "b/")) == folder
 
 
-# ---- what lies inside a folder
+# ---- locations inside a folder
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,7 @@ class Collector:
             self.add_problem("captioned image is in no split", "captioned images are in no split", image_id)
         for image_id in (image_id for image_id in splits if image_id not in self.captions):
             self.add_problem("image of the splits has no caption", "images of the splits have no caption", image_id)
-        notes = [_describe_problem(kind, places) for kind, places in self._problems.items()]
+        notes = [_describe_problem(kind, positions) for kind, positions in self._problems.items()]
         if not chosen:
             reason = "no captioned image is in a split" if left_out else "without a single caption"
             raise DatasetError("; ".join([f"{location}: {self.format}, {reason}", *notes]))
@@ -488,8 +488,8 @@ def examples(names: Iterable[str], total: int) -> str:
     return ", ".join(islice(names, NUM_EXAMPLES)) + (", ..." if total > NUM_EXAMPLES else "")
 
 
-def _describe_problem(kind: tuple[str, str], places: list[str]) -> str:
-    return f"{len(places):,} {kind[len(places) != 1]}: {examples(places, len(places))}"
+def _describe_problem(kind: tuple[str, str], positions: list[str]) -> str:
+    return f"{len(positions):,} {kind[len(positions) != 1]}: {examples(positions, len(positions))}"
 
 
 def _find_leaked_files(table: pa.Table) -> list[Leak]:

@@ -57,7 +57,7 @@ def manifest_rows(folder: str) -> list[ManifestRow]:
 
 
 def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False, limit: int | None = None) -> None:
-    """What a captioning run does, without Ray: list, take out what is to be done again, read, write."""
+    """A captioning run without Ray: list, delete the rows to be repeated, read, write."""
     if folder.read_run() is None:
         folder.write_run({"input": str(source), "state": "running"})
     found = build_manifest(str(source), folder.manifest, InputOptions(limit=limit))

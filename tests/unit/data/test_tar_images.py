@@ -61,7 +61,7 @@ def test_every_file_is_found_again_by_its_block(tmp_path: Path, format: int) -> 
 def test_a_file_that_cannot_be_read_does_not_touch_the_others(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": b"x" * 5000, "c.jpg": jpeg(2), "d.jpg": jpeg(3)})
     build_manifest(str(path), str(tmp_path / "manifest"))
-    # As from a store that knows neither sizes nor times: else the whole tar counts as rewritten.
+    # As from a store without sizes and times: otherwise the entire tar counts as rewritten.
     rows = [row | {"size": -1, "modified_ns": 0} for row in read_manifest(tmp_path / "manifest")]
     with path.open("r+b") as file:
         file.seek(512 * (rows[2]["row_group"] - 1))

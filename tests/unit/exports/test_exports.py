@@ -339,7 +339,7 @@ def test_an_id_that_stands_for_two_images_is_refused(format: str, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-# ---- what is no captions table, what is no place to write
+# ---- unsuitable captions tables and outputs
 
 
 @pytest.mark.parametrize(
@@ -462,7 +462,7 @@ def test_json_lines_hold_the_row_and_no_number_that_json_does_not_know(tmp_path:
 
 @given(text=st.text(alphabet="'=+-@\t\r\n＝a1;"))
 def test_no_cell_of_text_begins_like_a_formula_and_the_text_can_be_had_back(text: str) -> None:
-    for part in re.split("[;\t\r\n]", guard_cell(text)):  # by whatever cells are told apart
+    for part in re.split("[;\t\r\n]", guard_cell(text)):  # at any separator of cells
         assert not re.match("[=+\\-@\t\r\n＝＋－＠]", part)
     assert unguarded(guard_cell(text)) == text
 

@@ -1,4 +1,4 @@
-"""Every format that people have becomes the same table, and nothing odd in it goes unsaid."""
+"""Every format becomes the same table, and every problem in it is reported."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.scoring.evaluate import evaluate_captions
 from tests.small_data import jpeg, write_tar
 
-# name -> split and captions; what has no official split in a format gets its own by its name.
+# name -> split and captions; without an official split, a hash of the name decides.
 IMAGES: Final[dict[str, tuple[str, list[str]]]] = {
     "dog.jpg": ("train", ["A dog runs .", "The dog, black and white, runs ."]),
     "cat.jpg": ("train", ["A cat sleeps ."]),
@@ -301,7 +301,7 @@ def test_a_line_in_another_encoding_changes_no_other_line(tmp_path: Path) -> Non
     assert "1 line is not UTF-8 and is read as Windows-1252 (latin-1): captions.csv line 3" in dataset.notes
 
 
-# ---- what is odd in each format
+# ---- problems in each format
 
 
 def test_the_known_broken_line_of_flickr30k_is_counted(tmp_path: Path) -> None:
