@@ -222,8 +222,7 @@ def test_a_store_that_keeps_chunks_as_they_come_is_an_error_that_names_the_setti
 
     with pytest.raises(
         InputError,
-        match=rf"the store at {s3.proxy.url} did not store what was written to {s3.uri}/a.txt: it has [\d,]+ bytes, "
-        rf"expected 3,500; it does not decode aws-chunked uploads; set {CHECKSUMS}=when_required",
+        match=rf"{s3.proxy.url} .* {s3.uri}/a.txt: expected 3,500 bytes, got [\d,]+; .* set {CHECKSUMS}=when_required",
     ):
         if is_streamed:
             with storage.replacing(f"{s3.uri}/a.txt") as file:
