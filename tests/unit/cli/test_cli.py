@@ -635,7 +635,7 @@ def test_an_image_that_is_gone_is_named(captioned: Path, tmp_path: Path) -> None
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
         "left out: 1.jpg (missing)",
-        f"{tmp_path}/out: 1 caption as hf; left out: 1 failed, 1 without their image",
+        f"{tmp_path}/out: 1 caption as hf; left out: 1 failed, 1 without an image",
     ]
 
 
