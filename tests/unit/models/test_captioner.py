@@ -21,14 +21,15 @@ from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.models.captioner import Captioner, override_search
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoder_weights import EncoderWeights
-from imcap_ray.models.encoders import Encoder, build_encoder
-from imcap_ray.models.inference_optimization import optimize_for_inference
+from imcap_ray.models.encoders import build_encoder
 from imcap_ray.models.model_folder import average_models, default_model_folder, read_model_folder
+from imcap_ray.text.vocabulary import Vocabulary
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 
 Found = list[list[Caption]]
 
 NUM_IMAGES = 20  # more than one compute batch
+SMALL = PreprocessingConfig(image_size=IMAGE_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def change_config(folder: Path, **values: Any) -> None:
 # ---- captions
 
 
-def test_the_tiny_model_tells_images_apart(all_together: Found) -> None:
+def test_the_tiny_model_distinguishes_images(all_together: Found) -> None:
     assert len({found[0].text for found in all_together}) > 3, "the other tests of this file would prove nothing"
 
 
@@ -93,34 +94,30 @@ def test_captions_and_their_logprobs_do_not_depend_on_the_batch_by_a_single_bit(
     assert found == [all_together[number] for number in numbers]
 
 
-def test_its_cnn_is_made_fast_once_when_it_is_used_first(
-    model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made_fast: list[Encoder] = []
-
-    def optimize(encoder: Encoder, device: torch.device) -> Encoder:
-        made_fast.append(optimize_for_inference(encoder, device))
-        return made_fast[-1]
-
-    monkeypatch.setattr("imcap_ray.models.captioner.optimize_for_inference", optimize)
+def test_its_cnn_is_optimized_once_when_it_is_used_first(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
     captioner = Captioner.load(model_dir, device="cpu")
-    assert not made_fast
+    captioner.caption_pixels(pixels[:2])
+    optimized = captioner.encoder
 
-    for _ in range(2):
-        captioner.caption_pixels(pixels[:2])
+    captioner.caption_pixels(pixels[:2])
 
-    assert made_fast == [captioner.encoder]
-    assert not [module for module in captioner.encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert captioner.encoder is optimized
+    assert not [module for module in optimized.modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
-def test_nothing_is_brought_to_the_device_before_something_is_captioned(model_dir: Path) -> None:
-    # A driver only asks what its captioner is, and must leave a GPU's memory to the actors.
-    def devices(*parts: torch.nn.Module) -> set[str]:
-        return {parameter.device.type for part in parts for parameter in part.parameters()}
+def test_nothing_is_moved_to_the_device_before_something_is_captioned() -> None:
+    # A driver only reads its captioner's settings, and must leave a GPU's memory to the actors.
+    def devices(module: torch.nn.Module) -> set[str]:
+        return {parameter.device.type for parameter in module.parameters()}
 
-    captioner = Captioner.load(model_dir, device="meta")
+    encoder = build_encoder(EncoderConfig(name="timm:test_efficientnet"), SMALL, load_weights=False)
+    config = DecoderConfig(embedding_size=16, hidden_size=16, num_heads=2)
+    decoder = build_decoder(config, num_channels=encoder.num_channels, vocabulary_size=5)
+    captioner = Captioner(
+        encoder=encoder, decoder=decoder, vocabulary=Vocabulary(["dog"]), search=SearchConfig(), device="meta"
+    )
 
-    assert devices(captioner._trained_encoder, captioner._trained_decoder) == {"cpu"}
+    assert devices(encoder) == devices(decoder) == {"cpu"}
     assert devices(captioner.decoder) == {"meta"}
 
 
@@ -251,7 +248,7 @@ def test_the_smaller_batch_is_remembered(model_dir: Path, pixels: np.ndarray[Any
     assert batches == [4, 4]
 
 
-def test_memory_that_runs_out_in_the_search_is_met_alike(
+def test_memory_that_runs_out_in_the_search_has_the_same_effect(
     captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short_of_memory = Captioner.load(model_dir, device="cpu")
@@ -276,7 +273,7 @@ def test_features_are_the_same_when_memory_runs_out(
     torch.testing.assert_close(with_room_for(model_dir, 3).encode(pixels), captioner.encode(pixels))
 
 
-def test_an_image_that_memory_runs_out_for_though_it_is_alone_has_no_caption_and_the_others_have(
+def test_if_memory_runs_out_even_for_one_image_only_that_image_has_no_caption(
     captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any]
 ) -> None:
     short_of_memory = Captioner.load(model_dir, device="cpu")
@@ -630,7 +627,7 @@ def test_attention_is_that_of_the_caption_which_is_given(captioner: Captioner) -
     assert captioner.attend(jpeg(3), "") == []
 
 
-def test_a_model_without_attention_says_so(lstm_captioner: Captioner, captioner: Captioner) -> None:
+def test_a_model_without_attention_is_refused(lstm_captioner: Captioner, captioner: Captioner) -> None:
     with pytest.raises(ModelError, match="attention needs a single model"):
         lstm_captioner.attend(jpeg(3))
     with pytest.raises(ImageError):

