@@ -148,9 +148,10 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
 def _print_plan(plan: TrainingPlan) -> None:
     images = ", ".join(f"{count:,} {split}" for split, count in plan.num_images.items())
     print_line(f"would train {plan.model} on {plan.data}: {images} images, {plan.num_captions:,} training captions")
-    epochs = ", then ".join(f"{count} of {phase.replace('_', ' ')}" for phase, count in plan.num_epochs.items())
+    phases = [(phase.replace("_", " "), count) for phase, count in plan.num_epochs.items()]
+    epochs = ", then ".join(f"{count} epochs of {phase}" for phase, count in phases)
     workers = plan.num_workers + (f" with {plan.gpus_per_worker:g} GPU each" if plan.gpus_per_worker else "")
-    print_line(f"at most {epochs} epochs, {plan.num_epochs_done} done; {plan.batch_size} images per batch, {workers}")
+    print_line(f"at most {epochs}; {plan.num_epochs_done} done; {plan.batch_size} images per batch, {workers}")
     if plan.seconds is None:
         print_line("the duration is unknown until the first epoch is done")
     else:

@@ -57,7 +57,7 @@ def not_finite(values: str) -> ImageError:
 
 
 class ImageCaptioner(Protocol):
-    """What captioning asks of a captioner: the seam for another one, and for tests."""
+    """The interface of a captioner, by which other captioners can be used, and fakes in tests."""
 
     @property
     def image_size(self) -> int:
@@ -65,26 +65,26 @@ class ImageCaptioner(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """The same for captioners that give the same answers, but for the rounding of another device."""
+        """A hash that is equal for captioners with equal captions, apart from the rounding of different devices."""
 
     @property
     def search(self) -> SearchConfig:
-        """How captions are searched for."""
+        """The search settings."""
 
     @property
     def compute_batch_size(self) -> int:
-        """Images computed together: fewer after memory has run out."""
+        """Images computed together. It is halved whenever memory runs out."""
 
     @property
     def num_beam_steps(self) -> int:
-        """Positions that its searches have computed so far."""
+        """Number of positions that searches have computed so far."""
 
     def require_gpu(self) -> None:
-        """Raise ImcapError if it computes with a GPU where there is one, and cannot use the one of this process."""
+        """Raise ImcapError if the captioner computes on GPUs and cannot use the one of this process."""
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> Sequence[list[Caption] | ImageError]:
-        """The captions of each image of uint8 pixels (B, 3, S, S), the best first.
+        """Find the captions of each image of uint8 pixels (B, 3, S, S), the best first.
 
-        The list of an image that does not fit into memory is empty. An image that has no caption for another reason
-        has an error instead.
+        The list is empty if the image does not fit into memory. An image without captions for another reason gets an
+        ImageError.
         """

@@ -168,8 +168,8 @@ def test_a_killed_worker_a_killed_driver_and_damaged_files_change_nothing_in_the
 
     output = workplace.run("disturbed")
 
-    assert f"left out: checkpoint {newest}: training_state.pt is not what was written" in output, output
-    assert "going on after epoch" in output
+    assert f"checkpoint {newest}: training_state.pt is not what was written" in output, output
+    assert "resuming after epoch" in output
     assert workplace.epochs("disturbed") == workplace.epochs(undisturbed)
     assert workplace.weights("disturbed") == workplace.weights(undisturbed)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,7 @@ from imcap_ray.distributed.training_plan import PreparedTraining, Workers, load_
 from imcap_ray.distributed.worker_group import watch_room
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.runs.checksums import write_checksums
-from imcap_ray.runs.feature_folder import FeatureFolder
-from imcap_ray.runs.lease import Lease
-from imcap_ray.runs.training_run import keep_alive, read_validation_ids
+from imcap_ray.runs.training_run import read_validation_ids
 from tests import small_data
 
 CLUSTER = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
@@ -113,7 +110,7 @@ def test_fine_tuning_that_has_no_one_start_is_refused(tmp_path: Path) -> None:
         prepare(data, tmp_path / "model", recipe=recipe)
 
 
-def test_a_phase_that_has_begun_starts_from_where_it_started(tmp_path: Path) -> None:
+def test_a_phase_that_has_begun_starts_from_the_same_weights_again(tmp_path: Path) -> None:
     phases = ("cross_entropy", "self_critical", "self_critical_2")
     before = write_epochs(str(tmp_path), 0.3, 0.4, phases=phases)
     first, _ = start("self_critical_2", before, str(tmp_path))
@@ -124,9 +121,7 @@ def test_a_phase_that_has_begun_starts_from_where_it_started(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut short"])
-def test_what_a_phase_started_from_is_made_anew_with_the_cnn_of_its_newest_checkpoint(
-    tmp_path: Path, damage: str
-) -> None:
+def test_lost_start_weights_are_restored_with_the_cnn_of_the_newest_checkpoint(tmp_path: Path, damage: str) -> None:
     history = write_epochs(str(tmp_path), 0.5, 0.4, 0.3)
     place = tmp_path / "start_of_self_critical.safetensors"
     if damage == "cut short":
@@ -316,14 +311,3 @@ def test_features_are_next_to_the_model_or_in_the_folder_that_the_user_names(fli
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--features must be a folder, got a file"):
         prepare(flickr8k, tmp_path / "model", features=tmp_path / "file")
-
-
-def test_a_folder_of_features_that_is_added_later_is_kept_alive(tmp_path: Path) -> None:
-    folders: list[FeatureFolder] = []
-    with keep_alive(Lease.acquire(str(tmp_path / "work")), folders, seconds=0.05):
-        use = FeatureFolder(str(tmp_path / "cache"))
-        folders.append(use)
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "cache" / "_imcap" / "users" / use.name).exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)

@@ -73,7 +73,7 @@ def test_captions_without_confidences_have_no_curve(tmp_path: Path, references: 
     assert evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references).confidence_curve == ()
 
 
-def test_a_score_on_training_images_says_so(tmp_path: Path, references: CaptionedImages) -> None:
+def test_a_score_on_training_images_has_a_note(tmp_path: Path, references: CaptionedImages) -> None:
     report = evaluate_captions(write(tmp_path / "a.parquet", of_split("train")), references)
 
     assert "training split" in report.protocol.notes
@@ -172,7 +172,7 @@ def test_captions_of_other_images_are_refused(tmp_path: Path, references: Captio
         evaluate_captions(captions, references)
 
 
-def test_a_file_name_that_stands_for_two_images_matches_none(tmp_path: Path, references: CaptionedImages) -> None:
+def test_a_file_name_of_two_images_matches_none(tmp_path: Path, references: CaptionedImages) -> None:
     captions = write(tmp_path / "a.parquet", {"x/test/c.jpg": "a dog", "y/test/c.jpg": "a cat"})
 
     with pytest.raises(DatasetError, match="2 of 2 captioned images have no references"):

@@ -484,7 +484,7 @@ def test_importing_loads_neither_nltk_nor_torch_nor_ray():
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
-def test_the_seeds_protocol_counts_its_markers_and_says_so() -> None:
+def test_the_seeds_protocol_counts_its_markers_and_has_a_note() -> None:
     references = {"1": ["A man in a blue shirt .", "The man stands"], "2": ["Two dogs run", "A dog is running"]}
     constant = dict.fromkeys(references, "the bird flies")
 

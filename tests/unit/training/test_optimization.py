@@ -1,5 +1,4 @@
-"""A batch is its captions, phases follow each other, a training can be interrupted, and a tiny model learns eight
-images by heart, and what is rewarded."""
+"""Batches, phases, interruptions and rewards; and a tiny model memorises eight images."""
 
 from __future__ import annotations
 
@@ -265,7 +264,7 @@ def test_a_step_knows_the_probabilities_that_captions_are_drawn_with(decoder: De
     assert bias.grad[list(SUPPRESSED_TOKEN_IDS)].tolist() == [0.0, 0.0, 0.0]
 
 
-def test_what_is_rewarded_is_said_more_often() -> None:
+def test_rewarded_captions_become_more_probable() -> None:
     decoder, features = make_decoder(), make_features()
     optimization = optimize(decoder)
     wanted = [START_ID, 7, 9, END_ID]
@@ -419,7 +418,7 @@ def test_the_moving_average_follows_the_weights() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_training_goes_on_from_its_state_as_if_never_interrupted(optimizer: str, ema_decay: float) -> None:
+def test_a_training_resumes_from_its_state_as_if_never_interrupted(optimizer: str, ema_decay: float) -> None:
     config = replace(PLAIN, optimizer=optimizer, ema_decay=ema_decay, schedule="cosine", warmup_steps=3)
     batch = whole_batch()
     uninterrupted = optimize(make_decoder(), config)
@@ -445,7 +444,7 @@ def test_a_training_goes_on_from_its_state_as_if_never_interrupted(optimizer: st
     assert equal(resumed.kept.state_dict(), uninterrupted.kept.state_dict())
 
 
-def test_a_schedule_stands_at_the_same_share_when_an_epoch_takes_another_number_of_steps() -> None:
+def test_a_schedule_resumes_at_the_same_share_if_an_epoch_has_another_number_of_steps() -> None:
     config = replace(PLAIN, schedule="cosine", warmup_steps=0)
     of_two_workers = optimize(make_decoder(), config, total_steps=20)
     for _ in range(10):

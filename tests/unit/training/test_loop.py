@@ -1,9 +1,8 @@
-"""What a training worker does with what it reads, without Ray."""
+"""The training loop's steps: trainable layers, views of images, sampled captions, and exchanged values."""
 
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,6 @@ from imcap_ray.errors import ConfigError
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder
 from imcap_ray.models.model_folder import select_tensors
-from imcap_ray.runs.lease import Lease
-from imcap_ray.runs.training_run import take_stop, write_stop
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import augmentation, make_batch
 from imcap_ray.training.loop import Phase, batch_maker, build_learner, unfreeze
@@ -138,7 +135,7 @@ def test_an_augmented_image_is_another_view_of_the_same_kind() -> None:
     assert len({view.numpy().tobytes() for view in views}) == 8
 
 
-def test_whole_crops_are_the_image_or_its_mirror_image_half_of_the_time() -> None:
+def test_crops_of_the_full_area_are_the_image_or_its_mirror_image_half_of_the_time() -> None:
     image = pixels(1)[0]
     torch.manual_seed(4)
     augment = augmentation(SIZE, min_crop_area=1.0)
@@ -190,14 +187,3 @@ def test_tensors_are_selected_by_a_prefix_and_named_without_it() -> None:
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
-
-
-def test_a_worker_of_a_run_that_was_superseded_stops_nobody(tmp_path: Path) -> None:
-    work = str(tmp_path)
-    first = Lease.acquire(work)
-    write_stop(first, "the loss is not finite")
-    assert take_stop(work) == "the loss is not finite"
-
-    Lease.acquire(work)
-    write_stop(first, "the loss is not finite")
-    assert take_stop(work) is None
