@@ -21,6 +21,7 @@ from imcap_ray.errors import DatasetError, InputError, OutputError
 from imcap_ray.models.decoders import find_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
+from imcap_ray.runs.lease import has_foreign_files
 from imcap_ray.runs.training_run import SETTINGS_FILE, WORK_FOLDER, read_metrics
 from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.loop import require_layer
@@ -288,7 +289,7 @@ def _refuse_other_contents(model: str, work: str, settings: Mapping[str, Any], d
             )
     elif storage.exists(storage.join(model, CONFIG_FILE)):
         raise OutputError(f"{model} is a finished model: choose another folder or remove it")
-    elif storage.is_file(model) or (storage.is_folder(model) and _has_foreign_files(model)):
+    elif storage.is_file(model) or (storage.is_folder(model) and has_foreign_files(model, {f"{WORK_FOLDER}/owner"})):
         raise OutputError(f"{model} exists and is no training of imcap: choose another folder")
 
 
@@ -324,12 +325,6 @@ def _refuse_other_column(model: str, data: CaptionedImages) -> None:
                 f"{model} holds a training that read the images of {location} from column {before}, and would now read "
                 f"them from {now}: give --image-column {before}, or choose another folder"
             )
-
-
-def _has_foreign_files(model: str) -> bool:
-    """Whether the folder contains more than a training leaves that is killed right after its start."""
-    names = (file.name for file in storage.list_files(model))
-    return any(name != f"{WORK_FOLDER}/owner" and not storage.is_temporary(name.rpartition("/")[2]) for name in names)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -38,13 +38,15 @@ from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.errors import ImcapError, OutputError, translate_errors
 from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part, read_run_file
-from imcap_ray.runs.lease import Lease
+from imcap_ray.runs.lease import Lease, has_foreign_files
 
 RUN_FILE: Final = "run.json"
 
 HEARTBEAT_FILE: Final = "heartbeat.json"
 
 WORK_FOLDER: Final = "_imcap"
+
+_FIRST_FILES: Final = (f"{WORK_FOLDER}/owner", f"{WORK_FOLDER}/{HEARTBEAT_FILE}")
 
 _ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
 
@@ -107,7 +109,9 @@ class CaptionsFolder:
         """Raise OutputError if something else made this folder; `identity` has the keys of `IDENTITY`."""
         run = self.read_run()
         if run is None:
-            if storage.is_file(self.location) or (storage.is_folder(self.location) and self._has_foreign_files()):
+            if storage.is_file(self.location) or (
+                storage.is_folder(self.location) and has_foreign_files(self.location, _FIRST_FILES)
+            ):
                 raise OutputError(f"{self.location} exists and is no captions folder of imcap: choose another OUTPUT")
             return
         for key, name in IDENTITY.items():
@@ -116,12 +120,6 @@ class CaptionsFolder:
                     f"{self.location} was made with another {name} ({_short(run.get(key))}, now "
                     f"{_short(identity[key])}): choose another OUTPUT, or give --overwrite to start again"
                 )
-
-    def _has_foreign_files(self) -> bool:
-        """Whether there are other files than those of a run that was killed in its first moment."""
-        first = {f"{WORK_FOLDER}/owner", f"{WORK_FOLDER}/{HEARTBEAT_FILE}"}
-        names = (file.name for file in storage.list_files(self.location))
-        return any(name not in first and not storage.is_temporary(_name(name)) for name in names)
 
     def is_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether a run with this identity made this folder."""

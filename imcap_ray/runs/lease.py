@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from imcap_ray import storage
@@ -33,3 +34,15 @@ class Lease:
         """Raise ImcapError if another run has acquired the lease."""
         if not self.is_held():
             raise ImcapError(f"another run has taken over {storage.parent(self.work)}: this one must not write there")
+
+
+def has_foreign_files(output: str, first_files: Collection[str]) -> bool:
+    """Whether the output of a run contains files other than those that a run writes before anything else.
+
+    A run that is killed right after its start leaves only those, and temporary ones.
+
+    Args:
+        first_files: names of these files within the output.
+    """
+    names = (file.name for file in storage.list_files(output))
+    return any(name not in first_files and not storage.is_temporary(name.rpartition("/")[2]) for name in names)
