@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -103,21 +103,14 @@ def write_report(
     """
     if max_images < 0:
         raise ConfigError(f"max_images must be at least 0, got {max_images}")
-    missing = [name for name in CAPTIONS_SCHEMA.names if name not in captions.schema.names]
-    if missing:
-        raise InputError(f"this is not a captions table: it lacks the columns {', '.join(missing)}")
-
-    human, model, run = human or HumanCaptions(), model or ModelOfRun(), run or {}
-    references, image_scores = human.references, human.image_scores
-    if references or image_scores:
-        names = unambiguous_names(captions, references.keys() | image_scores.keys())
-        references, image_scores = ByImage(references, names), ByImage(image_scores, names)
+    _require_columns(captions)
+    human, model, run = _by_image(human or HumanCaptions(), captions), model or ModelOfRun(), run or {}
+    references, image_scores, evaluation = human.references, human.image_scores, human.evaluation
     summary = summarize(captions, image_scores, references)
     positions = choose_cards(summary, max_images=max_images)
     rows = fill_null_texts(captions.take(pa.array(positions, pa.int64()))).to_pylist()
     rows.sort(key=lambda row: row["image_id"])
     examples, note = make_attention_examples(rows, num_attended, load_images=load_images, attend=model.attend)
-    evaluation = human.evaluation
     page = _template().stream(
         summary=summary,
         model_name=run.get("model"),
@@ -146,6 +139,20 @@ def write_report(
         for chunk in page:
             # Bytes, not text: the hashes in the page's policy would not match if a system changed the line ends.
             file.write(chunk.encode("utf-8", errors="replace"))
+
+
+def _require_columns(captions: pa.Table | ds.Dataset) -> None:
+    missing = [name for name in CAPTIONS_SCHEMA.names if name not in captions.schema.names]
+    if missing:
+        raise InputError(f"this is not a captions table: it lacks the columns {', '.join(missing)}")
+
+
+def _by_image(human: HumanCaptions, captions: pa.Table | ds.Dataset) -> HumanCaptions:
+    """The same captions and scores, which are then also found by unambiguous file names."""
+    if not (human.references or human.image_scores):
+        return human
+    names = unambiguous_names(captions, human.references.keys() | human.image_scores.keys())
+    return replace(human, references=ByImage(human.references, names), image_scores=ByImage(human.image_scores, names))
 
 
 def _score_rows(evaluation: EvaluationReport) -> Iterator[ScoreRow]:
