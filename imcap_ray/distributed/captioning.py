@@ -18,7 +18,7 @@ from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig, to
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
 from imcap_ray.distributed.cluster import ClusterResources, connect, require
-from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work
+from imcap_ray.distributed.crash_isolation import Isolated, is_restarted_actor
 from imcap_ray.distributed.duplicate_filter import image_index
 from imcap_ray.distributed.gcs_watch import when_lost
 from imcap_ray.distributed.image_loading import stack_pixels
@@ -61,7 +61,7 @@ class CaptionImages:
 
     def __init__(self, *, load_captioner: LoadCaptioner, reporter: ActorReporter, gpus: float = 0.0) -> None:
         self._reporter = reporter
-        self._isolated = Isolated(partial(_RowCaptioner, load_captioner, gpus)) if is_repeated_work() else None
+        self._isolated = Isolated(partial(_RowCaptioner, load_captioner, gpus)) if is_restarted_actor() else None
         with reporter.working():
             self._captioner = None if self._isolated else _RowCaptioner(load_captioner, gpus)
 

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO, Final
 
 import pyarrow as pa
 import ray
-from ray._private import worker
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -39,14 +38,10 @@ STARTS: Final = 5
 """Attempts to start a process for isolated work before the run is given up."""
 
 
-def is_repeated_work() -> bool:
-    """Whether the process that had the work of this task, or was this actor, has died of something."""
-    # Ray 2.60 counts the attempts of tasks only, and says of actors that they were made anew.
-    core_worker = worker.global_worker.core_worker  # type: ignore[attr-defined]
-    return bool(
-        core_worker.get_current_task_attempt_number() > 0
-        or (ray.get_runtime_context().get_actor_id() and ray.get_runtime_context().was_current_actor_reconstructed)
-    )
+def is_restarted_actor() -> bool:
+    """Whether this process replaces an actor that has died. (For tasks see `ProgressCounter.start_task`.)"""
+    context = ray.get_runtime_context()
+    return bool(context.get_actor_id() and context.was_current_actor_reconstructed)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import ray
 from imcap_ray.data.image_decoding import DecodedImage, decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.schemas import ManifestRow
-from imcap_ray.distributed.crash_isolation import Isolated, is_repeated_work, process_ends_after
+from imcap_ray.distributed.crash_isolation import Isolated, process_ends_after
 from imcap_ray.distributed.progress import WorkReport
 from imcap_ray.errors import ImageError
 
@@ -110,7 +110,7 @@ class LoadImages:
     failures: Any = None
     """A `FailureLog` for the images that cannot be read."""
     counter: Any = None
-    """A `ProgressCounter`, if it matters whether anything is being decoded."""
+    """A `ProgressCounter`, which knows whether a task is a retry; None outside Ray."""
 
     def __call__(self, rows: pa.Table) -> Iterator[pa.Table]:
         """The rows, `IMAGES_PER_BLOCK` at a time.
@@ -119,21 +119,21 @@ class LoadImages:
             ImcapError: the input can no longer be read.
         """
         if self.counter is None:
-            yield from self._blocks(rows)
+            yield from self._blocks(rows, is_retry=False)
             return
         report = WorkReport(self.counter, is_actor=False)
-        report.continues()
+        is_retry = report.begins_again()
         try:
-            for block in self._blocks(rows):
+            for block in self._blocks(rows, is_retry=is_retry):
                 yield block
                 report.continues()
         finally:
             report.ends()
 
-    def _blocks(self, rows: pa.Table) -> Iterator[pa.Table]:
+    def _blocks(self, rows: pa.Table, *, is_retry: bool) -> Iterator[pa.Table]:
         # In the order in which they are read, because a repeated task has to return the same blocks as the first.
         rows = rows.sort_by([(name, "ascending") for name in ("table_path", "row_group", "row", "manifest_id")])
-        for loaded in self._load_isolated(rows) if is_repeated_work() else self._load(rows):
+        for loaded in self._load_isolated(rows) if is_retry else self._load(rows):
             if self.failures:
                 _report_failures(loaded, self.failures)
             yield _without_repeated(loaded, self.index) if self.index else loaded

@@ -282,7 +282,7 @@ def map_images(
         root=files.root,
         index=index,
         image_columns=tuple(read_image_columns(files.manifest)),
-        counter=None if own_cores() else counter,
+        counter=counter,
     )
     watch = _PipelineWatch(counter, pool, observer)
     with DataContext.current(context), watch.watching(), _ray_data_errors(context):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import ray
+from ray.exceptions import RayActorError
 
 WORK_SECONDS: Final = 300
 """A working process that has reported nothing for longer than this counts as dead."""
@@ -59,6 +60,12 @@ class ProgressCounter:
         else:
             self._working.pop(worker, None)
 
+    def start_task(self, task_id: str) -> bool:
+        """Record that a task begins to work; whether it has begun before and never ended: its process has died."""
+        has_begun = task_id in self._working
+        self.report_work(task_id, is_working=True, is_actor=False)
+        return has_begun
+
     def add_batch(self, counts: dict[str, int], busy_seconds: float, waiting_seconds: float) -> None:
         """Add a batch of an actor."""
         for status, count in counts.items():
@@ -88,6 +95,16 @@ class WorkReport:
         self._counter = counter
         self._worker = (context.get_actor_id() if is_actor else context.get_task_id()) or ""
         self._is_actor = is_actor
+
+    def begins_again(self) -> bool:
+        """Report that a task has begun; whether an earlier process has died while it worked on it.
+
+        True too if the counter has just died, because work in isolation is slower but always right.
+        """
+        try:
+            return bool(ray.get(self._counter.start_task.remote(self._worker)))
+        except RayActorError:
+            return True
 
     def continues(self) -> None:
         """Report that it has begun or continues."""

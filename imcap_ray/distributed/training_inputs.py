@@ -20,6 +20,7 @@ from imcap_ray.distributed.failure_log import describe_failures
 from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views, cache_features, cache_key
 from imcap_ray.distributed.image_loading import LoadImages
 from imcap_ray.distributed.image_pipeline import default_num_actors, read_images
+from imcap_ray.distributed.progress import ProgressCounter
 from imcap_ray.distributed.training_plan import PreparedTraining
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoders import Encoder
@@ -174,6 +175,7 @@ def read_inputs(inputs: Inputs, encoder: Encoder, failures: Any) -> ray.data.Dat
         root=inputs.root,
         image_columns=tuple(read_image_columns(inputs.folder)),
         failures=failures,
+        counter=ProgressCounter.remote(),  # type: ignore[attr-defined]
     )
     # Ray Data decodes them wherever there are CPUs, so that a worker with a GPU does not have to.
     images = read_images(inputs.folder, load, num_images=inputs.num_images)
