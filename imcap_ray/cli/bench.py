@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from imcap_ray.cli.console import print_line
+from imcap_ray.cli.console import print_line, stdout_for_results
 from imcap_ray.cli.options import parse_size
 from imcap_ray.config import DEFAULT_MODEL
 from imcap_ray.distributed.ray_environment import set_ray_environment
@@ -39,7 +39,7 @@ def bench(input: str | None, **options: Any) -> None:
     from imcap_ray.data.synthetic_images import write_photographs
     from imcap_ray.distributed.benchmark import compare_with_limit, describe_machine
 
-    with TemporaryDirectory(prefix="imcap-bench-") as folder:
+    with TemporaryDirectory(prefix="imcap-bench-") as folder, stdout_for_results():
         if input is None:
             write_photographs(input := f"{folder}/photographs", options["images"], options["size"])
         comparison = compare_with_limit(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from imcap_ray import storage
-from imcap_ray.cli.console import describe_counts, print_line, progress_reporter
+from imcap_ray.cli.console import describe_counts, print_line, progress_reporter, stdout_for_results
 from imcap_ray.cli.options import (
     captioning_config,
     cluster_options,
@@ -133,14 +133,15 @@ def run_captioning(
         search=start.captioner.search,
         encoder_weights=start.config.encoder_weights,
     )
-    return caption_images(
-        start.config,
-        resources,
-        cluster=start.cluster,
-        load_captioner=load,
-        captioner=start.captioner,
-        reporter=reporter,
-    )
+    with stdout_for_results():
+        return caption_images(
+            start.config,
+            resources,
+            cluster=start.cluster,
+            load_captioner=load,
+            captioner=start.captioner,
+            reporter=reporter,
+        )
 
 
 def plan_run(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: bool = False) -> CaptioningPlan:

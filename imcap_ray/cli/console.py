@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -24,6 +26,13 @@ def print_line(line: str, *, err: bool = False) -> None:
     # On a terminal it replaces the progress line.
     prefix = CLEAR_LINE if err and sys.stderr.isatty() else ""
     click.echo(prefix + printable(line), err=err)
+
+
+@contextlib.contextmanager
+def stdout_for_results() -> Iterator[None]:
+    """While the block runs, send what libraries print on stdout to stderr: Ray reports dead processes there."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def progress_reporter(*, quiet: bool = False) -> ProgressReporter:

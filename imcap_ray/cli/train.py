@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imcap_ray import storage
-from imcap_ray.cli.console import print_line, progress_reporter
+from imcap_ray.cli.console import print_line, progress_reporter, stdout_for_results
 from imcap_ray.cli.options import (
     WorkerCount,
     cluster_options,
@@ -134,7 +134,8 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
         else:
             _print_plan(plan)
         return
-    result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)
+    with stdout_for_results():
+        result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)
     if options["as_json"]:
         click.echo(json.dumps(asdict(result)))
     else:
