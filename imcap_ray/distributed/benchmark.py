@@ -27,12 +27,12 @@ from typing import Any, Final
 import numpy as np
 import pyarrow.dataset as pads
 import ray
-from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
+from imcap_ray.distributed import ray_internals
 from imcap_ray.distributed.captioning import caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster import connect, cores, runtime_environment
 from imcap_ray.errors import ImageError, ImcapError, InputError
@@ -118,7 +118,7 @@ class RunSpeed:
     """By kind of process; empty if there is no /proc."""
     peak_bytes: dict[str, int]
     """Resident memory of the largest process of each kind; empty if there is no /proc."""
-    spilled_bytes: int
+    spilled_bytes: int | None
     """Bytes that Ray's object store wrote to disk because memory ran out."""
     bound: str
     """A sentence about what limited the speed."""
@@ -396,7 +396,7 @@ def watch_run(
                 reporter=reporter,
             )
             seconds = time.time() - start
-        spilled_bytes = _spilled_bytes()
+        spilled_bytes = ray_internals.spilled_bytes()
     finally:
         ray.shutdown()
     return RunSpeed(
@@ -409,12 +409,6 @@ def watch_run(
         spilled_bytes=spilled_bytes,
         bound=summary.bound,
     )
-
-
-def _spilled_bytes() -> int:
-    """Read the counter as Ray Data does, through Ray's private API; the public one is a metric of the dashboard."""
-    state = get_state_from_address(ray.get_runtime_context().gcs_address)  # type: ignore[no-untyped-call]
-    return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)  # type: ignore[no-untyped-call]
 
 
 class _TimelineReporter(ProgressReporter):

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-
 from imcap_ray import storage
+from imcap_ray.distributed.ray_internals import train_snapshot_file
 from imcap_ray.errors import ImcapError
 from imcap_ray.runs.checksums import find_corrupt_files
 from imcap_ray.runs.training_run import EpochMetrics
@@ -122,7 +121,7 @@ def recover(run: str, *, finished_epochs: int, report: Callable[[str], None]) ->
     for location in _locations(run):
         if location not in keep:
             storage.remove(location)
-    storage.remove(storage.join(run, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME))
+    storage.remove(storage.join(run, train_snapshot_file()))
     return complete[-1] if complete else None
 
 

@@ -117,7 +117,7 @@ def connect(
     if verbose and (line := describe_untested_version()):
         print(f"imcap: {line}", file=sys.stderr)
     if not ray.is_initialized():
-        if ray_environment.is_private(address):
+        if ray_environment.means_own_ray(address):
             actors = min(num_actors or 0, MAXIMUM_ACTORS_PER_CORE * cores())
             num_cpus = max(MINIMUM_LOCAL_CPUS, SPARE_LOCAL_CPUS + max(cores(), actors))
             folder = private_ray.start(num_cpus=num_cpus, verbose=verbose)
@@ -212,7 +212,7 @@ def _watch_gcs(*, clean_up: Callable[[], None]) -> None:
     address = ray.get_runtime_context().gcs_address
     _gcs_watch = gcs_watch.GcsWatch(
         address,
-        is_private=private_ray.is_connected(),
+        is_own=private_ray.is_connected(),
         is_connected=lambda: ray.is_initialized() and ray.get_runtime_context().gcs_address == address,
         clean_up=clean_up,
     )

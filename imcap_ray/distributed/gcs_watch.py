@@ -54,10 +54,10 @@ class GcsWatch:
     """
 
     def __init__(
-        self, address: str, *, is_private: bool, is_connected: Callable[[], bool], clean_up: Callable[[], None]
+        self, address: str, *, is_own: bool, is_connected: Callable[[], bool], clean_up: Callable[[], None]
     ) -> None:
         self._address = address
-        self._patience = PRIVATE_PATIENCE_SECONDS if is_private else patience_seconds()
+        self._patience = PRIVATE_PATIENCE_SECONDS if is_own else patience_seconds()
         self._is_connected = is_connected
         self._clean_up = clean_up
         self._stopped = threading.Event()

@@ -46,7 +46,7 @@ def set_ray_environment(address: str | None, *, verbose: bool) -> None:
         return
     for name, value in (_DEFAULTS if verbose else _DEFAULTS | _QUIET).items():
         os.environ.setdefault(name, value)
-    if is_private(address):
+    if means_own_ray(address):
         # A private Ray has one node: nothing announces the end of another one.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.update(KEEP_FREED_MEMORY)
@@ -56,7 +56,7 @@ def set_ray_environment(address: str | None, *, verbose: bool) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", "token" if find_token() else "disabled")
 
 
-def is_private(address: str | None) -> bool:
+def means_own_ray(address: str | None) -> bool:
     """Whether this address means a Ray that this process starts for itself."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 

@@ -35,3 +35,23 @@ def may_grow(status: bytes, node_ids: Sequence[str]) -> bool:
     except (ValueError, LookupError, TypeError):
         return True
     return not types or not types <= {f"node_{node_id}" for node_id in node_ids}
+
+
+def train_snapshot_file() -> str:
+    """Name of the file in a training's folder in which Ray Train lists its checkpoints."""
+    try:
+        from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    except ImportError:
+        return "checkpoint_manager_snapshot.json"
+    return str(CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+
+
+def spilled_bytes() -> int | None:
+    """Bytes that the object store has spilled to disk so far; None if this version of Ray does not tell."""
+    try:
+        from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+        state = get_state_from_address(ray.get_runtime_context().gcs_address)  # type: ignore[no-untyped-call]
+        return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)  # type: ignore[no-untyped-call]
+    except (ImportError, AttributeError, TypeError):
+        return None

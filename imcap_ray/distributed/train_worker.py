@@ -15,12 +15,12 @@ import ray
 import ray.train.torch
 import safetensors.torch
 import torch
-from ray._private.utils import estimate_available_memory
 
 from imcap_ray import storage
 from imcap_ray.data.datasets import TRAIN, VALIDATION
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.distributed.checkpoints import HISTORY_FILE, EpochCheckpoint, checkpoint_name, newest_checkpoint
+from imcap_ray.distributed.memory import available_memory
 from imcap_ray.distributed.training_shards import ShardFormat, keep_shard, read_validation, stream_shard
 from imcap_ray.models.devices import require_cuda
 from imcap_ray.models.encoder_weights import FINETUNED
@@ -143,7 +143,7 @@ def _read_data(job: WorkerJob, team: Team) -> LearningData:
     for row in read_table(storage.join(job.work, CAPTIONS_FILE)).to_pylist():
         captions.setdefault(row["split"], {})[row["image_id"]] = row["captions"]
     shard = ShardFormat.of_phase(job.phase.name, job.shapes)
-    memory = estimate_available_memory() / ray.train.get_context().get_local_world_size()  # type: ignore[no-untyped-call]
+    memory = available_memory() / ray.train.get_context().get_local_world_size()
     # The workers' nodes may differ, but all must read their shards equally often, because Ray begins to read an epoch
     # when every worker asks for it.
     fits = team.agree(shard.fits_in_memory(job.num_train_images // team.size, memory))

@@ -44,11 +44,12 @@ def main(counts: tuple[int, ...], as_json: bool) -> None:
             run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
         runs.append(run)
         megabytes = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in sorted(run["peak_bytes"].items()))
+        spilled = "unknown" if run["spilled_bytes"] is None else f"{run['spilled_bytes'] / 2**20:,.0f} MiB"
         steady = "too short for a steady rate" if run["steady"] is None else f"{run['steady']:,.0f} images/s steady"
         click.echo(
             f"{count:9,} images: {steady}, {run['seconds']:.0f} s in all, "
             f"the first after {run['first_seconds']:.0f} s; {megabytes}, "
-            f"spilled {run['spilled_bytes'] / 2**20:,.0f} MiB",
+            f"spilled {spilled}",
             err=True,
         )
     show({"machine": describe_machine(), "runs": runs}, as_json)

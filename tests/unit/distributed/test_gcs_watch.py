@@ -20,7 +20,7 @@ address = f"127.0.0.1:{listener.getsockname()[1]}"
 def note(what):
     open(sys.argv[1], "a").write(what)
 
-watch = GcsWatch(address, is_private=True, is_connected=lambda: True, clean_up=lambda: note("clean-up "))
+watch = GcsWatch(address, is_own=True, is_connected=lambda: True, clean_up=lambda: note("clean-up "))
 with when_lost(lambda: note("of another run ")):
     pass
 with when_lost(lambda: 1 / 0), when_lost(lambda: note("lost ")):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.distributed.ray_environment import find_token, is_private, temporary_environment
+from imcap_ray.distributed.ray_environment import find_token, means_own_ray, temporary_environment
 
 PROGRAM = """
 import json, os, sys
@@ -77,9 +77,14 @@ def test_nothing_is_set_once_ray_is_imported() -> None:
 
 def test_an_address_is_private_only_if_nothing_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert [is_private(address) for address in (None, "local", "auto", "10.0.0.1:6379")] == [True, True, False, False]
+    assert [means_own_ray(address) for address in (None, "local", "auto", "10.0.0.1:6379")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert [is_private(address) for address in (None, "local")] == [False, True]
+    assert [means_own_ray(address) for address in (None, "local")] == [False, True]
 
 
 def test_the_token_is_found_where_ray_documents_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

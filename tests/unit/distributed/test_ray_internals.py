@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import ray
 
-from imcap_ray.distributed.ray_internals import has_autoscaler, may_grow
+from imcap_ray.distributed.ray_internals import has_autoscaler, may_grow, spilled_bytes, train_snapshot_file
 
 
 def status(*node_types: str) -> bytes:
@@ -33,3 +34,16 @@ def test_where_ray_does_not_say_a_cluster_on_kubernetes_is_taken_to_grow(
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
 
     assert has_autoscaler() is is_on_kubernetes
+
+
+def test_where_ray_has_moved_its_constant_the_snapshot_has_the_name_it_always_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = train_snapshot_file()
+    monkeypatch.setitem(sys.modules, "ray.train.v2._internal.constants", None)
+    assert train_snapshot_file() == name
+
+
+def test_where_ray_does_not_tell_what_it_spilled_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray._private.internal_api", None)
+    assert spilled_bytes() is None
