@@ -48,12 +48,6 @@ class ImageFormat:
     """Whether the end marker is missing, or the declared length exceeds the data. Called only for data that did not
     decode without complaint, because many a GIF without its end marker is complete to the last pixel."""
 
-    def has_signature(self, data: bytes) -> bool:
-        """Whether the data begin like this format."""
-        if self.matches_text is not None:
-            return self.matches_text(data)
-        return any(data.startswith(magic, offset) for offset, magic in self.signatures)
-
 
 def _jpeg_ends_early(data: bytes) -> bool:
     return end_of_jpeg(data) < 0
@@ -232,6 +226,17 @@ IMAGE_EXTENSIONS: Final = frozenset(extension for one in FORMATS for extension i
 
 _BY_NAME: Final = {name: one for one in FORMATS for name in (one.name, *one.other_names)}
 
+# Flat, because every image is compared with all signatures.
+_SIGNATURES: Final = tuple((*mark, one) for one in FORMATS if one.reader for mark in one.signatures)
+
+_UNREADABLE_SIGNATURES: Final = tuple((*mark, one) for one in FORMATS if not one.reader for mark in one.signatures)
+
+_CONDITIONAL: Final = tuple(one for one in FORMATS if one.reader and (one.package or one.trailer))
+
+_UNCONDITIONAL: Final = tuple(one.reader for one in FORMATS if one.reader and one not in _CONDITIONAL)
+
+_UNREADABLE_TEXTS: Final = tuple((one.matches_text, one) for one in FORMATS if not one.reader and one.matches_text)
+
 
 def extension_of(path: str) -> str:
     """The part of a path behind its last dot, in lower case; "" without a dot."""
@@ -251,12 +256,15 @@ def file_extension(format_name: str) -> str:
 
 def identify(data: bytes) -> ImageFormat | None:
     """The format that is read, perhaps with an optional package, and whose signature the data have."""
-    return next((one for one in FORMATS if one.reader and one.has_signature(data)), None)
+    return next((one for offset, magic, one in _SIGNATURES if data.startswith(magic, offset)), None)
 
 
 def identify_unreadable(data: bytes) -> ImageFormat | None:
     """The format that is never read and whose signature the data have."""
-    return next((one for one in FORMATS if not one.reader and one.has_signature(data)), None)
+    for offset, magic, one in _UNREADABLE_SIGNATURES:
+        if data.startswith(magic, offset):
+            return one
+    return next((one for matches, one in _UNREADABLE_TEXTS if matches(data)), None)
 
 
 def has_image_signature(data: bytes) -> bool:
@@ -272,13 +280,13 @@ def ends_early(data: bytes) -> bool:
 
 def readers(data: bytes) -> list[str]:
     """Pillow's names of the readers that may open the data."""
-    return [one.reader for one in FORMATS if one.reader and _may_read(one, data)]
+    return [*_UNCONDITIONAL, *(one.reader for one in _CONDITIONAL if _may_read(one, data))]
 
 
 def _may_read(image_format: ImageFormat, data: bytes) -> bool:
     if image_format.trailer:
         return data.endswith(image_format.trailer)
-    return not image_format.package or (identify(data) is image_format and is_installed(image_format))
+    return identify(data) is image_format and is_installed(image_format)
 
 
 def is_installed(image_format: ImageFormat) -> bool:
