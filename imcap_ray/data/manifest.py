@@ -136,15 +136,7 @@ def build_manifest(
             f"{images.num_ignored:,} other file{'s' * (images.num_ignored != 1)}" if images.num_ignored else "nothing"
         )
         raise InputError(f"no images in {location}: found {others}; expected files with names like .jpg or .png")
-    return InputSummary(
-        num_images=num_images,
-        num_ignored=images.num_ignored,
-        description=images.description,
-        notes=tuple(images.notes),
-        image_column=images.image_column,
-        id_column=images.id_column,
-        changed=pa.concat_tables(changed).replace_schema_metadata(images.metadata),
-    )
+    return images.summary(num_images, changed=pa.concat_tables(changed))
 
 
 def manifest_part(first_id: int) -> str:
@@ -172,6 +164,18 @@ class _InputImages:
         self._columns = ImageColumns(options.columns.image, known=known.image_columns, is_by_type=known.is_by_type)
         folder = location if self._is_folder else storage.parent(location)
         self._paths = TablePaths(folder, options.allow_outside_paths, self._columns)
+
+    def summary(self, num_images: int, *, changed: pa.Table) -> InputSummary:
+        """The summary of a listing of so many images."""
+        return InputSummary(
+            num_images=num_images,
+            num_ignored=self.num_ignored,
+            description=self.description,
+            notes=tuple(self.notes),
+            image_column=self.image_column,
+            id_column=self.id_column,
+            changed=changed.replace_schema_metadata(self.metadata),
+        )
 
     @property
     def num_ignored(self) -> int:
