@@ -182,9 +182,12 @@ class _Dashboard:
         try:
             # The client lets this variable, and RAY_ADDRESS, override the address that it is given.
             with temporary_environment({"RAY_API_SERVER_ADDRESS": self.address}):
-                return JobSubmissionClient(self.address, headers=self.headers)
+                client = JobSubmissionClient(self.address, headers=self.headers)
         except AuthenticationError as error:
             raise ClusterError(f"RAY_AUTH_MODE=token, but there is none: {AUTHENTICATION_ADVICE}") from error
+        # The client has just configured Ray's loggers. They report uploads, and warn that the package's model is large.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        return client
 
     def describe(self, job: str) -> dict[str, Any]:
         """The job's `status`, `driver_exit_code` and `message`. Unlike Ray's client this does not wait for ever."""
@@ -200,7 +203,6 @@ class _Dashboard:
 
 def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
     """Raise ClusterError unless the cluster can run the job."""
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it reports uploads, and warns that the package's model is large
     address = _dashboard_address(address)
     headers: dict[str, str] = {}
     version = _get(address, "/api/version", headers)
