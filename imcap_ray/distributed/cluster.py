@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import grpc  # type: ignore[import-untyped]
-import joblib  # type: ignore[import-untyped]
 import ray.data
 import yaml
 from ray.exceptions import AuthenticationError, RayError
 
 from imcap_ray.distributed import gcs_watch, private_ray, ray_environment, ray_internals
 from imcap_ray.distributed.contention import FreeResources
+from imcap_ray.distributed.machine import available_cores
 from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
 from imcap_ray.distributed.ray_messages import in_one_line, silence_ray_logs
 from imcap_ray.distributed.ray_versions import describe_untested_version, require_supported_version
@@ -308,5 +308,5 @@ def maximum_of(cluster: Mapping[str, Any]) -> dict[str, float]:
 
 
 def cores() -> int:
-    """Cores this process may use. A container's quota and a CPU affinity both count."""
-    return int(joblib.cpu_count())
+    """Cores of this machine that this process may use."""
+    return available_cores()

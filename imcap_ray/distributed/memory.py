@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-from pathlib import Path
 from typing import Final
 
 _KEPT_BYTES: Final = 2**30
@@ -27,26 +24,3 @@ never keep more than 64 MiB: two actors on two cores caption 47 images a second 
 thresholds alone. glibc reads the variables when a process starts, see
 `imcap_ray.distributed.cluster.runtime_environment`.
 """
-
-_CGROUP_FILES: Final = (
-    ("memory.max", "memory.current"),  # version 2
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
-)
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of memory that this machine, or the container of this process, has left.
-
-    Args:
-        root: the folder with `proc` and `sys`. Without them, as on macOS, half of the machine's memory counts.
-    """
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    with contextlib.suppress(OSError, KeyError):
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        sizes = dict(line.split(":", 1) for line in lines if ":" in line)
-        available = int(sizes["MemAvailable"].split()[0]) * 1024
-    for limit_file, usage_file in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-            limit, usage = (int((root / "sys/fs/cgroup" / name).read_text()) for name in (limit_file, usage_file))
-            available = min(available, max(0, limit - usage))
-    return available

@@ -20,7 +20,7 @@ from imcap_ray import storage
 from imcap_ray.data.datasets import TRAIN, VALIDATION
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.distributed.checkpoints import HISTORY_FILE, EpochCheckpoint, checkpoint_name, newest_checkpoint
-from imcap_ray.distributed.memory import available_memory
+from imcap_ray.distributed.machine import available_memory
 from imcap_ray.distributed.training_shards import ShardFormat, keep_shard, read_validation, stream_shard
 from imcap_ray.models.devices import require_cuda
 from imcap_ray.models.encoder_weights import FINETUNED

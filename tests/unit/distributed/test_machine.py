@@ -1,12 +1,13 @@
-"""How much memory is left, from the files of Linux, made here by hand."""
+"""What a process may use of its machine, from the files of Linux, made here by hand."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from imcap_ray.distributed.memory import available_memory
+from imcap_ray.distributed.machine import available_cores, available_memory
 
 GIB = 2**30
 
@@ -51,3 +52,23 @@ def test_no_limit_is_no_limit(machine: Path) -> None:
 
 def test_without_the_files_of_linux_it_is_a_guess_above_zero(tmp_path: Path) -> None:
     assert available_memory(tmp_path) > 0
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 6),
+        ({"sys__fs__cgroup__cpu.max": "max 100000\n"}, 6),
+        ({"sys__fs__cgroup__cpu.max": "350000 100000\n"}, 3),
+        ({"sys__fs__cgroup__cpu.max": "50000 100000\n"}, 1),
+        ({"sys__fs__cgroup__cpu.max": "900000 100000\n"}, 6),
+        ({"sys__fs__cgroup__cpu__cpu.cfs_quota_us": "-1", "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000"}, 6),
+        ({"sys__fs__cgroup__cpu__cpu.cfs_quota_us": "200000", "sys__fs__cgroup__cpu__cpu.cfs_period_us": "100000"}, 2),
+    ],
+)
+def test_cores_are_those_of_the_affinity_within_the_containers_quota(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    write(tmp_path, **files)
+    assert available_cores(tmp_path) == cores
