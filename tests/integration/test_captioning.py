@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -15,7 +14,6 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
-import ray
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
 from imcap_ray.data.image_decoding import decode_image
@@ -334,33 +332,6 @@ def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
     spans = [json.loads(path.read_text()) for path in tmp_path.glob("*.span")]
     assert len(spans) == 4
     assert max(sum(start <= begin < end for start, end in spans) for begin, _ in spans) == cores
-
-
-@pytest.mark.parametrize("is_private", [True, False])
-def test_only_on_a_cluster_ray_data_has_actors_of_its_own(
-    run: Run, monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, is_private: bool
-) -> None:
-    def named() -> set[str]:
-        return {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
-
-    if not is_private:
-        monkeypatch.setattr(image_pipeline, "own_cores", lambda: None)
-    deadline = time.monotonic() + HANG_SECONDS
-    while actors := ray.util.list_named_actors(all_namespaces=True):
-        assert time.monotonic() < deadline, f"{actors} do not end"
-        for actor in actors:
-            with contextlib.suppress(ValueError):  # of one that has just ended
-                ray.kill(ray.get_actor(**actor))
-        time.sleep(0.1)
-
-    run(str(photographs), str(tmp_path / "out"))
-    (photographs / "new.jpg").write_bytes(encode(photo(30, 30), "JPEG"))
-    run(str(photographs), str(tmp_path / "out"))  # goes on, for which Ray Data reads what is done
-
-    assert len(read(tmp_path / "out")) == 101
-    assert named() == (
-        set() if is_private else {"datasets_stats_actor", "AutoscalingCoordinator", "ActorLocationTracker"}
-    )
 
 
 def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:
