@@ -10,7 +10,7 @@ import click
 from imcap_ray.cli.console import print_line, stdout_for_results
 from imcap_ray.cli.options import parse_size
 from imcap_ray.config import DEFAULT_MODEL
-from imcap_ray.distributed.ray_environment import set_ray_environment
+from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 
 
 @click.command()

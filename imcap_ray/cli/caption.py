@@ -22,14 +22,14 @@ from imcap_ray.cli.options import (
     resources_config,
 )
 from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig, SearchConfig
-from imcap_ray.distributed.ray_environment import set_ray_environment
+from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 from imcap_ray.errors import InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningPlan
-    from imcap_ray.distributed.cluster import ClusterResources
+    from imcap_ray.distributed.cluster.connection import ClusterResources
     from imcap_ray.models.caption import ImageCaptioner
     from imcap_ray.runs.captioning_run import CaptioningSummary
 
@@ -163,8 +163,8 @@ def _start(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: boo
     """Connect to a cluster that can reach everything in the config, and load the captioner."""
     set_ray_environment(resources.address, verbose=verbose)
     from imcap_ray.distributed.captioning import connect_and_load, load_captioner
-    from imcap_ray.distributed.cluster import is_ray_job, refuse_relative_paths_in_job
-    from imcap_ray.distributed.preflight import ADVICE, require_visible
+    from imcap_ray.distributed.cluster.connection import is_ray_job, refuse_relative_paths_in_job
+    from imcap_ray.distributed.cluster.preflight import ADVICE, require_visible
 
     refuse_relative_paths_in_job({"OUTPUT": config.output})
     models = tuple(model if model == DEFAULT_MODEL else storage.absolute(model) for model in config.models)

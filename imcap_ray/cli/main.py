@@ -89,7 +89,7 @@ class _Termination:
             # Python drops an exception that is raised in a destructor, or in a hook that follows a fork.
             threading.Thread(target=self._repeat, daemon=True).start()
         self._was_received = True
-        watch = sys.modules.get("imcap_ray.distributed.gcs_watch")
+        watch = sys.modules.get("imcap_ray.distributed.cluster.gcs_watch")
         if watch:  # Ray's processes may have received the signal too, and end before the command does
             watch.exit_code = INTERRUPTED  # type: ignore[attr-defined]
         raise KeyboardInterrupt

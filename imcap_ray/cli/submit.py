@@ -60,7 +60,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
             parameters = dict(context.params)
         _refuse_missing_inputs(command[0], parameters)
         need = _required_resources(command[0], parameters)
-    from imcap_ray.distributed import jobs
+    from imcap_ray.distributed.cluster import jobs
 
     common = {
         "address": options["address"],

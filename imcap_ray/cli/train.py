@@ -17,11 +17,11 @@ from imcap_ray.cli.options import (
     outside_option,
 )
 from imcap_ray.config import DEFAULT_MODEL, DEFAULT_RECIPE, ResourcesConfig, TrainingRunConfig
-from imcap_ray.distributed.ray_environment import set_ray_environment
+from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 from imcap_ray.runs.rate import format_duration
 
 if TYPE_CHECKING:
-    from imcap_ray.distributed.training_plan import TrainingPlan
+    from imcap_ray.distributed.training.training_plan import TrainingPlan
 
 
 @click.command()
@@ -108,10 +108,10 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
     from dataclasses import asdict
 
     set_ray_environment(options["address"], verbose=options["verbose"])
-    from imcap_ray.distributed.cluster import connect, refuse_relative_paths_in_job
-    from imcap_ray.distributed.preflight import require_visible
-    from imcap_ray.distributed.trainer import train as run_training
-    from imcap_ray.distributed.training_plan import load_data, prepare_training
+    from imcap_ray.distributed.cluster.connection import connect, refuse_relative_paths_in_job
+    from imcap_ray.distributed.cluster.preflight import require_visible
+    from imcap_ray.distributed.training.trainer import train as run_training
+    from imcap_ray.distributed.training.training_plan import load_data, prepare_training
 
     written = {"MODEL": config.model} | ({"--features": resources.features} if resources.features else {})
     refuse_relative_paths_in_job(written)

@@ -34,7 +34,7 @@ from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed import ray_internals
 from imcap_ray.distributed.captioning import caption_images, connect_and_load, load_captioner
-from imcap_ray.distributed.cluster import connect, cores, runtime_environment
+from imcap_ray.distributed.cluster.connection import connect, cores, runtime_environment
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import ImageCaptioner, compute_batch_size
 from imcap_ray.runs.heartbeat import repeating

@@ -17,12 +17,13 @@ from imcap_ray import storage
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig, to_mapping
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
-from imcap_ray.distributed.cluster import ClusterResources, connect, require
-from imcap_ray.distributed.crash_isolation import Isolated, is_restarted_actor
-from imcap_ray.distributed.duplicate_filter import image_index
-from imcap_ray.distributed.gcs_watch import when_lost
-from imcap_ray.distributed.image_loading import stack_pixels
-from imcap_ray.distributed.image_pipeline import (
+from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require
+from imcap_ray.distributed.cluster.gcs_watch import when_lost
+from imcap_ray.distributed.cluster.ray_messages import without_ray_advice
+from imcap_ray.distributed.pipeline.crash_isolation import Isolated, is_restarted_actor
+from imcap_ray.distributed.pipeline.duplicate_filter import image_index
+from imcap_ray.distributed.pipeline.image_loading import stack_pixels
+from imcap_ray.distributed.pipeline.image_pipeline import (
     RESUME_HINT,
     ActorPool,
     ActorReporter,
@@ -31,8 +32,7 @@ from imcap_ray.distributed.image_pipeline import (
     map_images,
     num_blocks,
 )
-from imcap_ray.distributed.progress import Progress
-from imcap_ray.distributed.ray_messages import without_ray_advice
+from imcap_ray.distributed.pipeline.progress import Progress
 from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import Caption, ImageCaptioner, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import CaptioningRun, CaptioningSummary, input_options, run_identity

@@ -27,8 +27,8 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
-from imcap_ray.distributed.image_loading import origin_of, stack_pixels
-from imcap_ray.distributed.image_pipeline import ActorPool, ActorReporter, PipelineFiles, map_images
+from imcap_ray.distributed.pipeline.image_loading import origin_of, stack_pixels
+from imcap_ray.distributed.pipeline.image_pipeline import ActorPool, ActorReporter, PipelineFiles, map_images
 from imcap_ray.errors import DatasetError, FullClusterError, ImageError, ImcapError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.caption import compute_batch_size, no_memory, not_finite

@@ -25,7 +25,7 @@ from shared import decode_whole, json_option, require_rate, show
 
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine, measure_run, steady_rate
-from imcap_ray.distributed.cluster import cores
+from imcap_ray.distributed.cluster.connection import cores
 from imcap_ray.errors import ImageError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.decoders import AttentionDecoder

@@ -21,8 +21,8 @@ from shared import json_option, show
 
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine
-from imcap_ray.distributed.cluster import cores
-from imcap_ray.distributed.memory import KEEP_FREED_MEMORY
+from imcap_ray.distributed.cluster.connection import cores
+from imcap_ray.distributed.cluster.memory import KEEP_FREED_MEMORY
 
 BARE_LOOP = Path(__file__).with_name("bare_loop.py")
 CAPTIONS_PER_IMAGE = 5

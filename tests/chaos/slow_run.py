@@ -20,7 +20,7 @@ from ray.cluster_utils import Cluster
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster.connection import connect
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.caption import Caption
 

@@ -29,7 +29,7 @@ import sys
 from functools import partial
 from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster.connection import connect
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import WaitsForFiles
 

@@ -23,7 +23,7 @@ CAPTION = """
 import sys
 from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster.connection import connect
 from tests.fakes import TakesSteps
 
 address, photographs, output, num_actors = sys.argv[1:]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from imcap_ray.distributed.cluster import ClusterResources, connect
+from imcap_ray.distributed.cluster.connection import ClusterResources, connect
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,12 @@ from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
-from imcap_ray.distributed import cluster, image_pipeline
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.image_loading import LoadImages
-from imcap_ray.distributed.image_pipeline import read_images
+from imcap_ray.distributed.cluster import connection as cluster
+from imcap_ray.distributed.cluster.connection import ClusterResources
+from imcap_ray.distributed.pipeline import image_pipeline
+from imcap_ray.distributed.pipeline.image_loading import LoadImages
+from imcap_ray.distributed.pipeline.image_pipeline import read_images
 from imcap_ray.errors import ClusterError, FailureBudgetError, ImageError, ImcapError, InputError, OutputError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, ImageCaptioner
 from imcap_ray.models.captioner import Captioner

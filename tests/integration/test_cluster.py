@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.distributed import cluster, private_ray
-from imcap_ray.distributed.cluster import ClusterResources, refuse_relative_paths_in_job, require
+from imcap_ray.distributed.cluster import connection as cluster
+from imcap_ray.distributed.cluster import private_ray
+from imcap_ray.distributed.cluster.connection import ClusterResources, refuse_relative_paths_in_job, require
 from imcap_ray.errors import ClusterError, InputError
 from tests.hang_guard import HANG_SECONDS
 
 CONNECT = """
 import json, os, sys
-from imcap_ray.distributed.ray_environment import set_ray_environment
+from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 
 set_ray_environment(*sys.argv[1:] or [None], verbose=False)
 
 import ray
-from imcap_ray.distributed.cluster import connect, cores, own_cores, runtime_environment
+from imcap_ray.distributed.cluster.connection import connect, cores, own_cores, runtime_environment
 from imcap_ray.errors import ImcapError
 
 try:

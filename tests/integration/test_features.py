@@ -13,7 +13,7 @@ import torch
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
-from imcap_ray.distributed.cluster import ClusterResources
+from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views, cache_features
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.runs.feature_folder import FeatureFolder

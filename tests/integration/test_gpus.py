@@ -28,9 +28,9 @@ ray.init(num_cpus=6, num_gpus=1, include_dashboard=False)
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, TrainingRunConfig, load_recipe
 from imcap_ray.distributed.captioning import caption_images, load_captioner
-from imcap_ray.distributed.cluster import connect
-from imcap_ray.distributed.trainer import train
-from imcap_ray.distributed.training_plan import load_data
+from imcap_ray.distributed.cluster.connection import connect
+from imcap_ray.distributed.training.trainer import train
+from imcap_ray.distributed.training.training_plan import load_data
 from imcap_ray.errors import ImcapError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data

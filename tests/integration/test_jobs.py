@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 
-from imcap_ray.distributed.jobs import submit
+from imcap_ray.distributed.cluster.jobs import submit
 from imcap_ray.errors import ClusterError
 from tests.hang_guard import HANG_SECONDS
 from tests.ray_head import TOKEN, free_ports, running_head
@@ -44,7 +44,7 @@ if behaviour == "connect":
 
 SUBMIT = """
 import json, os, signal, sys, types
-from imcap_ray.distributed import jobs
+from imcap_ray.distributed.cluster import jobs
 from imcap_ray.errors import ImcapError
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored and children inherit that.
@@ -73,7 +73,7 @@ print(json.dumps(said | {"lines": lines}))
 
 CONNECT = """
 import sys
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster.connection import connect
 from imcap_ray.errors import ClusterError
 from tests.ray_head import TOKEN, free_ports, running_head
 try:

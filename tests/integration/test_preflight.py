@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.preflight import require_visible
+from imcap_ray.distributed.cluster.connection import ClusterResources
+from imcap_ray.distributed.cluster.preflight import require_visible
 from imcap_ray.errors import ClusterError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from imcap_ray.distributed.ray_metrics import ActorMetrics, RunMetrics
+from imcap_ray.distributed.pipeline.ray_metrics import ActorMetrics, RunMetrics
 from tests.odd_images import encode, photo
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ from pathlib import Path
 import ray
 from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connect
+from imcap_ray.distributed.cluster.connection import connect
 from tests.fakes import TakesSteps
 
 cluster = connect("local", num_actors=2)

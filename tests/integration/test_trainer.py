@@ -15,9 +15,9 @@ import torch
 
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, load_recipe
 from imcap_ray.data.datasets import load_dataset
-from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.trainer import TrainingResult, train
-from imcap_ray.distributed.training_plan import load_data, prepare_training
+from imcap_ray.distributed.cluster.connection import ClusterResources
+from imcap_ray.distributed.training.trainer import TrainingResult, train
+from imcap_ray.distributed.training.training_plan import load_data, prepare_training
 from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.model_folder import read_model_folder

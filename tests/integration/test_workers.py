@@ -47,7 +47,7 @@ def run_workers(tmp_path: Path, script: str, *arguments: Any) -> list[Any]:
 
 
 READ_AN_EPOCH = """
-from imcap_ray.distributed.training_shards import ShardFormat
+from imcap_ray.distributed.training.training_shards import ShardFormat
 
 shard = ShardFormat.of_phase("cross_entropy", {"train": (1, 49, 1280)})
 fits = shard.fits_in_memory(1000, arguments)

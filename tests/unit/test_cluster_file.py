@@ -16,7 +16,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from imcap_ray import __version__
 from imcap_ray.cli.main import main
-from imcap_ray.distributed.cluster import maximum_of
+from imcap_ray.distributed.cluster.connection import maximum_of
 
 pytestmark = pytest.mark.timeout(60)
 

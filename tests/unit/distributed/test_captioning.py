@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from imcap_ray.distributed.captioning import describe_bound
-from imcap_ray.distributed.cluster import ClusterResources
-from imcap_ray.distributed.image_pipeline import images_per_task
-from imcap_ray.distributed.progress import Progress
+from imcap_ray.distributed.cluster.connection import ClusterResources
+from imcap_ray.distributed.pipeline.image_pipeline import images_per_task
+from imcap_ray.distributed.pipeline.progress import Progress
 
 
 @pytest.mark.parametrize(

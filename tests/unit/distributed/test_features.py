@@ -14,7 +14,7 @@ import torch
 
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.distributed.features import EncodeImages, Views
-from imcap_ray.distributed.image_loading import loaded_schema
+from imcap_ray.distributed.pipeline.image_loading import loaded_schema
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 

@@ -25,7 +25,7 @@ from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.data.datasets.dataset import PackedImage
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.distributed.features import FEATURES_SCHEMA, FeatureCache, Views, cache_key, complete_cache
-from imcap_ray.distributed.image_loading import origin_of
+from imcap_ray.distributed.pipeline.image_loading import origin_of
 from imcap_ray.errors import DatasetError
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.runs import feature_folder

@@ -1,0 +1,46 @@
+"""What Ray prints and raises -> what a user of the command line should read."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Final
+
+import ray.data
+
+_SENTENCE_END: Final = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
+
+_ADVICE: Final = re.compile(
+    r"\bDataContext\b|\bds\.context\b|docs\.ray\.io|https://github\.com/ray-project|\bRAY_\w+=|"
+    r"(set|setting) (the environment variable )?`?RAY_|s3fs|`ray (logs|stack|memory|start)|_system_config"
+)
+
+
+def without_ray_advice(text: str) -> str:
+    """The text in one line, without the sentences in which Ray advises programmers what to set or to read."""
+    line = " ".join(text.split())
+    return " ".join(sentence for sentence in _SENTENCE_END.split(line) if not _ADVICE.search(sentence)) or line
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's message in one line, without Ray's advice for programmers."""
+    return without_ray_advice(str(error))
+
+
+def silence_ray_logs(*, verbose: bool) -> None:
+    """Turn off Ray's progress bars and, unless `verbose`, its log lines."""
+    ray.data.DataContext.get_current().enable_progress_bars = False  # imcap prints a progress line of its own
+    if not verbose:
+        # Errors come back as exceptions, and are reported in one line of ours.
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def describe_error(error: BaseException) -> str:
+    """The cause of an error of Ray in one line, from the tracebacks of its processes."""
+    # A chain of exceptions from other processes arrives as text, the first cause on top; the last indented line of a
+    # traceback is code, what follows is the exception.
+    lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
+    last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
+    text = without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__
+    return re.sub(r"^imcap_ray\.errors\.\w+: ", "", text)  # our own messages need no class name

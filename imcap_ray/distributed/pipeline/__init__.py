@@ -1,0 +1,1 @@
+"""Ray Data over images: reading, decoding, actors, isolation of crashes, progress, Parquet output."""

@@ -1,0 +1,1 @@
+"""Ray Train over captioned images: plan, inputs, workers, checkpoints."""

@@ -1,0 +1,336 @@
+"""Configuration and data set -> a training whose settings are checked, and a plan of what it would do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from imcap_ray import storage
+from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
+from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
+from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
+from imcap_ray.distributed.cluster.connection import ClusterResources, require
+from imcap_ray.distributed.training.phase_start import with_cnn_weights
+from imcap_ray.errors import DatasetError, InputError, OutputError
+from imcap_ray.models.decoders import find_decoder
+from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
+from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
+from imcap_ray.runs.lease import has_foreign_files
+from imcap_ray.runs.training_run import SETTINGS_FILE, WORK_FOLDER, read_metrics
+from imcap_ray.text.vocabulary import Vocabulary
+from imcap_ray.training.loop import require_layer
+from imcap_ray.training.phases import next_phase, num_epochs, phases
+
+CPUS_FOR_READING: Final = 1
+"""CPUs in addition to the workers', with which Ray Data reads their images."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """The data-parallel processes of a training."""
+
+    min_count: int
+    max_count: int
+    is_elastic: bool
+    """Whether their number changes with the cluster, between these limits."""
+    gpus: float
+    """GPUs of each worker."""
+
+    @classmethod
+    def choose(cls, resources: ResourcesConfig, cluster: ClusterResources) -> Workers:
+        """The workers that the user asks for; by default one per GPU, or one worker if there are none."""
+        gpus = resources.gpus_per_worker
+        if gpus is None:
+            gpus = float(cluster.expects_gpus)
+        count = resources.num_workers
+        if count is None:
+            count = max(1, int(cluster.gpus / gpus) if gpus >= 1 else 1)
+        least, most = count if isinstance(count, tuple) else (count, count)
+        return cls(min_count=least, max_count=most, is_elastic=isinstance(count, tuple), gpus=gpus)
+
+    @property
+    def min_cpus(self) -> int:
+        """CPUs without which no training starts."""
+        return self.min_count + CPUS_FOR_READING
+
+    @property
+    def min_gpus(self) -> float:
+        """GPUs without which no training starts."""
+        return self.min_count * self.gpus
+
+    @property
+    def range(self) -> str:
+        """Their number as the user writes it: "2" or "2-4"."""
+        return f"{self.min_count}-{self.max_count}" if self.max_count != self.min_count else f"{self.min_count}"
+
+    def __str__(self) -> str:
+        if self.is_elastic:
+            return f"{self.min_count} to {self.max_count} workers"
+        return f"{self.min_count} worker{'s' * (self.min_count != 1)}"
+
+    def require(self, cluster: ClusterResources, batch_size: int) -> None:
+        """Raise InputError if the cluster cannot hold the workers, or they cannot share its GPUs or a batch."""
+        if 0 < self.gpus < 1 < self.max_count:
+            raise InputError(
+                f"--gpus-per-worker {self.gpus:g} would put several of {self.max_count} workers on one GPU, which "
+                "NCCL, the library that exchanges their gradients, refuses: give each 1, or train with --num-workers 1"
+            )
+        if batch_size < self.max_count:
+            raise InputError(f"--num-workers {self.max_count} exceeds the recipe's batch of {batch_size} images")
+        # Ray does not ask an autoscaler for the CPUs of an elastic training, so the minimum has to be there already.
+        present = replace(cluster, max_cpus=0.0) if self.is_elastic and not self.gpus else cluster
+        require(present, cpus=self.min_cpus, gpus=self.min_gpus, what=f"--num-workers {self.range}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingPlan:
+    """What a training would do."""
+
+    data: str
+    model: str
+    num_images: dict[str, int]
+    """By split."""
+    num_captions: int
+    """Captions of the training split."""
+    num_epochs: dict[str, int]
+    """Maximum number of epochs, by phase."""
+    num_epochs_done: int
+    """Epochs that an earlier call finished and this one keeps."""
+    num_workers: str
+    gpus_per_worker: float
+    batch_size: int
+    """Images of a step, over all workers."""
+    seconds: float | None
+    """Maximum duration, if each remaining epoch takes as long as the last one; None if there is none yet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedTraining:
+    """A training that may begin."""
+
+    config: TrainingRunConfig
+    """The run, with the recipe completed by the model it starts from."""
+    data: CaptionedImages
+    model: str
+    work: str
+    features: str
+    """Folder for cached features."""
+    workers: Workers
+    start_model: ModelFolder | None
+    encoder: Encoder
+    vocabulary: Vocabulary
+    settings: dict[str, Any]
+    """The contents of settings.json: everything that must not change between a training and its resumption."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The run's recipe."""
+        return self.config.recipe
+
+    def plan(self) -> TrainingPlan:
+        """What the training would do, after the epochs that earlier calls have finished."""
+        rows = read_metrics(self.work)
+        num_left = num_epochs(self.recipe) - len(rows) if next_phase(rows, self.recipe) else 0
+        return TrainingPlan(
+            data=self.data.location,
+            model=self.model,
+            num_images=self.data.count_splits(),
+            num_captions=count_captions(self.data.split(TRAIN)),
+            num_epochs={phase: settings.epochs for phase, settings in phases(self.recipe).items()},
+            num_epochs_done=len(rows),
+            num_workers=str(self.workers),
+            gpus_per_worker=self.workers.gpus,
+            batch_size=self.recipe.training.batch_size,
+            seconds=num_left * rows[-1]["seconds"] if rows else None,
+        )
+
+
+def load_data(config: TrainingRunConfig) -> CaptionedImages:
+    """Read the data set of a training; DatasetError if it lacks a training or a validation split."""
+    columns = ColumnOptions(image=config.image_column, caption=config.caption_column, id=config.id_column)
+    data = load_dataset(config.data, columns=columns, allow_outside_paths=config.allow_outside_paths)
+    for split in (TRAIN, VALIDATION):
+        data.split(split)
+    return data
+
+
+def prepare_training(
+    config: TrainingRunConfig, resources: ResourcesConfig, *, data: CaptionedImages, cluster: ClusterResources
+) -> PreparedTraining:
+    """Check everything that `train` needs with these arguments. Nothing is written.
+
+    Raises:
+        InputError: something does not fit.
+    """
+    workers = Workers.choose(resources, cluster)
+    workers.require(cluster, config.recipe.training.batch_size)
+    train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # raises if a split is missing
+    _require_first_image(data)
+    start_model, recipe = _read_start(config)
+    encoder = _build_encoder(recipe, start_model, config.encoder_weights)
+    require_layer(encoder, recipe.finetune.first_layer)
+    model = storage.absolute(config.model)
+    work = storage.join(model, WORK_FOLDER)
+    settings = _build_settings(data, recipe, encoder, config.seed)
+    if start_model:
+        settings["start_from"] = start_model.fingerprint
+    _refuse_other_contents(model, work, settings, data)
+    features = resources.features or storage.join(storage.parent(model), "_features")
+    if storage.is_file(features := storage.absolute(features)):
+        raise InputError(f"--features must be a folder, got a file: {features}")
+    return PreparedTraining(
+        config=replace(config, recipe=recipe),
+        data=data,
+        model=model,
+        work=work,
+        features=features,
+        workers=workers,
+        start_model=start_model,
+        encoder=encoder,
+        vocabulary=start_model.vocabulary if start_model else _build_vocabulary(train_images, recipe),
+        settings=settings,
+    )
+
+
+def _require_first_image(data: CaptionedImages) -> None:
+    """Raise DatasetError if the first training image does not exist."""
+    [first] = data.manifest(data.split(TRAIN).slice(0, 1)).to_pylist()
+    location = first["image_path"] or first["table_path"]
+    if not storage.exists(location):
+        raise DatasetError(
+            f"{data.location}: its images are not where they should be, the first is missing: {location}"
+        )
+
+
+def _read_start(config: TrainingRunConfig) -> tuple[ModelFolder | None, Recipe]:
+    """The model to start from, if any, and the recipe completed by it."""
+    recipe = config.recipe
+    find_decoder(recipe.decoder)
+    repetitions = recipe.finetune.repetitions
+    if not config.start_from and not recipe.training.epochs and recipe.finetune.epochs and repetitions > 1:
+        raise InputError(
+            f"with finetune.repetitions {repetitions} all repetitions must start from the same weights, but "
+            "training.epochs is 0: give --start-from, or more epochs"
+        )
+    start_model = None
+    if config.start_from:
+        start_model = average_models([read_model_folder(location) for location in config.start_from])
+        recipe = _with_architecture(recipe, start_model)
+    return start_model, replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
+
+
+def _build_vocabulary(images: pa.Table, recipe: Recipe) -> Vocabulary:
+    captions = (caption for captions in images["captions"].to_pylist() for caption in captions)
+    return Vocabulary.build(captions, tokenizer=recipe.vocabulary.tokenizer, min_count=recipe.vocabulary.min_count)
+
+
+def count_captions(images: pa.Table) -> int:
+    """Number of captions of all these images."""
+    return int(pa.compute.sum(pa.compute.list_value_length(images["captions"])).as_py())
+
+
+def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
+    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model; it keeps its own image size, if set."""
+    image_size = recipe.preprocessing.image_size or model.preprocessing.image_size
+    return replace(
+        recipe,
+        encoder=model.encoder,
+        preprocessing=replace(model.preprocessing, image_size=image_size),
+        vocabulary=replace(recipe.vocabulary, tokenizer=model.vocabulary.tokenizer),
+        decoder=replace(model.decoder, dropout=recipe.decoder.dropout),
+    )
+
+
+def _build_encoder(recipe: Recipe, model: ModelFolder | None, weights_path: str | None) -> Encoder:
+    """The CNN of a recipe, with the model's weights if the model has its own."""
+    if model and (tensors := select_tensors("encoder.", model.tensors)):
+        return with_cnn_weights(build_encoder(recipe.encoder, recipe.preprocessing, tensors=tensors), model.tensors)
+    expected = model.encoder_weights if model else None
+    return build_encoder(recipe.encoder, recipe.preprocessing, weights_path=weights_path, expected=expected)
+
+
+def _build_settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, seed: int) -> dict[str, Any]:
+    """The contents of settings.json, see `PreparedTraining`."""
+    digest = hashlib.sha256()
+    for batch in data.table.to_batches():
+        for row in batch.to_pylist():
+            digest.update(json.dumps([row["image_id"], row["split"], row["captions"]]).encode())
+    settings: dict[str, Any] = {
+        "recipe": to_mapping(recipe),
+        "seed": seed,
+        "data_sha256": digest.hexdigest(),
+        "encoder_weights": {"source": encoder.weights.source, "sha256": encoder.weights.sha256},
+    }
+    if data.image_columns:
+        settings["image_columns"] = list(data.image_columns)
+    return settings
+
+
+def _refuse_other_contents(model: str, work: str, settings: Mapping[str, Any], data: CaptionedImages) -> None:
+    """Raise OutputError if the model's folder contains anything but this training."""
+    location = storage.join(work, SETTINGS_FILE)
+    if storage.exists(location):
+        before = _read_settings(location, model)
+        if "image_columns" not in before and "image_columns" in settings:
+            if column := before.pop("image_column", None):
+                before["image_columns"] = [column]
+            else:
+                _refuse_other_column(model, data)
+                before["image_columns"] = settings["image_columns"]
+        if different := sorted(_differences(before, settings)):
+            raise OutputError(
+                f"{model} holds a training with another {', '.join(different)}: choose another folder or remove it"
+            )
+    elif storage.exists(storage.join(model, CONFIG_FILE)):
+        raise OutputError(f"{model} is a finished model: choose another folder or remove it")
+    elif storage.is_file(model) or (storage.is_folder(model) and has_foreign_files(model, {f"{WORK_FOLDER}/owner"})):
+        raise OutputError(f"{model} exists and is no training of imcap: choose another folder")
+
+
+def _read_settings(location: str, model: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(storage.read_bytes(location))
+        if not isinstance(settings, dict):
+            raise ValueError("expected an object")
+    except ValueError as error:
+        raise OutputError(
+            f"{location} is corrupt, so it is unknown what was trained in {model} ({error}): restore the file, or "
+            "choose another folder"
+        ) from error
+    return settings
+
+
+def _refuse_other_column(model: str, data: CaptionedImages) -> None:
+    """Raise OutputError if the training was begun by an earlier version that read images from another column."""
+    for location in data.tables:
+        filesystem, path = storage.resolve(location)
+        try:
+            schema = pq.read_schema(path, filesystem=filesystem)
+            before = find_image_column_by_type(schema, location).name
+            now = read_image_column(schema, location, data.image_columns).name
+        except (
+            pa.ArrowException,
+            OSError,
+            InputError,
+        ):  # a table without images, from which the earlier version read none either
+            continue
+        if before != now:
+            raise OutputError(
+                f"{model} holds a training that read the images of {location} from column {before}, and would now read "
+                f"them from {now}: give --image-column {before}, or choose another folder"
+            )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name}"

@@ -1,0 +1,313 @@
+"""What a training reports, the weights that its phases start from, and what it refuses; without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from imcap_ray import storage
+from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, load_recipe
+from imcap_ray.data.datasets import CaptionedImages, load_dataset
+from imcap_ray.distributed.cluster.connection import ClusterResources
+from imcap_ray.distributed.features import FeatureCache
+from imcap_ray.distributed.training.checkpoints import checkpoint_name
+from imcap_ray.distributed.training.phase_start import start_of_phase
+from imcap_ray.distributed.training.training_inputs import feature_folder, fix_validation
+from imcap_ray.distributed.training.training_plan import PreparedTraining, Workers, load_data, prepare_training
+from imcap_ray.distributed.training.worker_group import watch_room
+from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.runs.checksums import write_checksums
+from imcap_ray.runs.training_run import read_validation_ids
+from tests import small_data
+
+CLUSTER = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
+
+
+def test_a_cluster_that_is_too_small_is_reported_once_each_time() -> None:
+    available: dict[str, float] = {}
+    lines: list[str] = []
+    workers = Workers(min_count=2, max_count=8, is_elastic=True, gpus=1.0)
+    check = watch_room(workers, lines.append, get_resources=lambda: available)
+
+    for cpus, gpus in ((3, 2), (2, 2), (2, 1), (9, 8), (3, 1), (3, 2)):
+        available.update(CPU=cpus, GPU=gpus)
+        check()
+
+    assert lines == [
+        "waiting for room for 2 workers: 3 CPUs needed, 2 there",
+        "waiting for room for 2 workers: 2 GPUs needed, 1 there",
+    ]
+
+
+# ---- what a phase starts from
+
+PHASES = ("cross_entropy", "finetune", "self_critical")
+TWICE = ("cross_entropy", "finetune", "finetune", "finetune_2", "finetune_2", "self_critical")
+
+
+def write_epochs(work: str, *scores: float, phases: Sequence[str] = PHASES) -> list[dict[str, Any]]:
+    """A checkpoint after an epoch of each phase, whose weights are its number; the history of the last."""
+    history: list[dict[str, Any]] = []
+    for epoch, (phase, score) in enumerate(zip(phases, scores, strict=False), start=1):
+        history.append({"phase": phase, "epoch": epoch, "cider_d": score})
+        folder = storage.join(work, "ray", checkpoint_name(epoch))
+        weights = {"decoder.w": torch.tensor([float(epoch)])}
+        if phase != "cross_entropy":
+            weights["encoder.w"] = torch.tensor([float(epoch)])
+        storage.write_bytes(storage.join(folder, "model.safetensors"), safetensors.torch.save(weights))
+        storage.write_bytes(storage.join(folder, "history.json"), json.dumps(history).encode())
+        write_checksums(folder, ["model.safetensors", "history.json"])
+    return history
+
+
+def start(phase: str, history: list[dict[str, Any]], work: str) -> tuple[dict[str, float], list[str]]:
+    lines: list[str] = []
+    recipe = load_recipe("lite2-finetuned", {"finetune.repetitions": 2, "self_critical.repetitions": 2})
+    place = start_of_phase(phase, history, work, recipe=recipe, report=lines.append)
+    weights = safetensors.torch.load(storage.read_bytes(place)) if place else {}
+    return {name: float(tensor) for name, tensor in weights.items()}, lines
+
+
+def test_a_phase_starts_from_the_best_epoch_before_it(tmp_path: Path) -> None:
+    history = write_epochs(str(tmp_path), 0.4, 0.2, 0.3)
+
+    weights, [line] = start("self_critical_2", history, str(tmp_path))
+    assert weights == {"decoder.w": 1}
+    assert "self_critical_2" in line and "epoch 1, CIDEr-D 0.400" in line
+
+
+def test_fine_tuning_once_more_starts_where_it_first_did_and_their_mean_is_what_follows_starts_from(
+    tmp_path: Path,
+) -> None:
+    work = str(tmp_path)
+    start("finetune", write_epochs(work, 0.1, phases=TWICE), work)
+
+    first, lines = start("finetune_2", write_epochs(work, 0.1, 0.5, 0.4, phases=TWICE), work)
+    assert first == {"decoder.w": 1}
+    assert len(lines) == 1 and "epoch 2, CIDEr-D 0.500" in lines[0]
+    history = write_epochs(work, 0.1, 0.5, 0.4, 0.3, 0.2, phases=TWICE)
+    storage.remove(storage.join(work, "ray", checkpoint_name(2)))  # as when later ones are better
+    mean, lines = start("self_critical", history, work)
+    assert mean == {"decoder.w": 3, "encoder.w": 3}, "of the second epoch and the fourth, the best of each"
+    assert len(lines) == 1 and "epoch 4, CIDEr-D 0.300" in lines[0]
+    history = write_epochs(work, 0.1, 0.5, 0.4, 0.3, 0.2, 0.6, phases=TWICE)
+    assert start("self_critical", history, work) == (mean, [])
+
+
+def test_fine_tuning_that_has_no_one_start_is_refused(tmp_path: Path) -> None:
+    data = load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=2)))
+    recipe = load_recipe("lite2-finetuned", {"training.epochs": 0, "finetune.repetitions": 2})
+
+    with pytest.raises(InputError, match=r"finetune\.repetitions 2 .* training\.epochs is 0: give --start"):
+        prepare(data, tmp_path / "model", recipe=recipe)
+
+
+def test_a_phase_that_has_begun_starts_from_the_same_weights_again(tmp_path: Path) -> None:
+    phases = ("cross_entropy", "self_critical", "self_critical_2")
+    before = write_epochs(str(tmp_path), 0.3, 0.4, phases=phases)
+    first, _ = start("self_critical_2", before, str(tmp_path))
+    history = write_epochs(str(tmp_path), 0.3, 0.4, 0.5, phases=phases)
+
+    assert start("self_critical_2", history, str(tmp_path)) == (first, [])
+    assert first == {"decoder.w": 2, "encoder.w": 2}
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short"])
+def test_lost_start_weights_are_restored_with_the_cnn_of_the_newest_checkpoint(tmp_path: Path, damage: str) -> None:
+    history = write_epochs(str(tmp_path), 0.5, 0.4, 0.3)
+    place = tmp_path / "start_of_self_critical.safetensors"
+    if damage == "cut short":
+        place.write_bytes(b"half of ")
+
+    weights, lines = start("self_critical", history, str(tmp_path))
+
+    assert weights == {"decoder.w": 3, "encoder.w": 3}
+    assert len(lines) == 1 and str(place) in lines[0] and "epoch 3" in lines[0]
+
+
+def test_a_first_phase_starts_from_nothing_but_what_the_user_gave(tmp_path: Path) -> None:
+    assert start("cross_entropy", [], str(tmp_path)) == ({}, [])
+    assert start("cross_entropy", write_epochs(str(tmp_path), 0.1), str(tmp_path)) == ({}, [])
+
+
+# ---- what is scored
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> CaptionedImages:
+    return load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=5)))
+
+
+def fix(data: CaptionedImages, work: Path, history: list[dict[str, Any]], *failed: int) -> list[str]:
+    """The images that are scored when those of these numbers cannot be read."""
+    failures = [
+        {"image_id": f"{4 + number:04}_photo.jpg", "error_code": "missing", "error_message": "no such file"}
+        for number in failed
+    ]
+    fix_validation(data, FeatureCache("", (1, 1, 1), 5, failures), str(work), history, report=lambda line: None)
+    return [image_id[:4] for image_id in read_validation_ids(str(work)) or []]
+
+
+def test_validation_images_that_can_be_read_at_the_start_are_scored_in_all_epochs(
+    images: CaptionedImages, tmp_path: Path
+) -> None:
+    history = [{"num_images": 4}]
+
+    assert fix(images, tmp_path, [], 1) == ["0004", "0006", "0007", "0008"]
+    assert fix(images, tmp_path, history, 1) == ["0004", "0006", "0007", "0008"]
+    assert fix(images, tmp_path, history) == ["0004", "0006", "0007", "0008"], "one that has come back stays out"
+    with pytest.raises(
+        ImcapError,
+        match=r"^2 validation images cannot be read \(0006_photo.jpg: no such file \(missing\); 0008_.*: all epochs",
+    ):
+        fix(images, tmp_path, history, 1, 2, 4)
+
+
+def test_a_training_of_a_version_that_recorded_no_validation_images_resumes_with_as_many(
+    images: CaptionedImages, tmp_path: Path
+) -> None:
+    with pytest.raises(ImcapError, match="3 validation images can be read, but the epochs so far were scored on 5"):
+        fix(images, tmp_path, [{"num_images": 5}], 1, 2)
+
+    assert fix(images, tmp_path, [{"num_images": 5}]) == ["0004", "0005", "0006", "0007", "0008"]
+
+
+# ---- what is refused
+
+
+@pytest.fixture(scope="module")
+def flickr8k(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_data.write_flickr8k(tmp_path_factory.mktemp("data") / "flickr8k", num_train=4, num_validation=2)
+
+
+def prepare(
+    data: Path | CaptionedImages,
+    model: Path,
+    *,
+    recipe: Recipe | None = None,
+    column: str | None = None,
+    features: Path | None = None,
+    **resources: Any,
+) -> PreparedTraining:
+    location = data.location if isinstance(data, CaptionedImages) else str(data)
+    config = TrainingRunConfig(
+        data=location,
+        model=str(model),
+        recipe=recipe or load_recipe("lite2-attention", small_data.TINY_TRAINING),
+        image_column=column,
+    )
+    options = ResourcesConfig(features=str(features) if features else None, **resources)
+    return prepare_training(config, options, data=load_data(config), cluster=CLUSTER)
+
+
+@pytest.mark.parametrize("num_workers", [2, (1, 2)])
+def test_two_workers_on_one_gpu_are_refused(flickr8k: Path, tmp_path: Path, num_workers: Any) -> None:
+    with pytest.raises(InputError, match="--gpus-per-worker 0.5 would put several of 2 workers on one GPU"):
+        prepare(flickr8k, tmp_path / "model", gpus_per_worker=0.5, num_workers=num_workers)
+
+
+def test_a_part_of_a_gpu_is_for_one_worker(flickr8k: Path, tmp_path: Path) -> None:
+    assert prepare(flickr8k, tmp_path / "model", gpus_per_worker=0.5).workers.max_count == 1
+    assert prepare(flickr8k, tmp_path / "model").workers.max_count == CLUSTER.gpus
+
+
+def test_a_training_that_was_killed_in_its_first_moment_begins_again(flickr8k: Path, tmp_path: Path) -> None:
+    work = tmp_path / "model" / "_training"
+    work.mkdir(parents=True)
+    (work / "owner").write_text("0123456789abcdef")
+    (work / ".settings.json.0123abcd").write_text('{"rec')
+    (tmp_path / "model" / ".imcap.0123abcd").touch()  # a look for the folder
+
+    prepare(flickr8k, tmp_path / "model")
+
+    (work / "thesis.txt").write_text("all of it")
+    with pytest.raises(OutputError, match="exists and is no training of imcap"):
+        prepare(flickr8k, tmp_path / "model")
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"recipe": ', "\xff"])
+def test_damaged_settings_are_named_with_what_to_do(flickr8k: Path, tmp_path: Path, content: str) -> None:
+    place = tmp_path / "model" / "_training" / "settings.json"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content.encode("latin-1"))
+
+    with pytest.raises(OutputError, match=r"settings\.json is corrupt, .* choose another"):
+        prepare(flickr8k, place.parent.parent)
+
+
+# ---- the columns of images, and the caches
+
+
+@pytest.fixture(scope="module")
+def two_columns(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table whose images an earlier version read from `thumbnail` (bytes) and this one from `image_path`."""
+    folder = tmp_path_factory.mktemp("table")
+    rows = []
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(small_data.jpeg(number))
+        split = "train" if number < 3 else "validation"
+        thumbnail = small_data.jpeg(number, width=20, height=20)
+        rows.append({"image_id": str(number), "image_path": f"{number}.jpg", "thumbnail": thumbnail, "split": split})
+    captions = pa.array([small_data.captions_of(number) for number in range(4)])
+    pq.write_table(pa.Table.from_pylist(rows).append_column("captions", captions), folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def write_settings(model: Path, settings: dict[str, Any]) -> None:
+    (model / "_training").mkdir(parents=True, exist_ok=True)
+    (model / "_training" / "settings.json").write_text(json.dumps(settings))
+
+
+def test_a_training_resumes_with_the_images_of_the_same_column_only(two_columns: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    write_settings(model, prepare(two_columns, model).settings)
+
+    prepare(two_columns, model)
+    prepare(two_columns, model, column="image_path")
+    with pytest.raises(OutputError, match="a training with another image_columns"):
+        prepare(two_columns, model, column="thumbnail")
+
+
+def test_a_training_of_the_previous_version_resumes_with_its_column_only(two_columns: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    settings = prepare(two_columns, model).settings
+    del settings["image_columns"]
+    write_settings(model, settings)
+
+    with pytest.raises(
+        OutputError, match=r"from column thumbnail, and would now read them from image_path: give --image-column thumb"
+    ):
+        prepare(two_columns, model)
+    prepare(two_columns, model, column="thumbnail")
+
+    write_settings(model, settings | {"image_column": "image_path"})
+    prepare(two_columns, model)
+
+
+def test_naming_the_column_that_is_chosen_anyway_finds_the_same_cache(two_columns: Path, tmp_path: Path) -> None:
+    by_default, named, other = (
+        {
+            feature_folder(prepare(two_columns, tmp_path / "model", column=column), split).location
+            for split in ("train", "validation")
+        }
+        for column in (None, "image_path", "thumbnail")
+    )
+
+    assert by_default == named
+    assert len(by_default | other) == 4
+
+
+def test_features_are_next_to_the_model_or_in_the_folder_that_the_user_names(flickr8k: Path, tmp_path: Path) -> None:
+    assert prepare(flickr8k, tmp_path / "runs" / "model").features == str(tmp_path / "runs" / "_features")
+    assert prepare(flickr8k, tmp_path / "model", features=tmp_path / "mine").features == str(tmp_path / "mine")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="--features must be a folder, got a file"):
+        prepare(flickr8k, tmp_path / "model", features=tmp_path / "file")
