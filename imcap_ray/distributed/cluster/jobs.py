@@ -1,7 +1,7 @@
 """An imcap command -> a Ray job on a cluster, its log and its exit code.
 
-Talks to the cluster's dashboard over HTTP and joins no cluster itself, so it runs anywhere. A job does not depend on
-who follows it: the connection may break, and another process may go on.
+Talks to the cluster's dashboard over HTTP without joining the cluster, so it runs anywhere. A job does not depend on
+the process that follows it: if the connection breaks, another process can follow it.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ PATIENCE_SECONDS: Final = 600
 LONGEST_PAUSE_SECONDS: Final = 30
 
 SILENCE_SECONDS: Final = 60
-"""After so long without a line the log is asked for anew: a connection may be dead without either side knowing."""
+"""Time without a line after which the log is requested again, because a dead connection may go unnoticed."""
 
 LOG_ATTEMPTS: Final = 3
-"""How often the end of the log of a job that has ended is asked for."""
+"""Attempts to read the end of the log of a finished job."""
 
 MAX_PACKAGE_BYTES: Final = 200 * 2**20
-"""What is sent along at most; Ray refuses 512 MiB, and keeps it in the head's memory."""
+"""Largest package that is sent with a job. Ray keeps it in the head's memory, and refuses 512 MiB."""
 
 LOST: Final = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
-"""What the client raises when the dashboard is gone, or refuses."""
+"""Errors of the client when the dashboard is unreachable or refuses a request."""
 
-# What Ray says at the top of every job's log. Errors of the same source are passed on.
+# Lines that Ray writes at the top of every job's log. Errors from the same source are shown.
 _PREAMBLE: Final = re.compile(r"(\x1b\[\d+m)*[-\d]+ [\d:,]+\s+INFO job_manager\.py:|Running entrypoint for job ")
 
 INTERRUPTED: Final = 130
@@ -77,53 +77,59 @@ def submit(
     on_interrupt: str = STOP,
     echo: Callable[[str], None],
 ) -> int:
-    """Run `imcap COMMAND ...` as a Ray job and return its exit code; 0 at once unless `wait`.
+    """Run `imcap COMMAND ...` as a Ray job and return its exit code, or 0 at once unless `wait`.
 
-    The installed imcap_ray travels with the job: the cluster's nodes need what it depends on, not the package.
-    `address` is the dashboard's, http://HOST:PORT; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it is of that form,
-    or this machine's port 8265. `need` is a setting with the CPUs and GPUs that it asks for at once. Raises
-    ClusterError, within seconds, if the cluster cannot be reached or runs another Ray; for the rest see `follow`.
+    The installed imcap_ray is sent with the job: the cluster's nodes need its dependencies, not the package.
+
+    Args:
+        address: the dashboard's, http://HOST:PORT. None means RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it has that form,
+            or port 8265 of this machine.
+        need: a setting, and the CPUs and GPUs that it needs at once.
+
+    Raises:
+        ClusterError: the cluster cannot be reached or runs another Ray, reported within seconds.
+        ImcapError: as `follow` raises it.
     """
     require_small(Path(imcap_ray.__file__).parent)
     dashboard = _connect(address, echo)
     if need:
-        _tell_what_is_lacking(dashboard, *need, echo)
+        _report_shortage(dashboard, *need, echo)
     job = submission_id or f"imcap-{command[0]}-{secrets.token_hex(4)}"
     try:
         dashboard.client().submit_job(**job_request(command), submission_id=job)
     except requests.RequestException as error:
         raise ImcapError(
-            f"lost {dashboard.name} while it took the job: `{dashboard.follow_command(job)}` tells whether it runs"
+            f"lost {dashboard.name} while submitting the job: `{dashboard.follow_command(job)}` shows whether it runs"
         ) from error
     except LOST as error:
         if "already exists" in str(error):
             raise ClusterError(
-                f"the cluster at {dashboard.name} has a job {job} already: give another --submission-id, "
+                f"the cluster at {dashboard.name} already has a job {job}: use another --submission-id, "
                 f"or follow it with `{dashboard.follow_command(job)}`"
             ) from error
-        raise ClusterError(f"the cluster at {dashboard.name} did not take the job: {error}") from error
+        raise ClusterError(f"the cluster at {dashboard.name} did not accept the job: {error}") from error
     echo(f"job {job} submitted to {dashboard.name}")
     if wait:
         return _follow(dashboard, job, on_interrupt=on_interrupt, echo=echo)
-    echo(f"`{dashboard.follow_command(job)}` shows it")
+    echo(f"`{dashboard.follow_command(job)}` shows its log")
     return 0
 
 
 def follow(job: str, *, address: str | None, on_interrupt: str = STOP, echo: Callable[[str], None]) -> int:
-    """Echo the log of a job from its start, each line once, until the job ends; its exit code.
+    """Echo the log of a job from its start, each line once, until the job ends. Returns its exit code.
 
-    A connection that breaks is made again, for ten minutes. Ctrl-C stops the job, or leaves it running if
-    `on_interrupt` is `detach`, and returns 130, as does a job that others stop.
+    If the connection breaks, it is retried for ten minutes. Ctrl-C stops the job, or leaves it running if
+    `on_interrupt` is `detach`, and returns 130. A job that was stopped by someone else returns 130 too.
 
     Raises:
         ClusterError: the cluster cannot be reached, or has no such job.
-        ImcapError: it is lost on the way; the job may go on.
+        ImcapError: the connection was lost; the job may still be running.
     """
     return _follow(_connect(address, echo), job, on_interrupt=on_interrupt, echo=echo)
 
 
 def require_small(package: Path) -> None:
-    """Raise ClusterError if more lies in the package's folder than should travel to a cluster."""
+    """Raise ClusterError if the package's folder is too large to be sent to a cluster."""
     left_out = {".git", ".venv", "venv", "__pycache__"}  # Ray leaves them out too
     sizes = {
         path: path.stat().st_size
@@ -134,16 +140,16 @@ def require_small(package: Path) -> None:
     if total > MAX_PACKAGE_BYTES:
         largest = max(sizes, key=lambda path: sizes[path])
         raise ClusterError(
-            f"{package} is sent along with the job, expected at most {MAX_PACKAGE_BYTES >> 20} MiB, found "
-            f"{total >> 20} MiB: move what is not the package's own out of it, {largest} for one"
+            f"{package} is sent with the job: expected at most {MAX_PACKAGE_BYTES >> 20} MiB, got {total >> 20} MiB: "
+            f"move files that are not part of the package, such as {largest}, out of it"
         )
 
 
 def job_request(command: Sequence[str]) -> dict[str, Any]:
-    """What a cluster is asked to run for `imcap COMMAND ...`.
+    """The request with which a cluster runs `imcap COMMAND ...`.
 
-    Ray hands the entry point to a shell, for which every word is quoted, and shows it to whoever sees the dashboard.
-    Nothing of this machine's environment is in it: nodes have credentials of their own.
+    Ray passes the entry point to a shell, so every word is quoted, and shows it on the dashboard. The request contains
+    nothing of this machine's environment, because nodes have credentials of their own.
     """
     return {
         "entrypoint": shlex.join(["python", "-m", "imcap_ray", *command]),
@@ -167,15 +173,15 @@ def _dashboard_address(address: str | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Dashboard:
-    """A cluster's dashboard that has answered."""
+    """The dashboard of a cluster, once it has answered."""
 
     address: str
     headers: dict[str, str]
-    """What it wants to see."""
+    """HTTP headers for authentication."""
 
     @property
     def name(self) -> str:
-        """The address as it is shown."""
+        """The address without secrets, for messages."""
         return storage.hide_secrets(self.address)
 
     def client(self) -> JobSubmissionClient:
@@ -184,13 +190,13 @@ class _Dashboard:
             with temporary_environment({"RAY_API_SERVER_ADDRESS": self.address}):
                 client = JobSubmissionClient(self.address, headers=self.headers)
         except AuthenticationError as error:
-            raise ClusterError(f"RAY_AUTH_MODE=token, but there is none: {AUTHENTICATION_ADVICE}") from error
+            raise ClusterError(f"RAY_AUTH_MODE is token, but there is no token: {AUTHENTICATION_ADVICE}") from error
         # The client has just configured Ray's loggers. They report uploads, and warn that the package's model is large.
         logging.getLogger("ray").setLevel(logging.ERROR)
         return client
 
     def describe(self, job: str) -> dict[str, Any]:
-        """The job's `status`, `driver_exit_code` and `message`. Unlike Ray's client this does not wait for ever."""
+        """The job's `status`, `driver_exit_code` and `message`. Unlike Ray's client, this has a time limit."""
         answer = requests.get(f"{self.address}/api/jobs/{job}", headers=self.headers, timeout=ANSWER_TIMEOUT_SECONDS)
         if answer.status_code == 404:
             raise ClusterError(f"the cluster at {self.name} has no job {job}")
@@ -206,15 +212,15 @@ def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
     address = _dashboard_address(address)
     headers: dict[str, str] = {}
     version = _get(address, "/api/version", headers)
-    if version.status_code == 401:  # asks for a token; none is shown to a dashboard that does not ask
+    if version.status_code == 401:  # it wants a token, which is sent only to a dashboard that wants one
         try:
             headers = {} if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled" else authentication_headers()
         except AuthenticationError:
             headers = {}
         version = _get(address, "/api/version", headers)
     if version.status_code in (401, 403):
-        found = "the token found here" if headers else "a request without a token"
-        raise ClusterError(f"the cluster at {address} refused {found}: {AUTHENTICATION_ADVICE}")
+        refused = "this machine's token" if headers else "a request without a token"
+        raise ClusterError(f"the cluster at {address} refused {refused}: {AUTHENTICATION_ADVICE}")
     ray_version = _field(version, "ray_version")
     if ray_version is None:
         raise _no_dashboard(address)
@@ -233,16 +239,16 @@ def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
     return _Dashboard(address, headers)
 
 
-def _tell_what_is_lacking(
-    dashboard: _Dashboard, what: str, cpus: float, gpus: float, echo: Callable[[str], None]
+def _report_shortage(
+    dashboard: _Dashboard, setting: str, cpus: float, gpus: float, echo: Callable[[str], None]
 ) -> None:
-    """Say so where a cluster is too small now. Whether it may grow is known on its head alone, where the job asks."""
+    """Report that a cluster is too small now. Only its head, where the job runs, knows whether it may grow."""
     nodes = _field(_get(dashboard.address, "/api/v0/nodes?detail=1&limit=10000", dashboard.headers), "data", "result")
     alive = [node for node in (nodes or {}).get("result", []) if node.get("state") == "ALIVE"]
     for unit, needed in (("CPU", cpus), ("GPU", gpus)):
-        there = sum((node.get("resources_total") or {}).get(unit, 0) for node in alive)
-        if alive and needed > there:
-            echo(f"{what} needs {needed:g} {unit}s, the cluster has {there:g} now: refused if it cannot grow")
+        total = sum((node.get("resources_total") or {}).get(unit, 0) for node in alive)
+        if alive and needed > total:
+            echo(f"{setting} needs {needed:g} {unit}s, the cluster has {total:g} now: refused if it cannot grow")
 
 
 def _get(address: str, path: str, headers: dict[str, str]) -> requests.Response:
@@ -254,13 +260,13 @@ def _get(address: str, path: str, headers: dict[str, str]) -> requests.Response:
 
 def _no_dashboard(address: str) -> ClusterError:
     return ClusterError(
-        f"no Ray dashboard answers at {address}: give its --address, "
+        f"no Ray dashboard answers at {address}: use --address, "
         "or open a tunnel to it with `ray dashboard cluster.yaml`"
     )
 
 
 def _field(response: requests.Response, *names: str) -> Any:
-    """The value under `names` in a JSON answer, None if there is no such thing."""
+    """The value under `names` in a JSON response, or None if it is missing."""
     try:
         value = response.json()
         for name in names:
@@ -278,44 +284,44 @@ def _follow(dashboard: _Dashboard, job: str, *, on_interrupt: str, echo: Callabl
             job_info = asyncio.run(_echo_log(dashboard, job, echo))
         except KeyboardInterrupt:
             if on_interrupt == DETACH:
-                echo(f"job {job} goes on; {again}")
+                echo(f"job {job} keeps running; {again}")
             else:
                 dashboard.client().stop_job(job)
-                echo(f"interrupted: job {job} is stopped, the same command resumes")
+                echo(f"interrupted: job {job} was stopped; the same command resumes")
             return INTERRUPTED
     except LOST as error:
-        raise ImcapError(f"lost {dashboard.name}; job {job} may go on: {again}") from error
+        raise ImcapError(f"lost {dashboard.name}; job {job} may still be running: {again}") from error
     return _exit_code(job, job_info, echo)
 
 
 async def _echo_log(dashboard: _Dashboard, job: str, echo: Callable[[str], None]) -> dict[str, Any]:
-    """Echo the job's log until the job has ended; what the dashboard says of it then."""
+    """Echo the job's log until the job has ended. Returns the dashboard's final description of the job."""
     job_info = dashboard.describe(job)
     client = dashboard.client()
     log = _Log(echo)
     num_failures, last_answer = 0, time.monotonic()
     while True:
-        is_whole = False
+        is_complete = False
         try:
-            is_whole = await log.read(client, job)
+            is_complete = await log.read(client, job)
             num_failures = 0
         except LOST:
             num_failures += 1
             if num_failures == 2:
-                echo(f"no answer from {dashboard.name}; the job does not need it, trying again")
+                echo(f"no answer from {dashboard.name}, trying again; the job does not depend on it")
         try:
             job_info, last_answer = dashboard.describe(job), time.monotonic()
         except LOST:
             if time.monotonic() - last_answer > PATIENCE_SECONDS:
                 raise
-        if JobStatus(job_info["status"]).is_terminal() and (is_whole or num_failures >= LOG_ATTEMPTS):
+        if JobStatus(job_info["status"]).is_terminal() and (is_complete or num_failures >= LOG_ATTEMPTS):
             log.close()
             return job_info
         await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2**num_failures))
 
 
 class _Log:
-    """A job's log, echoed line by line. Every connection brings it from its first character, in pieces of any size."""
+    """A job's log, echoed line by line. Every connection sends it from its first character, in pieces of any size."""
 
     def __init__(self, echo: Callable[[str], None]) -> None:
         self._echo = echo
@@ -323,7 +329,7 @@ class _Log:
         self._rest = ""
 
     async def read(self, client: JobSubmissionClient, job: str) -> bool:
-        """Connect, and echo what is new; whether the log was at its end, rather than silent for long."""
+        """Connect and echo new lines. Returns True at the end of the log, False if it was silent for too long."""
         position = 0
         generator = cast("AsyncGenerator[str, None]", client.tail_job_logs(job))  # Ray says AsyncIterator
         async with contextlib.aclosing(generator) as pieces:
@@ -339,7 +345,7 @@ class _Log:
                     self._feed(piece[-(position - self._num_seen) :])
 
     def close(self) -> None:
-        """Echo the last line, if it has no end."""
+        """Echo the last line if it has no newline."""
         if self._rest:
             self._echo(self._rest)
 
@@ -361,4 +367,4 @@ def _exit_code(job: str, job_info: dict[str, Any], echo: Callable[[str], None]) 
     if code is None:
         echo(f"job {job} failed: {job_info.get('message')}")
         return 1
-    return int(code) if code >= 0 else 128 - int(code)  # as shells count deaths by a signal
+    return int(code) if code >= 0 else 128 - int(code)  # death by a signal, as shells report it

@@ -1,8 +1,8 @@
-"""Rows, one of which kills the process that works on it -> what comes of the others, and the one to blame.
+"""Rows, one of which kills the process that works on it -> the results of the others, and the row that kills.
 
-Ray tries work again for ever when its process dies, which is right for a node that vanished and wrong for an image
-whose decoder crashes. So work that comes a second time is handed to a process of its own, first as a whole, and if
-that dies too, row by row. A decoder that does not return is made to die by `process_ends_after`, in C code as well.
+Ray retries work for ever when its process dies, which is right for a node that was lost and wrong for an image whose
+decoder crashes. Therefore retried work is done in a process of its own: first as a whole and, if that process dies too,
+row by row. `process_ends_after` ends a process whose decoder does not return, even in C code.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from imcap_ray.errors import ImageError, ImcapError
 
 Work = Callable[[pa.Table], pa.Table]
 
-DEATHS_TO_BLAME: Final = 2
-"""Processes that must die of a row that they alone work on: one death may be somebody else's doing."""
+DEATHS_TO_FAIL: Final = 2
+"""Number of processes that must die on a row before it is marked failed. A single death may have another cause."""
 
 NODE_OUT_OF_MEMORY: Final = "NODE_OUT_OF_MEMORY"
-"""How Ray calls the death of an actor that it has killed for want of memory, in the error's text alone."""
+"""Ray's name, found only in the error's text, for the death of an actor that it killed to free memory."""
 
-STARTS: Final = 5
-"""Attempts to start a process for isolated work before the run is given up."""
+START_ATTEMPTS: Final = 5
+"""Attempts to start a process for isolated work before the run fails."""
 
 
 def is_restarted_actor() -> bool:
@@ -48,11 +48,11 @@ def is_restarted_actor() -> bool:
 def process_ends_after(seconds: float) -> Iterator[None]:
     """End this process by SIGALRM if the block takes longer than this.
 
-    The kernel does it, whatever the process is doing. A thread of Python would wait for the lock that a decoder may
-    hold. It costs two system calls. No other timer of this kind (ITIMER_REAL) may be in use.
+    The kernel ends it, whatever it is doing. A Python thread would wait for the lock that a decoder may hold. The cost
+    is two system calls. No other timer of this kind (ITIMER_REAL) may be in use.
     """
     if _note_fd is not None:
-        os.pwrite(_note_fd, _NOTE.pack(time.monotonic()), 0)  # before the timer runs, so that no limit seems kept
+        os.pwrite(_note_fd, _NOTE.pack(time.monotonic()), 0)  # before the timer starts
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -63,21 +63,22 @@ def process_ends_after(seconds: float) -> Iterator[None]:
 
 
 _NOTE: Final = struct.Struct("d")
-"""Since when a process has been in `process_ends_after`, by the clock that all processes of a machine share; 0 if it is
-not. Ray does not report the signal that a process died of."""
+"""The time at which a process entered `process_ends_after`, or 0. All processes of a machine share this clock.
+
+It is needed because Ray does not report which signal killed a process."""
 
 _note_fd: int | None = None
-"""Where this process keeps its note."""
+"""The open file of this process's note."""
 
 
 def keep_note(path: str) -> None:
-    """Keep a note in this file, from now on, which outlives this process."""
+    """From now on, keep a note in this file, which outlives this process."""
     global _note_fd
     _note_fd = os.open(path, os.O_RDWR)
 
 
 def took_longer(note: BinaryIO, seconds: float) -> bool:
-    """Whether the process that kept this note, and has just died, was in `process_ends_after` for this long."""
+    """Whether the process that kept this note was in `process_ends_after` for this long when it died just now."""
     (since,) = _NOTE.unpack(os.pread(note.fileno(), _NOTE.size, 0))
     return bool(since) and time.monotonic() - since >= seconds
 
@@ -86,10 +87,10 @@ class Isolated:
     """Work in a process of its own on this node, which may die without harm.
 
     Args:
-        make: makes the work, in that process.
-        memory_limit: bytes that the process may take; None: no limit. An image that needs more raises MemoryError
-            there, before the node runs out of memory and kills what has nothing to do with it.
-        time_limit: seconds after which the work ends its process by `process_ends_after`, if it does; None: never.
+        make: creates the work, in that process.
+        memory_limit: bytes that the process may allocate; None means no limit. An image that needs more raises
+            MemoryError there, before the node runs out of memory and kills unrelated processes.
+        time_limit: seconds after which the work may end its process by `process_ends_after`; None means never.
     """
 
     def __init__(
@@ -101,16 +102,16 @@ class Isolated:
         self._process: Any = None
 
     def __call__(self, rows: pa.Table) -> Iterator[tuple[pa.Table, pa.Table | ImageError]]:
-        """Pairs of rows and what came of them, or, for one row that kills, why there is nothing."""
+        """Pairs of rows and their result, or, for a single row that kills its process, the error."""
         done = self._try(rows)
         if not isinstance(done, ImageError):
             yield rows, done
             return
         for number in range(rows.num_rows):
             row = rows.slice(number, 1)
-            for _ in range(DEATHS_TO_BLAME):
+            for _ in range(DEATHS_TO_FAIL):
                 done = self._try(row)
-                if not isinstance(done, ImageError) or done.code == "too_large":  # time that it took by itself
+                if not isinstance(done, ImageError) or done.code == "too_large":  # the row itself took too long
                     break
             yield row, done
 
@@ -125,20 +126,20 @@ class Isolated:
             if self._time_limit and not is_memory and took_longer(self._note, self._time_limit):
                 return ImageError("too_large", f"decoding took longer than {self._time_limit:g} s")
             code, reason = ("out_of_memory", "took too much memory") if is_memory else ("internal", "died")
-            return ImageError(code, f"the process that worked on it alone {reason}, {DEATHS_TO_BLAME} times")
+            return ImageError(code, f"the process that worked on it alone {reason}, {DEATHS_TO_FAIL} times")
 
     def _start(self) -> Any:
-        if self._note:  # of the process before
+        if self._note:  # clear that of the previous process
             os.pwrite(self._note.fileno(), _NOTE.pack(0.0), 0)
-        for _ in range(STARTS):
+        for _ in range(START_ATTEMPTS):
             here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
             process = _Process.options(scheduling_strategy=here).remote(*self._arguments)  # type: ignore[attr-defined]
             try:
                 ray.get(process.start.remote())
             except ActorDiedError:
-                continue  # whoever killed it, it was not an image: it has seen none
+                continue  # no image killed it, because it has seen none
             return process
-        raise ImcapError(f"a process for isolated work died {STARTS} times while it started")
+        raise ImcapError(f"a process for isolated work died {START_ATTEMPTS} times while it started")
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)
@@ -163,5 +164,5 @@ class _Process:
 
 
 def _visible_gpus() -> dict[str, str]:
-    """This process's GPUs, or its having none, are the isolated one's too, which asks Ray for none of its own."""
+    """The variable with this process's GPUs. The isolated process uses the same ones and requests none from Ray."""
     return {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}

@@ -111,7 +111,7 @@ def test_a_package_with_data_in_it_is_not_sent(tmp_path: Path) -> None:
     with (tmp_path / "data" / "photographs.tar").open("wb") as file:
         file.truncate(jobs.MAX_PACKAGE_BYTES + 1)  # takes no room
 
-    with pytest.raises(ClusterError, match=r"expected at most 200 MiB, found 200 MiB: .*photographs\.tar"):
+    with pytest.raises(ClusterError, match=r"expected at most 200 MiB, got 200 MiB: .*photographs\.tar"):
         jobs.require_small(tmp_path)
 
     shutil.move(tmp_path / "data", tmp_path / ".git")
