@@ -197,12 +197,9 @@ def authentication_headers() -> dict[str, str]:
     """The HTTP header that shows the user's token to a cluster; empty if the user has no token.
 
     Raises:
-        AuthenticationError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+        ClusterError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
     """
-    try:
-        token = ray_environment.find_token()
-    except OSError as error:
-        raise AuthenticationError(f"cannot read the token: {error}") from error
+    token = ray_environment.find_token()
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

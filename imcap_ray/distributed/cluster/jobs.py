@@ -213,10 +213,7 @@ def _connect(address: str | None, echo: Callable[[str], None]) -> _Dashboard:
     headers: dict[str, str] = {}
     version = _get(address, "/api/version", headers)
     if version.status_code == 401:  # it wants a token, which is sent only to a dashboard that wants one
-        try:
-            headers = {} if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled" else authentication_headers()
-        except AuthenticationError:
-            headers = {}
+        headers = {} if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled" else authentication_headers()
         version = _get(address, "/api/version", headers)
     if version.status_code in (401, 403):
         refused = "this machine's token" if headers else "a request without a token"

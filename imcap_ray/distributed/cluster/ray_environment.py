@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from imcap_ray.distributed.cluster.memory import KEEP_FREED_MEMORY
+from imcap_ray.errors import ClusterError
 
 TOKEN_FILE: Final = Path(".ray") / "auth_token"
 """Where Ray looks for the user's token in the home folder, if no environment variable names another place."""
@@ -41,6 +42,9 @@ def set_ray_environment(address: str | None, *, verbose: bool) -> None:
         address: HOST:PORT or "auto"; "local", or None without RAY_ADDRESS, means a private Ray. It gets a token that
             only this process and its children know, because Ray listens on all interfaces and runs what it is sent.
         verbose: whether Ray's own log lines are wanted.
+
+    Raises:
+        ClusterError: the user's token cannot be read.
     """
     if "ray" in sys.modules:
         return
@@ -65,16 +69,19 @@ def find_token() -> str:
     """The user's token for Ray clusters, from the places that Ray documents; empty if there is none.
 
     Raises:
-        OSError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
+        ClusterError: RAY_AUTH_TOKEN_PATH names a file that cannot be read.
     """
     token = os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if token:
         return token
     if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return Path(path).read_text().strip()
+        try:
+            return Path(path).read_text().strip()
+        except (OSError, ValueError) as error:
+            raise ClusterError(f"RAY_AUTH_TOKEN_PATH must name a file with a token, got {path}: {error}") from error
     try:
         return (Path.home() / TOKEN_FILE).read_text().strip()
-    except (OSError, RuntimeError):  # no such file, or no home folder
+    except (OSError, ValueError, RuntimeError):  # no such file, no text, or no home folder
         return ""
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from imcap_ray.distributed.cluster.ray_environment import find_token, means_own_ray, temporary_environment
+from imcap_ray.errors import ClusterError
 
 PROGRAM = """
 import json, os, sys
@@ -98,6 +99,9 @@ def test_the_token_is_found_where_ray_documents_it(monkeypatch: pytest.MonkeyPat
     (tmp_path / "token").write_text("of the path")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     assert find_token() == "of the path"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ClusterError, match="RAY_AUTH_TOKEN_PATH must name a file with a token, got .*none"):
+        find_token()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of the variable")
     assert find_token() == "of the variable"
 
