@@ -236,7 +236,11 @@ def _join(address: str, *, verbose: bool) -> None:
         reason = in_one_line(error).split(". ")[0]  # what follows is advice for administrators
         raise ClusterError(f"no access to the cluster at {address}: {reason}: {AUTHENTICATION_ADVICE}") from error
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        advice = ": install the cluster's versions here" if "Version mismatch" in str(error) else ""
+        advice = ""
+        if "Version mismatch" in str(error):
+            advice = ": install the cluster's versions here"
+        elif isinstance(error, ConnectionError):  # Ray gives the same reason to a client without the right token
+            advice = f"; if the cluster wants a token, {AUTHENTICATION_ADVICE}"
         raise ClusterError(f"cannot join the cluster at {address}: {in_one_line(error)}{advice}") from error
 
 

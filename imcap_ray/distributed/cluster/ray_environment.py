@@ -78,7 +78,9 @@ def find_token() -> str:
         try:
             return Path(path).read_text().strip()
         except (OSError, ValueError) as error:
-            raise ClusterError(f"RAY_AUTH_TOKEN_PATH must name a file with a token, got {path}: {error}") from error
+            raise ClusterError(
+                f"cannot read the token for Ray: {error}: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a readable file"
+            ) from error
     try:
         return (Path.home() / TOKEN_FILE).read_text().strip()
     except (OSError, ValueError, RuntimeError):  # no such file, no text, or no home folder
