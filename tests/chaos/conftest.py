@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.dataset as pads
 import pytest
 
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 
 
 @pytest.fixture

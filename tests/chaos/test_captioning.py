@@ -16,7 +16,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests.hang_guard import HANG_SECONDS, TIMEOUT_SECONDS
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 
 NUM_IMAGES = 2000
 NUM_IMAGES_OF_NODES = 24 * 64
@@ -42,7 +42,7 @@ caption_images(config, ResourcesConfig(), cluster=connect(address), load_caption
 
 
 @pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_every_image_is_one_row_whatever_dies(seed: int) -> None:
+def test_every_image_is_one_row_after_any_kill(seed: int) -> None:
     options = ["--first-seed", str(seed), "--seeds", "1", "--images", str(NUM_IMAGES), "--json"]
 
     done = subprocess.run(
@@ -107,7 +107,7 @@ def assert_complete(rows: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_node_that_joins_captions_too(nodes: Nodes, read: Read) -> None:
+def test_a_node_that_joins_also_captions(nodes: Nodes, read: Read) -> None:
     first = nodes.cluster.add_node(num_cpus=4)
     process = nodes.start(num_files=2)
     assert process.stdout

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.hang_guard import TIMEOUT_SECONDS
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1"
 
@@ -50,7 +50,7 @@ def test_images_that_kill_their_decoder_become_failed_rows_and_the_rest_are_capt
     assert {name: rows[name]["error_code"] for name in poison} == {name: code for name, (_, code) in poison.items()}
 
 
-def test_an_image_that_is_decoded_for_ever_becomes_a_failed_row_and_the_others_are_captioned(
+def test_an_image_that_never_finishes_decoding_becomes_a_failed_row_and_the_others_are_captioned(
     model_dir: Path, tmp_path: Path, read: Callable[[Path], list[dict[str, Any]]]
 ) -> None:
     input = tmp_path / "in"

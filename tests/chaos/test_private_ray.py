@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 
 ROOT = Path(__file__).parents[2]
 NUM_IMAGES = 600
@@ -111,7 +111,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sigterm_is_an_interruption_whenever_it_comes(command: Command, moment: str) -> None:
+def test_sigterm_is_an_interruption_at_any_time(command: Command, moment: str) -> None:
     process = command.start()
     wait_until(lambda: MOMENTS[moment](command, process), process)
 
@@ -126,7 +126,7 @@ def test_sigterm_is_an_interruption_whenever_it_comes(command: Command, moment: 
         assert command.state() == "interrupted"
 
 
-def test_the_folder_of_a_private_ray_is_its_users_alone_while_it_runs(command: Command) -> None:
+def test_the_folder_of_a_running_private_ray_is_accessible_only_to_its_user(command: Command) -> None:
     process = command.start()
     wait_until(lambda: children(process.pid, "raylet"), process)
     modes = [stat.S_IMODE(folder.stat().st_mode) for folder in command.folders()]
@@ -139,7 +139,7 @@ def test_the_folder_of_a_private_ray_is_its_users_alone_while_it_runs(command: C
     assert len(sockets) == 1
 
 
-def test_what_a_killed_run_leaves_is_removed_by_the_next(command: Command) -> None:
+def test_files_left_by_a_killed_run_are_removed_by_the_next(command: Command) -> None:
     killed = command.start()
     wait_until(lambda: children(killed.pid, "raylet"), killed)
     killed.kill()

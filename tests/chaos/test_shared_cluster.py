@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 from tests.ray_head import TOKEN, running_head
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,7 @@ import pytest
 
 from tests import small_data
 from tests.hang_guard import HANG_SECONDS
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ OUR_LINES = (
 )
 
 
-def test_a_log_is_short_and_every_line_of_it_is_ours(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_a_log_is_short_and_contains_only_our_lines(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
     done = imcap("caption", photographs, tmp_path / "captions", "--model", model_dir)
 
     # No switch of Ray silences the line in which it reports the level of its log.
@@ -111,7 +111,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_ray_that_does_not_start_is_one_line(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_a_ray_that_does_not_start_is_a_one_line_error(photographs: Path, model_dir: Path, tmp_path: Path) -> None:
     words = ["caption", photographs, tmp_path / "captions", "--model", model_dir]
 
     done = subprocess.run(
@@ -189,7 +189,7 @@ def test_hostile_names_and_secrets_reach_neither_terminal_nor_files(
     assert not (tmp_path / "pwned").exists()
 
 
-def test_a_table_that_names_files_elsewhere_is_refused_unless_allowed(
+def test_a_table_that_names_outside_files_is_refused_unless_allowed(
     photographs: Path, model_dir: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "table").mkdir()
@@ -207,7 +207,7 @@ def test_a_table_that_names_files_elsewhere_is_refused_unless_allowed(
     assert json.loads(allowed.stdout)["counts"] == {"ok": 1, "duplicate": 2}  # one image, named three times
 
 
-def test_the_demo_captions_the_samples_with_the_model_of_the_package(tmp_path: Path) -> None:
+def test_the_demo_captions_the_samples_with_the_bundled_model(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="the sample photographs come with scikit-image")
 
     done = imcap("demo", tmp_path / "demo")
@@ -273,7 +273,7 @@ def test_an_interrupted_run_leaves_an_output_that_the_same_command_finishes(
         (["train", "flickr8k", "out", "--num-workers", "30"], "--num-workers 30 needs 31 CPUs"),
     ],
 )
-def test_a_mistake_is_one_line_before_any_work(
+def test_a_usage_error_is_one_line_before_any_work(
     words: list[str], said: str, flickr8k: Path, photographs: Path, tmp_path: Path
 ) -> None:
     done = imcap(*words, cwd=tmp_path)

@@ -35,7 +35,7 @@ from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import DiesOf, EchoCaptioner, FailsOn, SaysItsGpus, TooLargeFor, echo
 from tests.hang_guard import HANG_SECONDS
-from tests.odd_images import OK, encode, odd_images, photo
+from tests.malformed_images import OK, encode, malformed_images, photo
 from tests.small_data import write_tar
 
 pytestmark = [
@@ -90,11 +90,11 @@ def expected(data: bytes) -> str:
     return echo(decode_image(data, image_size=32).pixels)
 
 
-def test_every_file_of_a_folder_is_one_row_whatever_it_holds(run: Run, tmp_path: Path) -> None:
+def test_every_file_of_a_folder_is_one_row_regardless_of_its_content(run: Run, tmp_path: Path) -> None:
     folder, output = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     codes, contents = {}, {}
-    for number, (name, data, code) in enumerate(odd_images()):
+    for number, (name, data, code) in enumerate(malformed_images()):
         image_id = f"{number:03}-{name.replace('/', ' ').replace(' ', '-')}.jpg"
         (folder / image_id).write_bytes(data)
         codes[image_id], contents[image_id] = code, data
@@ -121,9 +121,7 @@ def test_every_file_of_a_folder_is_one_row_whatever_it_holds(run: Run, tmp_path:
             assert row["error_message"]
 
 
-def test_rows_have_the_schema_of_the_contract_and_say_what_made_them(
-    run: Run, photographs: Path, tmp_path: Path
-) -> None:
+def test_rows_have_the_documented_schema_and_provenance(run: Run, photographs: Path, tmp_path: Path) -> None:
     run(str(photographs), str(tmp_path / "out"), limit=3)
 
     (file,) = (tmp_path / "out").glob("*.parquet")
@@ -146,7 +144,9 @@ def test_summary_and_run_file_count_the_rows(run: Run, photographs: Path, tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["table", "tar"])
-def test_an_image_that_left_a_rewritten_table_gets_no_other_images_caption(run: Run, tmp_path: Path, kind: str) -> None:
+def test_an_image_that_left_a_rewritten_table_does_not_get_the_caption_of_another(
+    run: Run, tmp_path: Path, kind: str
+) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     contents = {name: encode(photo(40 + number, 50), "JPEG") for number, name in enumerate("acde")} | {"b": b"broken"}
 
@@ -171,7 +171,7 @@ def test_an_image_that_left_a_rewritten_table_gets_no_other_images_caption(run: 
     assert all(rows[name]["caption"] == expected(contents[name]) for name in "acde")
 
 
-def test_a_failed_run_goes_on_where_it_stopped(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_failed_run_resumes_where_it_stopped(run: Run, photographs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     words = expected((photographs / "odd" / "099.jpg").read_bytes())
     with pytest.raises(ImcapError, match="planted"):
@@ -223,7 +223,7 @@ def test_parquet_gives_the_same_captions_as_the_folder(run: Run, photographs: Pa
     assert found == {path.name: expected(path.read_bytes()) for path in paths}
 
 
-def test_the_column_that_is_named_is_captioned_noted_and_kept(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_the_named_column_is_captioned_recorded_and_kept(run: Run, photographs: Path, tmp_path: Path) -> None:
     paths = sorted(photographs.rglob("*.jpg"))[:20]
     columns = {
         "left": [path.read_bytes() for path in paths],
@@ -293,7 +293,7 @@ def test_a_large_row_group_is_read_by_one_task_whose_blocks_do_not_depend_on_fai
 @pytest.mark.parametrize(
     ("num_images", "sizes"), [(1, [1]), (50, [12, 12, 13, 13]), (300, [15] * 4 + [16] * 15), (600, [60] * 10)]
 )
-def test_blocks_are_even_and_as_few_as_hold_what_is_computed_together_in_small_runs(
+def test_blocks_are_even_and_as_few_as_the_batch_size_allows_in_small_runs(
     tmp_path: Path, num_images: int, sizes: list[int]
 ) -> None:
     for number in range(num_images):
@@ -309,7 +309,7 @@ def test_blocks_are_even_and_as_few_as_hold_what_is_computed_together_in_small_r
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize("cores", [1, 2])
-def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
+def test_a_private_ray_runs_as_many_decoding_tasks_as_cores(
     monkeypatch: pytest.MonkeyPatch, photographs: Path, tmp_path: Path, cores: int
 ) -> None:
     monkeypatch.setattr(image_pipeline, "own_cores", lambda: cores)
@@ -335,7 +335,7 @@ def test_a_private_ray_decodes_with_as_many_tasks_at_once_as_cores(
     assert max(sum(start <= begin < end for start, end in spans) for begin, _ in spans) == cores
 
 
-def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> None:
+def test_a_table_row_without_an_image_becomes_a_row_too(run: Run, tmp_path: Path) -> None:
     table = pa.table({"image": [encode(photo(), "PNG"), None]}, schema=pa.schema([("image", pa.binary())]))
     pq.write_table(table, tmp_path / "in.parquet")
 
@@ -344,7 +344,7 @@ def test_a_table_row_without_an_image_is_a_row_too(run: Run, tmp_path: Path) -> 
     assert [row["error_code"] for row in read(tmp_path / "out")] == ["", "missing"]
 
 
-def test_no_row_of_a_table_that_was_rewritten_since_it_was_listed_is_read(tmp_path: Path) -> None:
+def test_rows_of_a_table_rewritten_since_listing_are_not_read(tmp_path: Path) -> None:
     data = encode(photo(), "PNG")
     for num_rows in (5, 3):
         pq.write_table(pa.table({"image": [data] * num_rows}), tmp_path / "in.parquet")
@@ -380,7 +380,7 @@ def test_captions_do_not_depend_on_actors_batches_or_an_interruption(
     assert alone.caption_pixels(first.pixels[None])[0][0].text == found[0][0]["caption"]
 
 
-def test_images_that_kill_their_process_are_found_and_the_rest_go_on(
+def test_images_that_kill_their_process_are_identified_and_the_rest_are_captioned(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     poison = {"even/010.jpg", "odd/077.jpg"}
@@ -399,7 +399,7 @@ def test_images_that_kill_their_process_are_found_and_the_rest_go_on(
     assert "died" in next(row["error_message"] for row in rows if row["image_id"] in poison)
 
 
-def test_an_image_is_not_blamed_for_one_death(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_an_image_is_not_marked_failed_after_one_crash(run: Run, photographs: Path, tmp_path: Path) -> None:
     words = frozenset({expected((photographs / "odd" / "077.jpg").read_bytes())})
 
     summary = run(
@@ -431,7 +431,7 @@ def test_the_same_bytes_are_captioned_once(run: Run, photographs: Path, tmp_path
     assert {rows[name]["duplicate_of"] for name in rows} == {"", *(f"even/00{digit}.jpg" for digit in (0, 2, 4, 6, 8))}
 
 
-def test_a_twin_that_comes_later_names_the_one_that_was_there(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_duplicate_added_later_names_the_existing_original(run: Run, photographs: Path, tmp_path: Path) -> None:
     run(str(photographs), str(tmp_path / "out"), limit=20)
     (photographs / "again.jpg").write_bytes((photographs / "even" / "002.jpg").read_bytes())
 
@@ -474,7 +474,9 @@ def test_a_changed_file_under_an_old_name_is_captioned_again(run: Run, photograp
     assert rows["odd/051.jpg"] == expected(changed)
 
 
-def test_overwriting_removes_the_old_only_once_the_new_stands(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_overwriting_removes_the_old_rows_only_after_the_new_ones_are_complete(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     run(str(photographs), str(output), limit=40)
     before = read(output)
@@ -496,7 +498,7 @@ def test_overwriting_removes_the_old_only_once_the_new_stands(run: Run, photogra
     assert json.loads((output / "_imcap" / "run.json").read_text())["model_fingerprint"] == "b"
 
 
-def test_an_actor_without_a_gpu_sees_none_of_its_node(
+def test_an_actor_without_a_gpu_sees_no_gpu_of_its_node(
     run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu = replace(cluster._resources(), gpus=1.0)
@@ -507,7 +509,7 @@ def test_an_actor_without_a_gpu_sees_none_of_its_node(
     assert {row["caption"] for row in read(tmp_path / "out")} == {"sees "}
 
 
-def test_a_manifest_whose_numbers_repeat_ends_the_run_with_an_error(
+def test_a_manifest_with_repeated_numbers_ends_the_run_with_an_error(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     run(str(photographs), str(tmp_path / "out"), limit=3)
@@ -520,7 +522,7 @@ def test_a_manifest_whose_numbers_repeat_ends_the_run_with_an_error(
         run(str(photographs), str(tmp_path / "out"), limit=3)
 
 
-def test_an_image_without_memory_for_it_is_a_failed_row(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_an_image_too_large_for_memory_is_a_failed_row(run: Run, photographs: Path, tmp_path: Path) -> None:
     words = frozenset({expected((photographs / "odd" / "077.jpg").read_bytes())})
 
     summary = run(str(photographs), str(tmp_path / "out"), load_captioner=partial(TooLargeFor, words=words), limit=90)
@@ -530,7 +532,7 @@ def test_an_image_without_memory_for_it_is_a_failed_row(run: Run, photographs: P
     assert "8 images were computed at a time" in summary.bound
 
 
-def test_images_that_are_all_gone_stop_the_run(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_run_stops_if_all_images_are_missing(run: Run, photographs: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
 
     def unmount(line: str) -> None:
@@ -545,7 +547,7 @@ def test_images_that_are_all_gone_stop_the_run(run: Run, photographs: Path, tmp_
     assert run(str(photographs), str(tmp_path / "out")).counts == {"ok": 100}
 
 
-def test_a_run_that_was_taken_over_writes_no_more(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_run_that_lost_its_lease_stops_writing(run: Run, photographs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
 
     def load() -> EchoCaptioner:
@@ -559,7 +561,7 @@ def test_a_run_that_was_taken_over_writes_no_more(run: Run, photographs: Path, t
     assert not list(output.glob("*.parquet"))
 
 
-def test_too_many_failures_are_an_error_after_all_is_written(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_too_many_failures_are_an_error_after_all_rows_are_written(run: Run, photographs: Path, tmp_path: Path) -> None:
     (photographs / "empty.jpg").write_bytes(b"")
 
     with pytest.raises(FailureBudgetError, match="1 of 101 images failed.*1 empty_file") as caught:
@@ -589,7 +591,7 @@ def test_an_output_of_another_model_or_search_is_refused(
     assert read(output) == before
 
 
-def test_a_folder_with_other_things_is_no_output(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_as_output(run: Run, photographs: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
 
@@ -597,7 +599,7 @@ def test_a_folder_with_other_things_is_no_output(run: Run, photographs: Path, tm
         run(str(photographs), str(tmp_path / "out"))
 
 
-def test_copies_of_parts_and_their_notes_do_not_disturb_the_next_run(
+def test_copies_of_parts_and_their_done_records_do_not_affect_the_next_run(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     output, lines = tmp_path / "out", list[str]()
@@ -616,7 +618,7 @@ def test_copies_of_parts_and_their_notes_do_not_disturb_the_next_run(
     assert any("that repeated images of other parts" in line for line in lines)
 
 
-def test_a_folder_without_images_leaves_no_output(run: Run, tmp_path: Path) -> None:
+def test_a_folder_without_images_creates_no_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("no image")
 
@@ -626,7 +628,9 @@ def test_a_folder_without_images_leaves_no_output(run: Run, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_more_actors_than_the_cluster_holds_are_refused_at_once(run: Run, photographs: Path, tmp_path: Path) -> None:
+def test_more_actors_than_the_cluster_has_room_for_are_refused_immediately(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ClusterError, match="--num-actors 500 needs 502 CPUs"):
         run(str(photographs), str(tmp_path / "out"), num_actors=500)
 

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imcap_ray.distributed.pipeline.ray_metrics import ActorMetrics, RunMetrics
-from tests.odd_images import encode, photo
+from tests.malformed_images import encode, photo
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,7 +107,7 @@ def test_the_metrics_endpoint_counts_the_images_by_status(seen: dict[str, Any]) 
     assert counts == seen["counts"]
 
 
-def test_the_metrics_endpoint_tells_waits_beam_steps_and_speed(seen: dict[str, Any]) -> None:
+def test_the_metrics_endpoint_reports_waits_beam_steps_and_speed(seen: dict[str, Any]) -> None:
     last, actor = samples(seen["scrapes"][-1]), ("CaptionImages", "")
     rates = [samples(scrape)["ray_imcap_images_per_second"].get(actor, 0.0) for scrape in seen["scrapes"]]
 
@@ -127,7 +127,7 @@ def test_the_dashboard_and_the_process_list_name_our_operators(seen: dict[str, A
     assert any(title.startswith("ray::MapWorker(MapBatches(CaptionImages))") for title in titles)
 
 
-def test_metrics_without_a_ray_go_nowhere_and_harm_nothing() -> None:
+def test_metrics_without_ray_are_discarded() -> None:
     actor = ActorMetrics("CaptionImages")
     actor.count_images({"ok": 3, "failed": 0})
     actor.observe_wait(0.0)

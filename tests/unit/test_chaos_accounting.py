@@ -36,7 +36,7 @@ def test_an_image_in_flight_when_its_driver_is_killed_may_be_computed_again() ->
     assert (result.in_flight, result.by_orphans, result.unexplained) == (1, 0, 0)
 
 
-def test_an_image_that_an_orphan_computes_after_the_kill_was_in_flight_at_it() -> None:
+def test_an_image_computed_by_an_orphan_after_the_kill_counts_as_in_flight() -> None:
     kill = fault("orphan", 2, FIRST)
     again = computed(9, SECOND, ACTOR)
 
@@ -71,9 +71,7 @@ def test_without_a_fault_in_between_an_image_must_not_be_computed_again() -> Non
         ("index", INDEX, False),
     ],
 )
-def test_a_fault_loses_what_the_killed_process_and_node_have_computed_and_nothing_else(
-    kind: str, killed: int, is_lost: bool
-) -> None:
+def test_a_fault_loses_only_what_the_killed_process_or_node_computed(kind: str, killed: int, is_lost: bool) -> None:
     log = [computed(1, FIRST, RAYLET, ACTOR), computed(9, FIRST, 99, 98)]
 
     result = explain(log, [fault(kind, 2, killed)])
@@ -90,7 +88,7 @@ def test_a_fault_explains_one_computation_of_an_image() -> None:
     assert (result.in_flight, result.unexplained) == (2, 0)
 
 
-def test_what_an_isolated_process_computes_is_lost_with_its_actor() -> None:
+def test_work_of_an_isolated_process_is_lost_with_its_actor() -> None:
     kill = fault("actor", 2, ACTOR)
     again = computed(9, FIRST, RAYLET, OTHER_ACTOR)
 
@@ -122,7 +120,7 @@ def test_copies_may_be_computed_after_the_index_was_killed_while_the_first_was_i
     assert counts(fault("index", 5, INDEX), 2) == (0, 2)
 
 
-def test_a_process_logs_the_processes_that_it_works_for(tmp_path: Path) -> None:
+def test_a_process_logs_the_processes_it_works_for(tmp_path: Path) -> None:
     load = LoadSlowEcho(str(tmp_path), (FIRST,))
 
     received = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(load))))

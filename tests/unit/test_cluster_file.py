@@ -40,7 +40,7 @@ def test_ray_accepts_the_file(cluster):
     validate_config(prepare_config(copy.deepcopy(cluster)))
 
 
-def test_what_the_cluster_may_grow_to_is_read_from_its_file(cluster):
+def test_the_maximum_size_of_the_cluster_is_read_from_its_file(cluster):
     prepared = prepare_config(copy.deepcopy(cluster))
     assert maximum_of(prepared) == {"CPU": 16, "GPU": 4}
     prepared["max_workers"] = 3
@@ -53,7 +53,7 @@ def uncommented(text: str) -> dict[str, Any]:
     return yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines))
 
 
-def test_ray_accepts_the_file_for_google(cluster):
+def test_ray_accepts_the_file_for_google_cloud(cluster):
     variant = uncommented("# gcp:\n" + CLUSTER_FILE.read_text().partition("\n# gcp:\n")[2])["gcp"]
     validate_config(prepare_config(copy.deepcopy(cluster) | variant))
     worker = variant["available_node_types"]["gpu_worker"]["node_config"]
@@ -70,7 +70,7 @@ def test_the_drivers_of_the_images_are_new_enough_for_the_cuda_of_pytorch():
     assert text.count("NVIDIA driver 580 or newer") == 2, "each cloud's image has the rule beside it"
 
 
-def test_ray_accepts_the_file_with_workers_at_the_full_price_too():
+def test_ray_accepts_the_file_with_on_demand_workers_too():
     text = CLUSTER_FILE.read_text()
     start = text.index("  # gpu_worker_on_demand:")
     block = "".join(itertools.takewhile(lambda line: line.startswith("  #"), text[start:].splitlines(keepends=True)))
@@ -82,14 +82,14 @@ def test_ray_accepts_the_file_with_workers_at_the_full_price_too():
 
 
 @pytest.mark.parametrize("dropped", [[], ["docker"]], ids=["with Docker", "without"])
-def test_ray_accepts_the_file_for_machines_of_ones_own(cluster, dropped):
+def test_ray_accepts_the_file_for_on_premises_machines(cluster, dropped):
     dropped = [*dropped, "max_workers", "head_node_type", "available_node_types"]
     own = {name: value for name, value in cluster.items() if name not in dropped}
     own |= uncommented("# provider:\n" + CLUSTER_FILE.read_text().partition("#\n# provider:\n")[2])
     validate_config(prepare_config(own))
 
 
-def test_no_work_lands_on_the_head_and_every_worker_has_a_gpu(cluster):
+def test_the_head_runs_no_work_and_every_worker_has_a_gpu(cluster):
     node_types = dict(cluster["available_node_types"])
     head = node_types.pop(cluster["head_node_type"])
     assert head["resources"]["CPU"] == 0
@@ -111,7 +111,7 @@ def test_the_dashboard_listens_on_the_loopback_only(cluster):
     assert "0.0.0.0" not in CLUSTER_FILE.read_text()
 
 
-def test_the_nodes_get_a_ray_that_the_package_accepts(cluster):
+def test_the_nodes_install_a_ray_version_that_the_package_accepts(cluster):
     text = DOCKERFILE.read_text()
     (version,) = re.findall(r"^ARG RAY_VERSION=([\d.]+)$", text, re.MULTILINE)
     (extras,) = re.findall(r'"ray\[([a-z,]+)\]==\$\{RAY_VERSION\}"', text)
@@ -142,7 +142,7 @@ def test_cluster_and_kubernetes_use_the_image_of_the_recipe(cluster):
     assert f"--tag {image} " in DOCKERFILE.read_text()
 
 
-def test_the_image_holds_what_the_recipe_copies():
+def test_the_image_contains_what_the_recipe_copies():
     copied = re.findall(r"^COPY --chown=\S+ (.*) \S+$", DOCKERFILE.read_text(), re.MULTILINE)
     assert {name for line in copied for name in line.split()} == {"pyproject.toml", "README.md", "LICENSE", "imcap_ray"}
     assert all((ROOT / name).exists() for line in copied for name in line.split())
@@ -160,7 +160,7 @@ def test_ray_reads_the_resources_of_the_kubernetes_cluster():
     assert worker["min_workers"] >= 1
 
 
-def test_the_kubernetes_cluster_wants_a_token_and_goes_with_its_job():
+def test_the_kubernetes_cluster_requires_a_token_and_is_deleted_with_its_job():
     spec = rayjob()["spec"]
     assert spec["rayClusterSpec"]["authOptions"] == {"mode": "token"}
     assert spec["shutdownAfterJobFinishes"] is True
@@ -169,7 +169,7 @@ def test_the_kubernetes_cluster_wants_a_token_and_goes_with_its_job():
 
 
 @pytest.mark.parametrize("file", ["cluster.yaml", "rayjob.yaml"])
-def test_the_commands_are_ones_that_the_command_line_takes(file):
+def test_the_commands_are_accepted_by_the_command_line(file):
     if file == "rayjob.yaml":
         commands = [rayjob()["spec"]["entrypoint"]]
         commands += re.findall(r"^#   (imcap .*?)(?:  +#.*)?$", RAYJOB_FILE.read_text(), re.MULTILINE)
@@ -185,7 +185,7 @@ def test_the_commands_are_ones_that_the_command_line_takes(file):
             main.commands[inner].make_context(inner, words)
 
 
-def test_amazon_lets_in_ssh_and_nothing_else(cluster):
+def test_on_amazon_only_ssh_is_open(cluster):
     """The rules that Ray writes into the security group it makes, and what the file would add to them."""
     pytest.importorskip("boto3", reason="Ray's code for AWS needs it")
     from ray.autoscaler._private.aws.config import _create_default_inbound_rules
@@ -201,18 +201,18 @@ def test_amazon_lets_in_ssh_and_nothing_else(cluster):
     assert groups == ["sg-of-the-cluster"]
 
 
-def test_no_node_has_rules_of_its_own_or_publishes_a_containers_ports(cluster):
+def test_no_node_has_its_own_rules_or_publishes_container_ports(cluster):
     for node_type in cluster["available_node_types"].values():
         assert not {"SecurityGroupIds", "NetworkInterfaces"} & set(node_type["node_config"])
     options = " ".join(cluster["docker"]["run_options"])
     assert not re.search(r"(^|\s)(-p|-P|--publish|--publish-all|--privileged)\b", options)
 
 
-def test_no_start_command_lifts_the_token_or_listens_everywhere_by_itself(cluster):
+def test_no_start_command_disables_the_token_or_listens_on_all_interfaces(cluster):
     for command in start_commands(cluster):
         assert not re.search(r"RAY_AUTH_MODE=(?!token)|0\.0\.0\.0|--metrics-export-port", command)
 
 
-def test_the_file_holds_no_credentials():
+def test_the_file_contains_no_credentials():
     names = "RAY_AUTH_TOKEN|AWS_SECRET_ACCESS_KEY|AWS_SESSION_TOKEN|aws_secret_access_key|aws_session_token"
     assert not re.search(rf"({names})\s*[=:]", CLUSTER_FILE.read_text())

@@ -79,12 +79,12 @@ def test_a_value_out_of_range_is_refused_with_its_name(section: Any, values: dic
         section(**values)
 
 
-def test_an_lstm_has_no_heads_that_could_be_wrong() -> None:
+def test_num_heads_is_not_checked_for_an_lstm() -> None:
     assert DecoderConfig(name="lstm", hidden_size=10, num_heads=4).hidden_size == 10
 
 
 @pytest.mark.parametrize("section", [*SECTIONS, Recipe])
-def test_settings_cannot_be_changed_and_come_back_from_json_as_they_went(section: Any) -> None:
+def test_settings_are_immutable_and_round_trip_through_json(section: Any) -> None:
     config = section()
 
     assert from_mapping(section, json.loads(json.dumps(to_mapping(config)))) == config
@@ -92,7 +92,7 @@ def test_settings_cannot_be_changed_and_come_back_from_json_as_they_went(section
         setattr(config, dataclasses.fields(config)[0].name, None)
 
 
-def test_a_mapping_holds_plain_lists_at_every_depth() -> None:
+def test_a_mapping_contains_plain_lists_at_every_depth() -> None:
     recipe = Recipe(preprocessing=PreprocessingConfig(mean=(1.0, 2.0, 3.0), std=(4.0, 5.0, 6.0)))
 
     mapping = to_mapping(recipe)
@@ -117,12 +117,12 @@ def test_a_mapping_holds_plain_lists_at_every_depth() -> None:
         ({"preprocessing": {"mean": [1, 2]}}, "preprocessing.mean must be three numbers"),
     ],
 )
-def test_an_unknown_name_or_a_value_of_another_type_is_refused(values: dict[str, Any], message: str) -> None:
+def test_an_unknown_name_or_a_wrong_type_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_mapping(Recipe, values)
 
 
-def test_a_whole_number_will_do_where_a_fraction_is_expected() -> None:
+def test_an_integer_is_accepted_as_a_float() -> None:
     recipe = from_mapping(Recipe, {"training": {"learning_rate": 1}, "preprocessing": {"mean": [1, 2, 3]}})
 
     assert recipe.training.learning_rate == 1.0
@@ -134,13 +134,13 @@ def test_every_recipe_of_the_package_is_valid(name: str) -> None:
     assert isinstance(load_recipe(name), Recipe)
 
 
-def test_the_default_recipe_is_what_the_defaults_describe_but_for_the_training() -> None:
+def test_the_default_recipe_differs_from_the_defaults_only_in_training() -> None:
     recipe = load_recipe(DEFAULT_RECIPE)
 
     assert dataclasses.replace(recipe, training=TrainingConfig()) == Recipe()
 
 
-def test_the_seeds_recipe_is_the_seeds() -> None:
+def test_the_seed_recipe_matches_the_seed_project() -> None:
     recipe = load_recipe("vgg16-lstm")
 
     assert (recipe.encoder.name, recipe.encoder.layer) == ("vgg16", "penultimate")
@@ -148,7 +148,7 @@ def test_the_seeds_recipe_is_the_seeds() -> None:
     assert (recipe.vocabulary.tokenizer, recipe.search.beam_size) == ("seed", 1)
 
 
-def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
+def test_an_override_takes_precedence_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("[training]\nepochs = 7\nflip = true\n")
 
@@ -173,7 +173,7 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, content: bytes,
         load_recipe(str(path), {"training.epochs": 3})
 
 
-def test_an_unknown_recipe_is_refused_with_those_there_are() -> None:
+def test_the_error_for_an_unknown_recipe_lists_the_available_ones() -> None:
     with pytest.raises(ConfigError, match=f"no recipe 'lite3': expected one of {', '.join(recipe_names())}"):
         load_recipe("lite3")
 
@@ -196,7 +196,7 @@ def test_an_override_is_a_dotted_name_and_a_toml_value(text: str, expected: tupl
 
 
 @pytest.mark.parametrize("text", ["epochs=5", "training.epochs", "", "5"])
-def test_an_override_of_another_form_is_refused(text: str) -> None:
+def test_a_malformed_override_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--set takes SECTION.NAME=VALUE, for example training.epochs=5, got"):
         parse_override(text)
 
@@ -208,7 +208,7 @@ def test_an_override_of_an_unknown_setting_is_refused() -> None:
         load_recipe(DEFAULT_RECIPE, dict([parse_override("speed.num_actors=5")]))
 
 
-def test_a_phase_without_epochs_is_left_out_but_not_all_of_them() -> None:
+def test_a_phase_without_epochs_is_skipped_but_not_all_of_them() -> None:
     recipe = load_recipe("lite2-attention", {"training.epochs": 0, "self_critical.epochs": 1})
     assert recipe.training.epochs == 0
 
@@ -216,7 +216,7 @@ def test_a_phase_without_epochs_is_left_out_but_not_all_of_them() -> None:
         load_recipe("lite2-attention", {"training.epochs": 0})
 
 
-def test_fine_tunings_whose_mean_nothing_would_start_from_are_refused() -> None:
+def test_repeated_fine_tuning_without_a_following_phase_is_refused() -> None:
     found = load_recipe("lite2-finetuned", {"finetune.repetitions": 2}).finetune
     assert found.repetitions == 2
 

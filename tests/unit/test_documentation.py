@@ -31,7 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "shown", [shown for shown in SHOWN if shown.words[0] == "python"], ids=lambda shown: shown.line
 )
-def test_a_benchmark_that_is_shown_is_understood(shown: Shown, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_benchmark_arguments_are_parsed(shown: Shown, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, program, *arguments = shown.words
     monkeypatch.syspath_prepend(BENCHMARKS)
     benchmark = importlib.import_module(Path(program).stem)
@@ -43,7 +43,7 @@ def test_a_benchmark_that_is_shown_is_understood(shown: Shown, folder: Path, mon
 
 
 @pytest.mark.parametrize("program", [path.name for path in PROGRAMS])
-def test_every_benchmark_is_shown_or_runs_for_another_one(program: str) -> None:
+def test_every_benchmark_is_documented_or_called_by_another_one(program: str) -> None:
     assert any(f"jobs/benchmarks/{program}" in shown.words for shown in SHOWN) or any(
         f'"{program}"' in path.read_text() for path in PROGRAMS
     )
@@ -52,7 +52,7 @@ def test_every_benchmark_is_shown_or_runs_for_another_one(program: str) -> None:
 @pytest.mark.parametrize(
     "shown", [shown for shown in SHOWN if shown.words[0] != "python"], ids=lambda shown: shown.line
 )
-def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path) -> None:
+def test_documented_commands_are_parsed(shown: Shown, folder: Path) -> None:
     words = shown.words[1:]
     name, *arguments = [word for word in words if word != "--help"]
     above = click.Context(main, **main.context_settings)
@@ -71,7 +71,7 @@ def test_a_command_that_is_shown_is_understood(shown: Shown, folder: Path) -> No
 
 
 @pytest.mark.parametrize("name", [name for name, command in main.commands.items() if not command.hidden])
-def test_every_command_is_shown_somewhere(name: str) -> None:
+def test_every_command_is_documented(name: str) -> None:
     assert any(shown.words[1:2] == [name] for shown in SHOWN), f"imcap {name} is shown nowhere"
 
 
@@ -84,7 +84,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
             assert parameter.help, f"imcap {name} {parameter.opts[0]} is not explained"
 
 
-def test_the_librarys_example_runs(
+def test_the_library_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -12,20 +12,20 @@ from imcap_ray.errors import IMAGE_ERROR_CODES, FailureBudgetError, ImageError, 
 ALL = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, Exception)]
 
 
-def test_whoever_catches_imcap_error_has_caught_them_all() -> None:
+def test_every_error_is_an_imcap_error() -> None:
     assert len(ALL) == 13
     assert all(issubclass(error, ImcapError) for error in ALL)
 
 
 @pytest.mark.parametrize("error", ALL)
-def test_the_exit_code_says_whether_work_began(error: type[ImcapError]) -> None:
+def test_the_exit_code_depends_on_whether_work_began(error: type[ImcapError]) -> None:
     expected = 2 if issubclass(error, InputError) else 3 if error is FailureBudgetError else 1
 
     assert error.exit_code == expected
 
 
 @pytest.mark.parametrize("code", IMAGE_ERROR_CODES)
-def test_an_image_error_comes_back_from_another_process_as_it_was(code: str) -> None:
+def test_an_image_error_survives_pickling(code: str) -> None:
     error = pickle.loads(pickle.dumps(ImageError(code, "no such file: a.jpg")))
 
     assert (type(error), error.code, error.message, str(error)) == (
@@ -36,6 +36,6 @@ def test_an_image_error_comes_back_from_another_process_as_it_was(code: str) -> 
     )
 
 
-def test_a_code_that_no_table_knows_is_refused() -> None:
+def test_an_unknown_error_code_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown image error code 'broken'"):
         ImageError("broken", "")

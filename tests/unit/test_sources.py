@@ -95,7 +95,7 @@ def test_no_source_loads_a_pickle_runs_data_or_calls_a_shell(path: Path) -> None
         "import subprocess; subprocess.run(text, shell=True)",
     ],
 )
-def test_what_is_forbidden_is_found(line: str) -> None:
+def test_forbidden_calls_are_found(line: str) -> None:
     assert list(dangers(line))
 
 
@@ -112,5 +112,5 @@ def test_what_is_forbidden_is_found(line: str) -> None:
         "import subprocess; subprocess.run(['grep', p])",
     ],
 )
-def test_what_is_harmless_is_left_alone(line: str) -> None:
+def test_harmless_calls_are_allowed(line: str) -> None:
     assert list(dangers(line)) == []

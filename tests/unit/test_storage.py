@@ -32,7 +32,7 @@ def names(folder: str, **options: bool) -> list[str]:
 # ---- on any file system
 
 
-def test_what_is_written_is_read_and_listed(folder: str) -> None:
+def test_written_files_can_be_read_and_listed(folder: str) -> None:
     contents = {"b.txt": b"1", "a/c.txt": b"", "a/b/d.txt": b"\0\xff" * 1000}
 
     for name, content in contents.items():
@@ -44,7 +44,7 @@ def test_what_is_written_is_read_and_listed(folder: str) -> None:
     assert all(file.location == storage.join(storage.absolute(folder), file.name) for file in listed)
 
 
-def test_a_file_written_piece_by_piece_takes_its_place_when_it_is_whole(folder: str) -> None:
+def test_a_file_written_in_pieces_appears_only_when_it_is_complete(folder: str) -> None:
     path = storage.join(folder, "a", "b.txt")
 
     with storage.replacing(path) as file:
@@ -60,7 +60,7 @@ def test_a_file_written_piece_by_piece_takes_its_place_when_it_is_whole(folder: 
     assert names(folder) == ["a/b.txt"]
 
 
-def test_a_name_may_be_as_long_as_a_name_can_be(folder: str) -> None:
+def test_the_longest_possible_name_is_accepted(folder: str) -> None:
     path = storage.join(folder, "猫" * 85)
 
     storage.write_bytes(path, b"1")
@@ -68,7 +68,7 @@ def test_a_name_may_be_as_long_as_a_name_can_be(folder: str) -> None:
     assert storage.read_bytes(path) == b"1"
 
 
-def test_files_come_sorted_those_of_a_folder_before_those_below_it(folder: str) -> None:
+def test_files_are_sorted_and_those_of_a_folder_come_before_its_subfolders(folder: str) -> None:
     for name in ("z.txt", "b/2.txt", "b/1.txt", "a/x/1.txt", "a/9.txt", "c.txt"):
         storage.write_bytes(storage.join(folder, name), b"1")
 
@@ -76,7 +76,7 @@ def test_files_come_sorted_those_of_a_folder_before_those_below_it(folder: str) 
     assert names(folder, recursive=False) == ["c.txt", "z.txt"]
 
 
-def test_a_file_is_a_file_and_a_folder_is_a_folder(folder: str) -> None:
+def test_files_and_folders_are_distinguished(folder: str) -> None:
     path = storage.join(folder, "a.txt")
     storage.write_bytes(path, b"1")
 
@@ -86,7 +86,7 @@ def test_a_file_is_a_file_and_a_folder_is_a_folder(folder: str) -> None:
     assert (storage.exists(nowhere), storage.is_file(nowhere), storage.is_folder(nowhere)) == (False, False, False)
 
 
-def test_writing_again_replaces(folder: str) -> None:
+def test_writing_again_replaces_the_content(folder: str) -> None:
     path = storage.join(folder, "a.txt")
 
     storage.write_bytes(path, b"a long first version")
@@ -96,7 +96,7 @@ def test_writing_again_replaces(folder: str) -> None:
     assert names(folder) == ["a.txt"]
 
 
-def test_a_file_or_a_folder_is_removed_with_all_below_it(folder: str) -> None:
+def test_a_file_or_folder_is_removed_with_everything_below_it(folder: str) -> None:
     for name in ("a.txt", "b/c.txt", "b/d/e.txt"):
         storage.write_bytes(storage.join(folder, name), b"1")
 
@@ -107,12 +107,12 @@ def test_a_file_or_a_folder_is_removed_with_all_below_it(folder: str) -> None:
     storage.remove(storage.join(folder, "a.txt"))  # twice is harmless
 
 
-def test_reading_what_is_not_there_is_an_os_error(folder: str) -> None:
+def test_reading_a_missing_file_is_an_os_error(folder: str) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(folder, "nowhere.txt"))
 
 
-def test_a_folder_that_is_not_there_cannot_be_listed(tmp_path: Path) -> None:
+def test_a_missing_folder_cannot_be_listed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"cannot list {tmp_path}/nowhere"):
         names(f"{tmp_path}/nowhere")
 
@@ -122,7 +122,7 @@ def test_an_unknown_scheme_is_an_input_error() -> None:
         storage.exists("nope://bucket/key")
 
 
-def test_whatever_a_library_raises_is_an_os_error() -> None:
+def test_any_error_of_a_library_becomes_an_os_error() -> None:
     class BrokenFileSystem(type(fsspec.filesystem("memory"))):  # type: ignore[misc]
         def _open(self, path: str, *args: object, **options: object) -> None:
             raise KeyError("no idea")
@@ -137,7 +137,7 @@ def test_whatever_a_library_raises_is_an_os_error() -> None:
 # ---- on the local disk
 
 
-def test_a_folder_is_reachable_while_it_holds_anything(tmp_path: Path) -> None:
+def test_a_folder_is_reachable_while_it_contains_anything(tmp_path: Path) -> None:
     (tmp_path / "input").mkdir()
     assert not storage.is_reachable(str(tmp_path / "input"))  # as a share that is not mounted
 
@@ -165,7 +165,7 @@ def test_a_failed_write_leaves_the_old_content_and_nothing_else(
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_link_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
+def test_a_dangling_link_is_listed(tmp_path: Path) -> None:
     (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
     (tmp_path / "itself.jpg").symlink_to(tmp_path / "itself.jpg")
     (tmp_path / "real.jpg").write_bytes(b"1")
@@ -173,7 +173,7 @@ def test_a_link_that_leads_nowhere_is_listed(tmp_path: Path) -> None:
     assert names(str(tmp_path)) == ["dangling.jpg", "itself.jpg", "real.jpg"]
 
 
-def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
+def test_links_are_followed_and_a_link_loop_ends(tmp_path: Path) -> None:
     (tmp_path / "input" / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "input" / "a.jpg").write_bytes(b"1")
@@ -184,7 +184,7 @@ def test_links_are_followed_and_a_loop_of_them_ends(tmp_path: Path) -> None:
     assert names(str(tmp_path / "input")) == ["a.jpg", "linked/b.jpg"]
 
 
-def test_a_name_that_is_not_utf8_does_not_lose_the_others(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_does_not_affect_the_others(tmp_path: Path) -> None:
     (tmp_path / "é.jpg").write_bytes(b"1")
     try:
         with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
@@ -195,7 +195,7 @@ def test_a_name_that_is_not_utf8_does_not_lose_the_others(tmp_path: Path) -> Non
     assert names(str(tmp_path)) == ["caf\\xe9.jpg", "é.jpg"]
 
 
-def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+def test_a_pipe_is_not_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
 
     assert names(str(tmp_path)) == []
@@ -217,7 +217,7 @@ def test_a_pipe_is_no_file(tmp_path: Path) -> None:
         ("strange:name", False),
     ],
 )
-def test_a_uri_is_told_from_a_path(location: str, expected: bool) -> None:
+def test_a_uri_is_distinguished_from_a_path(location: str, expected: bool) -> None:
     assert storage.is_uri(location) is expected
 
 
@@ -260,7 +260,7 @@ def test_parent_undoes_join() -> None:
         ("s3://bucket", "s3://bucket/a.jpg"),
     ],
 )
-def test_what_is_below_a_folder_is_inside_it(folder: str, location: str) -> None:
+def test_a_path_below_a_folder_is_inside_it(folder: str, location: str) -> None:
     assert storage.is_inside(folder, location)
 
 
@@ -293,11 +293,11 @@ def test_what_is_below_a_folder_is_inside_it(folder: str, location: str) -> None
         ("http://host/data", "http://host/data/%252e%252e/secret.jpg"),
     ],
 )
-def test_what_leads_out_of_a_folder_is_not_inside_it(folder: str, location: str) -> None:
+def test_a_path_that_leads_out_of_a_folder_is_not_inside_it(folder: str, location: str) -> None:
     assert not storage.is_inside(folder, location)
 
 
-def test_the_message_on_a_path_that_leads_out_says_where_it_stands_and_how_to_allow_it() -> None:
+def test_the_error_for_an_outside_path_names_its_source_and_the_option_that_allows_it() -> None:
     with pytest.raises(InputError) as caught:
         storage.locate("../b.jpg", base="/in/deep/er", folders=["/in/deep/er"], source="a, row 3", allow_outside=False)
 
@@ -361,7 +361,7 @@ def test_a_key_never_reaches_a_file_system(caplog: pytest.LogCaptureFixture) -> 
         "/tmp/key:secret@home?token=1",
     ],
 )
-def test_a_uri_without_a_secret_is_taken(location: str) -> None:
+def test_a_uri_without_a_secret_is_accepted(location: str) -> None:
     storage.absolute(location)
     storage.locate(location, base="/", folders=["/"], source="", allow_outside=True)
 
@@ -375,7 +375,7 @@ def test_a_key_in_a_bucket_may_look_like_a_query() -> None:
     assert storage.read_bytes(location) == b"1"
 
 
-def test_secrets_in_the_text_of_an_error_are_hidden() -> None:
+def test_secrets_in_an_error_message_are_hidden() -> None:
     text = f"403, url='https://user:{PLANTED}@host/a?X-Amz-Signature={PLANTED}&x=1' (s3://K:{PLANTED}@b/c) sig=1"
 
     assert storage.hide_secrets(text) == "403, url='https://***@host/a?X-Amz-Signature=***&x=1' (s3://***@b/c) sig=1"
@@ -383,7 +383,7 @@ def test_secrets_in_the_text_of_an_error_are_hidden() -> None:
         assert storage.hide_secrets(harmless) == harmless
 
 
-def test_a_signed_url_in_what_a_store_complains_of_is_hidden() -> None:
+def test_a_signed_url_in_a_store_error_is_hidden() -> None:
     from fsspec import register_implementation
     from fsspec.implementations.memory import MemoryFileSystem
 
@@ -403,7 +403,7 @@ def test_a_signed_url_in_what_a_store_complains_of_is_hidden() -> None:
     assert PLANTED not in str(caught.value)
 
 
-def test_a_name_with_a_null_in_it_is_a_file_that_is_not_there(folder: str) -> None:
+def test_a_name_with_a_null_byte_is_a_missing_file(folder: str) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(storage.join(folder, "a\0.jpg"))
 
@@ -483,7 +483,7 @@ def test_a_disk_that_fails_does_not_make_files_look_changed(monkeypatch: pytest.
         storage.describe_files([str(tmp_path / "a")])
 
 
-def test_of_a_large_folder_only_the_wanted_files_are_kept(failing: str) -> None:
+def test_only_the_requested_files_of_a_large_folder_are_kept(failing: str) -> None:
     files = storage.describe_files([f"{failing}/a", f"{failing}/missing"])
 
     assert [(location, file.size) for location, file in files.items()] == [
@@ -492,7 +492,7 @@ def test_of_a_large_folder_only_the_wanted_files_are_kept(failing: str) -> None:
     ]
 
 
-def test_local_files_are_described_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_are_described_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a network share: a call that waits must not keep the others waiting."""
     together = threading.Barrier(2, timeout=20)
     paths = [f"/missing/{number}" for number in range(1001)]  # a thousand files are described one after the other

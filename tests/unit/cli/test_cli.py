@@ -98,11 +98,11 @@ def test_every_command_is_listed_and_has_help() -> None:
 
 
 @pytest.mark.parametrize("command", ["caption", "check", "train", "evaluate", "export", "submit"])
-def test_the_main_commands_help_has_an_example(command: str) -> None:
+def test_the_help_of_the_main_command_has_an_example(command: str) -> None:
     assert f"\n  imcap {command}" in imcap(command, "-h").stdout
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_printed() -> None:
     assert imcap("--version").stdout == f"imcap, version {__version__}\n"
 
 
@@ -132,34 +132,34 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_an_image_that_is_not_there_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_a_one_line_error(model_dir: Path, tmp_path: Path) -> None:
     path = tmp_path / "nowhere.jpg"
 
     assert mistake("caption", path, "--model", model_dir) == f"{path}: no such file: {path} (missing)"
 
 
-def test_a_file_that_is_no_image_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_image_is_a_one_line_error(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no image")
 
     assert mistake("caption", tmp_path / "a.jpg", "--model", model_dir).endswith("(not_an_image)")
 
 
-def test_a_folder_needs_an_output(model_dir: Path, tmp_path: Path) -> None:
+def test_captioning_a_folder_requires_an_output(model_dir: Path, tmp_path: Path) -> None:
     assert "is a folder: say where the captions go" in mistake("caption", tmp_path, "--model", model_dir)
 
 
-def test_a_folder_that_is_no_model_is_one_line(photograph: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_model_is_a_one_line_error(photograph: Path, tmp_path: Path) -> None:
     assert "is not a model folder" in mistake("caption", photograph, "--model", tmp_path)
     assert "is not a model folder" in mistake("model", tmp_path)
 
 
-def test_settings_that_do_not_go_together_are_one_line(photograph: Path, model_dir: Path) -> None:
+def test_incompatible_settings_are_a_one_line_error(photograph: Path, model_dir: Path) -> None:
     line = mistake("caption", photograph, "--model", model_dir, "--num-captions", "9")
 
     assert line == "search.num_captions must be 1 to search.beam_size (3), got 9"
 
 
-def test_captions_and_references_that_are_not_there_are_one_line(flickr8k: Path, tmp_path: Path) -> None:
+def test_missing_captions_and_references_are_a_one_line_error(flickr8k: Path, tmp_path: Path) -> None:
     assert "no such captions" in mistake("evaluate", tmp_path / "nowhere", flickr8k)
     assert "no such data set" in mistake("evaluate", tmp_path / "nowhere", tmp_path / "nowhere2")
 
@@ -231,7 +231,7 @@ main.main(["status", "somewhere"])
 @pytest.mark.parametrize(
     ("moment", "stdout"), [("swallowed", ""), ("cleaning_up", "cleaned up\n"), ("failing", "")], ids=str
 )
-def test_sigterm_is_exit_code_130_whatever_comes_of_the_exception(moment: str, stdout: str) -> None:
+def test_sigterm_is_exit_code_130_even_if_the_exception_is_swallowed(moment: str, stdout: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", TERMINATED, moment], capture_output=True, text=True, timeout=50, check=False
     )
@@ -286,13 +286,13 @@ def without_control_characters(text: str) -> bool:
         ["train", "data", "out", "--recipe", HOSTILE],
     ],
 )
-def test_a_hostile_name_in_an_error_is_one_line_of_letters(arguments: list[str]) -> None:
+def test_a_hostile_name_in_an_error_is_escaped_on_one_line(arguments: list[str]) -> None:
     line = mistake(*(argument.replace("/", "_") for argument in arguments))
 
     assert without_control_characters(line)
 
 
-def test_a_hostile_name_in_a_table_is_told_in_letters(tmp_path: Path, flickr8k: Path) -> None:
+def test_a_hostile_name_in_a_table_is_printed_escaped(tmp_path: Path, flickr8k: Path) -> None:
     pq.write_table(pa.table({"image_id": [HOSTILE], "caption": ["x"]}), tmp_path / "a.parquet")
     assert without_control_characters(mistake("evaluate", tmp_path / "a.parquet", flickr8k))
 
@@ -302,7 +302,7 @@ def test_a_hostile_name_in_a_table_is_told_in_letters(tmp_path: Path, flickr8k: 
     assert without_control_characters(line)
 
 
-def test_a_caption_of_a_hostile_vocabulary_is_printed_in_letters(photograph: Path, tmp_path: Path) -> None:
+def test_a_caption_of_a_hostile_vocabulary_is_printed_escaped(photograph: Path, tmp_path: Path) -> None:
     words = ("<b>", "\x1b[2J", "\u202e", "](x)", "|", "\x9b31m", "\x7f")
     model = small_data.write_model_folder(tmp_path / "model", words=words, seed=4)
     said = Captioner.load(model, device="cpu").caption([photograph])[0].text
@@ -317,7 +317,7 @@ def test_a_caption_of_a_hostile_vocabulary_is_printed_in_letters(photograph: Pat
     assert json.loads(as_json)["caption"] == said
 
 
-def test_hostile_references_are_scored_and_shown_in_letters(tmp_path: Path) -> None:
+def test_hostile_references_are_scored_and_printed_escaped(tmp_path: Path) -> None:
     references = {"image_id": ["a", "b"], "captions": [[HOSTILE, HOSTILE], [HOSTILE]], "split": ["test"] * 2}
     pq.write_table(pa.table(references), tmp_path / "references.parquet")
     pq.write_table(pa.table({"image_id": ["a", "b"], "caption": [HOSTILE, "a cat"]}), tmp_path / "captions.parquet")
@@ -348,7 +348,7 @@ def captions_elsewhere(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
     return tmp_path / "captions"
 
 
-def test_a_report_shows_no_file_that_lies_elsewhere_unless_told_to(captions_elsewhere: Path) -> None:
+def test_a_report_shows_outside_files_only_if_allowed(captions_elsewhere: Path) -> None:
     line = mistake("report", captions_elsewhere)
 
     for words in ("image 'a'", "elsewhere.jpg", f"leads out of {captions_elsewhere};", "--allow-outside-paths"):
@@ -359,7 +359,7 @@ def test_a_report_shows_no_file_that_lies_elsewhere_unless_told_to(captions_else
 
 
 @pytest.mark.parametrize("name", ["", "list.parquet"])
-def test_a_report_shows_the_files_of_the_runs_input(captions_elsewhere: Path, name: str) -> None:
+def test_a_report_shows_the_files_of_the_run_input(captions_elsewhere: Path, name: str) -> None:
     (captions_elsewhere / "_imcap").mkdir()
     run = {"input": str(captions_elsewhere.parent / name)}
     (captions_elsewhere / "_imcap" / "run.json").write_text(json.dumps(run))
@@ -368,7 +368,7 @@ def test_a_report_shows_the_files_of_the_runs_input(captions_elsewhere: Path, na
     assert "data:image/jpeg" in (captions_elsewhere / "report.html").read_text()
 
 
-def test_training_data_may_name_files_elsewhere_only_when_told_to(tmp_path: Path, captions: Path) -> None:
+def test_training_data_can_name_outside_files_only_if_allowed(tmp_path: Path, captions: Path) -> None:
     data = tmp_path / "data.parquet"
     pq.write_table(pa.table({"image_path": ["/elsewhere/a.jpg"], "caption": ["x"]}), data)
 
@@ -423,7 +423,7 @@ def test_one_image_is_captioned_on_stdout(photograph: Path, model_dir: Path, cap
     assert result.stdout == f"{expected.text}\n"
 
 
-def test_one_image_is_not_captioned_on_a_cpu_where_a_gpu_was_asked_for(photograph: Path, model_dir: Path) -> None:
+def test_one_image_is_not_captioned_on_a_cpu_if_a_gpu_was_requested(photograph: Path, model_dir: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
 
@@ -481,7 +481,7 @@ def captions(tmp_path: Path, flickr8k: Path) -> Path:
     return tmp_path / "captions"
 
 
-def test_captions_are_scored_and_the_scores_kept_beside_them(captions: Path, flickr8k: Path) -> None:
+def test_captions_are_scored_and_the_scores_are_stored_next_to_them(captions: Path, flickr8k: Path) -> None:
     result = imcap("evaluate", captions, flickr8k)
 
     assert result.exit_code == 0
@@ -513,7 +513,7 @@ def test_scores_name_the_search_and_the_model(captions: Path, flickr8k: Path) ->
         {"caption": pa.array([b"caf\xe9"]).view(pa.string())},
     ],
 )
-def test_a_captions_table_of_odd_columns_is_refused_in_one_line(
+def test_a_captions_table_with_unsuitable_columns_is_a_one_line_error(
     tmp_path: Path, flickr8k: Path, columns: dict[str, Any]
 ) -> None:
     pq.write_table(pa.table({"image_id": ["a.jpg"], **columns}), tmp_path / "odd.parquet")
@@ -540,7 +540,7 @@ def test_a_report_is_written_to_a_uri(tmp_path: Path) -> None:
     assert result.stderr == "1 photograph cannot be shown, the first is a.jpg: its bytes were in a table\n"
 
 
-def test_a_report_of_one_file_lies_beside_it_and_not_in_a_folders_place(tmp_path: Path) -> None:
+def test_a_report_of_one_file_is_written_next_to_it_and_does_not_replace_a_folder(tmp_path: Path) -> None:
     captions = captions_of_ours(tmp_path / "captions", ["a.jpg"])
 
     assert imcap("report", captions / "part-0.parquet").exit_code == 0
@@ -548,7 +548,7 @@ def test_a_report_of_one_file_lies_beside_it_and_not_in_a_folders_place(tmp_path
     assert "is a folder: give the name of the page" in mistake("report", captions, "--output", tmp_path)
 
 
-def test_a_report_of_captions_that_cannot_be_scored_says_why(tmp_path: Path, flickr8k: Path) -> None:
+def test_a_report_of_captions_that_cannot_be_scored_states_the_reason(tmp_path: Path, flickr8k: Path) -> None:
     known = load_dataset(str(flickr8k)).split("test")["image_id"][0].as_py()
     captions = captions_of_ours(tmp_path / "captions", [known, "strange.jpg"])
 
@@ -560,18 +560,18 @@ def test_a_report_of_captions_that_cannot_be_scored_says_why(tmp_path: Path, fli
     assert "is missing" in mistake("report", captions, "--references", flickr8k, "--split", "train")
 
 
-def test_scores_as_json_are_all_there_is_on_stdout(captions: Path, flickr8k: Path, tmp_path: Path) -> None:
+def test_scores_as_json_are_the_only_output_on_stdout(captions: Path, flickr8k: Path, tmp_path: Path) -> None:
     result = imcap("evaluate", captions, flickr8k, "--json", "--save", tmp_path / "scores")
 
     assert json.loads(result.stdout) == json.loads((tmp_path / "scores" / "scores.json").read_text())
     assert not (captions / "_imcap").exists()
 
 
-def test_quiet_says_nothing(captions: Path, flickr8k: Path) -> None:
+def test_quiet_prints_nothing(captions: Path, flickr8k: Path) -> None:
     assert imcap("evaluate", captions, flickr8k, "--quiet").output == ""
 
 
-def test_scoring_against_a_split_without_captions_is_one_line(captions: Path, flickr8k: Path) -> None:
+def test_scoring_against_a_split_without_captions_is_a_one_line_error(captions: Path, flickr8k: Path) -> None:
     line = mistake("evaluate", captions, flickr8k, "--split", "validation")
 
     assert "has captions for 0 of the 2 validation images" in line
@@ -611,7 +611,7 @@ def test_captions_are_exported_and_the_last_line_counts_them(format: str, captio
     assert (tmp_path / "out").exists()
 
 
-def test_an_export_as_json_is_all_there_is_on_stdout(captioned: Path, tmp_path: Path) -> None:
+def test_an_export_summary_as_json_is_the_only_output_on_stdout(captioned: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "1.jpg").unlink()
 
     summary = json.loads(imcap("export", captioned, tmp_path / "out", "--to", "webdataset", "--json").stdout)
@@ -628,7 +628,7 @@ def test_an_export_as_json_is_all_there_is_on_stdout(captioned: Path, tmp_path: 
     }
 
 
-def test_an_image_that_is_gone_is_named(captioned: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_named(captioned: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "1.jpg").unlink()
 
     result = imcap("export", captioned, tmp_path / "out", "--to", "hf")
@@ -640,7 +640,7 @@ def test_an_image_that_is_gone_is_named(captioned: Path, tmp_path: Path) -> None
     ]
 
 
-def test_mistakes_with_an_export_are_one_line(captioned: Path, tmp_path: Path) -> None:
+def test_export_errors_are_one_line(captioned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "no such captions" in mistake("export", tmp_path / "nowhere", out, "--to", "csv")
     assert "no captions table" in mistake("export", tmp_path / "images", out, "--to", "csv")
@@ -658,14 +658,14 @@ def test_mistakes_with_an_export_are_one_line(captioned: Path, tmp_path: Path) -
     assert "run.json is damaged" in mistake("export", captioned, tmp_path / "other", "--to", "csv")
 
 
-def test_an_image_elsewhere_is_exported_only_when_told_to(captions_elsewhere: Path, tmp_path: Path) -> None:
+def test_an_outside_image_is_exported_only_if_allowed(captions_elsewhere: Path, tmp_path: Path) -> None:
     arguments = ["export", captions_elsewhere, tmp_path / "out", "--to", "webdataset"]
 
     assert "--allow-outside-paths" in mistake(*arguments)
     assert imcap(*arguments, "--allow-outside-paths").exit_code == 0
 
 
-def test_an_export_from_an_unfinished_run_says_so(captioned: Path, tmp_path: Path) -> None:
+def test_an_export_from_an_unfinished_run_has_a_warning(captioned: Path, tmp_path: Path) -> None:
     (captioned / "_imcap" / "run.json").write_text(json.dumps({"state": "running"}))
 
     result = imcap("export", captioned, tmp_path / "out", "--to", "jsonl")

@@ -31,7 +31,7 @@ def test_every_photograph_names_its_author_and_free_terms() -> None:
         assert photograph.licence in {"CC0", "public domain"}
 
 
-def test_file_names_are_unique_and_sorted_so_that_they_can_serve_as_image_ids() -> None:
+def test_file_names_are_unique_and_sorted() -> None:
     names = [photograph.file_name for photograph in sample_photographs()]
 
     assert names == sorted(set(names))
@@ -51,7 +51,7 @@ print("skimage" in sys.modules)
     assert run.stdout.strip() == "False"
 
 
-def test_a_missing_package_is_an_input_error_that_says_what_to_install(
+def test_a_missing_package_is_an_input_error_that_names_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(demo_images, "find_spec", lambda name: None)

@@ -31,7 +31,7 @@ def stumble(**options: Any) -> None:
 
 
 @pytest.mark.parametrize(("words", "has_traceback"), [([], False), (["-v"], True)])
-def test_an_error_is_our_one_line_first_and_its_traceback_only_with_v(words: list[str], has_traceback: bool) -> None:
+def test_an_error_is_one_line_and_has_a_traceback_only_with_v(words: list[str], has_traceback: bool) -> None:
     group = main.CommandGroup(commands={"stumble": stumble})
 
     result = CliRunner().invoke(group, ["stumble", *words])

@@ -21,7 +21,7 @@ from imcap_ray.config import Recipe, load_recipe
 from imcap_ray.data.dataset_check import DataCheck, Finding, check_dataset
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.text.mojibake import find_mojibake
-from tests.odd_images import photo
+from tests.malformed_images import photo
 from tests.small_data import ODD_KEY, captions_of, jpeg, write_tar
 
 
@@ -40,7 +40,7 @@ def image(data: Path, number: int) -> Path:
     return data / "Flicker8k_Dataset" / f"{number:04}_photo.jpg"
 
 
-def test_images_without_a_file_of_their_own_spoil_a_training(tmp_path: Path) -> None:
+def test_a_data_set_whose_images_have_no_files_is_unusable(tmp_path: Path) -> None:
     table = pa.table({"image_id": ["a", "b"], "caption": ["a dog", "a cat"], "split": ["train", "validation"]})
     pq.write_table(table, tmp_path / "captions.parquet")
 
@@ -70,7 +70,7 @@ def imcap(*arguments: object) -> Result:
 # ---- what there is
 
 
-def test_a_sound_data_set_is_described_and_passes(flickr8k: Path) -> None:
+def test_a_valid_data_set_is_described_and_passes(flickr8k: Path) -> None:
     found = check(flickr8k)
 
     assert not found.spoils
@@ -89,7 +89,7 @@ def test_a_sound_data_set_is_described_and_passes(flickr8k: Path) -> None:
     assert {finding.code for finding in found.findings} == {"missing", "odd_names", "note", "small"}
 
 
-def test_the_coverage_is_the_share_of_tokens_that_training_has_seen_often_enough(flickr8k: Path) -> None:
+def test_coverage_is_the_share_of_tokens_frequent_enough_in_training(flickr8k: Path) -> None:
     token_file = flickr8k / "Flickr8k.token.txt"
     token_file.write_text(token_file.read_text() + "0012_photo.jpg#5\tunheard of words\n")
 
@@ -113,7 +113,7 @@ def test_without_decoding_no_image_is_read(flickr8k: Path) -> None:
     assert check(flickr8k).spoils
 
 
-def test_progress_ends_with_all_images(flickr8k: Path) -> None:
+def test_progress_ends_at_the_number_of_images(flickr8k: Path) -> None:
     seen: list[tuple[int, int]] = []
 
     check(flickr8k, on_progress=lambda done, total: seen.append((done, total)))
@@ -124,7 +124,7 @@ def test_progress_ends_with_all_images(flickr8k: Path) -> None:
 # ---- leaks
 
 
-def test_the_same_bytes_in_two_splits_spoil_a_training(flickr8k: Path) -> None:
+def test_identical_images_in_two_splits_make_a_data_set_unusable(flickr8k: Path) -> None:
     shutil.copy(image(flickr8k, 3), image(flickr8k, 12))
     shutil.copy(image(flickr8k, 4), image(flickr8k, 16))
     shutil.copy(image(flickr8k, 5), image(flickr8k, 6))
@@ -141,7 +141,7 @@ def test_the_same_bytes_in_two_splits_spoil_a_training(flickr8k: Path) -> None:
     assert (repeated.spoils, repeated.examples) == (False, ["0006_photo.jpg = 0005_photo.jpg"])
 
 
-def test_the_same_picture_saved_again_is_a_leak_too(flickr8k: Path) -> None:
+def test_a_reencoded_picture_is_a_leak_too(flickr8k: Path) -> None:
     photo(320, 240).save(image(flickr8k, 0), "JPEG", quality=95)
     photo(320, 240).resize((200, 200)).convert("L").save(image(flickr8k, 15), "PNG")
 
@@ -150,7 +150,7 @@ def test_the_same_picture_saved_again_is_a_leak_too(flickr8k: Path) -> None:
     assert (found.count, found.spoils, found.examples) == (1, True, ["0015_photo.jpg = 0000_photo.jpg"])
 
 
-def test_images_that_are_said_to_be_in_two_splits_are_counted(tmp_path: Path) -> None:
+def test_images_listed_in_two_splits_are_counted(tmp_path: Path) -> None:
     splits = ["train", "validation", "test", "train", "validation"]
     columns = {"image_id": ["a", "a", "b", "b", "c"], "caption": ["a dog"] * 5, "split": splits}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
@@ -163,7 +163,7 @@ def test_images_that_are_said_to_be_in_two_splits_are_counted(tmp_path: Path) ->
     assert "(the first of 2; `imcap check` counts them)" in imcap("train", tmp_path, tmp_path / "model").stderr
 
 
-def test_pictures_that_are_not_alike_are_no_leak(flickr8k: Path) -> None:
+def test_different_pictures_are_not_a_leak(flickr8k: Path) -> None:
     """Nor are pictures on which there is nothing to see."""
     for number, grey in ((0, 100), (12, 101)):
         Image.new("RGB", (80, 60), (grey,) * 3).save(image(flickr8k, number), "JPEG")
@@ -174,7 +174,7 @@ def test_pictures_that_are_not_alike_are_no_leak(flickr8k: Path) -> None:
 # ---- files
 
 
-def test_missing_unreadable_and_uncaptioned_images_are_told_apart(flickr8k: Path) -> None:
+def test_missing_unreadable_and_uncaptioned_images_are_distinguished(flickr8k: Path) -> None:
     image(flickr8k, 0).unlink()
     image(flickr8k, 1).write_bytes(jpeg(1)[:500])
     (flickr8k / "Flicker8k_Dataset" / "new.jpg").write_bytes(jpeg(50))
@@ -191,7 +191,9 @@ def test_missing_unreadable_and_uncaptioned_images_are_told_apart(flickr8k: Path
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"<html>404</html>")])
-def test_more_than_a_tenth_gone_spoils_a_training(flickr8k: Path, damage: Callable[[Path], Any]) -> None:
+def test_more_than_a_tenth_of_images_missing_makes_a_data_set_unusable(
+    flickr8k: Path, damage: Callable[[Path], Any]
+) -> None:
     for number in range(2):
         damage(image(flickr8k, number))
     assert not check(flickr8k).spoils
@@ -199,7 +201,7 @@ def test_more_than_a_tenth_gone_spoils_a_training(flickr8k: Path, damage: Callab
     assert check(flickr8k).spoils
 
 
-def test_no_validation_images_spoil_a_training(flickr8k: Path) -> None:
+def test_a_data_set_without_validation_images_is_unusable(flickr8k: Path) -> None:
     (flickr8k / "Flickr_8k.devImages.txt").unlink()
 
     found = check(flickr8k, decode=False)
@@ -208,7 +210,7 @@ def test_no_validation_images_spoil_a_training(flickr8k: Path) -> None:
     assert found.spoils
 
 
-def test_the_dirt_of_public_copies_of_flickr8k_is_found_and_named(flickr8k: Path) -> None:
+def test_known_defects_of_public_flickr8k_copies_are_found_and_named(flickr8k: Path) -> None:
     """Lines of another collection whose names begin with `e`, some of them in the split lists; none has a file."""
     names = [f"e{number}.png" for number in range(19)] + ["e17_01jpg"]
     lines = [f"{name}#{k}\tForeign words here ." for name in names for k in range(5)]
@@ -226,7 +228,7 @@ def test_the_dirt_of_public_copies_of_flickr8k_is_found_and_named(flickr8k: Path
     assert f"2 captioned images have no image extension: {ODD_KEY}, e17_01jpg" in text
 
 
-def test_images_in_tars_are_read_where_they_are(tmp_path: Path) -> None:
+def test_images_are_read_directly_from_tars(tmp_path: Path) -> None:
     import tarfile
 
     for split, number in (("train", 1), ("val", 1)):
@@ -246,7 +248,7 @@ def test_images_in_tars_are_read_where_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["é", "café", "„Kaffee“", "naïve—really", "犬が走る", "Привет", "Ελλάδα", "€", "😀"])
-def test_utf8_read_as_another_encoding_is_found_and_the_text_itself_is_not(text: str) -> None:
+def test_mojibake_is_detected_and_correct_text_is_not(text: str) -> None:
     assert find_mojibake(f"a {text} b") == ""
     for encoding in ("latin-1", "cp1252"):
         try:
@@ -265,7 +267,7 @@ def test_utf8_read_as_another_encoding_is_found_and_the_text_itself_is_not(text:
         ("a dog &amp; a cat", "HTML entities", "&amp;", False),
     ],
 )
-def test_texts_in_the_wrong_encoding_are_found(
+def test_captions_in_the_wrong_encoding_are_found(
     flickr8k: Path, caption: str, fault: str, example: str, spoils: bool
 ) -> None:
     with (flickr8k / "Flickr8k.token.txt").open("a", encoding="utf-8") as file:
@@ -278,7 +280,7 @@ def test_texts_in_the_wrong_encoding_are_found(
     assert found.spoils == spoils  # 2 of 102 are more than 1 %
 
 
-def test_odd_captions_are_counted(flickr8k: Path) -> None:
+def test_unusual_captions_are_counted(flickr8k: Path) -> None:
     with (flickr8k / "Flickr8k.token.txt").open("a") as file:
         file.write(
             f"0003_photo.jpg#5\t{captions_of(3)[0]}\n0003_photo.jpg#6\tdog .\n0003_photo.jpg#7\t{'very ' * 30}\n"
@@ -294,7 +296,7 @@ def test_odd_captions_are_counted(flickr8k: Path) -> None:
 # ---- the command
 
 
-def test_the_command_prints_the_most_severe_problem_first_and_ends_with_3(flickr8k: Path) -> None:
+def test_the_command_prints_the_most_severe_problem_first_and_exits_with_3(flickr8k: Path) -> None:
     assert imcap("check", flickr8k).exit_code == 0
     shutil.copy(image(flickr8k, 3), image(flickr8k, 12))
 
@@ -330,7 +332,7 @@ def test_wrong_input_is_exit_code_2(tmp_path: Path) -> None:
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_names_are_told_in_letters(tmp_path: Path) -> None:
+def test_names_are_printed_escaped(tmp_path: Path) -> None:
     hostile = "\x1b[2J\u202egpj.jpg"
     for name in (hostile, f"2{hostile}"):
         (tmp_path / name).write_bytes(jpeg(1))
@@ -353,7 +355,7 @@ def test_a_data_set_without_validation_images_is_refused_before_ray_starts(tmp_p
     assert result.stderr == f"imcap: {tmp_path}/a.parquet has no validation images: it has 1 train\n"
 
 
-def test_images_in_tables_and_tars_are_looked_at_as_files_are(tmp_path: Path) -> None:
+def test_images_in_tables_and_tars_are_checked_like_files(tmp_path: Path) -> None:
     names = [f"{number:03}.jpg" for number in range(20)]
     images = [jpeg(number // 2) if number else b"broken" for number in range(20)]  # pairs of the same bytes
     for name, image in zip(names, images, strict=True):

@@ -21,7 +21,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from imcap_ray.data.image_decoding import DecodedImage, decode_image
 from imcap_ray.data.image_errors import image_error_from_os_error
 from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
-from tests.odd_images import (
+from tests.malformed_images import (
     JPEG_END,
     OK,
     encode,
@@ -29,7 +29,7 @@ from tests.odd_images import (
     exif,
     grey_tiff,
     jpeg_of_scans,
-    odd_images,
+    malformed_images,
     photo,
     png_header,
 )
@@ -89,8 +89,10 @@ def note_sizes_before_resizing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[in
 # --- every kind of file has its status ---
 
 
-@pytest.mark.parametrize(("data", "expected"), [pytest.param(data, code, id=name) for name, data, code in odd_images()])
-def test_each_odd_file_has_its_code(data: bytes, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "expected"), [pytest.param(data, code, id=name) for name, data, code in malformed_images()]
+)
+def test_each_malformed_file_has_its_error_code(data: bytes, expected: str) -> None:
     try:
         image = decode(data)
     except ImageError as error:
@@ -104,20 +106,20 @@ def test_each_odd_file_has_its_code(data: bytes, expected: str) -> None:
         assert image.sha256 == hashlib.sha256(data).hexdigest()
 
 
-def test_the_odd_files_have_unique_names_and_cover_all_that_bytes_can_do_wrong() -> None:
-    names = [name for name, _, _ in odd_images()]
+def test_the_malformed_files_have_unique_names_and_cover_all_error_codes_of_bytes() -> None:
+    names = [name for name, _, _ in malformed_images()]
     assert len(set(names)) == len(names) >= 60
     not_from_bytes = {"missing", "permission_denied", "read_error", "changed", "out_of_memory", "internal"}
-    assert {code for _, _, code in odd_images()} - {OK} == set(IMAGE_ERROR_CODES) - not_from_bytes
+    assert {code for _, _, code in malformed_images()} - {OK} == set(IMAGE_ERROR_CODES) - not_from_bytes
 
 
-def test_messages_say_what_came() -> None:
+def test_messages_contain_what_was_received() -> None:
     assert "'<!DOCTYPE html>" in error_of(b"<!DOCTYPE html> not found").message
     assert "PDF" in error_of(b"%PDF-1.7").message
     assert "300 x 200 = 60,000" in error_of(encode(photo(300, 200), "PNG"), max_pixels=59_999).message
 
 
-def test_heic_without_its_plugin_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_heic_without_its_plugin_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     error = error_of(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(300))
     assert error.code == "unsupported_format"
@@ -163,12 +165,12 @@ def test_a_jpeg_decoded_at_a_reduced_scale_is_as_pillow_decodes_it(
         *("jpeg_text_before_end_mark", "jpeg_zeros_before_end_mark", "jpeg_fill_bytes_before_end_mark"),
     ],
 )
-def test_bytes_beside_the_picture_do_not_change_it(name: str) -> None:
-    [data] = [data for odd_name, data, _ in odd_images() if odd_name == name]
+def test_extra_bytes_do_not_change_the_picture(name: str) -> None:
+    [data] = [data for odd_name, data, _ in malformed_images() if odd_name == name]
     np.testing.assert_array_equal(decode(data).pixels, decode(encode(photo(), "JPEG")).pixels)
 
 
-def test_the_whole_picture_is_squashed() -> None:
+def test_the_picture_is_resized_without_cropping() -> None:
     data = encode(photo(200, 100), "PNG")
     image = decode(data)
     squashed = photo(200, 100).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -195,7 +197,7 @@ def test_a_rotated_photograph_is_measured_upright(orientation: int) -> None:
     assert mean_difference(image.pixels, decode(encode(upright, "PNG")).pixels) < 3
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     clear = encode(Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 0)), "PNG")
     half = encode(Image.new("RGBA", (SIZE, SIZE), (0, 0, 0, 128)), "PNG")
     half_grey = encode(Image.new("LA", (SIZE, SIZE), (0, 128)), "PNG")
@@ -205,7 +207,7 @@ def test_transparency_is_laid_on_white() -> None:
 
 
 @pytest.mark.parametrize("clear_colour", [0, bytes([0] + [255] * 15)], ids=["colour", "alpha_table"])
-def test_a_clear_palette_colour_becomes_white(clear_colour: int | bytes) -> None:
+def test_a_transparent_palette_colour_becomes_white(clear_colour: int | bytes) -> None:
     palette = Image.new("P", (SIZE, SIZE), 0)
     palette.putpalette([10, 20, 30] + [1, 2, 3] * 15)
     assert (decode(encode(palette, "PNG", transparency=clear_colour)).pixels == 255).all()
@@ -223,8 +225,8 @@ def test_mid_grey_of_16_bits_is_mid_grey(format: str) -> None:
     assert set(np.unique(pixels)) <= {127, 128}
 
 
-def test_colours_of_16_bits_are_those_of_8() -> None:
-    [data] = [data for name, data, _ in odd_images() if name == "png_rgb_16_bit"]
+def test_colours_of_16_bits_equal_those_of_8_bits() -> None:
+    [data] = [data for name, data, _ in malformed_images() if name == "png_rgb_16_bit"]
     np.testing.assert_array_equal(decode(data, 64).pixels, decode(encode(photo(), "PNG"), 64).pixels)
 
 
@@ -334,7 +336,7 @@ CUT_FILES = {
 
 
 @pytest.mark.parametrize("name", CUT_FILES)
-def test_a_cut_file_gives_the_whole_picture_or_an_error(name: str) -> None:
+def test_a_truncated_file_gives_the_complete_picture_or_an_error(name: str) -> None:
     data = CUT_FILES[name]
     whole = decode(data).pixels
     step = max(1, len(data) // 60)
@@ -349,7 +351,7 @@ def test_a_cut_file_gives_the_whole_picture_or_an_error(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in CUT_FILES if name.startswith("jpeg")])
-def test_a_jpeg_cut_in_a_scan_is_truncated_though_an_end_mark_follows(name: str) -> None:
+def test_a_jpeg_cut_within_a_scan_is_truncated_even_with_an_end_marker(name: str) -> None:
     data = CUT_FILES[name]
     scans = list(re.finditer(rb"\xff\xda.*?(?=\xff[^\0])", data, re.DOTALL))
     assert (len(scans) > 1) == ("progressive" in name)
@@ -361,7 +363,7 @@ def test_a_jpeg_cut_in_a_scan_is_truncated_though_an_end_mark_follows(name: str)
             assert error.code == "truncated", (length, error.message)
 
 
-def test_a_half_picture_is_an_error_though_another_library_allows_it(
+def test_a_partial_picture_is_an_error_even_if_another_library_allows_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
@@ -372,13 +374,13 @@ def test_a_half_picture_is_an_error_though_another_library_allows_it(
 # --- limits and surprises ---
 
 
-def test_too_many_pixels_are_refused_even_where_pillow_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_pixels_are_refused_even_if_pillow_has_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert error_of(png_header(60_000, 60_000) + b"\0\0\0\0IDAT").code == "too_large"
     assert Image.MAX_IMAGE_PIXELS is None
 
 
-def test_pictures_that_pillow_only_warns_of_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_that_pillow_only_warns_about_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert decode(encode(photo(40, 30), "PNG")).width == 40
 
@@ -391,7 +393,7 @@ def test_pictures_that_pillow_only_warns_of_are_decoded(monkeypatch: pytest.Monk
         pytest.param(b"P3 900 900 255\n" + b"#\n" * 5_000_000, "10,000 comments", id="ppm_comments"),
     ],
 )
-def test_a_small_file_that_would_take_minutes_is_refused_at_once(data: bytes, part: str) -> None:
+def test_a_small_file_that_would_take_minutes_is_refused_immediately(data: bytes, part: str) -> None:
     start = time.process_time()
 
     error = error_of(data)
@@ -400,13 +402,13 @@ def test_a_small_file_that_would_take_minutes_is_refused_at_once(data: bytes, pa
     assert error.code == "too_large" and part in error.message
 
 
-def test_max_pixels_is_the_most_that_is_decoded() -> None:
+def test_images_of_up_to_max_pixels_are_decoded() -> None:
     data = encode(photo(30, 20), "PNG")
     assert decode(data, max_pixels=600).width == 30
     assert error_of(data, max_pixels=599).code == "too_large"
 
 
-def test_no_memory_is_an_error_of_that_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_out_of_memory_is_an_error_of_that_image(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_memory(*_: object, **__: object) -> None:
         raise MemoryError
 
@@ -414,7 +416,7 @@ def test_no_memory_is_an_error_of_that_image(monkeypatch: pytest.MonkeyPatch) ->
     assert error_of(CUT_FILES["png"]).code == "out_of_memory"
 
 
-def test_the_unexpected_is_internal_and_reads_the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_internal_and_has_a_stable_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(image: Image.Image, *_: object, **__: object) -> None:
         raise ZeroDivisionError(f"bad {object()} in {image!r}\n at 0x7fe61c2b5a90 {'x' * 1000}")
 
@@ -425,8 +427,8 @@ def test_the_unexpected_is_internal_and_reads_the_same_every_time(monkeypatch: p
     assert "0x" not in errors[0].message and len(errors[0].message) < 250
 
 
-def test_warnings_of_the_image_reader_are_ignored_and_all_others_are_not() -> None:
-    warned = [data for name, data, _ in odd_images() if name in ("jpeg_exif_cut", "png_invalid_animation")]
+def test_only_warnings_of_the_image_reader_are_ignored() -> None:
+    warned = [data for name, data, _ in malformed_images() if name in ("jpeg_exif_cut", "png_invalid_animation")]
     decoding_has_begun = threading.Event()
 
     def decode_all() -> None:

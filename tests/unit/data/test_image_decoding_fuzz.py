@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.errors import IMAGE_ERROR_CODES, ImageError
-from tests.odd_images import OK, encode, odd_images, photo
+from tests.malformed_images import OK, encode, malformed_images, photo
 
 SIZE = 48
 MAX_PIXELS = 1_000_000
 MAX_SECONDS = 5.0  # of computing; the slowest of 60,000 took 0.1
 
-VALID_FILES = [data for _, data, code in odd_images() if code == OK and len(data) < 8000]
+VALID_FILES = [data for _, data, code in malformed_images() if code == OK and len(data) < 8000]
 VALID_FILES += [encode(photo(480, 360), "JPEG"), encode(photo(480, 360), "JPEG", progressive=True)]  # reduced
 
 # What lengths, offsets and counts are set to.
@@ -115,5 +115,5 @@ def test_a_header_with_an_extreme_number_gives_a_picture_or_an_image_error(numbe
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(signature=st.sampled_from([b"", *(data[:16] for data in VALID_FILES)]), data=st.binary(max_size=300))
-def test_noise_gives_a_picture_or_an_image_error(signature: bytes, data: bytes) -> None:
+def test_random_bytes_give_a_picture_or_an_image_error(signature: bytes, data: bytes) -> None:
     check(signature + data)

@@ -66,7 +66,7 @@ NUMBERS = [30, 10, 20, 40]
     ],
     ids=lambda value: str(value.type)[:40] if isinstance(value, pa.Array) else "",
 )
-def test_ids_of_any_type_name_the_images_and_do_so_again_in_every_command(
+def test_ids_of_any_type_identify_the_images_in_every_command(
     tmp_path: Path, ids: pa.Array, expected: list[str] | None
 ) -> None:
     path = write_ids(tmp_path, ids)
@@ -85,7 +85,7 @@ def test_ids_of_any_type_name_the_images_and_do_so_again_in_every_command(
     assert len(is_said) == (2 if expected == POSITIONS else 0)
 
 
-def test_an_id_column_of_structs_gives_way_to_the_next_one(tmp_path: Path) -> None:
+def test_an_id_column_of_structs_is_skipped_for_the_next_one(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array([{"a": 1}] * 4), column="image_id", key=pa.array(TEXTS))
 
     found = build_manifest(str(path), str(tmp_path / "manifest"))
@@ -94,7 +94,7 @@ def test_an_id_column_of_structs_gives_way_to_the_next_one(tmp_path: Path) -> No
     assert found.notes == (f"{path}: images from column image (bytes), ids from column key",)
 
 
-def test_captions_without_images_may_have_ids_of_bytes_and_no_structs(tmp_path: Path) -> None:
+def test_captions_without_images_can_have_byte_ids_but_not_structs(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"image_id": BYTES, "caption": ["a dog"] * 4}), path)
     assert sorted(load_dataset(str(path)).table["image_id"].to_pylist()) == sorted(HEX)
@@ -110,7 +110,7 @@ LONG = "x" * 5000
 DATA_URI = "data:image/jpeg;base64," + "/9j/4AAQSkZJRg//" * 20_000
 
 
-def test_an_id_of_any_length_is_known_again(tmp_path: Path) -> None:
+def test_an_id_of_any_length_is_recognised(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array(["a", LONG, "b", f"{LONG}y"]))
 
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_a_manifest_without_statistics_is_read_like_one_with_them(tmp_path: Path
 
 
 @pytest.mark.parametrize("content", [DATA_URI, "data:image/gif;base64,R0lGODlh", "y" * 10_000])
-def test_content_in_a_column_of_paths_is_a_short_row_with_a_clear_error(tmp_path: Path, content: str) -> None:
+def test_image_content_in_a_path_column_is_a_short_row_with_a_clear_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.jpg").write_bytes(IMAGES[0])
     columns = {"path": [content, "a.jpg", content], "caption": ["a dog"] * 3}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
@@ -156,7 +156,7 @@ def test_content_in_a_column_of_paths_is_a_short_row_with_a_clear_error(tmp_path
     }
 
 
-def test_a_data_uri_in_hugging_faces_struct_is_such_a_row_too(tmp_path: Path) -> None:
+def test_a_data_uri_in_a_hugging_face_struct_is_such_a_row_too(tmp_path: Path) -> None:
     images = [{"bytes": None, "path": DATA_URI}, {"bytes": IMAGES[1], "path": "b.jpg"}]
     pq.write_table(pa.table({"image": images}), tmp_path / "t.parquet")
 
@@ -168,7 +168,7 @@ def test_a_data_uri_in_hugging_faces_struct_is_such_a_row_too(tmp_path: Path) ->
     assert sorted(codes, key=str) == sorted(["unsupported_format", IMAGES[1]], key=str)
 
 
-def test_a_path_that_is_not_utf8_is_an_image_that_is_missing(tmp_path: Path) -> None:
+def test_a_path_that_is_not_utf8_is_a_missing_image(tmp_path: Path) -> None:
     paths = pa.array([b"caf\xe9.jpg", b"a.jpg"]).view(pa.string())
     (tmp_path / "a.jpg").write_bytes(IMAGES[0])
     pq.write_table(pa.table({"path": paths}), tmp_path / "t.parquet")
@@ -194,7 +194,7 @@ def test_an_output_of_an_earlier_version_with_a_long_id_is_resumed(tmp_path: Pat
     assert len(manifest_rows(tmp_path / "manifest")) == 2
 
 
-def test_a_run_says_once_that_ids_are_not_used(tmp_path: Path) -> None:
+def test_a_run_reports_once_that_ids_are_not_used(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array([{"a": 1}] * 4))
 
     notes = build_manifest(str(path), str(tmp_path / "manifest")).notes

@@ -85,7 +85,7 @@ def captured_bytes(rows: list[dict[str, Any]], target: str = "") -> list[bytes |
 # ---- a folder of images
 
 
-def test_a_folder_is_read_with_all_below_it(source: Path, target: str) -> None:
+def test_a_folder_is_read_recursively(source: Path, target: str) -> None:
     touch(source, "b.jpg", "a.PNG", "deep/er/c.webp", "notes.txt", "deep/README")
 
     summary = build_manifest(str(source), target)
@@ -97,7 +97,7 @@ def test_a_folder_is_read_with_all_below_it(source: Path, target: str) -> None:
     assert {(row["table_path"], row["row_group"], row["row"]) for row in rows} == {("", -1, -1)}
 
 
-def test_a_folder_is_read_alone_when_asked(source: Path, target: str) -> None:
+def test_a_folder_is_read_without_subfolders_on_request(source: Path, target: str) -> None:
     touch(source, "a.jpg", "deep/b.jpg", "deep/c.txt")
 
     summary = build_manifest(str(source), target, InputOptions(recursive=False))
@@ -106,14 +106,14 @@ def test_a_folder_is_read_alone_when_asked(source: Path, target: str) -> None:
     assert ids(target) == ["a.jpg"]
 
 
-def test_hidden_files_are_no_images(source: Path, target: str) -> None:
+def test_hidden_files_are_not_images(source: Path, target: str) -> None:
     touch(source, "a.jpg", ".b.jpg", "deep/._c.jpg")
 
     assert build_manifest(str(source), target) == InputSummary(num_images=1, num_ignored=2, description="folder")
     assert ids(target) == ["a.jpg"]
 
 
-def test_one_image_is_an_input_too(source: Path, target: str) -> None:
+def test_a_single_image_is_an_input_too(source: Path, target: str) -> None:
     touch(source, "a.jpg", "b.jpg")
 
     summary = build_manifest(str(source / "a.jpg"), target)
@@ -122,21 +122,21 @@ def test_one_image_is_an_input_too(source: Path, target: str) -> None:
     assert [(row["image_id"], row["image_path"]) for row in read(target)] == [("a.jpg", f"{source}/a.jpg")]
 
 
-def test_a_link_that_leads_nowhere_is_somebodys_image(source: Path, target: str) -> None:
+def test_a_dangling_link_is_listed_as_an_image(source: Path, target: str) -> None:
     (source / "lost.jpg").symlink_to(source / "nowhere.jpg")
 
     assert build_manifest(str(source), target).num_images == 1
     assert ids(target) == ["lost.jpg"]
 
 
-def test_a_loop_of_links_ends(source: Path, target: str) -> None:
+def test_a_link_loop_ends(source: Path, target: str) -> None:
     touch(source, "a.jpg", "deep/b.jpg")
     (source / "deep" / "up").symlink_to(source)
 
     assert build_manifest(str(source), target).num_images == 2
 
 
-def test_a_name_that_is_not_utf8_is_a_row_like_the_others(source: Path, target: str) -> None:
+def test_a_name_that_is_not_utf8_gives_an_ordinary_row(source: Path, target: str) -> None:
     touch(source, "a.jpg")
     try:
         with open(os.fsencode(source) + b"/caf\xe9.jpg", "wb"):
@@ -148,14 +148,14 @@ def test_a_name_that_is_not_utf8_is_a_row_like_the_others(source: Path, target: 
     assert ids(target) == ["a.jpg", "caf\\xe9.jpg"]
 
 
-def test_a_limit_takes_the_first(source: Path, target: str) -> None:
+def test_a_limit_takes_the_first_images(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(5)))
 
     assert build_manifest(str(source), target, InputOptions(limit=3)).num_images == 3
     assert ids(target) == ["0.jpg", "1.jpg", "2.jpg"]
 
 
-def test_a_file_system_that_is_not_local_is_read_alike(target: str) -> None:
+def test_a_remote_file_system_is_read_the_same_way(target: str) -> None:
     for name in ("a.jpg", "deep/b.jpg", "c.txt"):
         storage.write_bytes(f"memory://manifest-test/in/{name}", b"1")
 
@@ -182,7 +182,7 @@ def test_the_same_input_again_adds_nothing(source: Path, target: str) -> None:
     assert {path.name: path.read_bytes() for path in Path(target).iterdir()} == before
 
 
-def test_new_images_get_numbers_behind_the_old_ones(source: Path, target: str) -> None:
+def test_new_images_are_numbered_after_the_old_ones(source: Path, target: str) -> None:
     touch(source, "b.jpg", "d.jpg")
     build_manifest(str(source), target)
     touch(source, "a.jpg", "c.jpg")
@@ -194,7 +194,7 @@ def test_new_images_get_numbers_behind_the_old_ones(source: Path, target: str) -
     assert ids(target) == ["b.jpg", "d.jpg", "a.jpg", "c.jpg", "0.jpg"]
 
 
-def test_a_limit_can_be_lifted_later(source: Path, target: str) -> None:
+def test_a_limit_can_be_removed_later(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(4)))
     build_manifest(str(source), target, InputOptions(limit=2))
 
@@ -216,7 +216,7 @@ def test_a_long_manifest_has_several_parts(source: Path, target: str) -> None:
 # ---- Parquet
 
 
-def test_bytes_are_found_by_table_row_group_and_row(source: Path, target: str) -> None:
+def test_image_bytes_are_located_by_table_row_group_and_row(source: Path, target: str) -> None:
     path = write_table(source / "photos.parquet", {"caption": ["x"] * 7, "image": IMAGES})
 
     summary = build_manifest(str(path), target)
@@ -243,7 +243,7 @@ def test_several_tables_in_folders_are_one_input(source: Path, target: str) -> N
 
 
 @pytest.mark.parametrize("column", ["image_id", "__key__", "key", "id"])
-def test_an_id_column_names_the_images(source: Path, target: str, column: str) -> None:
+def test_an_id_column_gives_the_image_ids(source: Path, target: str, column: str) -> None:
     path = write_table(source / "photos.parquet", {"jpg": IMAGES[:4], column: ["d", "a", "c", "b"]})
 
     build_manifest(str(path), target)
@@ -252,13 +252,13 @@ def test_an_id_column_names_the_images(source: Path, target: str, column: str) -
     assert captured_bytes(read(target)) == IMAGES[:4]
 
 
-def test_ids_may_be_numbers(source: Path, target: str) -> None:
+def test_ids_can_be_numbers(source: Path, target: str) -> None:
     build_manifest(str(write_table(source / "photos.parquet", {"image": IMAGES[:3], "id": [30, 10, 20]})), target)
 
     assert ids(target) == ["30", "10", "20"]
 
 
-def test_paths_start_at_the_tables_folder(source: Path, target: str) -> None:
+def test_paths_are_relative_to_the_folder_of_the_table(source: Path, target: str) -> None:
     paths = ["a.jpg", "deep/b.jpg", f"{source}/c.jpg", f"file://{source}/d.jpg", "deep/../e.jpg"]
     build_manifest(str(write_table(source / "list.parquet", {"path": paths, "title": ["x"] * 5})), target)
 
@@ -295,7 +295,7 @@ def test_a_path_that_leads_out_of_the_folder_is_refused_before_anything_is_writt
 
 
 @pytest.mark.parametrize("kind", ["path", "struct"])
-def test_a_path_may_lead_anywhere_when_that_is_allowed(source: Path, target: str, kind: str) -> None:
+def test_a_path_can_lead_anywhere_if_allowed(source: Path, target: str, kind: str) -> None:
     column = {"path": OUTSIDE} if kind == "path" else {"image": hugging_face([None] * 5, OUTSIDE)}
     write_table(source / "list.parquet", column)
 
@@ -309,7 +309,7 @@ def test_a_path_may_lead_anywhere_when_that_is_allowed(source: Path, target: str
     ]
 
 
-def test_a_path_may_lead_from_a_tables_folder_to_another_of_the_same_input(source: Path, target: str) -> None:
+def test_a_path_can_lead_from_one_folder_of_the_input_to_another(source: Path, target: str) -> None:
     (source / "tables").mkdir()
     write_table(source / "tables" / "list.parquet", {"path": ["../images/a.jpg"]})
 
@@ -318,7 +318,7 @@ def test_a_path_may_lead_from_a_tables_folder_to_another_of_the_same_input(sourc
         build_manifest(str(source / "tables"), f"{target}2")
 
 
-def test_a_link_in_the_folder_is_followed_wherever_it_leads(source: Path, tmp_path: Path, target: str) -> None:
+def test_a_link_in_the_folder_is_followed_anywhere(source: Path, tmp_path: Path, target: str) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.jpg").write_bytes(IMAGES[0])
     (source / "linked").symlink_to(tmp_path / "elsewhere")
@@ -329,7 +329,7 @@ def test_a_link_in_the_folder_is_followed_wherever_it_leads(source: Path, tmp_pa
     assert storage.read_bytes(read(target)[0]["image_path"]) == IMAGES[0]
 
 
-def test_a_path_with_a_secret_is_refused_even_where_paths_may_lead_out(source: Path, target: str) -> None:
+def test_a_path_with_a_secret_is_refused_even_if_outside_paths_are_allowed(source: Path, target: str) -> None:
     signed = "https://bucket.s3.amazonaws.com/a.jpg?X-Amz-Signature=planted"
     path = write_table(source / "list.parquet", {"path": ["a.jpg", signed]})
 
@@ -338,7 +338,7 @@ def test_a_path_with_a_secret_is_refused_even_where_paths_may_lead_out(source: P
     assert "planted" not in str(caught.value)
 
 
-def test_hugging_faces_struct_gives_bytes_and_names(source: Path, target: str) -> None:
+def test_a_hugging_face_struct_gives_bytes_and_names(source: Path, target: str) -> None:
     path = write_table(source / "train.parquet", {"image": hugging_face(IMAGES[:4], ["a", "b", "c", "d"])})
 
     build_manifest(str(path), target)
@@ -347,7 +347,7 @@ def test_hugging_faces_struct_gives_bytes_and_names(source: Path, target: str) -
     assert captured_bytes(read(target)) == IMAGES[:4]
 
 
-def test_hugging_faces_struct_may_point_at_a_file_instead(source: Path, target: str) -> None:
+def test_a_hugging_face_struct_can_point_to_a_file_instead(source: Path, target: str) -> None:
     images = hugging_face([IMAGES[0], None, None], ["a.jpg", "images/b.jpg", None])
     path = write_table(source / "train.parquet", {"image": images})
 
@@ -359,7 +359,7 @@ def test_hugging_faces_struct_may_point_at_a_file_instead(source: Path, target: 
     assert captured_bytes([rows[0], rows[2]]) == [IMAGES[0], None]
 
 
-def test_a_path_beside_bytes_is_a_name_and_may_be_any(source: Path, target: str) -> None:
+def test_a_path_next_to_bytes_is_only_a_name(source: Path, target: str) -> None:
     path = write_table(source / "train.parquet", {"image": hugging_face(IMAGES[:5], OUTSIDE)})
 
     build_manifest(str(path), target)
@@ -369,7 +369,7 @@ def test_a_path_beside_bytes_is_a_name_and_may_be_any(source: Path, target: str)
     assert captured_bytes(rows) == IMAGES[:5]
 
 
-def test_names_that_are_not_unique_are_no_ids(source: Path, target: str) -> None:
+def test_names_that_are_not_unique_are_not_used_as_ids(source: Path, target: str) -> None:
     images = hugging_face(IMAGES[:2], ["image.jpg", "image.jpg"])
 
     build_manifest(str(write_table(source / "train.parquet", {"image": images})), target)
@@ -385,21 +385,21 @@ def test_repeated_ids_are_refused_even_across_files(source: Path, target: str) -
         build_manifest(str(source), target)
 
 
-def test_a_null_is_an_image_that_is_missing_and_stays_a_row(source: Path, target: str) -> None:
+def test_a_null_is_a_missing_image_and_keeps_its_row(source: Path, target: str) -> None:
     path = write_table(source / "a.parquet", {"image": pa.array([IMAGES[0], None], pa.binary())})
 
     assert build_manifest(str(path), target).num_images == 2
     assert captured_bytes(read(target)) == [IMAGES[0], None]
 
 
-def test_a_limit_ends_within_a_table(source: Path, target: str) -> None:
+def test_a_limit_can_end_within_a_table(source: Path, target: str) -> None:
     path = write_table(source / "a.parquet", {"image": IMAGES, "id": list("abcdefg")})
 
     assert build_manifest(str(path), target, InputOptions(limit=5)).num_images == 5
     assert ids(target) == list("abcde")
 
 
-def test_images_beside_a_table_are_the_input(source: Path, target: str) -> None:
+def test_images_next_to_a_table_are_the_input(source: Path, target: str) -> None:
     write_table(source / "captions.parquet", {"image_path": ["a.jpg"], "caption": ["x"]})
     touch(source, "a.jpg")
 
@@ -413,7 +413,7 @@ def test_the_largest_row_group_of_the_tables_of_an_input(source: Path, target: s
     assert largest_row_group(target) == 5
 
 
-def test_files_are_in_no_row_group(source: Path, target: str) -> None:
+def test_image_files_have_no_row_group(source: Path, target: str) -> None:
     touch(source, "a.jpg", "b.jpg")
     build_manifest(str(source), target)
     assert largest_row_group(target) == 0
@@ -442,7 +442,7 @@ def test_only_the_rows_asked_for_are_read(source: Path) -> None:
         ({"path": pa.string(), "audio": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}, ("path", "path")),
     ],
 )
-def test_the_column_of_images_is_known_by_its_name_before_its_type(
+def test_the_image_column_is_chosen_by_name_before_type(
     tmp_path: Path, columns: dict[str, pa.DataType], expected: tuple[str, str]
 ) -> None:
     values = {"binary": jpeg(), "large_binary": jpeg(), "struct": {"bytes": jpeg()}}
@@ -471,7 +471,7 @@ THUMBNAILS = [jpeg(number, width=12, height=12) for number in range(10, 17)]
         ("audio", [{"bytes": b"RIFF" + bytes(100), "path": f"{number}.wav"} for number in range(7)]),
     ],
 )
-def test_the_files_that_a_table_names_are_captioned_and_not_its_other_bytes(
+def test_files_named_by_a_table_take_precedence_over_its_bytes(
     source: Path, target: str, name: str, values: list[Any]
 ) -> None:
     paths = [f"{number}.jpg" for number in range(7)]
@@ -485,7 +485,7 @@ def test_the_files_that_a_table_names_are_captioned_and_not_its_other_bytes(
 
 
 @pytest.mark.parametrize("name", ["phash", "embedding", "md5", "audio"])
-def test_bytes_that_are_no_images_are_never_guessed(source: Path, target: str, name: str) -> None:
+def test_bytes_that_are_not_images_are_never_chosen(source: Path, target: str, name: str) -> None:
     table = write_table(source / "a.parquet", {name: [bytes(600)] * 7, "caption": ["x"] * 7})
 
     with pytest.raises(InputError, match=f"no column of images: .*--image-column.*; the values of {name} are not imag"):
@@ -495,7 +495,7 @@ def test_bytes_that_are_no_images_are_never_guessed(source: Path, target: str, n
     assert captured_bytes(read(target), target) == [bytes(600)] * 7
 
 
-def test_a_column_of_any_name_is_found_by_its_images(source: Path, target: str) -> None:
+def test_an_image_column_of_any_name_is_found_by_its_content(source: Path, target: str) -> None:
     table = write_table(source / "a.parquet", {"phash": PHASH, "photo": pa.array([None, *IMAGES[1:]], pa.binary())})
 
     summary = build_manifest(str(table), target)
@@ -504,7 +504,7 @@ def test_a_column_of_any_name_is_found_by_its_images(source: Path, target: str) 
     assert captured_bytes(read(target), target) == [None, *IMAGES[1:]]
 
 
-def test_several_columns_of_images_are_refused_until_one_is_named(source: Path, target: str) -> None:
+def test_several_image_columns_are_refused_unless_one_is_named(source: Path, target: str) -> None:
     table = write_table(source / "a.parquet", {"left": IMAGES, "right": THUMBNAILS, "id": list("abcdefg")})
 
     with pytest.raises(InputError, match=r"columns of images, left \(bytes\) and right \(bytes\): give --image-column"):
@@ -532,9 +532,7 @@ def test_several_columns_of_images_are_refused_until_one_is_named(source: Path, 
         ),
     ],
 )
-def test_a_column_that_is_named_and_does_not_fit_is_refused(
-    source: Path, target: str, columns: ColumnOptions, message: str
-) -> None:
+def test_an_unsuitable_named_column_is_refused(source: Path, target: str, columns: ColumnOptions, message: str) -> None:
     table = {"image": IMAGES[:2], "number": [1, 1], "words": [["a"], ["b"]]}
 
     with pytest.raises(InputError, match=message):
@@ -542,7 +540,7 @@ def test_a_column_that_is_named_and_does_not_fit_is_refused(
     assert not Path(target).exists()
 
 
-def test_the_ids_are_those_of_the_column_that_is_named(source: Path, target: str) -> None:
+def test_ids_come_from_the_named_column(source: Path, target: str) -> None:
     table = write_table(source / "a.parquet", {"image": IMAGES[:2], "id": [1, 2], "sku": ["x", "y"]})
 
     summary = build_manifest(str(table), target, InputOptions(columns=ColumnOptions(id="sku")))
@@ -551,7 +549,7 @@ def test_the_ids_are_those_of_the_column_that_is_named(source: Path, target: str
     assert summary.id_column == "sku"
 
 
-def test_the_columns_of_an_input_stay_what_they_were(source: Path, target: str) -> None:
+def test_the_columns_of_an_input_do_not_change(source: Path, target: str) -> None:
     columns = {"image": IMAGES[:3], "photo": THUMBNAILS[:3], "id": list("abc"), "sku": list("xyz")}
     table = str(write_table(source / "a.parquet", columns))
     build_manifest(table, target, InputOptions(columns=ColumnOptions(image="photo", id="sku")))
@@ -565,7 +563,7 @@ def test_the_columns_of_an_input_stay_what_they_were(source: Path, target: str) 
     assert captured_bytes(read(target), target) == THUMBNAILS[:3]
 
 
-def test_a_table_whose_column_has_another_name_now_is_read_from_that(source: Path, target: str) -> None:
+def test_a_table_whose_column_was_renamed_is_read_from_the_new_column(source: Path, target: str) -> None:
     write_table(source / "a.parquet", {"img": IMAGES[:2], "id": ["a", "b"]})
     build_manifest(str(source), target)
     write_table(source / "a.parquet", {"image": IMAGES[2:5], "id": ["a", "b", "c"]})
@@ -575,7 +573,7 @@ def test_a_table_whose_column_has_another_name_now_is_read_from_that(source: Pat
     assert captured_bytes(read(target), target) == IMAGES[2:5]
 
 
-def test_tables_of_one_input_may_call_their_images_differently(source: Path, target: str) -> None:
+def test_tables_of_one_input_can_have_different_image_columns(source: Path, target: str) -> None:
     write_table(source / "a.parquet", {"img": IMAGES[:2], "phash": PHASH[:2]})
     write_table(source / "b.parquet", {"image": IMAGES[2:4], "md5": PHASH[:2]})
     write_table(source / "c.parquet", {"photo": IMAGES[4:6]})
@@ -587,7 +585,7 @@ def test_tables_of_one_input_may_call_their_images_differently(source: Path, tar
 
 
 @pytest.mark.parametrize("names", list(itertools.permutations("abc")))
-def test_the_order_of_tables_does_not_decide_which_columns_fit_together(
+def test_the_order_of_tables_does_not_affect_column_compatibility(
     source: Path, target: str, names: tuple[str, ...]
 ) -> None:
     tables = [
@@ -606,7 +604,7 @@ def test_the_order_of_tables_does_not_decide_which_columns_fit_together(
 
 
 @pytest.mark.parametrize("names", ["ab", "ba"])
-def test_columns_that_no_order_fits_are_refused_in_either_order(source: Path, target: str, names: str) -> None:
+def test_incompatible_columns_are_refused_in_either_order(source: Path, target: str, names: str) -> None:
     tables: list[dict[str, Any]] = [
         {"data": IMAGES[:2], "image_path": ["a", "b"]},
         {"data": ["1", "2"], "image_path": ["c", "d"]},
@@ -618,7 +616,7 @@ def test_columns_that_no_order_fits_are_refused_in_either_order(source: Path, ta
         build_manifest(str(source), target)
 
 
-def test_a_table_without_rows_decides_nothing(source: Path, target: str) -> None:
+def test_a_table_without_rows_does_not_affect_the_column_choice(source: Path, target: str) -> None:
     write_table(source / "a.parquet", {"photo": pa.array([], pa.binary())})
     write_table(source / "b.parquet", {"photo": IMAGES[:2]})
 
@@ -634,7 +632,7 @@ def without_columns(target: str) -> None:
         pq.write_table(table.replace_schema_metadata(metadata), part)
 
 
-def test_the_manifest_of_an_earlier_version_is_read_as_it_was_and_grows(source: Path, target: str) -> None:
+def test_a_manifest_of_an_earlier_version_is_read_and_can_grow(source: Path, target: str) -> None:
     columns = {"photo": hugging_face(IMAGES[:2], ["a", "b"]), "id": ["a", "b"]}
     write_table(source / "a.parquet", columns)
     build_manifest(str(source), target)
@@ -646,7 +644,7 @@ def test_the_manifest_of_an_earlier_version_is_read_as_it_was_and_grows(source: 
     assert captured_bytes(read(target), target) == IMAGES[:4]
 
 
-def test_the_manifest_of_an_earlier_version_that_chose_otherwise_is_refused(source: Path, target: str) -> None:
+def test_a_manifest_of_an_earlier_version_with_another_column_choice_is_refused(source: Path, target: str) -> None:
     columns = {"thumbnail": THUMBNAILS[:3], "image_path": ["a.jpg", "b.jpg", "c.jpg"], "id": list("abc")}
     table = str(write_table(source / "a.parquet", columns))
     build_manifest(table, target, InputOptions(columns=ColumnOptions(image="thumbnail")))
@@ -676,7 +674,7 @@ def test_a_stray_picture_hides_no_table(source: Path, target: str) -> None:
     assert f"{source}: the input is 1 image file and all images in 1 Parquet table" in summary.notes
 
 
-def test_a_preview_hides_no_tar(source: Path, target: str) -> None:
+def test_a_preview_image_hides_no_tar(source: Path, target: str) -> None:
     write_tar(source / "00000.tar", {"a.jpg": IMAGES[0], "a.txt": b"x", "b.jpg": IMAGES[1]})
     (source / "preview.jpg").write_bytes(IMAGES[2])
     write_table(source / "00000.parquet", {"key": ["a", "b"], "caption": ["x", "y"], "phash": PHASH[:2]})
@@ -688,7 +686,7 @@ def test_a_preview_hides_no_tar(source: Path, target: str) -> None:
     assert f"{source}: 1 of the tables hold no images and are ignored: 00000.parquet" in summary.notes
 
 
-def test_images_in_tables_and_in_tars_of_one_place_are_refused_by_name(source: Path, target: str) -> None:
+def test_images_in_tables_and_tars_of_one_folder_are_refused_by_name(source: Path, target: str) -> None:
     write_tar(source / "0.tar", {"a.jpg": IMAGES[0]})
     write_table(source / "t.parquet", {"image": IMAGES})
 
@@ -696,7 +694,7 @@ def test_images_in_tables_and_in_tars_of_one_place_are_refused_by_name(source: P
         build_manifest(str(source), target)
 
 
-def test_a_table_that_names_other_images_than_those_next_to_it_is_refused_by_name(source: Path, target: str) -> None:
+def test_a_table_that_names_images_other_than_its_neighbours_is_refused_by_name(source: Path, target: str) -> None:
     touch(source, "assets/example.png", "data/photos/a")
     write_table(source / "data" / "t.parquet", {"path": ["../assets/example.png", "photos/a"]})
 
@@ -746,7 +744,7 @@ def test_an_image_that_only_a_table_names_is_never_missing_silently(source: Path
         build_manifest(str(source), target)
 
 
-def test_a_table_of_other_things_in_a_store_is_ignored(target: str) -> None:
+def test_an_unrelated_table_in_a_store_is_ignored(target: str) -> None:
     place = "memory://other-things"
     storage.write_bytes(f"{place}/a.jpg", IMAGES[0])
     storage.write_bytes(f"{place}/train.py", b"import torch" * 9)
@@ -761,7 +759,7 @@ def test_a_table_of_other_things_in_a_store_is_ignored(target: str) -> None:
         build_manifest(place, target)
 
 
-def test_a_table_that_is_ignored_does_not_decide_which_columns_the_others_have(source: Path, target: str) -> None:
+def test_an_ignored_table_does_not_affect_the_columns_of_the_others(source: Path, target: str) -> None:
     touch(source, "a.jpg")
     write_table(source / "captions.parquet", {"image_path": ["a.jpg"], "caption": ["x"]})
     write_table(source / "images.parquet", {"photo": IMAGES[:2], "id": ["x", "y"]})
@@ -772,7 +770,7 @@ def test_a_table_that_is_ignored_does_not_decide_which_columns_the_others_have(s
     assert ids(target) == ["a.jpg", "x", "y"]
 
 
-def test_an_image_file_and_a_row_of_the_same_id_are_refused(source: Path, target: str) -> None:
+def test_an_image_file_and_a_row_with_the_same_id_are_refused(source: Path, target: str) -> None:
     (source / "a.jpg").write_bytes(IMAGES[0])
     write_table(source / "t.parquet", {"image": hugging_face(IMAGES[1:3], ["a.jpg", "b.jpg"])})
 
@@ -780,7 +778,7 @@ def test_an_image_file_and_a_row_of_the_same_id_are_refused(source: Path, target
         build_manifest(str(source), target)
 
 
-def test_what_runs_have_written_among_photographs_is_no_input(source: Path, target: str) -> None:
+def test_outputs_of_runs_among_photographs_are_not_input(source: Path, target: str) -> None:
     touch(source, "a.jpg")
     part = {"image_id": ["x"], "image": [IMAGES[0]], "caption": ["x"]}
     for name in ("captions", "earlier"):
@@ -798,7 +796,7 @@ def test_what_runs_have_written_among_photographs_is_no_input(source: Path, targ
 # ---- inputs that cannot be captioned
 
 
-def test_what_is_not_there_is_named(tmp_path: Path, target: str) -> None:
+def test_a_missing_input_is_named(tmp_path: Path, target: str) -> None:
     with pytest.raises(InputError, match=f"no such input: {tmp_path}/nowhere"):
         build_manifest(f"{tmp_path}/nowhere", target)
 
@@ -808,7 +806,7 @@ def test_an_empty_folder_is_refused(source: Path, target: str) -> None:
         build_manifest(str(source), target)
 
 
-def test_a_folder_without_images_is_refused_with_the_number_of_its_files(source: Path, target: str) -> None:
+def test_the_error_for_a_folder_without_images_has_the_number_of_its_files(source: Path, target: str) -> None:
     touch(source, "a.txt", "b.pdf", "deep/.c.jpg")
 
     with pytest.raises(InputError, match="found 3 other files; expected files with names like .jpg"):
@@ -816,7 +814,7 @@ def test_a_folder_without_images_is_refused_with_the_number_of_its_files(source:
     assert not Path(target).exists()
 
 
-def test_a_table_without_images_is_refused_with_its_columns(source: Path, target: str) -> None:
+def test_the_error_for_a_table_without_images_lists_its_columns(source: Path, target: str) -> None:
     path = write_table(source / "a.parquet", {"caption": ["x"], "score": [0.5]})
 
     with pytest.raises(InputError, match=r"a.parquet has no column of images: .* got caption \(string\), score \(dou"):
@@ -824,7 +822,7 @@ def test_a_table_without_images_is_refused_with_its_columns(source: Path, target
 
 
 @pytest.mark.parametrize("columns", [{"image": IMAGES[:1]}, {"image": IMAGES[:1], "id": ["a"]}])
-def test_a_damaged_table_is_named_even_if_it_is_the_second(source: Path, target: str, columns: dict[str, Any]) -> None:
+def test_a_corrupt_table_is_named_even_if_it_is_the_second(source: Path, target: str, columns: dict[str, Any]) -> None:
     write_table(source / "a.parquet", columns)
     (source / "b.parquet").write_bytes(b"PAR1 no table")
 
@@ -852,14 +850,14 @@ def pickled(path: Path) -> pa.Array:
     return pa.ExtensionArray.from_storage(ArrowPythonObjectType(), pa.array([pickle.dumps(Trap(path))], "large_binary"))
 
 
-def test_the_trap_of_these_tests_snaps(tmp_path: Path) -> None:
+def test_the_malicious_pickle_of_these_tests_runs_code(tmp_path: Path) -> None:
     pa.table({"image": pickled(tmp_path / "snapped")}).to_pylist()
 
     assert (tmp_path / "snapped").exists()
 
 
 @pytest.mark.parametrize("place", ["bytes", "column", "id", "elsewhere"])
-def test_a_table_with_pickled_objects_is_refused_and_nothing_in_it_runs(
+def test_a_table_with_pickled_objects_is_refused_and_runs_no_code(
     source: Path, target: str, tmp_path: Path, place: str
 ) -> None:
     trap, names = pickled(tmp_path / "snapped"), pa.array(["a.jpg"])
@@ -890,7 +888,7 @@ def captions_table(rows: list[dict[str, Any]]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
 
 
-def test_captions_are_read_from_a_folder_past_our_own_files(tmp_path: Path) -> None:
+def test_captions_are_read_from_a_folder_and_our_own_files_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "_imcap").mkdir()
     for number in range(2):
         table = captions_table([{"image_id": f"{number}.jpg", "caption": "a dog", "status": "ok", "error_code": ""}])
@@ -901,7 +899,7 @@ def test_captions_are_read_from_a_folder_past_our_own_files(tmp_path: Path) -> N
     assert sorted(open_captions(str(tmp_path)).to_table()["image_id"].to_pylist()) == ["0.jpg", "1.jpg"]
 
 
-def test_what_else_lies_among_the_parts_of_a_run_is_no_caption(tmp_path: Path) -> None:
+def test_other_files_among_the_parts_of_a_run_are_not_captions(tmp_path: Path) -> None:
     table = captions_table([{"image_id": "0.jpg", "caption": "a dog", "status": "ok", "error_code": ""}])
     pq.write_table(table, tmp_path / f"{'0a' * 16}_000000.parquet")
     pq.write_table(table, tmp_path / "copy.parquet")
@@ -910,7 +908,7 @@ def test_what_else_lies_among_the_parts_of_a_run_is_no_caption(tmp_path: Path) -
     assert open_captions(str(tmp_path)).to_table()["image_id"].to_pylist() == ["0.jpg"]
 
 
-def test_what_is_no_captions_table_is_refused(tmp_path: Path) -> None:
+def test_an_unsuitable_captions_table_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"no such captions: {tmp_path}/nowhere"):
         open_captions(f"{tmp_path}/nowhere")
     with pytest.raises(InputError, match="is no captions table: .* got no Parquet file"):
@@ -941,7 +939,7 @@ def test_a_listed_image_is_recognised_in_any_part_of_the_manifest(source: Path, 
     assert build_manifest(str(source), target, rows_per_part=3).changed["image_id"].to_pylist() == ["7.jpg"]
 
 
-def test_an_image_whose_table_has_another_name_now_is_the_same_in_another_place(source: Path, target: str) -> None:
+def test_an_image_of_a_renamed_table_is_the_same_image_at_a_new_location(source: Path, target: str) -> None:
     table = write_table(source / "a.parquet", {"image": IMAGES, "id": list("abcdefg")})
     build_manifest(str(source), target)
     table.rename(source / "b.parquet")
@@ -953,7 +951,7 @@ def test_an_image_whose_table_has_another_name_now_is_the_same_in_another_place(
     assert {row["table_path"] for row in read(target)} == {f"{source}/b.parquet"}
 
 
-def test_what_a_table_of_paths_names_has_changed_when_that_file_has(source: Path, target: str) -> None:
+def test_a_row_of_a_path_table_has_changed_if_its_file_has(source: Path, target: str) -> None:
     touch(source, "a.jpg", "b.jpg", "c.jpg")
     (source / "tables").mkdir()
     table = source / "tables" / "t.parquet"
@@ -968,7 +966,7 @@ def test_what_a_table_of_paths_names_has_changed_when_that_file_has(source: Path
     assert summary.changed["image_id"].to_pylist() == [f"{source}/b.jpg"]
 
 
-def test_a_new_table_does_not_give_known_images_other_ids(source: Path, target: str) -> None:
+def test_a_new_table_does_not_change_the_ids_of_known_images(source: Path, target: str) -> None:
     write_table(source / "a.parquet", {"image": hugging_face(IMAGES[:2], ["0.jpg", "1.jpg"])})
     build_manifest(str(source), target)
     write_table(source / "b.parquet", {"image": hugging_face(IMAGES[2:4], ["0.jpg", "2.jpg"])})
@@ -979,7 +977,7 @@ def test_a_new_table_does_not_give_known_images_other_ids(source: Path, target: 
     assert ids(target) == ["0.jpg", "1.jpg"]
 
 
-def test_images_known_by_table_and_number_stay_so_when_their_names_have_become_unique(
+def test_images_identified_by_table_and_number_keep_their_ids_when_names_become_unique(
     source: Path, target: str
 ) -> None:
     write_table(source / "a.parquet", {"image": hugging_face(IMAGES[:2], ["0.jpg", "1.jpg"])})
@@ -993,7 +991,7 @@ def test_images_known_by_table_and_number_stay_so_when_their_names_have_become_u
     assert ids(target) == before == ["a.parquet#0", "a.parquet#1", "b.parquet#0", "b.parquet#1"]
 
 
-def test_a_run_that_may_not_write_any_more_adds_nothing_to_a_manifest(source: Path, target: str) -> None:
+def test_a_run_without_its_lease_adds_nothing_to_a_manifest(source: Path, target: str) -> None:
     touch(source, "a.jpg")
     build_manifest(str(source), target)
     touch(source, "b.jpg")

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.near_duplicates import HASH_BYTES, MAX_DISTANCE, Fingerprint, find_near_duplicates, fingerprint
-from tests.odd_images import photo
+from tests.malformed_images import photo
 from tests.small_data import jpeg
 
 
@@ -36,7 +36,7 @@ def saved(image: Image.Image, format: str, **options: int) -> bytes:
     ],
     ids=["quality", "format", "size", "grey", "brightness"],
 )
-def test_a_copy_saved_in_another_way_looks_the_same(copy: bytes) -> None:
+def test_a_reencoded_copy_is_a_near_duplicate(copy: bytes) -> None:
     others = [look(jpeg(number)) for number in range(60)]
 
     groups = find_near_duplicates([look(saved(photo(400, 300), "JPEG", quality=95)), *others, look(copy)])
@@ -44,13 +44,13 @@ def test_a_copy_saved_in_another_way_looks_the_same(copy: bytes) -> None:
     assert groups == [[0, 61]]
 
 
-def test_a_mirrored_picture_is_another_one() -> None:
+def test_a_mirrored_picture_is_not_a_near_duplicate() -> None:
     mirrored = photo(400, 300).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
 
     assert find_near_duplicates([look(saved(photo(400, 300), "PNG")), look(saved(mirrored, "PNG"))]) == []
 
 
-def test_every_pair_within_the_distance_is_found_and_no_other() -> None:
+def test_exactly_the_pairs_within_the_distance_are_found() -> None:
     """The bands against comparing each with each, on random hashes with some bits of them turned."""
     random = np.random.default_rng(0)
     thumbnail = os.urandom(256)  # all the same: the hash alone decides
@@ -70,11 +70,11 @@ def test_every_pair_within_the_distance_is_found_and_no_other() -> None:
     assert find_near_duplicates(looks) == expected
 
 
-def test_many_pictures_with_the_same_hash_are_one_group() -> None:
+def test_pictures_with_the_same_hash_are_one_group() -> None:
     same = look(jpeg(1))
 
     assert find_near_duplicates([same] * 3000) == [list(range(3000))]
 
 
-def test_nothing_looks_like_nothing() -> None:
+def test_no_or_one_picture_has_no_near_duplicates() -> None:
     assert find_near_duplicates([]) == find_near_duplicates([look(jpeg(1))]) == []

@@ -115,7 +115,7 @@ KINDS = ["bytes", "struct", "tar"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_failed_image_that_left_its_table_gets_no_other_images_caption(
+def test_a_failed_image_that_left_its_table_does_not_get_the_caption_of_another(
     source: Path, folder: CaptionsFolder, kind: str
 ) -> None:
     write_input(source, kind, "abcde")
@@ -128,7 +128,7 @@ def test_a_failed_image_that_left_its_table_gets_no_other_images_caption(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_interrupted_run_whose_table_was_rewritten_mixes_nothing_up(
+def test_an_interrupted_run_whose_table_was_rewritten_mixes_up_no_captions(
     source: Path, folder: CaptionsFolder, kind: str
 ) -> None:
     write_input(source, kind, "axcde")
@@ -143,7 +143,7 @@ def test_an_interrupted_run_whose_table_was_rewritten_mixes_nothing_up(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_beyond_the_limit_of_a_resumed_run_are_changed_until_they_are_listed_again(
+def test_rows_beyond_the_limit_of_a_resumed_run_count_as_changed_until_listed_again(
     source: Path, folder: CaptionsFolder, kind: str
 ) -> None:
     write_input(source, kind, "axcde")
@@ -176,9 +176,7 @@ def test_a_table_that_is_rewritten_during_a_run_is_captioned_by_the_next_one(
     assert results(folder) == {name: name for name in "acde"}
 
 
-def test_a_row_known_by_its_position_is_not_read_from_a_table_that_has_become_shorter(
-    source: Path, folder: CaptionsFolder
-) -> None:
+def test_a_row_identified_by_position_is_not_read_from_a_shortened_table(source: Path, folder: CaptionsFolder) -> None:
     write_input(source, "positions", "acdb")
     caption(folder, source)
     write_input(source, "positions", "xa")
@@ -204,7 +202,7 @@ def found(rows: Sequence[ManifestRow]) -> list[bytes | str]:
     return [data.code if isinstance(data := answers[row["manifest_id"]], ImageError) else data for row in rows]
 
 
-def test_rows_at_one_place_are_each_answered(tmp_path: Path) -> None:
+def test_each_of_several_rows_at_the_same_position_is_read(tmp_path: Path) -> None:
     rows = rows_of_table(tmp_path, "acd")
     twin = rows[1] | {"image_id": "twin", "manifest_id": 7}
     stale = rows[1] | {"image_id": "stale", "manifest_id": 8, "modified_ns": 1}
@@ -213,7 +211,7 @@ def test_rows_at_one_place_are_each_answered(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-def test_a_table_with_fewer_row_groups_and_rows_than_before_is_no_crash(tmp_path: Path, is_known: bool) -> None:
+def test_a_table_with_fewer_row_groups_and_rows_than_before_does_not_crash(tmp_path: Path, is_known: bool) -> None:
     rows = rows_of_table(tmp_path, "acdexyz", is_known=is_known)
     write_input(tmp_path / "in", "bytes", "x")
 
@@ -222,7 +220,7 @@ def test_a_table_with_fewer_row_groups_and_rows_than_before_is_no_crash(tmp_path
 
 
 @pytest.mark.parametrize("is_known", [True, False])
-def test_a_table_that_has_other_columns_now_fails_its_own_rows_only(tmp_path: Path, is_known: bool) -> None:
+def test_a_table_whose_columns_changed_fails_only_its_own_rows(tmp_path: Path, is_known: bool) -> None:
     rows = rows_of_table(tmp_path, "ac", is_known=is_known)
     (tmp_path / "single.jpg").write_bytes(CONTENTS["d"])
     single = rows[0] | {"manifest_id": 9, "table_path": "", "image_path": str(tmp_path / "single.jpg")}
@@ -232,7 +230,7 @@ def test_a_table_that_has_other_columns_now_fails_its_own_rows_only(tmp_path: Pa
     assert found([*rows, single]) == [code, code, CONTENTS["d"]]
 
 
-def test_a_table_that_is_gone_is_missing(tmp_path: Path) -> None:
+def test_rows_of_a_deleted_table_are_missing(tmp_path: Path) -> None:
     rows = rows_of_table(tmp_path, "ac")
     (tmp_path / "in" / "t.parquet").unlink()
 
@@ -240,7 +238,7 @@ def test_a_table_that_is_gone_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["tar", "bytes"])
-def test_nothing_that_was_read_before_a_table_was_rewritten_is_passed_on_after(
+def test_rows_read_before_a_table_was_rewritten_are_not_returned_afterwards(
     tmp_path: Path, source: Path, kind: str
 ) -> None:
     """The table is rewritten after some rows were read: later rows are those of another table."""
@@ -256,7 +254,7 @@ def test_nothing_that_was_read_before_a_table_was_rewritten_is_passed_on_after(
     assert codes == [CONTENTS["a"], CONTENTS["c"], "changed", "changed"]
 
 
-def test_a_table_is_described_twice_and_opened_once_however_many_row_groups_are_read(
+def test_a_table_is_described_twice_and_opened_once_for_any_number_of_row_groups(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "in" / "t.parquet"
@@ -280,7 +278,7 @@ def test_a_table_is_described_twice_and_opened_once_however_many_row_groups_are_
 
 
 @pytest.mark.parametrize("before", ["shorter", "longer"])
-def test_a_table_that_is_rewritten_while_it_is_listed_gives_no_image_anothers_id(
+def test_a_table_rewritten_during_listing_gives_no_image_the_id_of_another(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     write_input(source, "bytes", "acd")
@@ -314,7 +312,7 @@ def read_all(images: Iterator[bytes | ImageError]) -> list[bytes | str]:
     return [data.code if isinstance(data, ImageError) else data for data in images]
 
 
-def test_a_report_shows_no_image_of_a_table_that_was_rewritten_since(source: Path, folder: CaptionsFolder) -> None:
+def test_a_report_shows_no_image_of_a_table_rewritten_since_captioning(source: Path, folder: CaptionsFolder) -> None:
     images, rows = captioned(folder, source, "acd")
     assert read_all(images.load(rows)) == [CONTENTS[name] for name in "acd"]
 
@@ -328,7 +326,7 @@ def with_hashes(rows: list[ManifestRow]) -> list[ManifestRow]:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "tar"])
-def test_a_report_shows_the_images_of_a_table_that_still_has_them_whatever_its_time(
+def test_a_report_shows_unchanged_images_of_a_table_with_a_new_modification_time(
     source: Path, folder: CaptionsFolder, kind: str
 ) -> None:
     write_input(source, kind, "acd")
@@ -358,7 +356,7 @@ def test_a_row_with_a_hash_in_a_tar_of_other_files_has_changed(tmp_path: Path, s
     assert found(rows[1:]) == ["changed"]  # and no read error, after which an export would ask for another try
 
 
-def test_a_table_that_cannot_be_asked_for_its_version_is_a_read_error(
+def test_a_table_whose_version_cannot_be_queried_is_a_read_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = rows_of_table(tmp_path, "ac")
@@ -376,7 +374,7 @@ def test_a_table_that_cannot_be_asked_for_its_version_is_a_read_error(
     assert found(rows) == ["read_error", "read_error"]
 
 
-def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path) -> None:
+def test_a_table_removed_during_reading_counts_as_changed(tmp_path: Path) -> None:
     rows = rows_of_table(tmp_path, "ac")
     reading = read_rows(rows, None, rows_per_check=1)
 
@@ -387,9 +385,7 @@ def test_a_table_that_is_removed_while_it_is_read_has_changed(tmp_path: Path) ->
     assert read_all(iter(answers)) == [CONTENTS["a"], "changed"]
 
 
-def test_a_store_that_throttles_is_asked_once_whether_it_is_reachable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_throttles_is_probed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(storage, "is_reachable", lambda location: bool(asked.append(location)) or len(asked) < 3)
     images = CaptionedImageSource(str(tmp_path))
@@ -408,7 +404,7 @@ def test_a_store_that_throttles_is_asked_once_whether_it_is_reachable(
         images.require_still_reachable()
 
 
-def test_an_old_output_with_two_images_at_one_place_can_be_reported_and_exported(
+def test_an_old_output_with_two_images_at_one_position_can_be_reported_and_exported(
     source: Path, folder: CaptionsFolder
 ) -> None:
     """As earlier versions left it: `a` is where `c` is, by the table as it was once."""
@@ -446,13 +442,13 @@ def test_a_manifest_without_sizes_and_times_is_read(source: Path, folder: Captio
         ("s3://b/t", (5, 3 * 10**9), (5, 4 * 10**9), False),
     ],
 )
-def test_a_file_is_the_same_by_what_is_known_of_its_size_and_time(
+def test_files_are_compared_by_the_known_size_and_time(
     location: str, before: tuple[int, int], now: tuple[int, int], expected: bool
 ) -> None:
     assert storage.is_same_version(location, before, now) == expected
 
 
-def test_a_table_in_a_store_that_was_rewritten_is_changed(tmp_path: Path) -> None:
+def test_a_rewritten_table_in_a_store_counts_as_changed(tmp_path: Path) -> None:
     place = "memory://rewritten-test/t.parquet"
     for names in ("acd", "ac"):
         sink = pa.BufferOutputStream()
@@ -468,7 +464,7 @@ def test_a_table_in_a_store_that_was_rewritten_is_changed(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("kind", ["tar", "table"])
 @pytest.mark.parametrize("is_rewritten", [True, False])
-def test_a_data_set_that_is_rewritten_while_it_is_read_is_refused(
+def test_a_data_set_rewritten_during_reading_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_rewritten: bool
 ) -> None:
     """Else every image would be trained on under another image's caption."""

@@ -57,7 +57,7 @@ SPECIAL = ["pipe", "socket", "device", "terminal", "folder"]
 
 @at_once
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_a_table_that_names_a_special_file_has_a_failed_row_for_it_at_once(tmp_path: Path, kind: str) -> None:
+def test_a_special_file_named_by_a_table_fails_immediately(tmp_path: Path, kind: str) -> None:
     special = make_special(tmp_path, kind)
     (tmp_path / "a.jpg").write_bytes(jpeg(0))
     pq.write_table(pa.table({"path": [special.name, "a.jpg"]}), tmp_path / "t.parquet")
@@ -72,7 +72,7 @@ def test_a_table_that_names_a_special_file_has_a_failed_row_for_it_at_once(tmp_p
 
 @at_once
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_table_or_tar_that_has_become_a_special_file_fails_its_rows_at_once(tmp_path: Path, kind: str) -> None:
+def test_a_table_or_tar_replaced_by_a_special_file_fails_immediately(tmp_path: Path, kind: str) -> None:
     rows = []
     for name in ("t.parquet", "t.tar"):
         if name == "t.tar":
@@ -91,7 +91,7 @@ def test_a_table_or_tar_that_has_become_a_special_file_fails_its_rows_at_once(tm
 
 @at_once
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_reading_with_a_limit_refuses_a_special_file_by_name_at_once(tmp_path: Path, kind: str) -> None:
+def test_reading_with_a_limit_refuses_a_special_file_immediately(tmp_path: Path, kind: str) -> None:
     special = make_special(tmp_path, kind)
 
     with pytest.raises(OSError, match="expected a regular file, got a|Is a directory"):
@@ -107,7 +107,7 @@ def test_a_file_that_reports_a_wrong_size_is_read_up_to_the_limit() -> None:
         storage.read_bytes(path, max_bytes=100)
 
 
-def test_a_file_is_read_if_it_is_as_long_as_the_limit_and_not_if_it_is_longer(tmp_path: Path) -> None:
+def test_a_file_is_read_up_to_the_size_limit_and_refused_beyond_it(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     for size in (0, 1, 99, 100):
         path.write_bytes(b"x" * size)
@@ -188,9 +188,7 @@ def list_all(path: Path) -> list[str]:
 @pytest.mark.parametrize("size", [-512, -513, -1024, -1536, -3 * 10**9, 2**40, 2**62, 2**70, -(2**70)])
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("number", range(5))
-def test_a_tar_whose_header_has_an_impossible_size_is_damaged(
-    tmp_path: Path, format: int, number: int, size: int
-) -> None:
+def test_a_tar_header_with_an_impossible_size_is_corrupt(tmp_path: Path, format: int, number: int, size: int) -> None:
     data = tar_of(format)
     write_header(data, headers(data)[number], at=124, value=size_field(size))
     (tmp_path / "a.tar").write_bytes(data)
@@ -200,7 +198,7 @@ def test_a_tar_whose_header_has_an_impossible_size_is_damaged(
 
 
 @at_once
-def test_a_negative_size_in_an_extended_header_is_damage_too(tmp_path: Path) -> None:
+def test_a_negative_size_in_an_extended_header_is_corrupt_too(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         for number in range(3):
             info = tarfile.TarInfo(f"{number}.jpg")
@@ -215,7 +213,7 @@ def test_a_negative_size_in_an_extended_header_is_damage_too(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("end", [0, 100])
-def test_a_tar_with_a_damaged_header_within_is_not_taken_for_a_shorter_one(tmp_path: Path, end: int) -> None:
+def test_a_tar_with_a_corrupt_inner_header_is_not_treated_as_a_shorter_tar(tmp_path: Path, end: int) -> None:
     """tarfile ends silently at a header whose checksum does not fit, and at a part of a header."""
     data = tar_of(tarfile.GNU_FORMAT)
     last = headers(data)[-1]
@@ -229,7 +227,7 @@ def test_a_tar_with_a_damaged_header_within_is_not_taken_for_a_shorter_one(tmp_p
         build_manifest(str(tmp_path / "a.tar"), str(tmp_path / "manifest"))
 
 
-def test_many_extended_headers_in_a_row_are_damage_and_no_recursion(tmp_path: Path) -> None:
+def test_many_consecutive_extended_headers_are_corrupt_and_do_not_recurse(tmp_path: Path) -> None:
     header = tarfile.TarInfo("x")
     header.type = tarfile.XHDTYPE
     (tmp_path / "a.tar").write_bytes(header.tobuf() * 5000)
@@ -238,7 +236,7 @@ def test_many_extended_headers_in_a_row_are_damage_and_no_recursion(tmp_path: Pa
         build_manifest(str(tmp_path / "a.tar"), str(tmp_path / "manifest"))
 
 
-def test_the_listing_of_a_damaged_tar_always_ends(tmp_path: Path) -> None:
+def test_listing_a_corrupt_tar_always_terminates(tmp_path: Path) -> None:
     """Headers are changed at random: the tar is listed, each member behind the one before, or it is damaged."""
     chance = random.Random(0)
     outcomes = set()
@@ -266,7 +264,7 @@ def test_the_listing_of_a_damaged_tar_always_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [-512, -1, 2**40, 2**62])
-def test_a_member_whose_header_has_an_impossible_size_by_now_fails_alone(tmp_path: Path, size: int) -> None:
+def test_a_member_whose_header_has_become_impossible_is_the_only_failure(tmp_path: Path, size: int) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1), "c.jpg": jpeg(2)})
     build_manifest(str(path), str(tmp_path / "manifest"))
     rows = [row | {"size": -1, "modified_ns": 0} for row in manifest_rows(tmp_path / "manifest")]
@@ -280,7 +278,7 @@ def test_a_member_whose_header_has_an_impossible_size_by_now_fails_alone(tmp_pat
     assert isinstance(found[1], ImageError) and found[1].code == ("read_error" if size < 0 else "too_large")
 
 
-def test_names_that_are_chosen_to_collide_get_ids_of_their_own(tmp_path: Path) -> None:
+def test_names_chosen_to_collide_get_unique_ids(tmp_path: Path) -> None:
     """The ids of the first tar are those that the image of the second one would get."""
     write_tar(tmp_path / "in" / "0.tar", {name: jpeg(0) for name in ("a.jpg", "1/a.jpg", "1/a#1.jpg")})
     write_tar(tmp_path / "in" / "1.tar", {"a.jpg": jpeg(1)})

@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_every_file_is_found_again_by_its_block(tmp_path: Path, format: int) -> None:
+def test_every_file_is_found_by_its_block(tmp_path: Path, format: int) -> None:
     files = {"a.jpg": b"x" * 512, "empty.jpg": b"", "b.png": b"y" * 1000, "c.jpg": b"z"}
     if format != tarfile.USTAR_FORMAT:
         files |= {LONG: b"long", "caf\u00e9.jpg": b"accent"}
@@ -58,7 +58,7 @@ def test_every_file_is_found_again_by_its_block(tmp_path: Path, format: int) -> 
     assert {name: found[block] for name, block in blocks.items()} == {"folder.jpg": b"", **files}
 
 
-def test_a_file_that_cannot_be_read_does_not_touch_the_others(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_does_not_affect_the_others(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"a.jpg": jpeg(0), "b.jpg": b"x" * 5000, "c.jpg": jpeg(2), "d.jpg": jpeg(3)})
     build_manifest(str(path), str(tmp_path / "manifest"))
     # As from a store without sizes and times: otherwise the entire tar counts as rewritten.
@@ -77,7 +77,7 @@ def test_a_file_that_cannot_be_read_does_not_touch_the_others(tmp_path: Path) ->
     assert isinstance(limited, OSError)
 
 
-def test_ids_are_keys_and_stay_when_tars_are_added(tmp_path: Path) -> None:
+def test_ids_are_keys_and_do_not_change_when_tars_are_added(tmp_path: Path) -> None:
     source = tmp_path / "in"
     write_tar(
         source / "0.tar", {"a.jpg": jpeg(0), "a.txt": b"x", "deep/b.left.jpg": jpeg(1), "deep/b.right.png": jpeg(2)}
@@ -116,7 +116,7 @@ def test_the_same_file_twice_in_a_tar_is_two_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "compressed", "no tar"])
-def test_a_tar_that_cannot_be_read_to_its_end_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_tar_is_refused_by_name(tmp_path: Path, kind: str) -> None:
     path = write_tar(tmp_path / "in" / "a.tar", {"a.jpg": jpeg(0), "b.jpg": jpeg(1)})
     if kind == "cut":
         path.write_bytes(path.read_bytes()[: len(jpeg(0)) + 1024 + 300])
@@ -179,7 +179,7 @@ NAMES = st.lists(st.builds("{}{}".format, STEMS, st.sampled_from([".x", ".y"])),
 
 @settings(max_examples=500, deadline=None)
 @given(images=NAMES, texts=NAMES)
-def test_members_are_paired_as_if_each_were_compared_with_each(images: list[str], texts: list[str]) -> None:
+def test_members_are_paired_as_by_pairwise_comparison(images: list[str], texts: list[str]) -> None:
     images, texts = [name.replace(".x", ".jpg") for name in images], [name.replace(".x", ".txt") for name in texts]
 
     found, expected = pair_members(images, texts), slow_pairing(images, texts)
@@ -188,7 +188,7 @@ def test_members_are_paired_as_if_each_were_compared_with_each(images: list[str]
     assert (sorted(found.unpaired), sorted(found.ambiguous)) == (expected.unpaired, expected.ambiguous)
 
 
-def test_a_tar_whose_images_all_have_one_key_is_paired_without_comparing_each_with_each() -> None:
+def test_a_tar_whose_images_share_one_key_is_paired_without_pairwise_comparison() -> None:
     stems = [f"2023.05.{number:06}" for number in range(50_000)]  # compared with each other they take an hour
 
     found = pair_members([f"{stem}.jpg" for stem in stems], [f"{stem}.caption.txt" for stem in stems])
@@ -196,7 +196,7 @@ def test_a_tar_whose_images_all_have_one_key_is_paired_without_comparing_each_wi
     assert found == Pairing([[[number]] for number in range(50_000)])
 
 
-def test_a_set_of_ids_takes_few_bytes_for_each() -> None:
+def test_a_set_of_ids_takes_few_bytes_per_id() -> None:
     names = [f"folder/{number}.jpg" for number in range(100_000)]
 
     tracemalloc.start()
@@ -222,5 +222,5 @@ def test_a_set_of_ids_takes_few_bytes_for_each() -> None:
         ("deep/.a.jpg", ("", "a.jpg")),
     ],
 )
-def test_names_are_cut_as_webdataset_cuts_them(name: str, parts: tuple[str, str]) -> None:
+def test_names_are_split_as_by_webdataset(name: str, parts: tuple[str, str]) -> None:
     assert split_name(name) == parts

@@ -22,15 +22,15 @@ def make_limit(*, on_gpu: bool) -> Limit:
     return Limit(decode=Rate((300.0,)), model=Rate((90.0, 100.0, 130.0)), model_batch_size=16, on_gpu=on_gpu)
 
 
-def test_on_the_same_cores_the_limit_is_both_one_after_the_other() -> None:
+def test_on_shared_cores_the_limit_is_the_sum_of_both_times() -> None:
     assert make_limit(on_gpu=False).images_per_second == pytest.approx(1 / (1 / 300 + 1 / 100))
 
 
-def test_with_a_processor_each_the_limit_is_the_slower_one() -> None:
+def test_on_separate_processors_the_limit_is_the_slower_stage() -> None:
     assert make_limit(on_gpu=True).images_per_second == 100
 
 
-def test_the_steady_rate_knows_nothing_of_the_start_and_the_end() -> None:
+def test_the_steady_rate_excludes_the_start_and_the_end() -> None:
     timeline = [(10 + done / 50, done) for done in range(0, 1000, 25)]  # 50 a second after ten seconds
     timeline += [(60.0, 1000)]  # the last ones come late
     assert steady_rate(timeline) == pytest.approx(50)
@@ -39,11 +39,11 @@ def test_the_steady_rate_knows_nothing_of_the_start_and_the_end() -> None:
 @pytest.mark.parametrize(
     "timeline", [[], [(3.0, 100)], [(3.0, 50), (4.0, 100)], [(s, 32) for s in range(9)] + [(9, 64)]]
 )
-def test_too_short_a_run_has_no_steady_rate(timeline: list[tuple[float, int]]) -> None:
+def test_a_short_run_has_no_steady_rate(timeline: list[tuple[float, int]]) -> None:
     assert steady_rate(timeline) is None
 
 
-def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
+def test_the_table_shows_the_share_of_the_limit_that_was_reached() -> None:
     run = RunSpeed(
         num_images=1000,
         seconds=20.0,
@@ -61,7 +61,7 @@ def test_the_table_says_what_share_of_the_limit_was_reached() -> None:
     assert comparison.to_dict()["run"]["images_per_second"] == 50
 
 
-def test_a_run_too_short_for_a_steady_rate_is_said_to_be() -> None:
+def test_a_run_too_short_for_a_steady_rate_is_reported_as_such() -> None:
     run = RunSpeed(
         num_images=64,
         seconds=9.0,
@@ -77,7 +77,7 @@ def test_a_run_too_short_for_a_steady_rate_is_said_to_be() -> None:
     assert "too short" in "\n".join(comparison.lines())
 
 
-def test_made_photographs_are_jpegs_of_their_size_and_no_two_are_alike(tmp_path: Path) -> None:
+def test_generated_photographs_are_distinct_jpegs_of_the_given_size(tmp_path: Path) -> None:
     write_photographs(str(tmp_path / "files"), 20, (50, 40))
     files = sorted((tmp_path / "files").rglob("*.jpg"))
     assert len({hashlib.sha256(file.read_bytes()).digest() for file in files}) == 20
@@ -88,14 +88,14 @@ def test_made_photographs_are_jpegs_of_their_size_and_no_two_are_alike(tmp_path:
     assert np.abs(np.diff(pixels, axis=1)).mean() < 0.7 * pixels.std()  # 1.1 in white noise
 
 
-def test_a_table_of_them_holds_the_same_bytes(tmp_path: Path) -> None:
+def test_a_table_of_generated_photographs_contains_the_same_bytes(tmp_path: Path) -> None:
     write_photographs(str(tmp_path / "files"), 5, (20, 20))
     write_table(str(tmp_path / "files"), str(tmp_path / "table.parquet"), rows_per_group=2)
     rows = pq.read_table(tmp_path / "table.parquet").to_pylist()
     assert [row["image"] for row in rows] == [file.read_bytes() for file in sorted((tmp_path / "files").rglob("*.jpg"))]
 
 
-def test_some_files_are_taken_evenly_and_without_the_broken_ones(tmp_path: Path) -> None:
+def test_a_sample_of_files_is_evenly_spaced_and_skips_corrupt_ones(tmp_path: Path) -> None:
     small, large = tmp_path / "files" / "a", tmp_path / "files" / "b"
     write_photographs(str(small), 4, (20, 20))
     write_photographs(str(large), 4, (90, 90))
@@ -107,7 +107,7 @@ def test_some_files_are_taken_evenly_and_without_the_broken_ones(tmp_path: Path)
         assert {Image.open(io.BytesIO(data)).size for data in some_files(str(tmp_path / source), 4)} == set(sizes)
 
 
-def test_a_folder_without_a_whole_image_cannot_be_measured(tmp_path: Path) -> None:
+def test_a_folder_without_a_readable_image_cannot_be_benchmarked(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         some_files(str(tmp_path), 3)
     (tmp_path / "broken.jpg").write_bytes(b"no image")

@@ -39,7 +39,7 @@ from imcap_ray.distributed.pipeline.progress import Progress
         ),
     ],
 )
-def test_the_bottleneck_comes_with_the_flag_that_would_help(
+def test_the_bottleneck_is_reported_with_the_option_that_would_help(
     waiting_seconds: float, num_actors: int, gpus: int, expected: str
 ) -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=2 * gpus, nodes=1, physical_cores=4)
@@ -55,7 +55,7 @@ def test_more_actors_than_there_are_tasks_would_not_help() -> None:
     assert "--num-actors" not in describe_bound(progress, resources, 2, 0)
 
 
-def test_a_run_too_short_to_tell_says_so() -> None:
+def test_a_run_too_short_for_a_bottleneck_is_reported_as_such() -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
 
     assert "too short" in describe_bound(Progress(), resources, 1, 0)
@@ -73,11 +73,11 @@ def test_a_run_too_short_to_tell_says_so() -> None:
         (0, 0, 64),
     ],
 )
-def test_a_task_decodes_a_row_group_or_an_equal_part_of_one(num_images: int, row_group: int, expected: int) -> None:
+def test_a_task_decodes_a_row_group_or_an_equal_share_of_one(num_images: int, row_group: int, expected: int) -> None:
     assert images_per_task(num_images, cpus=4, row_group=row_group) == expected
 
 
-def test_a_captioner_that_needs_no_torch_waits_for_none() -> None:
+def test_importing_captioning_imports_neither_torch_nor_nltk() -> None:
     code = "import sys, imcap_ray.distributed.captioning; print([m for m in ('torch', 'nltk') if m in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
     assert run.stdout.splitlines()[-1] == "[]"

@@ -73,7 +73,7 @@ def encode(encoder: Encoder, rows: pa.Table, **options: Any) -> tuple[list[dict[
     return actor(rows).to_pylist(), reporter
 
 
-def test_each_image_has_its_features_or_the_reason_why_not(encoder: Encoder, rows: pa.Table) -> None:
+def test_each_image_has_features_or_an_error(encoder: Encoder, rows: pa.Table) -> None:
     done, reporter = encode(encoder, rows, views=Views(flip=True))
 
     assert [row["image_id"] for row in done] == rows["image_id"].to_pylist()
@@ -89,7 +89,7 @@ def test_each_image_has_its_features_or_the_reason_why_not(encoder: Encoder, row
                 np.testing.assert_allclose(view, encoder(expected)[0].numpy(), rtol=2e-3, atol=2e-3)
 
 
-def test_random_crops_are_views_too_and_the_same_ones_when_they_are_made_anew(encoder: Encoder, rows: pa.Table) -> None:
+def test_random_crops_are_reproducible_views(encoder: Encoder, rows: pa.Table) -> None:
     views = Views(flip=True, crops=3, min_crop_area=0.5)
 
     first, _ = encode(encoder, rows, views=views)
@@ -105,7 +105,7 @@ def test_random_crops_are_views_too_and_the_same_ones_when_they_are_made_anew(en
         assert len({view.tobytes() for image in features for view in image}) == views.count * len(features)
 
 
-def test_without_views_it_is_only_seen_what_can_be_read(encoder: Encoder, rows: pa.Table) -> None:
+def test_without_views_images_are_only_checked_for_readability(encoder: Encoder, rows: pa.Table) -> None:
     def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
         assert len(arguments[0]) == 1, "no batch is encoded"  # one image is, when batch normalisations are folded
 
@@ -117,7 +117,7 @@ def test_without_views_it_is_only_seen_what_can_be_read(encoder: Encoder, rows: 
     assert reporter.counts == {"ok": 4, "failed": 1}
 
 
-def test_where_memory_runs_out_fewer_images_are_encoded_together(encoder: Encoder, rows: pa.Table) -> None:
+def test_when_memory_runs_out_the_encoding_batch_shrinks(encoder: Encoder, rows: pa.Table) -> None:
     expected, _ = encode(encoder, rows, views=Views())
 
     def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
@@ -134,7 +134,7 @@ def test_where_memory_runs_out_fewer_images_are_encoded_together(encoder: Encode
         np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)
 
 
-def test_an_image_that_memory_runs_out_for_alone_is_left_out_and_named(encoder: Encoder, rows: pa.Table) -> None:
+def test_an_image_too_large_for_memory_is_skipped_and_named(encoder: Encoder, rows: pa.Table) -> None:
     too_much = torch.frombuffer(bytearray(rows["pixels"][3].as_py()), dtype=torch.uint8).view(3, SIZE, SIZE)
 
     def check(module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
@@ -167,7 +167,7 @@ def test_an_image_whose_features_are_not_finite_is_a_failed_row(encoder: Encoder
     assert reporter.counts == {"ok": 3, "failed": 2}
 
 
-def test_an_actor_whose_gpu_cannot_be_used_does_not_encode_on_the_cpu(
+def test_an_actor_whose_gpu_is_unusable_does_not_encode_on_the_cpu(
     encoder: Encoder, rows: pa.Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

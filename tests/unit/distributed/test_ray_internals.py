@@ -25,7 +25,7 @@ def test_a_cluster_without_an_autoscaler_does_not_grow() -> None:
 
 
 @pytest.mark.parametrize("is_on_kubernetes", [False, True])
-def test_where_ray_does_not_say_a_cluster_on_kubernetes_is_taken_to_grow(
+def test_if_ray_does_not_report_it_a_kubernetes_cluster_is_assumed_to_autoscale(
     monkeypatch: pytest.MonkeyPatch, is_on_kubernetes: bool
 ) -> None:
     monkeypatch.delattr(ray._private.ray_constants, "DEBUG_AUTOSCALING_STATUS")
@@ -36,7 +36,7 @@ def test_where_ray_does_not_say_a_cluster_on_kubernetes_is_taken_to_grow(
     assert has_autoscaler() is is_on_kubernetes
 
 
-def test_where_ray_has_moved_its_constant_the_snapshot_has_the_name_it_always_had(
+def test_if_ray_moved_its_constant_the_snapshot_keeps_its_usual_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     name = train_snapshot_file()
@@ -44,6 +44,6 @@ def test_where_ray_has_moved_its_constant_the_snapshot_has_the_name_it_always_ha
     assert train_snapshot_file() == name
 
 
-def test_where_ray_does_not_tell_what_it_spilled_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spilled_bytes_are_unknown_if_ray_does_not_report_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray._private.internal_api", None)
     assert spilled_bytes() is None

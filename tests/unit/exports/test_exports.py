@@ -225,7 +225,7 @@ def test_captions_with_a_copied_part_are_refused(format: str, captions: Path, tm
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_tool_it_is_for_finds_each_caption_under_its_image(format: str, tmp_path: Path) -> None:
+def test_the_target_tool_reads_each_caption_with_its_image(format: str, tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", ODD_NAMES)
     folder = write_captions(tmp_path / "captions", rows[::2], rows[1::2])
     expected = {found["image_id"]: found["caption"] for found in rows}
@@ -239,7 +239,7 @@ def test_the_tool_it_is_for_finds_each_caption_under_its_image(format: str, tmp_
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_row_is_exported_or_counted_as_left_out(format: str, captions: Path, tmp_path: Path) -> None:
+def test_every_row_is_exported_or_counted_as_skipped(format: str, captions: Path, tmp_path: Path) -> None:
     (tmp_path / "images" / "0.jpg").unlink()
 
     summary = export(captions, tmp_path / "out", format, min_confidence=0.3)
@@ -254,7 +254,7 @@ def test_every_row_is_exported_or_counted_as_left_out(format: str, captions: Pat
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_same_captions_make_the_same_bytes(format: str, captions: Path, tmp_path: Path) -> None:
+def test_the_same_captions_give_the_same_bytes(format: str, captions: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         export(captions, tmp_path / name / "out", format)
 
@@ -262,7 +262,7 @@ def test_the_same_captions_make_the_same_bytes(format: str, captions: Path, tmp_
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_an_export_that_is_there_is_not_replaced_unless_told_to(format: str, captions: Path, tmp_path: Path) -> None:
+def test_an_existing_export_is_replaced_only_with_overwrite(format: str, captions: Path, tmp_path: Path) -> None:
     export(captions, tmp_path / "out" / "x", format)
     before = files_below(tmp_path / "out")
     write_captions(captions, [row("0.jpg", "something new", image_path=str(tmp_path / "images" / "0.jpg"))], [])
@@ -293,7 +293,7 @@ def test_an_export_is_written_to_a_uri(format: str, captions: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_damaged_captions_leave_what_was_there(format: str, captions: Path, tmp_path: Path) -> None:
+def test_corrupt_captions_leave_the_existing_export_unchanged(format: str, captions: Path, tmp_path: Path) -> None:
     export(captions, tmp_path / "out" / "x", format)
     before = files_below(tmp_path / "out")
     part = captions / "part-1.parquet"
@@ -308,14 +308,14 @@ def test_damaged_captions_leave_what_was_there(format: str, captions: Path, tmp_
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_nothing_to_export_is_an_error_and_no_empty_file(format: str, captions: Path, tmp_path: Path) -> None:
+def test_an_export_without_rows_is_an_error_and_writes_no_file(format: str, captions: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no caption to export: 1 duplicate, 2 failed, 7 below --min-confidence"):
         export(captions, tmp_path / "out", format, min_confidence=0.99)
 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_confidence_as_it_is_shown_is_high_enough(tmp_path: Path) -> None:
+def test_an_exported_confidence_passes_as_min_confidence(tmp_path: Path) -> None:
     random = Random(0)
     rows = [row(f"{number}.jpg", confidence=round(random.random(), 1 + number % 9)) for number in range(200)]
     folder = write_captions(tmp_path / "captions", rows)
@@ -329,7 +329,7 @@ def test_a_confidence_as_it_is_shown_is_high_enough(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["coco", "sidecar", "hf", "webdataset"])
-def test_an_id_that_stands_for_two_images_is_refused(format: str, tmp_path: Path) -> None:
+def test_an_id_shared_by_two_images_is_refused(format: str, tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", ["a.jpg", "b.jpg"])
     folder = write_captions(tmp_path / "captions", rows, rows[1:])
 
@@ -369,7 +369,7 @@ def test_an_id_that_stands_for_two_images_is_refused(format: str, tmp_path: Path
         (CAPTIONS_SCHEMA.empty_table(), "no caption to export: it is empty"),
     ],
 )
-def test_what_is_no_captions_table_is_refused(table: pa.Table, message: str, tmp_path: Path) -> None:
+def test_an_unsuitable_captions_table_is_refused(table: pa.Table, message: str, tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "captions.parquet")
 
     with pytest.raises(InputError, match=message):
@@ -378,7 +378,7 @@ def test_what_is_no_captions_table_is_refused(table: pa.Table, message: str, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_other_types_of_the_same_columns_are_read(tmp_path: Path) -> None:
+def test_wider_column_types_are_read(tmp_path: Path) -> None:
     table = pa.Table.from_pylist([row("a.jpg")], CAPTIONS_SCHEMA)
     wide = {pa.string(): pa.large_string(), pa.int32(): pa.int64(), pa.float32(): pa.float64()}
     columns = [pa.field(column.name, wide.get(column.type, column.type)) for column in table.schema]
@@ -391,7 +391,7 @@ def test_other_types_of_the_same_columns_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", ["", "part-0.parquet", "below/out"])
-def test_captions_are_not_written_over(format: str, name: str, captions: Path) -> None:
+def test_an_export_does_not_overwrite_its_captions(format: str, name: str, captions: Path) -> None:
     before = files_below(captions)
 
     with pytest.raises(OutputError, match="is inside CAPTIONS"):
@@ -401,13 +401,13 @@ def test_captions_are_not_written_over(format: str, name: str, captions: Path) -
 
 
 @pytest.mark.parametrize("format", FILES)
-def test_a_folder_is_no_place_for_one_file(format: str, captions: Path, tmp_path: Path) -> None:
+def test_a_single_file_is_not_written_over_a_folder(format: str, captions: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a folder"):
         export(captions, tmp_path / "images", format, overwrite=True)
 
 
 @pytest.mark.parametrize("format", FOLDERS)
-def test_a_file_is_no_place_for_a_folder(format: str, captions: Path, tmp_path: Path) -> None:
+def test_a_folder_is_not_written_over_a_file(format: str, captions: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
 
     with pytest.raises(OutputError, match="is a file"):
@@ -415,7 +415,7 @@ def test_a_file_is_no_place_for_a_folder(format: str, captions: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_a_folder_with_other_files_is_left_alone_whatever_is_asked(format: str, captions: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_never_replaced(format: str, captions: Path, tmp_path: Path) -> None:
     before = files_below(tmp_path / "images")
 
     with pytest.raises(OutputError, match=r"no export to \w+ has written \(0.jpg\)"):
@@ -449,7 +449,7 @@ def test_any_text_survives_json_lines_csv_and_coco(
     assert [annotation["caption"] for annotation in coco["annotations"]] == list(rows.values())
 
 
-def test_json_lines_hold_the_row_and_no_number_that_json_does_not_know(tmp_path: Path) -> None:
+def test_json_lines_contain_the_row_and_no_invalid_json_numbers(tmp_path: Path) -> None:
     unknown = {"confidence": float("nan"), "logprob": float("-inf")}
     folder = write_captions(tmp_path / "captions", [row("a.jpg", **unknown), row("b.jpg", confidence=0.3)])
 
@@ -461,13 +461,13 @@ def test_json_lines_hold_the_row_and_no_number_that_json_does_not_know(tmp_path:
 
 
 @given(text=st.text(alphabet="'=+-@\t\r\n＝a1;"))
-def test_no_cell_of_text_begins_like_a_formula_and_the_text_can_be_had_back(text: str) -> None:
+def test_no_text_cell_starts_like_a_formula_and_the_text_can_be_restored(text: str) -> None:
     for part in re.split("[;\t\r\n]", guard_cell(text)):  # at any separator of cells
         assert not re.match("[=+\\-@\t\r\n＝＋－＠]", part)
     assert unguarded(guard_cell(text)) == text
 
 
-def test_csv_is_what_rfc_4180_says_and_numbers_are_numbers(tmp_path: Path) -> None:
+def test_csv_follows_rfc_4180_and_numbers_are_numbers(tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("a.jpg", 'says "hi", leaves', logprob=-1.5)])
 
     export(folder, tmp_path / "out.csv", "csv")
@@ -481,7 +481,7 @@ def test_csv_is_what_rfc_4180_says_and_numbers_are_numbers(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("style", ["val2014/COCO_val2014_{:012d}.jpg", "{:012d}.jpg", "{:012d}"])
-def test_images_of_coco_keep_their_numbers(style: str, tmp_path: Path) -> None:
+def test_coco_images_keep_their_numeric_ids(style: str, tmp_path: Path) -> None:
     numbers = [391895, 7, 522418]
     folder = write_captions(tmp_path / "captions", [row(style.format(number)) for number in numbers])
 
@@ -492,7 +492,7 @@ def test_images_of_coco_keep_their_numbers(style: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["a/000000000007.jpg", "photo.jpg"])
-def test_numbers_that_are_not_all_of_coco_are_counted_out(other: str, tmp_path: Path) -> None:
+def test_ids_are_numbered_in_order_if_not_all_are_coco_numbers(other: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("000000000007.jpg"), row(other)])
 
     export(folder, tmp_path / "out.json", "coco")
@@ -501,7 +501,7 @@ def test_numbers_that_are_not_all_of_coco_are_counted_out(other: str, tmp_path: 
     assert {image["id"]: image["file_name"] for image in images} == {1: "000000000007.jpg", 2: other}
 
 
-def test_an_id_that_is_no_path_leaves_the_images_path_as_its_file_name(tmp_path: Path) -> None:
+def test_the_file_name_is_the_image_path_if_the_id_is_not_a_path(tmp_path: Path) -> None:
     rows = [row("17", image_path="/images/a.jpg"), row("sub/b.jpg", image_path="/images/sub/b.jpg"), row("c#3")]
 
     export(write_captions(tmp_path / "captions", rows), tmp_path / "out.json", "coco")
@@ -525,7 +525,7 @@ def sidecar(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("content", [b"", b"made by hand", "für Hand\r\n".encode("utf-16"), b"a dog\n"])
-def test_a_sidecar_that_is_there_is_not_lost(content: bytes, one: Path, sidecar: Path, tmp_path: Path) -> None:
+def test_an_existing_sidecar_is_kept(content: bytes, one: Path, sidecar: Path, tmp_path: Path) -> None:
     sidecar.write_bytes(content)
 
     summary = export(one, tmp_path / "out", "sidecar")
@@ -534,7 +534,7 @@ def test_a_sidecar_that_is_there_is_not_lost(content: bytes, one: Path, sidecar:
     assert (summary.num_exported, summary.num_kept) == (0, 1)
 
 
-def test_a_sidecar_is_replaced_when_told_to(one: Path, sidecar: Path, tmp_path: Path) -> None:
+def test_a_sidecar_is_replaced_on_request(one: Path, sidecar: Path, tmp_path: Path) -> None:
     sidecar.write_text("made by hand")
 
     assert export(one, tmp_path / "out", "sidecar", existing="overwrite").num_exported == 1
@@ -568,16 +568,14 @@ def test_a_caption_is_added_to_a_sidecar_once(
 
 
 @pytest.mark.parametrize("existing", ["skip", "append"])
-def test_a_sidecar_on_a_share_that_is_not_there_keeps_its_link(
-    existing: str, one: Path, sidecar: Path, tmp_path: Path
-) -> None:
+def test_a_sidecar_link_to_a_missing_share_is_kept(existing: str, one: Path, sidecar: Path, tmp_path: Path) -> None:
     sidecar.symlink_to(tmp_path / "unmounted" / "a.txt")
 
     assert export(one, tmp_path / "out", "sidecar", existing=existing).num_kept == 1
     assert sidecar.is_symlink()
 
 
-def test_sidecars_stand_beside_the_images_when_these_are_the_output(tmp_path: Path) -> None:
+def test_sidecars_are_written_next_to_the_images_if_the_output_is_their_folder(tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", ["a.jpg", "sub/b.jpeg"])
     before = files_below(tmp_path / "images")
 
@@ -589,7 +587,7 @@ def test_sidecars_stand_beside_the_images_when_these_are_the_output(tmp_path: Pa
 
 
 @pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
-def test_two_images_of_one_sidecar_are_refused_before_anything_is_written(existing: str, tmp_path: Path) -> None:
+def test_two_images_with_the_same_sidecar_are_refused_before_anything_is_written(existing: str, tmp_path: Path) -> None:
     rows = [row("a.jpg"), row("sub/b.jpg"), row("b.jpg"), row("sub/b.png")]
 
     with pytest.raises(InputError) as refused:
@@ -614,7 +612,7 @@ def test_two_images_of_one_sidecar_are_refused_before_anything_is_written(existi
         "a\0.jpg",
     ],
 )
-def test_no_sidecar_leads_out_of_the_output(image_id: str, tmp_path: Path) -> None:
+def test_no_sidecar_is_written_outside_the_output(image_id: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("good.jpg"), row(image_id)])
 
     with pytest.raises(InputError, match="is not a path below OUT"):
@@ -627,7 +625,7 @@ def test_no_sidecar_leads_out_of_the_output(image_id: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_images_are_in_files_of_so_many(format: str, captions: Path, tmp_path: Path) -> None:
+def test_images_are_split_into_files_of_the_given_size(format: str, captions: Path, tmp_path: Path) -> None:
     export(captions, tmp_path / "out", format, shard_images=3)
     assert len(os.listdir(tmp_path / "out")) == 3
     assert len(READERS[format](tmp_path / "out", tmp_path / "cache")) == 7
@@ -638,7 +636,7 @@ def test_images_are_in_files_of_so_many(format: str, captions: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_an_image_that_is_not_what_was_captioned_is_named_and_left_out(format: str, tmp_path: Path) -> None:
+def test_an_image_that_changed_since_captioning_is_named_and_skipped(format: str, tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", ["gone.jpg", "changed.jpg", "folder.jpg", "good.jpg"])
     rows[1]["sha256"] = "0" * 64
     for name in ("gone.jpg", "folder.jpg"):
@@ -657,9 +655,7 @@ def test_an_image_that_is_not_what_was_captioned_is_named_and_left_out(format: s
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_a_disk_that_is_gone_is_an_error_and_the_earlier_export_stands(
-    format: str, captions: Path, tmp_path: Path
-) -> None:
+def test_a_missing_disk_is_an_error_and_the_earlier_export_is_kept(format: str, captions: Path, tmp_path: Path) -> None:
     export(captions, tmp_path / "out", format)
     before = files_below(tmp_path / "out")
     (tmp_path / "images").rename(tmp_path / "unmounted")
@@ -674,7 +670,7 @@ def test_a_disk_that_is_gone_is_an_error_and_the_earlier_export_stands(
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_an_input_that_is_gone_ends_the_export_though_other_images_are_there(format: str, tmp_path: Path) -> None:
+def test_a_missing_input_ends_the_export_even_if_other_images_exist(format: str, tmp_path: Path) -> None:
     rows = write_images(tmp_path / "other", ["a.jpg"]) + write_images(tmp_path / "images", ["b.jpg", "c.jpg"])
     folder = write_captions(tmp_path / "captions", rows)
     run = {"input": str(tmp_path / "images"), "state": "complete"}
@@ -687,9 +683,7 @@ def test_an_input_that_is_gone_ends_the_export_though_other_images_are_there(for
     assert refused.value.exit_code == 1
 
 
-def test_a_store_that_throttles_many_images_is_asked_twice_whether_it_is_reachable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_throttles_many_images_is_probed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     remote = [row(f"{number}.jpg", image_path=f"memory://throttled/{number}.jpg") for number in range(50)]
     folder = write_captions(tmp_path / "captions", write_images(tmp_path / "images", ["a.jpg"]) + remote)
     read_bytes = storage.read_bytes
@@ -714,7 +708,7 @@ def test_a_store_that_throttles_many_images_is_asked_twice_whether_it_is_reachab
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_images_of_a_table_that_nothing_names_cannot_be_exported(format: str, tmp_path: Path) -> None:
+def test_images_of_an_unknown_table_cannot_be_exported(format: str, tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path="")])
 
     with pytest.raises(InputError, match=r"image 'a\.jpg' was in a table"):
@@ -723,7 +717,7 @@ def test_images_of_a_table_that_nothing_names_cannot_be_exported(format: str, tm
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
 @pytest.mark.parametrize("kind", ["table", "tar"])
-def test_images_come_from_the_tables_that_the_run_has_listed(format: str, kind: str, tmp_path: Path) -> None:
+def test_images_come_from_the_tables_listed_by_the_run(format: str, kind: str, tmp_path: Path) -> None:
     data = {f"{number}.jpg": small_data.jpeg(number) for number in range(5)}
     if kind == "table":
         structs = [{"bytes": image, "path": name} for name, image in data.items()]
@@ -745,7 +739,7 @@ def test_images_come_from_the_tables_that_the_run_has_listed(format: str, kind: 
 
 
 @pytest.mark.parametrize("format", WITH_IMAGES)
-def test_no_file_from_elsewhere_gets_into_an_export(format: str, tmp_path: Path) -> None:
+def test_no_file_outside_the_input_is_exported(format: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     folder = write_captions(tmp_path / "captions", [row("a.jpg", image_path=str(tmp_path / "secret"))])
 
@@ -756,7 +750,7 @@ def test_no_file_from_elsewhere_gets_into_an_export(format: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("names", [["a.jpg", "a.png"], ["a.jpg", "a"], ["a.jpg", "a.JPG"]])
-def test_images_that_differ_in_their_extension_have_keys_of_their_own(names: list[str], tmp_path: Path) -> None:
+def test_images_that_differ_only_in_extension_have_different_keys(names: list[str], tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", names)
 
     export(write_captions(tmp_path / "captions", rows), tmp_path / "out", "webdataset")
@@ -764,7 +758,7 @@ def test_images_that_differ_in_their_extension_have_keys_of_their_own(names: lis
     assert sorted(read_webdataset(tmp_path / "out", tmp_path)) == sorted(names)
 
 
-def test_long_names_make_members_that_can_be_extracted(tmp_path: Path) -> None:
+def test_members_with_long_names_can_be_extracted(tmp_path: Path) -> None:
     names = ["x" * 251 + ".jpg", "x" * 250 + "y.jpg", "x" * 251 + ".png", "猫" * 84 + ".jpg", "." * 200 + "x.jpg"]
     rows = [row(name, image_path=str(tmp_path / "image")) for name in [*names, f"{'d' * 300}/{'%' * 300}"]]
     (tmp_path / "image").write_bytes(small_data.jpeg())
@@ -782,7 +776,7 @@ def test_long_names_make_members_that_can_be_extracted(tmp_path: Path) -> None:
 
 
 @given(names=st.sets(st.text(alphabet="a%.-/猫_", min_size=200, max_size=300), min_size=2, max_size=2))
-def test_long_names_keep_keys_of_their_own(names: set[str]) -> None:
+def test_long_names_have_unique_keys(names: set[str]) -> None:
     keys = {webdataset_key(name, keep_extension=True) for name in names}
 
     assert len(keys) == 2
@@ -793,7 +787,7 @@ paths = st.lists(st.text(alphabet="a._%/\n\0é-"), min_size=1).map("/".join) | a
 
 
 @given(image_id=paths.filter(bool), keep_extension=st.booleans())
-def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_had_back(image_id: str, keep_extension: bool) -> None:
+def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_restored(image_id: str, keep_extension: bool) -> None:
     from webdataset.tariterators import base_plus_ext
 
     key = webdataset_key(image_id, keep_extension=keep_extension)
@@ -808,7 +802,7 @@ def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_had_back(image
 
 @settings(seconds_in_all, max_examples=5)
 @given(image_ids=st.sets(paths.filter(bool), min_size=1, max_size=20))
-def test_every_image_is_one_sample_whatever_it_is_called(
+def test_every_image_is_one_sample_regardless_of_its_name(
     image_ids: set[str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("keys")
@@ -830,7 +824,9 @@ def test_every_image_is_one_sample_whatever_it_is_called(
         ("../x", "a", "bin"),
     ],
 )
-def test_an_image_in_a_tar_is_called_what_it_is(format: str, name: str, extension: str, tmp_path: Path) -> None:
+def test_an_image_in_a_tar_gets_the_extension_of_its_format(
+    format: str, name: str, extension: str, tmp_path: Path
+) -> None:
     rows = write_images(tmp_path / "images", [name])
     folder = write_captions(tmp_path / "captions", [rows[0] | {"format": format}])
 
@@ -840,7 +836,7 @@ def test_an_image_in_a_tar_is_called_what_it_is(format: str, name: str, extensio
         assert tar.getnames() == [f"a.{extension}", "a.txt", "a.json"]
 
 
-def test_what_a_killed_export_has_left_goes_with_the_next(captions: Path, tmp_path: Path) -> None:
+def test_files_left_by_a_killed_export_are_removed_by_the_next(captions: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".captions-00003.tar.0123abcd").write_bytes(b"half")
     (tmp_path / "out" / "captions-00002.tar").write_bytes(b"old")

@@ -92,7 +92,7 @@ def test_a_beam_as_wide_as_the_search_space_finds_every_sequence_in_order(
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
-def test_stopping_early_does_not_lose_the_best(length_penalty: float) -> None:
+def test_early_stopping_does_not_lose_the_best_sequence(length_penalty: float) -> None:
     model = make_model(2)
 
     for num_captions in (1, 3):
@@ -145,7 +145,7 @@ def test_a_forbidden_token_never_occurs() -> None:
         assert {token for image in found for one in image for token in one.token_ids} <= {3}
 
 
-def test_the_end_is_forced_after_the_longest_caption_and_paid_for() -> None:
+def test_the_end_is_forced_at_the_length_limit_and_included_in_the_score() -> None:
     log_probs = torch.tensor([0.0, 1e-6, 1.0, 0.0]).log()  # the end is all but impossible
 
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -160,7 +160,7 @@ def test_the_end_is_forced_after_the_longest_caption_and_paid_for() -> None:
     assert found.logprob == pytest.approx(math.log(1e-6))
 
 
-def test_an_empty_sequence_may_be_the_best() -> None:
+def test_an_empty_sequence_can_be_the_best() -> None:
     log_probs = torch.tensor([0.02, 0.94, 0.02, 0.02]).log()
 
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
@@ -173,7 +173,7 @@ def test_an_empty_sequence_may_be_the_best() -> None:
     assert (found.token_ids, found.num_tokens) == ((), 1)
 
 
-def test_fewer_sequences_come_back_only_when_there_are_no_more() -> None:
+def test_fewer_sequences_are_returned_only_if_no_more_exist() -> None:
     words = VOCABULARY_SIZE - 1
     num_sequences = sum(words**length for length in range(MAX_LENGTH + 1))
 
@@ -203,7 +203,7 @@ def draw(model: Any, images: list[int], *, num_samples: int, **options: Any) -> 
     return sample(step, state, start_id=START, end_id=END, max_length=MAX_LENGTH, **options)
 
 
-def test_sequences_are_drawn_as_often_as_they_are_probable() -> None:
+def test_sequences_are_sampled_in_proportion_to_their_probability() -> None:
     model = make_model(1)
     torch.manual_seed(0)
     num_samples = 4000
@@ -218,7 +218,7 @@ def test_sequences_are_drawn_as_often_as_they_are_probable() -> None:
         assert found.count([START, *sequence, END]) / num_samples == pytest.approx(probability, abs=4 * error)
 
 
-def test_a_low_temperature_draws_the_probable_more_often() -> None:
+def test_a_low_temperature_samples_probable_sequences_more_often() -> None:
     model = make_model(1)
     torch.manual_seed(0)
     step, state = model([2])
@@ -233,7 +233,7 @@ def test_a_low_temperature_draws_the_probable_more_often() -> None:
     assert float(expected.max()) > float(first.exp().max()) + 0.05
 
 
-def test_a_drawn_sequence_ends_once_or_is_cut() -> None:
+def test_a_sampled_sequence_ends_once_or_is_truncated() -> None:
     torch.manual_seed(1)
     images = list(range(NUM_IMAGES))
 

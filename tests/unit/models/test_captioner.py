@@ -72,7 +72,7 @@ def test_the_tiny_model_distinguishes_images(all_together: Found) -> None:
     assert len({found[0].text for found in all_together}) > 3, "the other tests of this file would prove nothing"
 
 
-def test_a_caption_is_made_of_words_only(either_captioner: Captioner, all_together: Found) -> None:
+def test_a_caption_contains_only_words(either_captioner: Captioner, all_together: Found) -> None:
     for found in all_together:
         words = found[0].text.split()
 
@@ -86,7 +86,7 @@ def test_a_caption_is_made_of_words_only(either_captioner: Captioner, all_togeth
     [[0], [19], [7, 3, 11], list(range(3, 3 + COMPUTE_BATCH_SIZE)), list(range(NUM_IMAGES))[::-1]],
     ids=["the first alone", "the last alone", "three in another order", "shifted", "all in reverse"],
 )
-def test_captions_and_their_logprobs_do_not_depend_on_the_batch_by_a_single_bit(
+def test_captions_and_their_logprobs_are_bit_identical_in_any_batch(
     either_captioner: Captioner, pixels: np.ndarray[Any, Any], all_together: Found, numbers: list[int]
 ) -> None:
     found = either_captioner.caption_pixels(pixels[numbers])
@@ -94,7 +94,7 @@ def test_captions_and_their_logprobs_do_not_depend_on_the_batch_by_a_single_bit(
     assert found == [all_together[number] for number in numbers]
 
 
-def test_its_cnn_is_optimized_once_when_it_is_used_first(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+def test_the_cnn_is_optimized_once_at_first_use(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
     captioner = Captioner.load(model_dir, device="cpu")
     captioner.caption_pixels(pixels[:2])
     optimized = captioner.encoder
@@ -152,7 +152,7 @@ def test_a_wrong_extension_changes_nothing(captioner: Captioner, tmp_path: Path)
     assert captioner.caption([tmp_path / "really_a_jpeg.png"]) == captioner.caption([jpeg(1)])
 
 
-def test_an_image_that_cannot_be_captioned_is_an_error_in_its_place(captioner: Captioner, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_captioned_gives_an_error_at_its_position(captioner: Captioner, tmp_path: Path) -> None:
     found = captioner.caption([jpeg(0), b"no image", tmp_path / "nowhere.jpg", jpeg(1)])
 
     alone = captioner.caption([jpeg(0), jpeg(1)])
@@ -177,7 +177,7 @@ def test_encode_gives_the_features_of_each_image(captioner: Captioner, pixels: n
     assert torch.equal(features[7:9], captioner.encode(torch.as_tensor(pixels[7:9])))
 
 
-def test_overriding_the_search_leaves_what_is_not_given() -> None:
+def test_search_overrides_leave_the_other_settings_unchanged() -> None:
     search = SearchConfig(beam_size=4, max_length=9)
 
     assert override_search(search, beam_size=2, max_length=None) == SearchConfig(beam_size=2, max_length=9)
@@ -218,7 +218,7 @@ def with_room_for(model_dir: Path, num_images: int, run_out: Callable[[], None] 
 
 @pytest.mark.parametrize("run_out", [no_cuda_memory, no_cuda_library_memory, no_cpu_memory, no_python_memory])
 @pytest.mark.parametrize(("room", "batch_size"), [(15, 8), (8, 8), (5, 4), (1, 1)])
-def test_where_memory_runs_out_fewer_images_are_computed_together_and_get_the_same_captions(
+def test_when_memory_runs_out_the_batch_shrinks_and_the_captions_stay_the_same(
     captioner: Captioner,
     model_dir: Path,
     pixels: np.ndarray[Any, Any],
@@ -248,7 +248,7 @@ def test_the_smaller_batch_is_remembered(model_dir: Path, pixels: np.ndarray[Any
     assert batches == [4, 4]
 
 
-def test_memory_that_runs_out_in_the_search_has_the_same_effect(
+def test_running_out_of_memory_in_the_search_has_the_same_effect(
     captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short_of_memory = Captioner.load(model_dir, device="cpu")
@@ -332,7 +332,9 @@ def test_an_image_whose_words_have_no_finite_probability_is_an_internal_error(
     assert "the words' probabilities of the image are not finite numbers" in str(errors[0])
 
 
-def test_no_memory_at_all_is_the_error_of_each_image(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+def test_if_no_batch_size_fits_in_memory_every_image_has_an_error(
+    model_dir: Path, pixels: np.ndarray[Any, Any]
+) -> None:
     hopeless = with_room_for(model_dir, 0)
 
     errors = hopeless.caption([jpeg(0), jpeg(1)])
@@ -342,7 +344,7 @@ def test_no_memory_at_all_is_the_error_of_each_image(model_dir: Path, pixels: np
         hopeless.encode(pixels)
 
 
-def test_another_error_is_not_taken_for_a_lack_of_memory(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
+def test_other_errors_are_not_mistaken_for_a_lack_of_memory(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
     def break_down() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -356,7 +358,7 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(model_dir: Path, pixels
 # ---- the model folder
 
 
-def test_a_model_folder_comes_back_as_it_was_saved(model_dir: Path) -> None:
+def test_a_model_folder_round_trips(model_dir: Path) -> None:
     folder = read_model_folder(model_dir)
 
     assert folder.vocabulary.tokens[4:] == list(WORDS)
@@ -381,7 +383,7 @@ def test_a_copy_of_a_model_folder_gives_the_same_captions_and_fingerprint(
     assert copy.caption_pixels(pixels[:3]) == captioner.caption_pixels(pixels[:3])
 
 
-def test_saving_what_was_loaded_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
+def test_saving_a_loaded_model_changes_nothing(model_dir: Path, tmp_path: Path) -> None:
     folder = read_model_folder(model_dir)
 
     write_model_folder(
@@ -414,7 +416,7 @@ def test_a_weight_is_kept_to_half_a_step_of_its_row(tmp_path: Path, decoder: str
     assert matrices and all(written[f"decoder.{name}"].dtype == torch.int8 for name in matrices)
 
 
-def test_a_folder_of_the_first_version_is_read(tmp_path: Path) -> None:
+def test_a_folder_of_format_version_1_is_read(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path)
     now = read_model_folder(folder)
     save_file({name: tensor.half() for name, tensor in now.tensors.items()}, folder / "model.safetensors")
@@ -437,7 +439,7 @@ def test_a_folder_of_the_first_version_is_read(tmp_path: Path) -> None:
     ],
     ids=["search", "vocabulary", "weights", "preprocessing"],
 )
-def test_whatever_changes_the_captions_changes_the_fingerprint(
+def test_every_setting_that_affects_captions_changes_the_fingerprint(
     model_dir: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     changed = write_model_folder(tmp_path, **change)
@@ -451,7 +453,7 @@ def test_metrics_and_card_do_not_change_the_fingerprint(model_dir: Path, tmp_pat
     assert read_model_folder(changed).fingerprint == read_model_folder(model_dir).fingerprint
 
 
-def test_a_model_folder_holds_five_files_and_none_is_a_pickle(model_dir: Path) -> None:
+def test_a_model_folder_contains_five_files_and_no_pickle(model_dir: Path) -> None:
     files = {path.name: path.read_bytes() for path in model_dir.iterdir()}
 
     assert set(files) == {"config.json", "model.safetensors", "vocabulary.json", "metrics.json", "README.md"}
@@ -463,12 +465,12 @@ def test_a_model_folder_holds_five_files_and_none_is_a_pickle(model_dir: Path) -
     assert "decoder.embedding.weight" in json.loads(weights[8 : 8 + header_size])
 
 
-def test_weights_that_no_library_can_bring_must_be_inside_the_folder(tmp_path: Path) -> None:
+def test_weights_that_no_library_provides_must_be_inside_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="weights from file:mine.pth must be inside the model folder"):
         write_model_folder(tmp_path, encoder_weights=EncoderWeights("file:mine.pth", ""), encoder_tensors=None)
 
 
-def test_the_cnn_of_a_wheel_is_named_in_the_folder_and_loaded_from_the_wheel(tmp_path: Path) -> None:
+def test_a_cnn_from_a_wheel_is_named_in_the_folder_and_loaded_from_the_wheel(tmp_path: Path) -> None:
     config, preprocessing = EncoderConfig(name="efficientnet_lite0"), PreprocessingConfig(image_size=IMAGE_SIZE)
     encoder = build_encoder(config, preprocessing)
     channels = {"project_features.0.weight": torch.randn(16, encoder.num_channels)}
@@ -500,7 +502,7 @@ def test_the_cnn_of_a_wheel_is_named_in_the_folder_and_loaded_from_the_wheel(tmp
 # ---- folders that are not whole
 
 
-def test_a_folder_without_config_is_no_model_folder(tmp_path: Path) -> None:
+def test_a_folder_without_config_is_not_a_model_folder(tmp_path: Path) -> None:
     assert f"{tmp_path} is not a model folder" in error_of_reading(tmp_path)
     assert "is not a model folder" in error_of_reading(tmp_path / "nowhere")
 
@@ -522,13 +524,13 @@ def test_a_damaged_file_is_named(model_dir: Path, tmp_path: Path, name: str, con
     assert name in error_of_reading(tmp_path)
 
 
-def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+def test_corrupt_metrics_are_named(tmp_path: Path) -> None:
     (write_model_folder(tmp_path) / "metrics.json").write_text("{")
 
     assert "metrics.json is corrupt" in error_of_reading(tmp_path)
 
 
-def test_cut_weights_are_named(tmp_path: Path) -> None:
+def test_truncated_weights_are_named(tmp_path: Path) -> None:
     weights = write_model_folder(tmp_path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
 
@@ -544,14 +546,14 @@ def test_cut_weights_are_named(tmp_path: Path) -> None:
         ("decoder", {"hidden": 16}, "unknown setting decoder.hidden"),
     ],
 )
-def test_a_setting_that_is_not_understood_is_named(tmp_path: Path, section: str, value: Any, message: str) -> None:
+def test_an_unknown_setting_is_named(tmp_path: Path, section: str, value: Any, message: str) -> None:
     path = write_model_folder(tmp_path) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {section: value}))
 
     assert message in error_of_reading(tmp_path)
 
 
-def test_a_vocabulary_of_another_training_is_refused_with_both_sizes(tmp_path: Path) -> None:
+def test_the_error_for_a_vocabulary_of_another_training_names_both_sizes(tmp_path: Path) -> None:
     path = write_model_folder(tmp_path) / "vocabulary.json"
     path.write_text(json.dumps({"tokenizer": "ptb", "tokens": WORDS[:10]}))
 
@@ -579,9 +581,7 @@ def test_the_default_model_is_inside_the_package_and_small() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 25_000_000
 
 
-def test_the_model_of_the_package_is_known_by_its_name_wherever_one_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_bundled_model_can_be_given_by_name_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     assert read_model_folder("flickr8k-lite2").fingerprint == read_model_folder().fingerprint
@@ -589,7 +589,7 @@ def test_the_model_of_the_package_is_known_by_its_name_wherever_one_is(
         read_model_folder("./flickr8k-lite2")
 
 
-def test_beam_steps_are_counted_a_batch_at_a_time(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> None:
+def test_beam_steps_are_counted_per_batch(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> None:
     counts = [captioner.num_beam_steps]
     longest = []
     for _ in range(2):
@@ -620,7 +620,7 @@ def test_attention_is_over_the_grid_for_each_word_of_the_best_caption(captioner:
         assert one.weights.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_attention_is_that_of_the_caption_which_is_given(captioner: Captioner) -> None:
+def test_attention_is_computed_for_the_given_caption(captioner: Captioner) -> None:
     attention = captioner.attend(jpeg(3), "A dog, a unicorn")
 
     assert [one.word for one in attention] == ["a", "dog", "a", "unicorn"]
@@ -651,7 +651,7 @@ def test_the_mean_of_models_has_the_mean_of_their_weights(tmp_path: Path) -> Non
     assert average_models([larger, folders[0]]).preprocessing.image_size == 96, "the first one's"
 
 
-def test_models_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) -> None:
+def test_models_that_differ_in_more_than_weights_cannot_be_averaged(tmp_path: Path) -> None:
     folders = [read_model_folder(write_model_folder(tmp_path / kind, decoder=kind)) for kind in ("attention", "lstm")]
 
     with pytest.raises(ModelError, match=r"lstm and .*attention cannot be averaged: they differ in their decoder"):
@@ -669,6 +669,8 @@ def test_models_that_differ_in_more_than_weights_have_no_mean(tmp_path: Path) ->
         ([np.zeros((3, 8, 8), np.uint8)], "expected a path, a URI or a file's bytes, got ndarray"),
     ],
 )
-def test_what_is_no_list_of_images_is_a_type_error(captioner: Captioner, images: Any, message: str) -> None:
+def test_an_argument_that_is_not_a_list_of_images_is_a_type_error(
+    captioner: Captioner, images: Any, message: str
+) -> None:
     with pytest.raises(TypeError, match=message):
         captioner.caption(images)

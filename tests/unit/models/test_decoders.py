@@ -77,7 +77,7 @@ def test_step_by_step_log_probabilities_are_those_of_the_forward_pass(
 
 
 @torch.inference_mode()
-def test_beams_of_one_image_do_not_disturb_each_other(decoder: Decoder) -> None:
+def test_beams_of_one_image_are_independent(decoder: Decoder) -> None:
     token_ids = make_captions()[:3, :5]  # three captions of five tokens on three beams of every image
     together, state = decoder.start(make_features(), 3)
     found = []
@@ -105,7 +105,7 @@ def test_padding_changes_nothing(decoder: Decoder) -> None:
 
 
 @torch.inference_mode()
-def test_the_image_matters_and_so_does_every_earlier_word(decoder: Decoder) -> None:
+def test_predictions_depend_on_the_image_and_every_earlier_word(decoder: Decoder) -> None:
     token_ids = make_captions()
     expected = teacher_forced(decoder, token_ids)
     changed = token_ids.clone()
@@ -149,7 +149,7 @@ def test_a_captions_logprob_is_that_of_the_forward_pass(decoder: Decoder) -> Non
         assert caption.logprob == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_no_caption_holds_a_special_token() -> None:
+def test_no_caption_contains_a_special_token() -> None:
     for name in DECODERS:
         for seed in range(4):
             found = search_captions(
@@ -161,7 +161,7 @@ def test_no_caption_holds_a_special_token() -> None:
                 assert all(word.startswith("word") for word in words)
 
 
-def test_dropout_is_at_work_in_training_only(decoder: Decoder) -> None:
+def test_dropout_is_active_only_in_training(decoder: Decoder) -> None:
     with torch.no_grad():
         token_ids = make_captions()
         assert torch.equal(teacher_forced(decoder, token_ids), teacher_forced(decoder, token_ids))
@@ -178,7 +178,7 @@ def test_the_seed_decides_the_weights(decoder: Decoder) -> None:
     assert not all(torch.equal(tensor, other[key]) for key, tensor in decoder.state_dict().items())
 
 
-def test_every_parameter_learns(decoder: Decoder) -> None:
+def test_every_parameter_receives_a_gradient(decoder: Decoder) -> None:
     logits = decoder(make_features(), make_captions(), torch.tensor(LENGTHS), torch.tensor(IMAGE_OF_CAPTION))
 
     logits.square().sum().backward()
@@ -204,7 +204,7 @@ def test_states_and_gradients_are_those_of_torchs_own_lstm() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_small_gradients_are_not_lost_under_autocast(decoder: Decoder) -> None:
+def test_on_a_gpu_small_gradients_do_not_underflow_under_autocast(decoder: Decoder) -> None:
     decoder.cuda()
     features, token_ids, image_of_caption = make_features(), make_captions(), torch.tensor(IMAGE_OF_CAPTION)
     with torch.autocast("cuda", torch.bfloat16):
@@ -233,7 +233,7 @@ class _ReadableAttention(AttentionDecoder):
 
 
 @torch.inference_mode()
-def test_attention_is_what_the_search_attends_with() -> None:
+def test_attention_weights_are_those_used_by_the_search() -> None:
     sizes = {"embedding_size": 8, "hidden_size": 16, "num_heads": 4}
     decoder = _ReadableAttention(num_channels=NUM_CHANNELS, vocabulary_size=len(VOCABULARY), **sizes).eval()
     decoder.load_state_dict(make_decoder("attention").state_dict())
@@ -248,7 +248,7 @@ def test_attention_is_what_the_search_attends_with() -> None:
     assert torch.allclose(weights.sum(dim=1), torch.ones(len(weights)))
 
 
-def test_a_decoder_that_cannot_be_built_is_refused_with_the_reason() -> None:
+def test_the_error_for_an_impossible_decoder_names_the_reason() -> None:
     with pytest.raises(ConfigError, match="no decoder 'gru': expected one of attention, lstm"):
         build_decoder(DecoderConfig(name="gru"), num_channels=1, vocabulary_size=5)
     with pytest.raises(ConfigError, match=r"num_heads must be a divisor of decoder.hidden_size \(10\), got 4"):
@@ -256,7 +256,7 @@ def test_a_decoder_that_cannot_be_built_is_refused_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_the_weight_that_reads_the_features_is_as_wide_as_they_are(name: str) -> None:
+def test_the_feature_weight_is_as_wide_as_the_features(name: str) -> None:
     weight = make_decoder(name).state_dict()[DECODERS[name].feature_weight]
 
     assert weight.shape[1] == NUM_CHANNELS

@@ -28,7 +28,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("no_cuda")
-def test_a_process_without_a_gpu_computes_on_the_cpu() -> None:
+def test_a_process_without_a_gpu_uses_the_cpu() -> None:
     assert choose_device(0.0) == torch.device("cpu")
 
 

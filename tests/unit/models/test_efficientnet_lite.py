@@ -15,7 +15,7 @@ from tests.small_data import randomise_batch_normalisation
 
 @pytest.mark.parametrize("image_size", [224, 65])
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_the_features_are_those_of_timm(number: int, image_size: int) -> None:
+def test_the_features_equal_those_of_timm(number: int, image_size: int) -> None:
     judge = timm.create_model(f"tf_efficientnet_lite{number}", num_classes=0).eval()
     randomise_batch_normalisation(judge)
     ours = EfficientNetLite(number).eval()
@@ -35,7 +35,7 @@ def test_it_can_be_trained() -> None:
 
 
 @pytest.mark.parametrize("trains_filters", [True, False])
-def test_fine_tuned_it_has_the_gradients_of_timm(trains_filters: bool) -> None:
+def test_gradients_in_fine_tuning_equal_those_of_timm(trains_filters: bool) -> None:
     judge = timm.create_model("tf_efficientnet_lite0", num_classes=0).double().eval()
     randomise_batch_normalisation(judge)
     ours = EfficientNetLite(0).double().eval()

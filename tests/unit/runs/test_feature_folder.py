@@ -100,7 +100,7 @@ def expected(images: Path) -> dict[str, bytes]:
     return {path.name: hashlib.sha256(path.read_bytes()).digest() for path in images.iterdir() if path.stat().st_size}
 
 
-def test_an_image_that_changed_is_encoded_again_and_only_that(images: Path, tmp_path: Path) -> None:
+def test_only_a_changed_image_is_encoded_again(images: Path, tmp_path: Path) -> None:
     first, _ = cache(images, tmp_path / "cache")
     assert first.use
     first.use.leave()
@@ -114,7 +114,7 @@ def test_an_image_that_changed_is_encoded_again_and_only_that(images: Path, tmp_
     assert {file.name for file in (tmp_path / "cache").glob("*.parquet")} == set(second.parts), "the old part is gone"
 
 
-def test_another_file_of_the_same_size_and_time_is_another_image(images: Path, tmp_path: Path) -> None:
+def test_a_path_that_points_to_another_file_is_encoded_again(images: Path, tmp_path: Path) -> None:
     cache(images, tmp_path / "cache")
     time_ns = (images / "05.jpg").stat().st_mtime_ns
 
@@ -127,7 +127,7 @@ def test_another_file_of_the_same_size_and_time_is_another_image(images: Path, t
     assert features_of(found)["05.jpg"] == features_of(found)["06.jpg"]
 
 
-def test_nothing_is_encoded_twice_while_nothing_changes(images: Path, tmp_path: Path) -> None:
+def test_unchanged_images_are_not_encoded_again(images: Path, tmp_path: Path) -> None:
     first, _ = cache(images, tmp_path / "cache")
     second, encoded = cache(images, tmp_path / "cache")
 
@@ -135,7 +135,7 @@ def test_nothing_is_encoded_twice_while_nothing_changes(images: Path, tmp_path: 
     assert second.parts == first.parts
 
 
-def test_an_image_that_failed_is_tried_again_each_time(images: Path, tmp_path: Path) -> None:
+def test_a_failed_image_is_retried_each_time(images: Path, tmp_path: Path) -> None:
     (images / "04.jpg").write_bytes(b"")
     first, _ = cache(images, tmp_path / "cache")
     assert [row["image_id"] for row in first.failures] == ["04.jpg"]
@@ -150,7 +150,7 @@ def test_an_image_that_failed_is_tried_again_each_time(images: Path, tmp_path: P
     assert features_of(found) == expected(images)
 
 
-def test_an_image_that_is_gone_is_not_served_from_the_cache(images: Path, tmp_path: Path) -> None:
+def test_a_missing_image_is_not_served_from_the_cache(images: Path, tmp_path: Path) -> None:
     cache(images, tmp_path / "cache")
 
     (images / "07.jpg").unlink()
@@ -160,7 +160,7 @@ def test_an_image_that_is_gone_is_not_served_from_the_cache(images: Path, tmp_pa
     assert "07.jpg" not in features_of(found)
 
 
-def test_features_of_a_version_that_did_not_record_their_files_are_made_again(images: Path, tmp_path: Path) -> None:
+def test_features_of_a_version_that_did_not_record_their_files_are_recomputed(images: Path, tmp_path: Path) -> None:
     first, _ = cache(images, tmp_path / "cache")
     for path in map(Path, first.files()):
         write_table(str(path), pq.read_table(path).drop(["origin"]))
@@ -175,7 +175,7 @@ def test_features_of_a_version_that_did_not_record_their_files_are_made_again(im
     assert features_of(found) == expected(images)
 
 
-def test_images_that_are_all_gone_are_an_error_and_come_back(images: Path, tmp_path: Path) -> None:
+def test_if_all_images_are_missing_it_is_an_error_until_they_are_back(images: Path, tmp_path: Path) -> None:
     images.rename(tmp_path / "elsewhere")
     with pytest.raises(DatasetError, match=r"none of the 12 images can be read, the first is 00\.jpg: no such file"):
         cache(images, tmp_path / "cache")
@@ -201,7 +201,7 @@ def test_images_of_a_table_that_was_rewritten_are_out_of_date(tmp_path: Path) ->
     assert not set(origins()) & set(before)
 
 
-def test_images_of_another_column_of_the_same_table_have_a_cache_of_their_own() -> None:
+def test_images_of_another_column_of_the_same_table_have_a_separate_cache() -> None:
     config = EncoderConfig(name="timm:test_efficientnet")
     key = partial(
         cache_key,
@@ -219,7 +219,7 @@ def test_images_of_another_column_of_the_same_table_have_a_cache_of_their_own() 
 # ---- several trainings
 
 
-def test_trainings_at_the_same_time_have_each_image_once_and_encode_it_once(images: Path, tmp_path: Path) -> None:
+def test_concurrent_trainings_encode_each_image_once(images: Path, tmp_path: Path) -> None:
     start = threading.Barrier(3)
     encoded: list[str] = []
     caches: list[FeatureCache] = []
@@ -265,7 +265,7 @@ def test_a_training_that_waits_for_another_one_names_it(tmp_path: Path) -> None:
     assert lines == [f"waiting for {tmp_path}: host:runs/other is encoding the same images there"]
 
 
-def test_parts_that_another_training_is_still_writing_are_neither_removed_nor_doubled(
+def test_parts_being_written_by_another_training_are_neither_removed_nor_duplicated(
     images: Path, tmp_path: Path
 ) -> None:
     """The second takes a stalled first for dead, and both finish."""
@@ -297,7 +297,7 @@ def test_parts_that_another_training_is_still_writing_are_neither_removed_nor_do
     assert features_of(results[0]).keys() == expected(images).keys()
 
 
-def test_a_training_that_was_killed_is_waited_for_until_its_signs_of_life_are_old(tmp_path: Path) -> None:
+def test_a_killed_training_is_waited_for_until_its_heartbeat_is_old(tmp_path: Path) -> None:
     killed, other = FeatureFolder(str(tmp_path)), FeatureFolder(str(tmp_path))
     killed.beat()
     assert set(other.live_others()) == {killed.name}
@@ -316,7 +316,7 @@ def test_a_training_whose_process_has_ended_on_this_machine_is_not_waited_for(tm
     assert not FeatureFolder(str(tmp_path)).live_others()
 
 
-def test_a_training_that_is_started_again_does_not_wait_for_itself(tmp_path: Path) -> None:
+def test_a_restarted_training_does_not_wait_for_itself(tmp_path: Path) -> None:
     FeatureFolder(str(tmp_path), "host:runs/mine").beat()
 
     assert not FeatureFolder(str(tmp_path), "host:runs/mine").live_others()
@@ -324,7 +324,7 @@ def test_a_training_that_is_started_again_does_not_wait_for_itself(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("age", "is_alive"), [(0.0, True), (SILENT_SECONDS + 9, False)])
-def test_on_a_store_without_times_the_time_in_the_file_counts(
+def test_without_modification_times_the_time_in_the_file_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, age: float, is_alive: bool
 ) -> None:
     list_files = storage.list_files
@@ -342,7 +342,7 @@ def test_on_a_store_without_times_the_time_in_the_file_counts(
     assert [*FeatureFolder(str(tmp_path), "mine").live_others().values()] == ["other"] * is_alive
 
 
-def test_a_process_on_another_machine_of_the_same_host_name_is_not_looked_for_here(tmp_path: Path) -> None:
+def test_a_process_of_another_machine_with_the_same_host_name_is_not_searched_locally(tmp_path: Path) -> None:
     other = FeatureFolder(str(tmp_path), "other")
     other.beat()
     file = tmp_path / "_imcap" / "users" / other.name

@@ -59,7 +59,7 @@ def test_the_time_left_does_not_count_the_start(reporter: ProgressReporter, cloc
     ]
 
 
-def test_two_tasks_have_speeds_of_their_own(reporter: ProgressReporter, clock: Clock, lines: list[str]) -> None:
+def test_two_tasks_have_separate_speeds(reporter: ProgressReporter, clock: Clock, lines: list[str]) -> None:
     for second in range(120):
         clock.now = 5000.0 + second
         name, done = ("train", second) if second < 50 else ("validation", 2 * (second - 50))
@@ -69,7 +69,7 @@ def test_two_tasks_have_speeds_of_their_own(reporter: ProgressReporter, clock: C
     assert lines[-1] == "features of validation images: 22 of 200 images, 2.0 images/s, 1 min 29 s left"
 
 
-def test_a_terminal_gets_every_count_in_place_of_the_one_before(clock: Clock) -> None:
+def test_a_terminal_shows_every_count_in_place_of_the_previous_one(clock: Clock) -> None:
     written: list[str] = []
     rewritten: list[str] = []
     reporter = ProgressReporter(written.append, rewrite=rewritten.append, clock=clock)

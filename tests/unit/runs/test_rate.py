@@ -13,7 +13,7 @@ def moments_of_lines(seconds: int, *, start: float = 1000.0) -> list[float]:
     return [second for second in range(1, seconds + 1) if schedule.is_due(start + second)]
 
 
-def test_lines_come_every_ten_seconds_first_then_every_minute_then_every_three() -> None:
+def test_lines_are_due_every_ten_seconds_then_every_minute_then_every_three() -> None:
     lines = moments_of_lines(1200)
 
     assert lines[:6] == [10, 20, 30, 40, 50, 60]
@@ -30,7 +30,7 @@ def test_a_day_has_fewer_than_130_lines() -> None:
     assert len(moments_of_lines(24 * 3600)) < 130
 
 
-def test_who_asks_late_gets_one_line_and_not_those_that_were_missed() -> None:
+def test_a_late_check_gets_one_line_and_not_the_missed_ones() -> None:
     schedule = LineSchedule(0.0)
 
     assert [schedule.is_due(moment) for moment in (45.0, 46.0, 54.9, 55.0)] == [True, False, False, True]
@@ -67,7 +67,7 @@ def test_the_time_left_is_right_within_a_fifth_a_minute_after_the_first_results(
             assert pace.seconds_left(second, total) == pytest.approx(end - second, rel=0.2)
 
 
-def test_before_the_third_result_nothing_is_told() -> None:
+def test_there_is_no_estimate_before_the_third_result() -> None:
     pace = Pace()
     assert pace.rate(100.0) is None
 
@@ -88,7 +88,7 @@ def test_a_change_of_speed_is_followed_within_the_window() -> None:
     assert pace.rate(450.0) == pytest.approx(2.0, rel=0.01)
 
 
-def test_a_standstill_takes_the_speed_down() -> None:
+def test_the_speed_decreases_during_a_standstill() -> None:
     pace = Pace()
     for second in range(1, 61):
         pace.note(second, 10 * second)
@@ -100,7 +100,7 @@ def test_a_standstill_takes_the_speed_down() -> None:
     assert speeds[2] < 2.0
 
 
-def test_a_count_that_falls_begins_anew() -> None:
+def test_a_decreasing_count_restarts_the_estimate() -> None:
     pace = Pace()
     for second in range(1, 61):
         pace.note(second, 100 * second)

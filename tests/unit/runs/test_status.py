@@ -65,7 +65,7 @@ def training(location: Path) -> TrainingStatus:
     return status
 
 
-def test_a_run_that_breathes_is_running_and_its_end_is_estimated(tmp_path: Path) -> None:
+def test_a_run_with_a_heartbeat_is_running_and_its_end_is_estimated(tmp_path: Path) -> None:
     folder = write_captions(tmp_path, num_images=10, ok=5, missing=1, started=(started := ago(3600)))
     before = time.monotonic()
     folder.write_heartbeat({"time": ago(10), "started": started, "images_per_second": 2.0})
@@ -86,9 +86,7 @@ def test_a_run_that_breathes_is_running_and_its_end_is_estimated(tmp_path: Path)
         ({"waiting": ""}, "no image was captioned in the last "),
     ],
 )
-def test_a_run_that_captions_nothing_is_given_no_time_left(
-    tmp_path: Path, heartbeat: dict[str, str], waiting: str
-) -> None:
+def test_a_stalled_run_has_no_estimated_time_left(tmp_path: Path, heartbeat: dict[str, str], waiting: str) -> None:
     folder = write_captions(tmp_path, num_images=10, ok=5, started=(started := ago(3600)))
     last = {"time": ago(1), "started": started, "images_per_second": 2.0, "last_image": ago(100)}
     folder.write_heartbeat(last | heartbeat)
@@ -103,14 +101,14 @@ def test_a_run_that_captions_nothing_is_given_no_time_left(
     assert waiting in result.stdout and " left" not in result.stdout
 
 
-def test_the_end_of_a_run_whose_images_are_all_captioned_is_no_waiting(tmp_path: Path) -> None:
+def test_a_run_that_finishes_after_its_last_caption_is_not_waiting(tmp_path: Path) -> None:
     folder = write_captions(tmp_path, num_images=5, ok=5, started=(started := ago(3600)))
     folder.write_heartbeat({"time": ago(1), "started": started, "last_image": ago(100)})
 
     assert captioning(tmp_path).waiting == ""
 
 
-def test_a_run_without_a_sign_of_life_is_silent(tmp_path: Path) -> None:
+def test_a_run_without_a_heartbeat_is_silent(tmp_path: Path) -> None:
     folder = write_captions(tmp_path, num_images=10, ok=5, started=(started := ago(3600)))
     folder.write_heartbeat({"time": ago(600), "started": started, "images_per_second": 2.0})
 
@@ -119,34 +117,34 @@ def test_a_run_without_a_sign_of_life_is_silent(tmp_path: Path) -> None:
     assert (status.state, status.images_per_second, status.seconds_left) == ("silent", None, None)
 
 
-def test_a_run_that_has_just_begun_is_running_before_its_first_heartbeat(tmp_path: Path) -> None:
+def test_a_new_run_is_running_before_its_first_heartbeat(tmp_path: Path) -> None:
     write_captions(tmp_path, num_images=0, ok=0, started=ago(5))
 
     assert captioning(tmp_path).state == "running"
 
 
 @pytest.mark.parametrize("state", ["complete", "failed", "interrupted"])
-def test_how_a_run_ended_is_said_however_young_its_last_heartbeat_is(tmp_path: Path, state: str) -> None:
+def test_the_end_state_of_a_run_takes_precedence_over_a_recent_heartbeat(tmp_path: Path, state: str) -> None:
     folder = write_captions(tmp_path, num_images=5, ok=5, state=state, started=(started := ago(60)))
     folder.write_heartbeat({"time": ago(1), "started": started, "images_per_second": 2.0})
 
     assert captioning(tmp_path).state == state
 
 
-def test_a_run_that_goes_on_is_running_while_run_json_still_tells_of_the_one_before(tmp_path: Path) -> None:
+def test_a_resumed_run_is_running_while_run_json_still_describes_the_previous_one(tmp_path: Path) -> None:
     folder = write_captions(tmp_path, num_images=10, ok=5, state="failed", started=ago(3600))
     folder.write_heartbeat({"time": ago(1), "started": ago(2), "images_per_second": None})
 
     assert captioning(tmp_path).state == "running"
 
 
-def test_a_part_that_is_not_noted_as_done_does_not_count(tmp_path: Path) -> None:
+def test_a_part_that_is_not_recorded_as_done_does_not_count(tmp_path: Path) -> None:
     write_captions(tmp_path, num_images=10, ok=5, is_noted=False)
 
     assert captioning(tmp_path).num_done == 0
 
 
-def test_the_new_rows_of_overwrite_are_what_is_told_of(tmp_path: Path) -> None:
+def test_an_overwriting_run_is_reported_by_its_new_rows(tmp_path: Path) -> None:
     old = write_captions(tmp_path, num_images=3, ok=3, state="complete")
     write_captions(Path(old.next().location), num_images=10, ok=4, started=ago(1))
 
@@ -170,7 +168,7 @@ def write_training(location: Path, *cider_d: float, phase: str = "cross_entropy"
     (work / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_training_tells_its_epochs_its_best_and_its_phase(tmp_path: Path) -> None:
+def test_a_training_reports_its_epochs_its_best_score_and_its_phase(tmp_path: Path) -> None:
     write_training(tmp_path, 0.3, 0.5, 0.4)
 
     status = training(tmp_path)
@@ -180,7 +178,7 @@ def test_a_training_tells_its_epochs_its_best_and_its_phase(tmp_path: Path) -> N
     assert (status.best_epoch, status.best_cider_d, status.seconds_left) == (2, 0.5, 180.0)
 
 
-def test_a_half_written_line_is_no_epoch(tmp_path: Path) -> None:
+def test_a_half_written_line_is_not_an_epoch(tmp_path: Path) -> None:
     write_training(tmp_path, 0.3)
     with (tmp_path / WORK_FOLDER / METRICS_FILE).open("a") as file:
         file.write('{"epoch": 2, "pha')
@@ -188,14 +186,14 @@ def test_a_half_written_line_is_no_epoch(tmp_path: Path) -> None:
     assert training(tmp_path).num_epochs_done == 1
 
 
-def test_a_training_before_its_first_epoch_and_after_its_last(tmp_path: Path) -> None:
+def test_a_training_is_reported_before_its_first_epoch_and_after_its_last(tmp_path: Path) -> None:
     write_training(tmp_path)
     assert training(tmp_path).state == "starting"
     (tmp_path / "config.json").touch()
     assert training(tmp_path).state == "complete"
 
 
-def test_a_training_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
+def test_a_training_is_running_as_long_as_it_has_a_heartbeat(tmp_path: Path) -> None:
     write_training(tmp_path, 0.3)
     work = tmp_path / WORK_FOLDER
     long_ago = time.time() - 3 * 3600
@@ -212,7 +210,7 @@ def test_a_training_lives_as_long_as_its_heart_beats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["nowhere", "empty"])
-def test_where_nothing_of_ours_is_the_exit_code_is_2(tmp_path: Path, place: str) -> None:
+def test_a_folder_without_a_run_is_exit_code_2(tmp_path: Path, place: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError):
         read_status(str(tmp_path / place))

@@ -21,7 +21,7 @@ def test_a_run_that_lost_its_lease_records_no_reason_to_stop(tmp_path: Path) -> 
     assert take_stop(work) is None
 
 
-def test_a_folder_of_features_that_is_added_later_is_kept_alive(tmp_path: Path) -> None:
+def test_a_feature_folder_added_later_gets_heartbeats(tmp_path: Path) -> None:
     folders: list[FeatureFolder] = []
     with keep_alive(Lease.acquire(str(tmp_path / "work")), folders, seconds=0.05):
         use = FeatureFolder(str(tmp_path / "cache"))

@@ -52,7 +52,7 @@ def test_captions_of_one_split_are_scored_against_it(tmp_path: Path, references:
     assert report.scores.bleu_4 == pytest.approx(1.0)
 
 
-def test_the_most_confident_captions_are_scored_apart(tmp_path: Path, references: CaptionedImages) -> None:
+def test_the_most_confident_captions_are_scored_separately(tmp_path: Path, references: CaptionedImages) -> None:
     captions = of_split("test") | {"test/c.jpg": "a man"}
     path = tmp_path / "a.parquet"
     pq.write_table(
@@ -105,9 +105,7 @@ def test_captions_from_a_folder_above_are_matched_by_file_name(tmp_path: Path, r
     assert evaluate_captions(write(tmp_path / "a.parquet", above), beside).scores.bleu_1 == pytest.approx(1.0)
 
 
-def test_captions_from_one_of_the_datas_folders_are_matched_with_it(
-    tmp_path: Path, references: CaptionedImages
-) -> None:
+def test_captions_of_one_folder_of_the_data_are_matched_with_it(tmp_path: Path, references: CaptionedImages) -> None:
     captions = tmp_path / "captions"
     (captions / "_imcap").mkdir(parents=True)
     (captions / "_imcap" / "run.json").write_text(json.dumps({"input": str(tmp_path / "data" / "test")}))
@@ -140,7 +138,7 @@ def test_a_missing_caption_is_refused(tmp_path: Path, references: CaptionedImage
         evaluate_captions(captions, references)
 
 
-def test_other_captions_are_compared_on_the_same_images(tmp_path: Path, references: CaptionedImages) -> None:
+def test_two_sets_of_captions_are_compared_on_the_same_images(tmp_path: Path, references: CaptionedImages) -> None:
     ours = write(tmp_path / "a.parquet", of_split("test"))
     theirs = write(tmp_path / "b.parquet", PERFECT | {"test/c.jpg": "a bird"})
 
@@ -153,7 +151,7 @@ def test_other_captions_are_compared_on_the_same_images(tmp_path: Path, referenc
         evaluate_captions(ours, references, against=write(tmp_path / "c.parquet", {"test/d.jpg": "a child"}))
 
 
-def test_an_image_that_failed_is_scored_as_silence(tmp_path: Path, references: CaptionedImages) -> None:
+def test_a_failed_image_is_scored_as_an_empty_caption(tmp_path: Path, references: CaptionedImages) -> None:
     captions = of_split("test") | {"test/c.jpg": None}
 
     report = evaluate_captions(write(tmp_path / "a.parquet", captions), references)
@@ -172,7 +170,7 @@ def test_captions_of_other_images_are_refused(tmp_path: Path, references: Captio
         evaluate_captions(captions, references)
 
 
-def test_a_file_name_of_two_images_matches_none(tmp_path: Path, references: CaptionedImages) -> None:
+def test_a_file_name_of_two_captioned_images_matches_none(tmp_path: Path, references: CaptionedImages) -> None:
     captions = write(tmp_path / "a.parquet", {"x/test/c.jpg": "a dog", "y/test/c.jpg": "a cat"})
 
     with pytest.raises(DatasetError, match="2 of 2 captioned images have no references"):
@@ -188,7 +186,7 @@ def test_a_file_name_that_two_images_of_the_data_have_matches_none(tmp_path: Pat
         evaluate_captions(captions, data)
 
 
-def test_captions_of_a_folder_are_not_those_of_an_image_of_the_same_name_above_it(
+def test_captions_in_a_folder_do_not_match_an_image_of_the_same_name_above_it(
     tmp_path: Path, references: CaptionedImages
 ) -> None:
     ids = pa.array(["c.jpg", "d.jpg", "test/c.jpg", "test/d.jpg"])
@@ -228,7 +226,7 @@ def test_repeated_ids_are_refused(tmp_path: Path) -> None:
         read_captions(str(path))
 
 
-def test_ids_may_be_numbers_and_captions_absent(tmp_path: Path) -> None:
+def test_ids_can_be_numbers_and_captions_can_be_missing(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image_id": [1, 2], "caption": ["x", None]}), path)
 
@@ -238,12 +236,12 @@ def test_ids_may_be_numbers_and_captions_absent(tmp_path: Path) -> None:
     ]
 
 
-def test_captions_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_captions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such captions"):
         read_captions(str(tmp_path / "nowhere"))
 
 
-def test_captions_of_a_tar_are_scored_against_that_tar_whatever_its_members_are_called(tmp_path: Path) -> None:
+def test_captions_of_a_tar_are_scored_against_it_for_any_member_names(tmp_path: Path) -> None:
     names = [f"2023.05.{day:02}.{kind}" for day in range(3) for kind in ("jpg", "txt")]
     names += ["k.left.jpg", "k.right.jpg", "k.txt", "a.jpg", "a.txt", "a.jpg", "a.txt", "alone.jpg"]
     members = [

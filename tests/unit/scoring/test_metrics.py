@@ -85,13 +85,13 @@ def corpus(request: pytest.FixtureRequest) -> tuple[list[list[str]], list[list[l
     return hypotheses, references
 
 
-def test_bleu_is_that_of_coco_caption(corpus):
+def test_bleu_equals_that_of_coco_caption(corpus):
     expected, _ = Bleu(4).compute_score(*in_coco_form(*corpus), verbose=0)
 
     assert corpus_bleu(*corpus) == pytest.approx(expected, abs=1e-6)
 
 
-def test_rouge_l_is_that_of_coco_caption(corpus):
+def test_rouge_l_equals_that_of_coco_caption(corpus):
     expected_mean, expected = Rouge().compute_score(*in_coco_form(*corpus))
 
     mean, per_image = rouge_l(*corpus)
@@ -100,7 +100,7 @@ def test_rouge_l_is_that_of_coco_caption(corpus):
     assert per_image == pytest.approx(list(expected), abs=1e-9)
 
 
-def test_cider_d_is_that_of_coco_caption(corpus):
+def test_cider_d_equals_that_of_coco_caption(corpus):
     hypotheses, references = corpus
     expected_mean, expected = Cider().compute_score(*in_coco_form(*corpus))
 
@@ -114,7 +114,7 @@ def test_cider_d_is_that_of_coco_caption(corpus):
     )
 
 
-def test_bleu_is_that_of_nltk_which_takes_the_references_first():
+def test_bleu_equals_that_of_nltk_which_takes_the_references_first():
     images = to_tokens(make_references(60))
     hypotheses = [[*references[0], "near", "by"] for references in images]  # none is shorter than four tokens
     references = [references[1:] for references in images]
@@ -140,7 +140,7 @@ def test_bleu_and_rouge_l_computed_by_hand():
     assert mean == pytest.approx((1 + 1.44) * precision * recall / (recall + 1.44 * precision))
 
 
-def test_the_closest_reference_length_is_the_shorter_of_two_as_close():
+def test_the_closest_reference_length_is_the_shorter_one_in_a_tie():
     two, four = ["a", "dog"], ["a", "dog", "runs", "fast"]
 
     assert corpus_bleu([["a", "dog", "runs"]], [[four, two]])[0] == 1.0
@@ -154,7 +154,7 @@ def test_rouge_l_takes_the_best_precision_and_the_best_recall_of_different_refer
     assert mean == 1.0  # the recall of the short one, the precision of the long one
 
 
-def test_cider_d_by_hand_of_one_shared_rare_word():
+def test_cider_d_of_one_shared_rare_word_computed_by_hand():
     references = [[["dog"]], [["cat"]]]
 
     # Of the four orders the unigrams agree exactly and the others do not exist.
@@ -162,7 +162,7 @@ def test_cider_d_by_hand_of_one_shared_rare_word():
     assert CiderD(references).score(0, ["dog"]) == pytest.approx(10 / 4)
 
 
-def test_cider_d_gives_nothing_for_saying_a_word_again():
+def test_cider_d_does_not_reward_a_repeated_word():
     of_images = CiderD(to_tokens(make_references(20)))
 
     once, twice = of_images.score(0, ["a", "dog"]), of_images.score(0, ["a", "dog", "dog", "dog"])
@@ -170,7 +170,7 @@ def test_cider_d_gives_nothing_for_saying_a_word_again():
     assert twice < once
 
 
-def test_cider_d_takes_document_frequencies_of_another_corpus():
+def test_cider_d_accepts_document_frequencies_of_another_corpus():
     training = to_tokens(make_references(100, seed=1))
     references = to_tokens(make_references(20))
     frequencies = DocumentFrequencies.of(training)
@@ -208,7 +208,7 @@ def values_of(scores: Scores) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(("references_per_slice", "positions_per_slice"), [(3, 7), (40_000, 4_000_000)])
-def test_every_number_of_a_report_is_that_of_the_slow_judge(
+def test_every_number_of_a_report_equals_the_reference_implementation(
     references_per_slice: int, positions_per_slice: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ngram_statistics, "REFERENCES_PER_SLICE", references_per_slice)
@@ -238,7 +238,7 @@ def test_every_number_of_a_report_is_that_of_the_slow_judge(
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(*[st.lists(st.sampled_from("abc"), max_size=8)] * 3), min_size=1, max_size=5))
-def test_the_rows_of_any_sentences_are_those_of_the_slow_judge(images: list[tuple[list[str], ...]]) -> None:
+def test_the_rows_of_any_sentences_equal_the_reference_implementation(images: list[tuple[list[str], ...]]) -> None:
     hypotheses, references = [image[0] for image in images], [image[1:] for image in images]
 
     rows = metrics.compute_rows(hypotheses, references)
@@ -269,7 +269,7 @@ def test_references_as_captions_score_worse_than_captions_as_references():
     assert wordy.bleu_1 == pytest.approx(5 / 13)  # too much said
 
 
-def test_an_empty_caption_is_scored_and_not_left_out():
+def test_an_empty_caption_is_scored_and_not_skipped():
     references = make_references(10)
     captions = {image_id: texts[0] for image_id, texts in references.items()}
     complete = score(captions, references)
@@ -319,7 +319,7 @@ def test_an_image_without_references_is_refused():
         score({}, {})
 
 
-def test_the_floor_is_the_best_of_all_constant_captions():
+def test_the_constant_caption_baseline_is_the_best_of_all_constant_captions():
     references = make_references(40)
     tokens = to_tokens(references)
     constants = [reference for image in tokens for reference in image]
@@ -348,14 +348,14 @@ def test_human_agreement_is_the_mean_over_annotators():
         assert getattr(human, name) == pytest.approx(sum(getattr(scores, name) for scores in one_out) / 3)
 
 
-def test_human_agreement_is_of_the_images_with_two_references():
+def test_human_agreement_uses_only_images_with_two_references():
     references = make_references(20)
 
     assert human_line({**references, "lonely.jpg": ["A dog ."]}) == human_line(references)
     assert evaluate({"lonely.jpg": "A dog"}, {"lonely.jpg": ["A dog ."]}).human is None
 
 
-def test_an_annotator_of_one_image_does_not_count_as_much_as_the_others():
+def test_annotators_are_weighted_by_their_number_of_images():
     references = make_references(60)
     before = human_line(references)
 
@@ -370,7 +370,7 @@ def human_line(references: Mapping[str, Sequence[str]]) -> Scores:
     return human
 
 
-def test_a_report_holds_what_its_parts_compute():
+def test_a_report_contains_what_its_parts_compute():
     references = make_references(30)
     captions = {image_id: texts[0] for image_id, texts in references.items()}
 
@@ -382,7 +382,7 @@ def test_a_report_holds_what_its_parts_compute():
     assert (report.protocol.split, report.protocol.num_images) == ("validation", 30)
 
 
-def test_intervals_surround_the_scores_and_are_the_same_every_time():
+def test_intervals_contain_the_scores_and_are_deterministic():
     references = make_references(60)
     captions = {image_id: references[f"image-{(i // 2) * 2}.jpg"][0] for i, image_id in enumerate(references)}
 
@@ -404,7 +404,7 @@ def test_captions_compared_with_themselves_do_not_differ():
     assert set(comparison.intervals.values()) == {(0.0, 0.0)}
 
 
-def test_a_difference_is_drawn_on_the_same_images_and_turns_its_sign_with_the_sides():
+def test_a_difference_is_resampled_on_the_same_images_and_changes_sign_when_swapped():
     references = make_references(60)
     good = {image_id: texts[0] for image_id, texts in references.items()}
     # The same captions but for every tenth image: each alone varies much more than what is between them.
@@ -428,7 +428,7 @@ def test_a_difference_is_drawn_on_the_same_images_and_turns_its_sign_with_the_si
     assert json.loads(report.to_json())["comparison"]["name"] == "worse"
 
 
-def test_the_scores_of_the_images_make_up_those_of_all():
+def test_the_corpus_scores_follow_from_the_scores_of_the_images():
     references = make_references(30)
     captions = {image_id: f"{texts[0]} and a dog" for image_id, texts in references.items()}
 
@@ -444,7 +444,7 @@ def test_the_scores_of_the_images_make_up_those_of_all():
     assert "image_scores" not in json.loads(report.to_json())
 
 
-def test_a_report_reads_as_json_markdown_and_text():
+def test_a_report_is_available_as_json_markdown_and_text():
     references = make_references(30)
     captions = {image_id: texts[0] for image_id, texts in references.items()}
     report = evaluate(captions, references, split="validation", notes="beam 4")
@@ -466,7 +466,7 @@ def test_a_report_reads_as_json_markdown_and_text():
         assert "beam 4" in text
 
 
-def test_a_report_on_single_references_has_no_human_line():
+def test_a_report_on_single_references_has_no_human_agreement():
     references = make_references(10, references_per_image=1)
     captions = {image_id: texts[0] for image_id, texts in references.items()}
 
@@ -484,7 +484,7 @@ def test_importing_loads_neither_nltk_nor_torch_nor_ray():
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 
-def test_the_seeds_protocol_counts_its_markers_and_has_a_note() -> None:
+def test_the_seed_protocol_counts_its_markers_and_has_a_note() -> None:
     references = {"1": ["A man in a blue shirt .", "The man stands"], "2": ["Two dogs run", "A dog is running"]}
     constant = dict.fromkeys(references, "the bird flies")
 

@@ -25,12 +25,12 @@ from imcap_ray.text.escaping import markdown, markdown_code, printable
         ("C:\\x", "C:\\x"),
     ],
 )
-def test_a_terminal_is_told_nothing_but_letters(text: str, shown: str) -> None:
+def test_terminal_output_contains_no_control_characters(text: str, shown: str) -> None:
     assert printable(text) == shown
 
 
 @given(st.text())
-def test_whatever_is_printed_is_one_line_that_any_terminal_takes(text: str) -> None:
+def test_printed_text_is_one_line_that_any_terminal_can_encode(text: str) -> None:
     shown = printable(text)
 
     assert shown.splitlines() in ([], [shown])
@@ -39,14 +39,14 @@ def test_whatever_is_printed_is_one_line_that_any_terminal_takes(text: str) -> N
 
 
 @given(st.text(alphabet="ab\\`*_[]()<>|~&#!\n"))
-def test_markdown_has_no_markup_left(text: str) -> None:
+def test_escaped_markdown_contains_no_markup(text: str) -> None:
     unescaped = re.sub(r"\\[!-/:-@\[-`{-~]", "", markdown(text))
 
     assert not set("\\`*[]<>|~&#\n") & set(unescaped)
     assert not re.search(r"(?<!\w)_|_(?!\w)", unescaped)
 
 
-def test_markdown_leaves_what_is_no_markup() -> None:
+def test_text_without_markup_is_not_escaped() -> None:
     for text in ("efficientnet_lite2", "Flickr8k as distributed: 6,000 images (2013)", "package==0.1.0 - x"):
         assert markdown(text) == text
     assert markdown("_x_ | <script>") == r"\_x\_ \| \<script\>"

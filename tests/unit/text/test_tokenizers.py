@@ -85,7 +85,7 @@ def test_ptb_tokens_survive_becoming_text(text: str):
 
 @settings(deadline=None)
 @given(st.text(), st.sampled_from(sorted(TOKENIZERS)))
-def test_any_text_has_tokens_without_spaces_and_is_read_without_regard_to_them(text: str, tokenizer: str):
+def test_tokens_contain_no_spaces_and_do_not_depend_on_the_spacing_of_the_text(text: str, tokenizer: str):
     tokens = tokenize(text, tokenizer)
 
     assert all(token and not any(map(str.isspace, token)) for token in tokens)
@@ -115,7 +115,7 @@ def test_unicode_tokens_are_words_or_characters_of_unspaced_scripts(text: str, t
     assert tokenize(detokenize(tokens), "unicode") == tokens
 
 
-def test_seed_tokens_are_words_of_two_letters_and_more():
+def test_seed_tokens_are_words_of_at_least_two_letters():
     assert tokenize("A dog's 2 T-shirts, in the U.S.", "seed") == ["dogs", "tshirts", "in", "the", "us"]
 
 
@@ -128,11 +128,11 @@ def test_seed_tokens_are_words_of_two_letters_and_more():
         ([], ""),
     ],
 )
-def test_detokenized_text_reads_as_people_write_it(tokens: list[str], text: str):
+def test_detokenized_text_has_normal_punctuation(tokens: list[str], text: str):
     assert detokenize(tokens) == text
 
 
-def test_an_unknown_tokenizer_is_answered_with_the_known_ones():
+def test_the_error_for_an_unknown_tokenizer_lists_the_known_ones():
     with pytest.raises(ConfigError, match="must be one of ptb, unicode, seed, got 'moses'"):
         tokenize("a dog", "moses")
 

@@ -17,7 +17,7 @@ VOCABULARY = Vocabulary.build(CAPTIONS)
 
 @given(st.lists(st.sampled_from(VOCABULARY.tokens[len(SPECIAL_TOKENS) :]), max_size=12))
 @settings(max_examples=100, deadline=None)
-def test_a_caption_of_known_words_comes_back(words: list[str]) -> None:
+def test_a_caption_of_known_words_round_trips(words: list[str]) -> None:
     caption = VOCABULARY.to_text([*map(VOCABULARY.tokens.index, words), END_ID])
 
     ids = VOCABULARY.to_ids(caption, max_length=50)
@@ -26,11 +26,11 @@ def test_a_caption_of_known_words_comes_back(words: list[str]) -> None:
     assert VOCABULARY.to_text(ids) == caption
 
 
-def test_a_contraction_is_written_together_again() -> None:
+def test_a_contraction_is_rejoined() -> None:
     assert VOCABULARY.to_text(VOCABULARY.to_ids("The dog's ball.", max_length=9)) == "the dog's ball"
 
 
-def test_an_unseen_word_becomes_unknown_and_is_not_spoken() -> None:
+def test_an_unseen_word_becomes_unknown_and_is_not_generated() -> None:
     ids = VOCABULARY.to_ids("a zebra runs", max_length=9)
 
     assert ids[2] == UNKNOWN_ID
@@ -51,7 +51,7 @@ def test_text_stops_at_the_first_end_and_leaves_out_special_tokens() -> None:
     assert VOCABULARY.to_text([]) == ""
 
 
-def test_the_most_frequent_tokens_come_first_and_rare_ones_not_at_all() -> None:
+def test_the_most_frequent_tokens_come_first_and_rare_ones_are_dropped() -> None:
     vocabulary = Vocabulary.build(CAPTIONS, min_count=2)
 
     assert vocabulary.tokens == [*SPECIAL_TOKENS, "a", "dog", "the"]
@@ -62,14 +62,14 @@ def test_the_order_of_the_captions_does_not_matter() -> None:
     assert Vocabulary.build(reversed(CAPTIONS)).tokens == VOCABULARY.tokens
 
 
-def test_a_special_token_in_a_caption_is_no_word() -> None:
+def test_a_special_token_in_a_caption_is_not_a_word() -> None:
     vocabulary = Vocabulary.build(["<start> a <unknown> <end>"])
 
     assert not set(vocabulary.tokens[len(SPECIAL_TOKENS) :]) & set(SPECIAL_TOKENS)
 
 
 @pytest.mark.parametrize("tokenizer", ["ptb", "unicode", "seed"])
-def test_json_brings_the_same_vocabulary_back(tokenizer: str) -> None:
+def test_a_vocabulary_round_trips_through_json(tokenizer: str) -> None:
     vocabulary = Vocabulary.build([*CAPTIONS, "ein Straßenhund läuft", "犬が走る"], tokenizer=tokenizer)
 
     copy = Vocabulary.from_json(vocabulary.to_json())

@@ -49,7 +49,7 @@ def test_tensorboard_shows_every_epoch_once_after_an_interruption(tmp_path: Path
     assert curves(tmp_path) == expected_curves(3)
 
 
-def test_tensorboard_that_is_looking_sees_the_next_epoch(tmp_path: Path) -> None:
+def test_a_running_tensorboard_sees_the_next_epoch(tmp_path: Path) -> None:
     writer, shown = TensorBoardFolder(str(tmp_path)), EventAccumulator(str(tmp_path))
     seen = []
     for count in (1, 2, 3):
@@ -60,7 +60,7 @@ def test_tensorboard_that_is_looking_sees_the_next_epoch(tmp_path: Path) -> None
     assert seen == [[1], [1, 2], [1, 2, 3]]
 
 
-def test_epochs_that_are_done_again_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
+def test_repeated_epochs_replace_the_old_ones(tmp_path: Path) -> None:
     TensorBoardFolder(str(tmp_path)).log([row | {"cider_d": 9.0} for row in epochs(3)])
 
     again = TensorBoardFolder(str(tmp_path))
@@ -170,7 +170,7 @@ def test_a_run_that_was_deleted_is_replaced_by_a_new_one_with_all_epochs(
     assert server.curve(run, "cider_d") == expected_curves(2)["cider_d"]
 
 
-def test_without_the_variable_there_is_no_run_and_no_line(work: str, tmp_path: Path) -> None:
+def test_without_the_variable_there_is_no_run_and_no_message(work: str, tmp_path: Path) -> None:
     lines: list[str] = []
 
     train(work, 0, 2, lines)
@@ -179,7 +179,7 @@ def test_without_the_variable_there_is_no_run_and_no_line(work: str, tmp_path: P
     assert [path.name for path in Path(work).iterdir()] == [EVENTS_FOLDER]
 
 
-def test_a_server_that_is_down_costs_one_line_and_gets_all_epochs_when_it_is_back(
+def test_an_unreachable_server_costs_one_message_and_gets_all_epochs_when_it_is_back(
     server: Server, work: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:9")

@@ -73,12 +73,12 @@ def test_fine_tuning_changes_the_cnn_from_the_first_layer_on_and_no_statistics(e
     assert not equal(optimization.kept.state_dict(), model.state_dict()), "the moving average lags behind"
 
 
-def test_a_layer_that_the_cnn_lacks_is_refused_with_those_it_has(encoder: Encoder) -> None:
+def test_the_error_for_an_unknown_layer_lists_the_layers_of_the_cnn(encoder: Encoder) -> None:
     with pytest.raises(ConfigError, match=r"finetune.first_layer .*'layer9'.*cnn.blocks.0"):
         unfreeze(encoder, "layer9")
 
 
-def test_without_a_first_layer_all_of_the_cnn_is_trained(encoder: Encoder) -> None:
+def test_without_a_first_layer_the_entire_cnn_is_trained(encoder: Encoder) -> None:
     unfreeze(encoder, "")
 
     frozen = {name for name, parameter in encoder.cnn.named_parameters() if not parameter.requires_grad}
@@ -86,7 +86,7 @@ def test_without_a_first_layer_all_of_the_cnn_is_trained(encoder: Encoder) -> No
 
 
 @pytest.mark.parametrize("name", ["timm:convnext_atto", "timm:mobilenetv3_small_050"])
-def test_layers_behind_the_grid_are_left_as_they_are(name: str) -> None:
+def test_layers_after_the_grid_are_not_trained(name: str) -> None:
     encoder = build_encoder(EncoderConfig(name=name), PreprocessingConfig(image_size=SIZE), load_weights=False)
     unfreeze(encoder, "")
 
@@ -97,7 +97,7 @@ def test_layers_behind_the_grid_are_left_as_they_are(name: str) -> None:
     assert len(learnt) > 20
 
 
-def test_a_fine_tuning_that_had_such_layers_among_its_parameters_resumes() -> None:
+def test_a_fine_tuning_whose_optimizer_contains_such_layers_resumes() -> None:
     """As a single worker of an earlier version left it: these layers never had a gradient."""
 
     def start(*, freezes: bool) -> Optimization:

@@ -50,7 +50,7 @@ def card(
     )
 
 
-def test_a_card_says_how_to_train_it_again_with_all_that_was_changed() -> None:
+def test_a_card_has_the_command_that_reproduces_the_training_with_all_overrides() -> None:
     text = card(recipe_options=("training.epochs=3", "encoder.name='x y'"), start_from=("runs/old model", "runs/b"))
 
     assert re.search(r"started from .* runs/old model and runs/b", text)
@@ -74,7 +74,7 @@ def test_a_card_names_data_recipe_seed_and_weights() -> None:
     assert text.endswith("\n")
 
 
-def test_scores_are_below_their_names() -> None:
+def test_scores_are_in_the_columns_of_their_names() -> None:
     lines = card().splitlines()
     head = next(number for number, line in enumerate(lines) if line.startswith("| BLEU-1"))
 
@@ -100,7 +100,7 @@ def test_a_card_names_the_cnn_and_describes_the_decoder(recipe: str) -> None:
     assert DECODERS[settings.decoder.name].description in text
 
 
-def test_a_score_that_is_missing_is_a_bug_and_not_a_blank() -> None:
+def test_a_missing_score_is_an_error_and_not_a_blank() -> None:
     with pytest.raises(jinja2.UndefinedError, match="cider_d"):
         card(metrics={name: value for name, value in METRICS.items() if name != "cider_d"})
 
@@ -108,7 +108,7 @@ def test_a_score_that_is_missing_is_a_bug_and_not_a_blank() -> None:
 HOSTILE = "x` | <script>alert(1)</script> [y](http://z)\n# not a heading\x1b[2J $(touch pwned)"
 
 
-def test_hostile_names_are_text_in_a_card_of_the_same_form() -> None:
+def test_hostile_names_do_not_change_the_structure_of_a_card() -> None:
     def fill(text: str) -> str:
         facts = dict.fromkeys(("location", "format", "terms"), text)
         return card(name=text, data=facts, weights=text, recipe_name=text)

@@ -67,7 +67,7 @@ def whole_batch() -> Any:
     return make_batch(make_features(), make_captions(), CPU)
 
 
-def test_a_batch_holds_every_token_but_the_start_as_a_target_once() -> None:
+def test_every_token_except_the_start_is_a_target_exactly_once() -> None:
     captions = make_captions()
 
     batch = whole_batch()
@@ -82,7 +82,7 @@ def test_a_batch_holds_every_token_but_the_start_as_a_target_once() -> None:
         assert [token for token in ids if token != END_ID] in [one[:-1] for one in captions[image]]
 
 
-def test_few_batch_sizes_come_up_in_a_step() -> None:
+def test_a_step_uses_few_distinct_batch_sizes() -> None:
     features, captions = make_features().repeat(5, 1, 1), 5 * make_captions()
 
     batch = make_batch(features, captions, CPU)
@@ -92,7 +92,7 @@ def test_few_batch_sizes_come_up_in_a_step() -> None:
     assert set(packed.batch_sizes.tolist()) <= {16, 32, 48, 64, 80}
 
 
-def test_how_captions_are_padded_changes_neither_loss_nor_step(decoder: Decoder) -> None:
+def test_padding_changes_neither_loss_nor_step(decoder: Decoder) -> None:
     config, found = replace(PLAIN, label_smoothing=0.1), []
     for bucket_size in (1, 4, 16):
         optimization = optimize(copy.deepcopy(decoder), config)
@@ -108,7 +108,7 @@ def test_how_captions_are_padded_changes_neither_loss_nor_step(decoder: Decoder)
         assert torch.allclose(weights, found[0][2], rtol=1e-3, atol=2e-3)
 
 
-def test_a_batchs_loss_is_the_sum_over_its_captions_alone(decoder: Decoder) -> None:
+def test_the_loss_of_a_batch_is_the_sum_over_its_captions(decoder: Decoder) -> None:
     features, captions = make_features(), make_captions()
 
     loss, num_tokens = optimize(copy.deepcopy(decoder)).step(whole_batch())
@@ -143,7 +143,7 @@ def test_label_smoothing_changes_the_step_and_not_the_reported_loss() -> None:
     assert not equal(plain.state_dict(), smooth.state_dict())
 
 
-def test_a_tiny_model_learns_eight_images_by_heart(decoder: Decoder) -> None:
+def test_a_tiny_model_memorises_eight_images(decoder: Decoder) -> None:
     optimization, batch = optimize(decoder, replace(PLAIN, learning_rate=2e-2)), whole_batch()
 
     losses = [float(loss) / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(150))]
@@ -152,7 +152,7 @@ def test_a_tiny_model_learns_eight_images_by_heart(decoder: Decoder) -> None:
     assert losses[-1] < 0.1 * losses[0]
 
 
-def test_a_batch_with_advantages_weighs_each_captions_tokens_with_its_own() -> None:
+def test_advantages_weight_the_tokens_of_their_own_caption() -> None:
     captions = make_captions()
     advantages = [[10.0 * image + k for k in range(2)] for image in range(NUM_IMAGES)]
 
@@ -178,7 +178,7 @@ def test_the_gradient_is_clipped() -> None:
     assert torch.stack(norms).norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_training_steps_with_dropout_whatever_the_module_was_left_in() -> None:
+def test_dropout_is_active_in_a_step_even_if_the_module_was_in_eval_mode() -> None:
     decoder = make_decoder(dropout=0.5).eval()
     optimization = optimize(decoder)
 
@@ -190,7 +190,7 @@ def test_a_training_steps_with_dropout_whatever_the_module_was_left_in() -> None
 # ---- the reward
 
 
-def test_an_advantage_is_the_reward_against_the_mean_of_the_others() -> None:
+def test_an_advantage_is_the_reward_minus_the_mean_of_the_other_samples() -> None:
     assert advantages_of([[1.0, 2.0, 6.0], [0.5, 0.5, 0.5]]) == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
 
 
@@ -207,7 +207,7 @@ def test_the_reward_is_cider_d_with_the_end_as_a_token() -> None:
     assert reward("a", said) > reward("b", said)
 
 
-def test_bleu_is_a_part_of_the_reward_by_its_weight() -> None:
+def test_bleu_contributes_to_the_reward_by_its_weight() -> None:
     captions = {"a": ["a dog runs", "a dog plays on grass"], "b": ["two men sit", "men on a bench"]}
     vocabulary = Vocabulary.build(text for texts in captions.values() for text in texts)
     plain, mixed = (CaptionReward(captions, vocabulary, bleu_weight=weight) for weight in (0.0, 2.0))
@@ -223,7 +223,7 @@ def test_bleu_is_a_part_of_the_reward_by_its_weight() -> None:
     assert mixed("a", [START_ID, END_ID]) >= 0, "nothing was said"
 
 
-def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
+def test_captions_are_sampled_in_proportion_to_their_probability() -> None:
     decoder, features = make_decoder().eval(), make_features()[:1]
     torch.manual_seed(5)
 
@@ -239,7 +239,7 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_a_step_knows_the_probabilities_that_captions_are_drawn_with(decoder: Decoder, temperature: float) -> None:
+def test_a_step_uses_the_probabilities_with_which_captions_were_sampled(decoder: Decoder, temperature: float) -> None:
     torch.manual_seed(6)
     features = make_features()
     drawn = draw_captions(decoder, features, num_samples=3, max_length=5, temperature=temperature)
@@ -335,7 +335,7 @@ def test_phases_that_are_repeated_follow_each_other_with_the_same_settings() -> 
     assert [row["phase"] for row in history] == [phase for phase, of in found.items() for _ in range(of.epochs)]
 
 
-def test_a_phase_ends_after_its_epochs_or_when_it_is_stuck() -> None:
+def test_a_phase_ends_after_its_epochs_or_when_it_stops_improving() -> None:
     recipe = recipe_of(finetune=2, self_critical=9)
     first, second = rows("cross_entropy", 0.1, 0.2, 0.3, 0.4), rows("finetune", 0.3, 0.2)
 
@@ -355,7 +355,7 @@ def test_a_phase_ends_after_its_epochs_or_when_it_is_stuck() -> None:
 # ---- the schedule
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine() -> None:
+def test_the_learning_rate_warms_up_linearly_and_decays_by_a_cosine() -> None:
     config = TrainingConfig(warmup_steps=10)
     factors = [learning_rate_factor(step, 100, config) for step in range(101)]
 
@@ -371,7 +371,7 @@ def test_a_constant_learning_rate_is_constant() -> None:
     assert {learning_rate_factor(step, 100, PLAIN) for step in range(101)} == {1.0}
 
 
-def test_a_training_shorter_than_its_warm_up_is_possible() -> None:
+def test_a_training_can_be_shorter_than_its_warm_up() -> None:
     factors = [learning_rate_factor(step, 3, TrainingConfig(warmup_steps=10)) for step in range(4)]
 
     assert factors == sorted(factors)
@@ -444,7 +444,7 @@ def test_a_training_resumes_from_its_state_as_if_never_interrupted(optimizer: st
     assert equal(resumed.kept.state_dict(), uninterrupted.kept.state_dict())
 
 
-def test_a_schedule_resumes_at_the_same_share_if_an_epoch_has_another_number_of_steps() -> None:
+def test_a_schedule_resumes_at_the_same_fraction_if_the_steps_per_epoch_change() -> None:
     config = replace(PLAIN, schedule="cosine", warmup_steps=0)
     of_two_workers = optimize(make_decoder(), config, total_steps=20)
     for _ in range(10):

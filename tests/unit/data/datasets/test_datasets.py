@@ -53,7 +53,7 @@ def test_flickr8k_is_recognised_with_its_official_splits(flickr8k: Path) -> None
         assert Path(row["image_path"]).is_file()
 
 
-def test_the_key_without_an_image_is_left_out_and_counted(flickr8k: Path) -> None:
+def test_the_key_without_an_image_is_skipped_and_counted(flickr8k: Path) -> None:
     dataset = load(flickr8k)
 
     assert ODD_KEY not in dataset.references()
@@ -61,7 +61,7 @@ def test_the_key_without_an_image_is_left_out_and_counted(flickr8k: Path) -> Non
     assert dataset.notes == [f"1 captioned image is in no split: {ODD_KEY}"]
 
 
-def test_odd_lines_are_counted(flickr8k: Path) -> None:
+def test_malformed_lines_are_counted(flickr8k: Path) -> None:
     append(flickr8k / "Flickr8k.token.txt", "no tab\nno_number.jpg\tcaption\n0000_photo.jpg#7\t  \n\n")
 
     dataset = load(flickr8k)
@@ -71,7 +71,7 @@ def test_odd_lines_are_counted(flickr8k: Path) -> None:
     assert len(dataset.references()["0000_photo.jpg"]) == 5
 
 
-def test_a_second_tab_is_counted_and_its_caption_kept(flickr8k: Path) -> None:
+def test_a_line_with_a_second_tab_is_counted_and_its_caption_is_kept(flickr8k: Path) -> None:
     append(flickr8k / "Flickr8k.token.txt", "0000_photo.jpg#7\tA dog\tin the grass .\n")
 
     dataset = load(flickr8k)
@@ -80,7 +80,7 @@ def test_a_second_tab_is_counted_and_its_caption_kept(flickr8k: Path) -> None:
     assert dataset.references()["0000_photo.jpg"][-1] == "A dog in the grass ."
 
 
-def test_line_ends_and_the_mark_of_windows_are_no_part_of_a_caption(flickr8k: Path) -> None:
+def test_windows_line_ends_and_byte_order_marks_are_not_part_of_a_caption(flickr8k: Path) -> None:
     token_file = flickr8k / "Flickr8k.token.txt"
     expected = load(flickr8k).references()
     token_file.write_bytes(b"\xef\xbb\xbf" + token_file.read_bytes().replace(b"\n", b"\r\n"))
@@ -88,7 +88,7 @@ def test_line_ends_and_the_mark_of_windows_are_no_part_of_a_caption(flickr8k: Pa
     assert load(flickr8k).references() == expected
 
 
-def test_without_split_lists_each_image_gets_a_split_of_its_own(flickr8k: Path) -> None:
+def test_without_split_lists_each_image_is_assigned_a_split(flickr8k: Path) -> None:
     for path in flickr8k.glob("Flickr_8k.*Images.txt"):
         path.unlink()
 
@@ -107,7 +107,7 @@ def test_an_image_of_a_split_list_without_a_caption_is_counted(flickr8k: Path) -
     assert "2 images of the splits have no caption: z.jpg, lost.jpg" in dataset.notes
 
 
-def test_images_without_a_file_are_counted_and_stay(flickr8k: Path) -> None:
+def test_images_without_a_file_are_counted_and_kept(flickr8k: Path) -> None:
     (flickr8k / "Flicker8k_Dataset" / "0003_photo.jpg").unlink()
 
     assert load(flickr8k).notes[-1] == "1 of 12 images have no file: 0003_photo.jpg"
@@ -125,7 +125,7 @@ def test_an_image_in_two_split_lists_is_refused(flickr8k: Path) -> None:
         load_dataset(str(flickr8k))
 
 
-def test_no_caption_at_all_is_refused(flickr8k: Path) -> None:
+def test_a_data_set_without_captions_is_refused(flickr8k: Path) -> None:
     for path in flickr8k.glob("Flickr_8k.*Images.txt"):
         path.unlink()
     (flickr8k / "Flickr8k.token.txt").write_text("")
@@ -135,7 +135,7 @@ def test_no_caption_at_all_is_refused(flickr8k: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Flickr8k_Dataset", "Images", "images"])
-def test_the_image_folder_may_have_another_name(flickr8k: Path, name: str) -> None:
+def test_the_image_folder_can_have_another_name(flickr8k: Path, name: str) -> None:
     (flickr8k / "Flicker8k_Dataset").rename(flickr8k / name)
 
     assert Path(load(flickr8k).table["image_path"][0].as_py()).parent.name == name
@@ -150,7 +150,7 @@ def write_kaggle(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_kaggles_form_is_recognised(tmp_path: Path) -> None:
+def test_the_kaggle_format_is_recognised(tmp_path: Path) -> None:
     write_kaggle(
         tmp_path,
         'image,caption\na.jpg,A dog .\nb.jpg,"A cat , asleep ."\na.jpg,A dog, again .\nb.jpg,"He says ""hi"" ."\n',
@@ -169,20 +169,20 @@ def test_kaggles_form_is_recognised(tmp_path: Path) -> None:
     assert "2 images" in missing
 
 
-def test_kaggles_odd_lines_are_counted(tmp_path: Path) -> None:
+def test_malformed_lines_of_the_kaggle_format_are_counted(tmp_path: Path) -> None:
     dataset = load(write_kaggle(tmp_path, "image,caption\na.jpg,A dog\nb.jpg\nc.jpg, \n\n"))
 
     assert dataset.notes[0] == "2 lines are not `image,caption`: line 3, line 4"
     assert list(dataset.references()) == ["a.jpg"]
 
 
-def test_a_quote_that_nothing_closes_costs_no_other_line(tmp_path: Path) -> None:
+def test_an_unclosed_quote_affects_no_other_line(tmp_path: Path) -> None:
     dataset = load(write_kaggle(tmp_path, 'image,caption\na.jpg,"A dog\nb.jpg,A cat\nc.jpg,"A cow, asleep"\n'))
 
     assert dataset.references() == {"a.jpg": ["A dog"], "b.jpg": ["A cat"], "c.jpg": ["A cow, asleep"]}
 
 
-def test_the_official_lists_beside_kaggles_captions_are_the_splits(tmp_path: Path) -> None:
+def test_official_split_lists_next_to_kaggle_captions_are_used(tmp_path: Path) -> None:
     write_kaggle(tmp_path, "image,caption\na.jpg,A dog\nb.jpg,A cat\nc.jpg,A cow\n")
     (tmp_path / "Flickr_8k.trainImages.txt").write_text("a.jpg\n")
     (tmp_path / "val.txt").write_text("b\r\n")  # without the ending, as some lists are
@@ -198,7 +198,7 @@ def test_the_official_lists_beside_kaggles_captions_are_the_splits(tmp_path: Pat
     assert "1 captioned image is in no split: c.jpg" in dataset.notes
 
 
-def test_a_split_by_caption_is_refused_with_an_image(tmp_path: Path) -> None:
+def test_a_split_per_caption_is_refused_and_names_an_image(tmp_path: Path) -> None:
     write_kaggle(tmp_path, "image,caption,split\na.jpg,A dog, with a ball,train\nb.jpg,x,val\na.jpg,A puppy,test\n")
 
     with pytest.raises(DatasetError, match="a.jpg is in two splits, train and test"):
@@ -231,7 +231,7 @@ def test_parquet_with_paths_splits_and_lists_of_captions(tmp_path: Path) -> None
     ]
 
 
-def test_parquet_with_a_row_for_each_caption(tmp_path: Path) -> None:
+def test_parquet_with_one_row_per_caption(tmp_path: Path) -> None:
     write_parquet(tmp_path / "1.parquet", {"image_id": ["a", "a", "b"], "caption": ["x", "y", "z"]})
     write_parquet(tmp_path / "2.parquet", {"image_id": ["b", "c"], "caption": ["w", "v"]})
     write_parquet(tmp_path / "_metadata.parquet", {"other": [1]})
@@ -242,7 +242,7 @@ def test_parquet_with_a_row_for_each_caption(tmp_path: Path) -> None:
     assert all(row["split"] == split_of(row["image_id"]) for row in dataset.table.to_pylist())
 
 
-def test_parquet_ids_may_be_numbers_and_text_may_be_large(tmp_path: Path) -> None:
+def test_parquet_ids_can_be_numbers_and_text_can_be_large(tmp_path: Path) -> None:
     captions = pa.array([["x"], ["y"]], pa.large_list(pa.large_string()))
 
     dataset = load(write_parquet(tmp_path / "a.parquet", {"image_id": [7, 8], "captions": captions}))
@@ -270,19 +270,19 @@ def test_parquet_rows_without_an_image_or_a_caption_are_counted(tmp_path: Path) 
         ({"image_id": ["a"], "caption": [""]}, "Parquet, without a single caption"),
     ],
 )
-def test_parquet_that_is_no_data_set_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+def test_parquet_that_is_not_a_data_set_is_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
     with pytest.raises(DatasetError, match=message):
         load_dataset(str(write_parquet(tmp_path / "a.parquet", columns)))
 
 
-def test_one_file_under_two_ids_in_two_splits_is_refused(tmp_path: Path) -> None:
+def test_one_file_with_two_ids_in_two_splits_is_refused(tmp_path: Path) -> None:
     columns = {"image_id": ["a", "b"], "image_path": ["x.jpg"] * 2, "caption": ["x", "y"], "split": ["train", "test"]}
 
     with pytest.raises(DatasetError, match="x.jpg is in two splits, train and test"):
         load_dataset(str(write_parquet(tmp_path / "a.parquet", columns)))
 
 
-def test_the_usual_names_of_splits_are_known(tmp_path: Path) -> None:
+def test_common_split_names_are_recognised(tmp_path: Path) -> None:
     columns = {"image_id": ["a", "b", "c"], "caption": ["x", "y", "z"], "split": ["restval", "Dev", "test"]}
 
     dataset = load(write_parquet(tmp_path / "a.parquet", columns))
@@ -301,7 +301,7 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("on_disk", "in_text"), [("NFD", "NFC"), ("NFC", "NFD")])
-def test_a_name_may_be_written_in_another_unicode_form(tmp_path: Path, on_disk: Any, in_text: Any) -> None:
+def test_a_name_can_be_in_another_unicode_normal_form(tmp_path: Path, on_disk: Any, in_text: Any) -> None:
     names = ["café.jpg", "犬.jpg", "plain.jpg", "gone é.jpg"]
     for name in names[:3]:
         (tmp_path / unicodedata.normalize(on_disk, name)).write_bytes(jpeg(0))
@@ -333,9 +333,7 @@ def write_naming(folder: Path, form: str, path: str) -> Path:
 
 @pytest.mark.parametrize("form", ["Flickr8k", "Kaggle", "Parquet"])
 @pytest.mark.parametrize("path", ["/elsewhere/b.jpg", "../../b.jpg", "deep/../../../b.jpg"])
-def test_a_name_that_leads_out_of_the_data_is_refused_unless_that_is_allowed(
-    tmp_path: Path, form: str, path: str
-) -> None:
+def test_a_name_that_leads_out_of_the_data_is_refused_unless_allowed(tmp_path: Path, form: str, path: str) -> None:
     data = write_naming(tmp_path / "data", form, path)
 
     with pytest.raises(DatasetError) as caught:
@@ -347,7 +345,7 @@ def test_a_name_that_leads_out_of_the_data_is_refused_unless_that_is_allowed(
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/b.jpg", "file:///elsewhere/b.jpg", "file:///data/%2e%2e/b.jpg"])
-def test_a_uri_elsewhere_is_refused_unless_that_is_allowed(tmp_path: Path, path: str) -> None:
+def test_an_outside_uri_is_refused_unless_allowed(tmp_path: Path, path: str) -> None:
     data = write_naming(tmp_path / "data", "Parquet", path)
 
     with pytest.raises(DatasetError, match="--allow-outside-paths"):
@@ -356,7 +354,7 @@ def test_a_uri_elsewhere_is_refused_unless_that_is_allowed(tmp_path: Path, path:
 
 
 @pytest.mark.parametrize("form", ["Flickr8k", "Kaggle"])
-def test_a_name_may_lead_to_another_folder_of_the_data(tmp_path: Path, form: str) -> None:
+def test_a_name_can_point_to_another_folder_of_the_data(tmp_path: Path, form: str) -> None:
     data = write_naming(tmp_path / "data", form, "../more/b.jpg")
 
     assert load_dataset(str(data)).table.num_rows == 2
@@ -373,7 +371,7 @@ def test_a_signed_url_is_refused_and_not_repeated(tmp_path: Path) -> None:
 # ---- any format
 
 
-def test_what_is_not_there_or_not_recognised_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_unrecognised_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=f"no such data set: {tmp_path}/nowhere"):
         load_dataset(f"{tmp_path}/nowhere")
     (tmp_path / "photo.jpg").write_bytes(b"")
@@ -381,7 +379,7 @@ def test_what_is_not_there_or_not_recognised_is_refused(tmp_path: Path) -> None:
         load_dataset(str(tmp_path))
 
 
-def test_a_split_that_is_not_there_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_the_error_for_an_unknown_split_lists_the_available_ones(tmp_path: Path) -> None:
     columns = {"image_id": ["a", "b"], "caption": ["x", "y"], "split": ["train", "train"]}
     dataset = load(write_parquet(tmp_path / "a.parquet", columns))
 
@@ -395,7 +393,7 @@ def test_the_split_of_a_name_never_changes() -> None:
     assert [number for number in range(60) if split_of(f"{number}.jpg") == "test"] == [14, 40, 43, 50]
 
 
-def test_about_a_twentieth_is_kept_for_validation_and_for_test() -> None:
+def test_about_a_twentieth_each_is_kept_for_validation_and_test() -> None:
     counts = Counter(split_of(f"{number}.jpg") for number in range(4000))
 
     assert set(counts) == set(SPLITS)

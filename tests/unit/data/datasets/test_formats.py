@@ -215,7 +215,7 @@ def stem(image_id: str) -> str:
 
 
 @every_format
-def test_each_format_is_the_same_table(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_every_format_gives_the_same_table(tmp_path: Path, write: Callable[[Path], None]) -> None:
     write(tmp_path / "data")
     name, has_splits = FORMATS[write]
 
@@ -235,7 +235,7 @@ def test_each_format_is_the_same_table(tmp_path: Path, write: Callable[[Path], N
 
 
 @every_format
-def test_nothing_in_any_format_leads_out_of_the_data(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_no_format_can_name_files_outside_the_data(tmp_path: Path, write: Callable[[Path], None]) -> None:
     """The same files, with each mention of one image replaced by a path to a file above the data."""
     data = tmp_path / "data"
     write(data)
@@ -292,7 +292,7 @@ def test_no_encoding_or_line_end_changes_a_caption(
         assert any(note.startswith(ENCODINGS[encoding]) for note in dataset.notes)
 
 
-def test_a_line_in_another_encoding_changes_no_other_line(tmp_path: Path) -> None:
+def test_a_line_in_another_encoding_affects_no_other_line(tmp_path: Path) -> None:
     (tmp_path / "captions.csv").write_bytes("image,caption\na.jpg,né\n".encode() + "b.jpg,né\n".encode("latin-1"))
 
     dataset = load_dataset(str(tmp_path))
@@ -304,7 +304,7 @@ def test_a_line_in_another_encoding_changes_no_other_line(tmp_path: Path) -> Non
 # ---- problems in each format
 
 
-def test_the_known_broken_line_of_flickr30k_is_counted(tmp_path: Path) -> None:
+def test_the_known_malformed_line_of_flickr30k_is_counted(tmp_path: Path) -> None:
     write_flickr30k_csv(tmp_path)
     with (tmp_path / "results.csv").open("a", encoding="utf-8") as file:
         file.write("\ndog.jpg| 4   A dog runs across the grass .\n")
@@ -315,7 +315,7 @@ def test_the_known_broken_line_of_flickr30k_is_counted(tmp_path: Path) -> None:
     assert len(dataset.references()["dog.jpg"]) == 2
 
 
-def test_karpathys_restval_is_trained_on_and_odd_entries_are_counted(tmp_path: Path) -> None:
+def test_restval_of_karpathy_is_training_data_and_malformed_entries_are_counted(tmp_path: Path) -> None:
     document = karpathy()
     document["images"][0]["split"] = "restval"
     document["images"] += [{"filename": "x.jpg", "split": "train", "sentences": []}, "no object", {"sentences": [{}]}]
@@ -327,7 +327,7 @@ def test_karpathys_restval_is_trained_on_and_odd_entries_are_counted(tmp_path: P
     assert "3 images have no name or no caption: dataset.json images[4], " in "".join(dataset.notes)
 
 
-def test_coco_without_file_names_is_of_use_as_references(tmp_path: Path) -> None:
+def test_coco_without_file_names_can_be_used_as_references(tmp_path: Path) -> None:
     document = coco()
     for image in document["images"]:
         del image["file_name"]
@@ -341,7 +341,7 @@ def test_coco_without_file_names_is_of_use_as_references(tmp_path: Path) -> None
     assert dataset.notes[0].startswith("3 annotations have no caption or no known image: references.json annotations")
 
 
-def test_captions_as_pycocotools_writes_them_are_read_back(tmp_path: Path) -> None:
+def test_captions_written_by_pycocotools_are_read(tmp_path: Path) -> None:
     coco_class = pytest.importorskip("pycocotools.coco").COCO
     put_images(tmp_path / "images")
     (tmp_path / "a.json").write_text(json.dumps(coco()))
@@ -364,7 +364,7 @@ def test_images_of_coco_without_annotations_are_counted(tmp_path: Path) -> None:
     assert "2 images have no caption: café.jpg, ball.png" in load_dataset(str(tmp_path)).notes
 
 
-def test_one_file_of_coco_finds_its_images_beside_the_annotations(tmp_path: Path) -> None:
+def test_a_single_coco_file_finds_its_images_next_to_the_annotations(tmp_path: Path) -> None:
     write_coco(tmp_path)
 
     dataset = load_dataset(str(tmp_path / "annotations" / "captions_val2017.json"))
@@ -380,7 +380,7 @@ def test_one_file_of_coco_finds_its_images_beside_the_annotations(tmp_path: Path
         (["captions_train2014.json", "captions_val2017.json"], "several sets of captions"),
     ],
 )
-def test_of_several_sets_of_captions_one_must_be_named(tmp_path: Path, names: list[str], message: str) -> None:
+def test_one_of_several_caption_sets_must_be_named(tmp_path: Path, names: list[str], message: str) -> None:
     for name in names:
         (tmp_path / name).write_text(json.dumps(karpathy() if name.startswith("dataset") else coco()))
 
@@ -405,9 +405,7 @@ def test_of_several_sets_of_captions_one_must_be_named(tmp_path: Path, names: li
         ("photo.xyz", "x", "holds no captioned images: expected one of: Flickr8k"),
     ],
 )
-def test_a_file_that_holds_no_captions_is_refused_in_one_line(
-    tmp_path: Path, name: str, content: str, message: str
-) -> None:
+def test_a_file_without_captions_is_refused_in_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
 
     with pytest.raises(DatasetError, match=message) as caught:
@@ -426,7 +424,7 @@ def test_names_in_split_folders_do_not_clash(tmp_path: Path) -> None:
     assert "2 lines are not JSON objects: train/metadata.jsonl line 2, test/metadata.jsonl line 2" in dataset.notes
 
 
-def test_what_has_no_other_half_beside_it_is_counted(tmp_path: Path) -> None:
+def test_images_without_captions_and_captions_without_images_are_counted(tmp_path: Path) -> None:
     write_sidecars(tmp_path)
     put_images(tmp_path, ["alone.jpg", "dog.png", "blank.jpg"])
     (tmp_path / "blank.txt").write_text(" \n\n")
@@ -440,7 +438,7 @@ def test_what_has_no_other_half_beside_it_is_counted(tmp_path: Path) -> None:
     assert "1 file has no image next to it: README.txt" in dataset.notes
 
 
-def test_an_image_whose_name_begins_with_an_underscore_is_an_image_in_every_command(tmp_path: Path) -> None:
+def test_an_image_whose_name_starts_with_an_underscore_is_an_image_in_every_command(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "data")
     put_images(tmp_path / "data", ["_MG_1.jpg", "_MG_2.jpg"])
     (tmp_path / "data" / "_MG_1.txt").write_text("A dog .")
@@ -456,7 +454,7 @@ def test_an_image_whose_name_begins_with_an_underscore_is_an_image_in_every_comm
 # ---- tars
 
 
-def test_keys_that_two_tars_share_are_two_images(tmp_path: Path) -> None:
+def test_a_key_in_two_tars_is_two_images(tmp_path: Path) -> None:
     for number in range(2):
         members = {"0.jpg": jpeg(number), "0.json": json.dumps({"caption": f"number {number}"}).encode()}
         write_tar(tmp_path / f"{number}.tar", members)
@@ -467,7 +465,7 @@ def test_keys_that_two_tars_share_are_two_images(tmp_path: Path) -> None:
     assert images_of(dataset) == [jpeg(0), jpeg(1)]
 
 
-def test_a_tar_that_ends_early_has_what_comes_before(tmp_path: Path) -> None:
+def test_a_truncated_tar_keeps_the_members_before_the_end(tmp_path: Path) -> None:
     members = {"a.jpg": jpeg(1), "a.txt": b"x", "b.txt": b"y", "b.jpg": jpeg(2), "c.jpg": jpeg(3)}
     path = write_tar(tmp_path / "a.tar", members)
     path.write_bytes(path.read_bytes()[: len(jpeg(1)) + 2600])
@@ -499,7 +497,7 @@ def captions_by_image(dataset: CaptionedImages) -> dict[int, list[str]]:
     }
 
 
-def test_names_with_several_dots_are_paired_by_all_of_the_name(tmp_path: Path) -> None:
+def test_names_with_several_dots_are_paired_by_the_full_name(tmp_path: Path) -> None:
     names = [f"2023.05.{day:02}.{kind}" for day in range(5) for kind in ("jpg", "txt")]
 
     dataset = written_tar(tmp_path / "a.tar", *names)
@@ -518,7 +516,7 @@ def test_no_image_gets_the_text_of_another_whose_image_is_missing(tmp_path: Path
     assert "2 caption files have no image: a.tar, 2023.2.txt, a.tar, 2024.2.txt" in dataset.notes
 
 
-def test_all_images_of_one_key_have_its_text_and_each_its_own(tmp_path: Path) -> None:
+def test_images_of_one_key_share_its_text_and_keep_their_own(tmp_path: Path) -> None:
     names = ["k.left.jpg", "k.right.jpg", "k.txt", "m.left.jpg", "m.right.jpg", "m.right.txt", "n.img.jpg", "n.cap.txt"]
 
     dataset = written_tar(tmp_path / "a.tar", *names)
@@ -529,7 +527,7 @@ def test_all_images_of_one_key_have_its_text_and_each_its_own(tmp_path: Path) ->
     assert "2 images have no caption: a.tar, m.left.jpg, a.tar, n.img.jpg" in dataset.notes
 
 
-def test_the_parts_of_a_webdataset_sample_may_have_names_of_their_own(tmp_path: Path) -> None:
+def test_the_parts_of_a_webdataset_sample_can_have_extended_names(tmp_path: Path) -> None:
     dataset = written_tar(
         tmp_path / "a.tar", "0.img.jpg", "0.cap.txt", "1.jpg", "1.caption.txt", "2.jpg", "2.png", "2.txt"
     )
@@ -551,7 +549,9 @@ def test_repeated_members_of_a_tar_keep_their_own_texts(tmp_path: Path) -> None:
         (["a.jpg", "a.txt", "a.txt"], "2 caption files match several images: a.tar, a.txt, a.tar, a.txt"),
     ],
 )
-def test_what_repeated_members_leave_open_is_named_and_not_decided(tmp_path: Path, names: list[str], note: str) -> None:
+def test_ambiguous_captions_of_repeated_members_are_reported_and_skipped(
+    tmp_path: Path, names: list[str], note: str
+) -> None:
     dataset = written_tar(tmp_path / "a.tar", *names, "b.jpg", "b.txt")
 
     assert captions_by_image(dataset) == {3: ["text 4"]}
@@ -569,7 +569,7 @@ NAMES: Final = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(names=NAMES)
-def test_every_image_of_a_tar_that_is_captioned_is_in_its_data_set(
+def test_every_captioned_image_of_a_tar_is_in_its_data_set(
     tmp_path_factory: pytest.TempPathFactory, names: list[str]
 ) -> None:
     folder = tmp_path_factory.mktemp("tar")
@@ -594,7 +594,7 @@ def test_every_image_of_a_tar_that_is_captioned_is_in_its_data_set(
 # ---- one name for two images
 
 
-def test_captions_of_another_image_of_the_same_name_are_left_out_and_named(tmp_path: Path) -> None:
+def test_captions_of_another_image_with_the_same_name_are_skipped_and_named(tmp_path: Path) -> None:
     document = karpathy()
     second = {**document["images"][0], "filepath": "second", "sentences": [{"raw": "another photograph"}]}
     document["images"][0]["filepath"] = "first"
@@ -615,7 +615,7 @@ def test_captions_of_another_image_of_the_same_name_are_left_out_and_named(tmp_p
 # ---- Parquet with images
 
 
-def test_images_in_tables_have_the_ids_that_a_captioning_run_gives_them(tmp_path: Path) -> None:
+def test_images_in_tables_have_the_same_ids_as_in_a_captioning_run(tmp_path: Path) -> None:
     for write in (write_hugging_face_parquet, write_webdataset, write_parquet_of_bytes):
         data = tmp_path / write.__name__
         write(data)
@@ -628,7 +628,7 @@ def test_images_in_tables_have_the_ids_that_a_captioning_run_gives_them(tmp_path
         assert sorted(load_dataset(str(data)).references()) == sorted(captioned)
 
 
-def test_names_beside_bytes_that_are_all_the_same_are_no_ids(tmp_path: Path) -> None:
+def test_identical_names_next_to_bytes_are_not_used_as_ids(tmp_path: Path) -> None:
     images = [{"bytes": jpeg(number), "path": "image.jpg"} for number in range(2)]
     pq.write_table(pa.table({"image": images, "text": ["x", "y"]}), tmp_path / "a.parquet")
 
@@ -638,7 +638,7 @@ def test_names_beside_bytes_that_are_all_the_same_are_no_ids(tmp_path: Path) -> 
     assert images_of(dataset) == [jpeg(0), jpeg(1)]
 
 
-def test_the_tables_that_tell_of_tars_are_not_taken_for_the_data(tmp_path: Path) -> None:
+def test_tables_that_describe_tars_are_not_taken_for_the_data(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", {"a.jpg": jpeg(0), "a.txt": b"x"})
     pq.write_table(
         pa.table({"url": ["https://host/a.jpg"], "caption": ["x"], "key": ["a"]}), tmp_path / "00000.parquet"
@@ -695,7 +695,7 @@ def test_the_columns_of_a_data_set_can_be_named(tmp_path: Path) -> None:
             load_dataset(str(tmp_path), columns=options)
 
 
-def test_columns_are_for_tables(tmp_path: Path) -> None:
+def test_column_options_require_tables(tmp_path: Path) -> None:
     write_sidecars(tmp_path)
 
     with pytest.raises(
@@ -749,9 +749,7 @@ def sidecars_of_which_some_are_missing(folder: Path) -> None:
         write_metadata_parquet,
     ],
 )
-def test_a_captioning_and_a_data_set_have_the_same_images_of_a_location(
-    tmp_path: Path, write: Callable[[Path], None]
-) -> None:
+def test_captioning_and_data_set_loading_find_the_same_images(tmp_path: Path, write: Callable[[Path], None]) -> None:
     write(tmp_path / "data")
     build_manifest(str(tmp_path / "data"), str(tmp_path / "manifest"))
 
@@ -779,7 +777,7 @@ def test_a_picture_next_to_tars_and_tables_is_named(tmp_path: Path, write: Calla
 
 @pytest.mark.parametrize("write", [write_webdataset, write_hugging_face_parquet])
 @pytest.mark.parametrize("place", ["", "deep"])
-def test_captioned_images_of_two_kinds_are_refused_by_name(
+def test_captioned_images_of_two_formats_are_refused_by_name(
     tmp_path: Path, write: Callable[[Path], None], place: str
 ) -> None:
     write_sidecars(tmp_path)
@@ -791,7 +789,7 @@ def test_captioned_images_of_two_kinds_are_refused_by_name(
         load_dataset(str(tmp_path))
 
 
-def test_a_table_of_other_things_next_to_captioned_images_is_no_part_of_the_data_set(tmp_path: Path) -> None:
+def test_an_unrelated_table_next_to_captioned_images_is_ignored(tmp_path: Path) -> None:
     write_sidecars(tmp_path)
     before = load_dataset(str(tmp_path)).references()
     (tmp_path / "logs").mkdir()
@@ -837,7 +835,9 @@ def loads_or_is_refused(path: Path) -> CaptionedImages | None:
 
 @settings(max_examples=150, deadline=None)
 @given(document=JSON, ascii_only=st.booleans())
-def test_no_json_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, document: Any, ascii_only: bool) -> None:
+def test_malformed_json_never_gives_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, document: Any, ascii_only: bool
+) -> None:
     folder = tmp_path_factory.mktemp("json")
     text = json.dumps(document, ensure_ascii=ascii_only)
     (folder / "captions.json").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -858,7 +858,9 @@ def test_no_json_is_a_traceback(tmp_path_factory: pytest.TempPathFactory, docume
         max_size=20,
     ).map(b"".join),
 )
-def test_no_bytes_are_a_traceback(tmp_path_factory: pytest.TempPathFactory, name: str, data: bytes) -> None:
+def test_malformed_bytes_never_give_a_traceback(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: bytes
+) -> None:
     folder = tmp_path_factory.mktemp("bytes")
     (folder / name).write_bytes(data)
 

@@ -41,7 +41,7 @@ def run(file: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_process_that_has_lost_its_head_writes_that_down_and_ends_with_one_line(tmp_path: Path) -> None:
+def test_a_process_that_lost_the_head_of_ray_cleans_up_and_ends_with_one_line(tmp_path: Path) -> None:
     ended = run(tmp_path / "notes", "watched")
 
     assert ended.returncode == 1
@@ -51,7 +51,7 @@ def test_a_process_that_has_lost_its_head_writes_that_down_and_ends_with_one_lin
     assert line.endswith("has stopped answering; what is written is kept, the same command resumes")
 
 
-def test_a_ray_that_is_shut_down_is_not_lost(tmp_path: Path) -> None:
+def test_a_ray_that_was_shut_down_is_not_reported_as_lost(tmp_path: Path) -> None:
     ended = run(tmp_path / "notes", "stopped")
 
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -59,7 +59,7 @@ def test_a_ray_that_is_shut_down_is_not_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "seconds"), [(None, PATIENCE_SECONDS), ("600", 400.0), ("soon", PATIENCE_SECONDS)])
-def test_a_user_who_lets_ray_wait_longer_is_followed(
+def test_the_reconnect_timeout_of_the_user_is_respected(
     monkeypatch: pytest.MonkeyPatch, value: str | None, seconds: float
 ) -> None:
     monkeypatch.delenv(RECONNECT_VARIABLE, raising=False)

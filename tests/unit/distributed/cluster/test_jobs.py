@@ -40,18 +40,18 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("word", HOSTILE)
-def test_a_shell_hands_a_hostile_argument_on_as_it_is(word: str) -> None:
+def test_a_shell_passes_a_hostile_argument_unchanged(word: str) -> None:
     request = job_request(["caption", word, f"--model={word}"])
 
     assert shlex.split(request["entrypoint"]) == ["python", "-m", "imcap_ray", "caption", word, f"--model={word}"]
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"))))
-def test_any_arguments_arrive_as_they_are(words: list[str]) -> None:
+def test_any_arguments_arrive_unchanged(words: list[str]) -> None:
     assert shlex.split(job_request(words)["entrypoint"])[3:] == words
 
 
-def test_nothing_of_the_environment_travels_with_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_receives_nothing_of_the_local_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN", "HF_TOKEN"):
         monkeypatch.setenv(name, "planted")
 
@@ -173,7 +173,7 @@ SUCCEEDED = {"status": "SUCCEEDED", "driver_exit_code": 0}
     ],
     ids=["undisturbed", "cut and closed in the middle of lines", "refused at first"],
 )
-def test_every_line_is_echoed_once_whatever_happens_to_the_connection(
+def test_every_log_line_is_printed_once_despite_connection_failures(
     serve: Callable[[Dashboard], str], connections: list[tuple[int, str]]
 ) -> None:
     address = serve(Dashboard(*connections, details=SUCCEEDED))
@@ -184,7 +184,7 @@ def test_every_line_is_echoed_once_whatever_happens_to_the_connection(
     assert [line for line in lines if "answer" not in line] == LOG.split("\n")
 
 
-def test_what_ray_says_before_the_job_begins_is_left_out(
+def test_ray_output_before_the_job_begins_is_omitted(
     serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = "captioning 9 of 9 images with 1 actor\nINFO: a photograph is named so"
@@ -199,7 +199,7 @@ def test_what_ray_says_before_the_job_begins_is_left_out(
     assert (code, lines) == (0, ours.split("\n"))
 
 
-def test_a_connection_that_is_silent_for_long_is_made_anew(
+def test_a_long_silent_connection_is_reopened(
     serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "SILENCE_SECONDS", 0.3)
@@ -208,7 +208,7 @@ def test_a_connection_that_is_silent_for_long_is_made_anew(
     assert lines_of(address) == (0, LOG.split("\n"))
 
 
-def test_a_job_that_has_ended_needs_no_log_to_tell_its_exit_code(serve: Callable[[Dashboard], str]) -> None:
+def test_the_exit_code_of_a_finished_job_is_known_without_its_log(serve: Callable[[Dashboard], str]) -> None:
     dashboard = Dashboard((5, "cut"), details={"status": "FAILED", "driver_exit_code": 3})
 
     code, lines = lines_of(serve(dashboard))
@@ -227,11 +227,13 @@ def test_a_job_that_has_ended_needs_no_log_to_tell_its_exit_code(serve: Callable
         ({"status": "STOPPED", "driver_exit_code": None}, 130),
     ],
 )
-def test_the_exit_code_is_the_jobs(serve: Callable[[Dashboard], str], details: dict[str, Any], code: int) -> None:
+def test_the_exit_code_is_that_of_the_job(
+    serve: Callable[[Dashboard], str], details: dict[str, Any], code: int
+) -> None:
     assert lines_of(serve(Dashboard((len(LOG), "close"), details=details)))[0] == code
 
 
-def test_a_job_that_is_not_there_is_said_so(serve: Callable[[Dashboard], str]) -> None:
+def test_a_missing_job_is_reported(serve: Callable[[Dashboard], str]) -> None:
     with pytest.raises(ClusterError, match="has no job unknown"):
         lines_of(serve(Dashboard((0, "close"), details=SUCCEEDED)), "unknown")
 
@@ -252,7 +254,7 @@ def test_a_cluster_of_other_versions_is_refused_before_anything_is_sent(
         jobs.submit(["demo"], address=address, echo=lambda line: None)
 
 
-def test_another_python_that_imcap_runs_on_is_told(serve: Callable[[Dashboard], str]) -> None:
+def test_another_supported_python_version_is_reported(serve: Callable[[Dashboard], str]) -> None:
     lines: list[str] = []
     address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED, python_version="3.99.1"))
 
@@ -260,7 +262,9 @@ def test_another_python_that_imcap_runs_on_is_told(serve: Callable[[Dashboard], 
     assert lines[0] == f"the job will run with the cluster's Python, 3.99.1; this is {platform.python_version()}"
 
 
-def test_a_cluster_that_is_too_small_now_is_told_before_anything_is_sent(serve: Callable[[Dashboard], str]) -> None:
+def test_a_cluster_that_is_currently_too_small_is_reported_before_anything_is_sent(
+    serve: Callable[[Dashboard], str],
+) -> None:
     lines: list[str] = []
     address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED))
 
@@ -275,7 +279,7 @@ def test_a_cluster_that_is_too_small_now_is_told_before_anything_is_sent(serve: 
     ]
 
 
-def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
+def test_an_unreachable_dashboard_ends_the_command_with_how_to_follow_the_job(
     serve: Callable[[Dashboard], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jobs, "PATIENCE_SECONDS", 0.2)
@@ -286,7 +290,7 @@ def test_a_dashboard_that_stays_away_is_given_up_with_the_way_back(
     assert raised.value.exit_code == 1
 
 
-def test_paths_of_this_machine_are_absolute_for_a_job_and_nothing_else_is_changed(
+def test_local_paths_are_made_absolute_for_a_job_and_nothing_else_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -301,7 +305,7 @@ def test_paths_of_this_machine_are_absolute_for_a_job_and_nothing_else_is_change
     ]
 
 
-def test_the_name_of_a_column_or_a_split_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_column_or_split_is_not_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("image", "caption", "id", "test"):
         (tmp_path / name).mkdir()
@@ -311,7 +315,7 @@ def test_the_name_of_a_column_or_a_split_is_no_path(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("words", [[], ["--follow", "job", "demo"]])
-def test_submit_wants_a_command_or_a_job_to_follow(words: list[str]) -> None:
+def test_submit_requires_a_command_or_a_job_to_follow(words: list[str]) -> None:
     result = CliRunner().invoke(main, ["submit", *words])
 
     assert result.exit_code == 2

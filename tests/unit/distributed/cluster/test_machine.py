@@ -29,12 +29,12 @@ def machine(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_machine_has_what_linux_calls_available(machine: Path) -> None:
+def test_available_memory_is_what_linux_reports(machine: Path) -> None:
     assert available_memory(machine) == 32 * GIB
 
 
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_container_has_what_its_limit_leaves(machine: Path, version: int) -> None:
+def test_available_memory_in_a_container_is_below_its_limit(machine: Path, version: int) -> None:
     limit, usage = {
         1: ("sys__fs__cgroup__memory__memory.limit_in_bytes", "sys__fs__cgroup__memory__memory.usage_in_bytes"),
         2: ("sys__fs__cgroup__memory.max", "sys__fs__cgroup__memory.current"),
@@ -45,12 +45,12 @@ def test_a_container_has_what_its_limit_leaves(machine: Path, version: int) -> N
     assert available_memory(machine) == 0
 
 
-def test_no_limit_is_no_limit(machine: Path) -> None:
+def test_a_container_without_a_limit_has_the_memory_of_the_machine(machine: Path) -> None:
     write(machine, **{"sys__fs__cgroup__memory.max": "max", "sys__fs__cgroup__memory.current": str(3 * GIB)})
     assert available_memory(machine) == 32 * GIB
 
 
-def test_without_the_files_of_linux_it_is_a_guess_above_zero(tmp_path: Path) -> None:
+def test_without_linux_files_the_memory_is_a_positive_guess(tmp_path: Path) -> None:
     assert available_memory(tmp_path) > 0
 
 

@@ -54,14 +54,14 @@ def test_a_node_that_sees_everything_has_no_problem(tmp_path: Path) -> None:
         assert find_problem([("INPUT", str(tmp_path))], marks.locations) == ""
 
 
-def test_an_input_that_is_not_on_the_node_is_named_with_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_an_input_missing_on_a_node_names_it_and_a_remedy(tmp_path: Path) -> None:
     problem = find_problem([("INPUT", str(tmp_path)), ("--model", str(tmp_path / "mine"))], {})
 
     assert problem.startswith(f"--model {tmp_path / 'mine'} ")
     assert problem.endswith(ADVICE)
 
 
-def test_an_output_folder_of_the_same_name_on_the_nodes_own_disk_is_found_out(tmp_path: Path) -> None:
+def test_an_output_folder_on_the_local_disk_of_a_node_is_detected(tmp_path: Path) -> None:
     mine, others = tmp_path / "mine", tmp_path / "others"
     mine.mkdir()
     others.mkdir()
@@ -71,13 +71,13 @@ def test_an_output_folder_of_the_same_name_on_the_nodes_own_disk_is_found_out(tm
 
 
 @pytest.mark.parametrize("place", [".", "a/b"], ids=["a folder", "one that does not exist yet"])
-def test_marks_leave_nothing_behind(tmp_path: Path, place: str) -> None:
+def test_probe_files_are_removed(tmp_path: Path, place: str) -> None:
     with Marks({"OUTPUT": str(tmp_path / place)}):
         assert len(list(tmp_path.iterdir())) == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_store_says_is_one_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_error_is_one_line_without_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(location: str) -> bool:
         raise OSError("When reading\ns3://id:key@bucket/x: AWS Error ACCESS_DENIED")
 
@@ -88,14 +88,14 @@ def test_what_a_store_says_is_one_line_without_secrets(monkeypatch: pytest.Monke
     assert problem == "INPUT s3://bucket/x cannot be read: When reading s3://***@bucket/x: AWS Error ACCESS_DENIED"
 
 
-def test_one_node_is_not_asked() -> None:
+def test_a_single_node_is_not_probed() -> None:
     require_visible(RESOURCES, reads=[("INPUT", "/no/such/folder")], writes={"OUTPUT": "/no/such/output"})
 
 
 # ---- what the cluster has
 
 
-def test_what_autoscaling_may_bring_counts_as_there() -> None:
+def test_nodes_that_autoscaling_can_add_count_as_available() -> None:
     growing = ClusterResources(is_local=False, cpus=0, gpus=0, nodes=1, physical_cores=0, max_cpus=16, max_gpus=4)
 
     require(growing, cpus=6, gpus=4, what="--num-actors 4")
@@ -106,7 +106,7 @@ def test_what_autoscaling_may_bring_counts_as_there() -> None:
 # ---- what is sent along
 
 
-def test_a_package_with_data_in_it_is_not_sent(tmp_path: Path) -> None:
+def test_a_package_that_contains_data_is_not_uploaded(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "photographs.tar").open("wb") as file:
         file.truncate(jobs.MAX_PACKAGE_BYTES + 1)  # takes no room
@@ -136,7 +136,7 @@ def test_the_package_itself_is_small_enough() -> None:
         (["--dry-run", "--follow", "job"], "imcap submit --dry-run plans caption and train, got --follow"),
     ],
 )
-def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
+def test_wrong_usage_of_a_submitted_command_is_reported_before_contacting_the_cluster(
     monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
@@ -157,7 +157,7 @@ def test_wrong_usage_of_a_submitted_command_is_found_before_a_cluster_is_asked(
         (["evaluate", "memory://preflight/here", "memory://preflight/gone"], "no such REFERENCES: memory://"),
     ],
 )
-def test_what_a_store_does_not_have_is_said_before_a_cluster_is_asked(
+def test_missing_store_objects_are_reported_before_contacting_the_cluster(
     monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
@@ -169,7 +169,7 @@ def test_what_a_store_does_not_have_is_said_before_a_cluster_is_asked(
     assert said in result.stderr
 
 
-def test_a_store_that_does_not_answer_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_store_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
     monkeypatch.setattr(submit, "_PROBE_SECONDS", 0.05)
     monkeypatch.setattr(main.storage, "exists", lambda location: asked.wait(10))
@@ -181,7 +181,7 @@ def test_a_store_that_does_not_answer_is_left_to_the_job(monkeypatch: pytest.Mon
     assert result.exit_code == 0
 
 
-def test_a_python_without_what_we_depend_on_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dependencies_are_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
 
@@ -205,7 +205,7 @@ def photographs(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_plan_tells_images_blocks_and_actors_and_writes_nothing(tmp_path: Path, photographs: Path) -> None:
+def test_a_plan_reports_images_blocks_and_actors_and_writes_nothing(tmp_path: Path, photographs: Path) -> None:
     output = tmp_path / "out"
 
     plan = plan_of(photographs, output)
@@ -216,7 +216,7 @@ def test_a_plan_tells_images_blocks_and_actors_and_writes_nothing(tmp_path: Path
     assert not output.exists()
 
 
-def test_a_plan_knows_the_speed_of_the_last_run(tmp_path: Path, photographs: Path) -> None:
+def test_a_plan_uses_the_speed_of_the_last_run(tmp_path: Path, photographs: Path) -> None:
     folder = CaptionsFolder(str(tmp_path / "out"))
     folder.write_run(identity_of(photographs) | {"state": "complete", "images_per_second": 13.0})
 
@@ -257,7 +257,7 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
         ({"a": ["image"]}, {"a": ["image", "image_id"]}, ""),
     ],
 )
-def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
+def test_a_plan_and_a_run_accept_the_same_columns_for_an_output(
     tmp_path: Path, before: dict[str, list[str]], now: dict[str, list[str]], problem: str, overwrite: bool
 ) -> None:
     source, folder = tmp_path / "in", CaptionsFolder(str(tmp_path / "out"))
@@ -285,7 +285,7 @@ def test_a_plan_and_a_run_agree_on_which_columns_an_output_may_have(
         build_manifest(str(source), str(tmp_path / "fresh") if overwrite else folder.manifest)
 
 
-def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: Path) -> None:
+def test_a_plan_refuses_everything_that_the_run_would_refuse(tmp_path: Path, photographs: Path) -> None:
     def plan(output: Path, num_actors: int = 1) -> None:
         plan_of(photographs, output, num_actors=num_actors)
 
@@ -298,7 +298,7 @@ def test_a_plan_refuses_what_the_run_would_refuse(tmp_path: Path, photographs: P
         plan(tmp_path / "out")
 
 
-def test_a_plan_of_a_training_tells_its_epochs_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_of_a_training_reports_its_epochs_and_writes_nothing(tmp_path: Path) -> None:
     data = load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3)))
     settings = small_data.TINY_TRAINING | {"training.epochs": 3, "finetune.epochs": 2}
     recipe = load_recipe("lite2-attention", settings)

@@ -41,7 +41,7 @@ def start_holder() -> tuple[subprocess.Popen[str], Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-def test_only_its_user_can_enter_it_and_nothing_is_left_of_it(base: Path) -> None:
+def test_only_its_user_can_enter_the_folder_and_it_is_removed(base: Path) -> None:
     folder = PrivateFolder()
     path = Path(folder.path)
     (path / "ray" / "session").mkdir(parents=True)
@@ -53,7 +53,7 @@ def test_only_its_user_can_enter_it_and_nothing_is_left_of_it(base: Path) -> Non
     assert list(base.iterdir()) == []
 
 
-def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_one_is_not(base: Path) -> None:
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_is_kept(base: Path) -> None:
     killed, abandoned = start_holder()
     living, used = start_holder()
     (abandoned / "ray").mkdir()
@@ -70,7 +70,7 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_liv
     assert left == {used.name, Path(folder.path).name, "imcap-ray-elses", "imcap-ray-link"}
 
 
-def test_a_folder_in_the_making_is_not_abandoned(base: Path) -> None:
+def test_a_folder_being_created_is_not_treated_as_abandoned(base: Path) -> None:
     (base / "imcap-ray-new").mkdir()
     (base / "imcap-ray-new" / "owner.lock.new").touch()
 
@@ -79,7 +79,7 @@ def test_a_folder_in_the_making_is_not_abandoned(base: Path) -> None:
     assert (base / "imcap-ray-new").exists()
 
 
-def test_where_the_paths_of_sockets_would_be_too_long_it_is_in_tmp(
+def test_the_folder_is_in_tmp_if_socket_paths_would_be_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = tmp_path / ("long" * 20)
@@ -93,7 +93,7 @@ def test_where_the_paths_of_sockets_would_be_too_long_it_is_in_tmp(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="finds processes in /proc")
-def test_only_processes_that_were_started_for_the_folder_are_killed(base: Path) -> None:
+def test_only_processes_started_for_the_folder_are_killed(base: Path) -> None:
     folder = PrivateFolder()
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     of_folder = subprocess.Popen([*sleep, f"--log-dir={folder.path}/ray/logs"])

@@ -14,14 +14,14 @@ from imcap_ray.errors import InputError, RayStartError
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
-def test_a_time_limit_that_is_no_time_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_invalid_time_limit_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv(START_TIMEOUT_VARIABLE, text)
 
     with pytest.raises(InputError, match=f"{START_TIMEOUT_VARIABLE} must be a number of seconds above 0, got '{text}'"):
         start_timeout()
 
 
-def test_a_ray_that_does_not_start_is_tried_twice_or_for_as_long_as_the_user_wants(
+def test_a_ray_that_does_not_start_is_retried_once_or_until_the_time_limit_of_the_user(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     attempts: list[float] = []

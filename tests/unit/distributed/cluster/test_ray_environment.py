@@ -40,7 +40,7 @@ def environment_for(address: str | None, *, first: str = "", **variables: str) -
     return dict(json.loads(lines[0]))
 
 
-def test_a_private_ray_gets_a_token_of_its_own_each_time(tmp_path: Path) -> None:
+def test_a_private_ray_gets_a_new_token_each_time(tmp_path: Path) -> None:
     first, second = (environment_for(None, HOME=str(tmp_path), RAY_AUTH_TOKEN="the cluster's") for _ in range(2))
 
     assert first["RAY_AUTH_MODE"] == "token"
@@ -49,7 +49,7 @@ def test_a_private_ray_gets_a_token_of_its_own_each_time(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_authentication_is_off_where_the_user_has_turned_it_off() -> None:
+def test_authentication_is_off_if_the_user_turned_it_off() -> None:
     variables = environment_for("local", RAY_AUTH_MODE="disabled")
 
     assert variables["RAY_AUTH_MODE"] == "disabled"
@@ -57,7 +57,7 @@ def test_authentication_is_off_where_the_user_has_turned_it_off() -> None:
 
 
 @pytest.mark.parametrize("has_token", [False, True])
-def test_a_cluster_is_shown_the_users_token_if_there_is_one(tmp_path: Path, has_token: bool) -> None:
+def test_a_cluster_receives_the_token_of_the_user_if_there_is_one(tmp_path: Path, has_token: bool) -> None:
     if has_token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("secret\n")
@@ -68,15 +68,15 @@ def test_a_cluster_is_shown_the_users_token_if_there_is_one(tmp_path: Path, has_
     assert "MALLOC_ARENA_MAX" not in variables  # the cluster's processes have an environment of their own
 
 
-def test_the_users_settings_stay() -> None:
+def test_settings_of_the_user_are_kept() -> None:
     assert environment_for(None, RAY_BACKEND_LOG_LEVEL="debug")["RAY_BACKEND_LOG_LEVEL"] == "debug"
 
 
-def test_nothing_is_set_once_ray_is_imported() -> None:
+def test_nothing_is_set_after_ray_was_imported() -> None:
     assert environment_for(None, first="sys.modules['ray'] = None") == {}
 
 
-def test_an_address_is_private_only_if_nothing_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_private_only_if_nothing_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert [means_own_ray(address) for address in (None, "local", "auto", "10.0.0.1:6379")] == [
         True,
@@ -88,7 +88,7 @@ def test_an_address_is_private_only_if_nothing_names_a_cluster(monkeypatch: pyte
     assert [means_own_ray(address) for address in (None, "local")] == [False, True]
 
 
-def test_the_token_is_found_where_ray_documents_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_token_is_read_from_the_places_that_ray_documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -106,7 +106,7 @@ def test_the_token_is_found_where_ray_documents_it(monkeypatch: pytest.MonkeyPat
     assert find_token() == "of the variable"
 
 
-def test_a_temporary_variable_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_temporary_variable_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IMCAP_TEST_KEPT", "before")
     with pytest.raises(KeyError), temporary_environment({"IMCAP_TEST_KEPT": "during", "IMCAP_TEST_NEW": "1"}):
         assert (os.environ["IMCAP_TEST_KEPT"], os.environ["IMCAP_TEST_NEW"]) == ("during", "1")

@@ -13,7 +13,7 @@ To change retry attempts, backoff, or which errors are retried, configure `ray.d
 transient."""
 
 
-def test_advice_for_programmers_of_ray_is_cut_and_the_cause_stays() -> None:
+def test_advice_for_ray_developers_is_removed_and_the_cause_is_kept() -> None:
     cause = (
         "[Errno 28] Error writing bytes to file. Detail: [errno 28] No space left on device "
         "Failed to write the file part-0.parquet after 1/10 attempts (total backoff 0.0s)."
@@ -36,5 +36,5 @@ def test_advice_for_programmers_of_ray_is_cut_and_the_cause_stays() -> None:
         ("cannot read s3://a.b/c.jpg. Or d.jpg", "cannot read s3://a.b/c.jpg. Or d.jpg"),
     ],
 )
-def test_each_sentence_is_advice_or_stays(text: str, rest: str) -> None:
+def test_only_advice_for_ray_developers_is_removed(text: str, rest: str) -> None:
     assert without_ray_advice(text) == rest

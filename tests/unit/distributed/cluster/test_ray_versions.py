@@ -33,7 +33,7 @@ def test_a_supported_or_newer_ray_runs(monkeypatch: pytest.MonkeyPatch, version:
 
 
 @pytest.mark.parametrize(("version", "is_reported"), [("2.55.1", False), (str(NEWEST_TESTED), False), ("2.61.0", True)])
-def test_a_ray_newer_than_any_that_was_tested_is_reported(
+def test_a_ray_newer_than_the_tested_versions_is_reported(
     monkeypatch: pytest.MonkeyPatch, version: str, is_reported: bool
 ) -> None:
     monkeypatch.setattr(ray, "__version__", version)

@@ -22,7 +22,7 @@ def look(watch: RoomWatch, now: float, *, num_reports: int = 5, num_working: int
     return watch.update(now, num_reports=num_reports, num_working=num_working, read_lack=lambda: lack)
 
 
-def test_a_run_waits_while_none_of_its_processes_works_and_the_cluster_is_full() -> None:
+def test_a_run_is_waiting_while_it_has_no_process_and_the_cluster_is_full() -> None:
     watch = RoomWatch()
 
     assert [look(watch, now) for now in (0, 1, 2, 42)] == [0, 0, 1, 41]
@@ -32,7 +32,7 @@ def test_a_run_waits_while_none_of_its_processes_works_and_the_cluster_is_full()
 @pytest.mark.parametrize(
     "life", [{"num_working": 1}, {"num_reports": 6}, {"lack": ""}], ids=["works", "reports", "room"]
 )
-def test_a_run_with_a_sign_of_life_or_with_room_does_not_wait(life: dict[str, object]) -> None:
+def test_a_run_with_recent_activity_or_free_cpus_is_not_waiting(life: dict[str, object]) -> None:
     watch = RoomWatch()
     for now in (0, 1, 41):
         look(watch, now)
@@ -42,7 +42,7 @@ def test_a_run_with_a_sign_of_life_or_with_room_does_not_wait(life: dict[str, ob
     assert look(watch, 43) == 0
 
 
-def test_what_is_lacking_is_reported_with_both_numbers() -> None:
+def test_missing_resources_are_reported_with_both_numbers() -> None:
     free = FreeResources(cpus=8, free_cpus=1.5, gpus=2, free_gpus=0.5)
 
     assert free.lacks(cpus=1, gpus=0.5) == ""
@@ -50,7 +50,7 @@ def test_what_is_lacking_is_reported_with_both_numbers() -> None:
     assert free.lacks(cpus=1, gpus=1) == "the cluster has 0.5 of 2 GPUs free"
 
 
-def test_another_thread_ends_a_block_and_the_signal_handler_is_as_before() -> None:
+def test_another_thread_can_end_a_block_and_the_signal_handler_is_restored() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     message = "nothing can be decoded: the cluster has 0 of 4 CPUs free"
     with pytest.raises(FullClusterError, match=message), releasable() as release:
@@ -61,7 +61,7 @@ def test_another_thread_ends_a_block_and_the_signal_handler_is_as_before() -> No
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_a_block_outside_the_main_thread_is_left_alone() -> None:
+def test_a_block_outside_the_main_thread_is_not_interrupted() -> None:
     ended = []
 
     def run() -> None:
@@ -94,7 +94,7 @@ def shared(**changes: float) -> ClusterResources:
         (shared(free_cpus=0, max_cpus=inf), 0, 6),
     ],
 )
-def test_only_what_no_other_job_holds_counts_for_the_number_of_actors(
+def test_the_number_of_actors_depends_only_on_resources_free_of_other_jobs(
     resources: ClusterResources, gpus_per_actor: float, num_actors: int
 ) -> None:
     assert default_num_actors(resources, gpus_per_actor) == num_actors

@@ -99,7 +99,7 @@ def test_a_checkpoint_without_an_epoch_in_its_history_is_ignored(run: str, conte
     assert recovered(run, finished_epochs=2)[0] == 1
 
 
-def test_a_snapshot_of_ray_is_removed_whatever_is_in_it(run: str) -> None:
+def test_a_snapshot_of_ray_is_removed_regardless_of_its_content(run: str) -> None:
     write_epochs(run, 0.1, 0.2)
     storage.write_bytes(storage.join(run, SNAPSHOT), b'{"checkpoint_results": [{"che')
 
@@ -151,7 +151,7 @@ def test_a_lost_best_is_reported_and_replaced_by_the_next_best(run: str) -> None
     assert "2 with CIDEr-D 0.500" in lines[0] and "epoch 3 with 0.400" in lines[0]
 
 
-def test_of_two_equally_good_epochs_the_later_is_the_best(run: str) -> None:
+def test_the_later_of_two_equally_good_epochs_is_the_best(run: str) -> None:
     write_epochs(run, 0.2, 0.5, 0.5, 0.1)
 
     best, _ = choose_best(run, report=lambda line: None)
@@ -159,7 +159,7 @@ def test_of_two_equally_good_epochs_the_later_is_the_best(run: str) -> None:
     assert best.epoch == 3
 
 
-def test_a_training_that_ends_without_a_complete_checkpoint_says_why(run: str) -> None:
+def test_a_training_that_ends_without_a_complete_checkpoint_reports_the_reason(run: str) -> None:
     [folder] = write_epochs(run, 0.1)
     storage.remove(storage.join(folder, STATE))
 
@@ -178,7 +178,7 @@ def test_a_training_without_any_complete_checkpoint_stops_with_the_reason_and_a_
     assert all(storage.exists(folder) for folder in folders)
 
 
-def test_a_first_checkpoint_that_a_kill_cut_short_is_no_reason_to_stop(run: str) -> None:
+def test_a_truncated_first_checkpoint_does_not_stop_the_training(run: str) -> None:
     storage.remove(storage.join(write_checkpoint(run, [0.1]), CHECKSUM_FILE))
 
     epoch, lines = recovered(run, finished_epochs=0)

@@ -31,7 +31,7 @@ from tests import small_data
 CLUSTER = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
 
 
-def test_a_cluster_that_is_too_small_is_reported_once_each_time() -> None:
+def test_a_cluster_that_is_too_small_is_reported_once_per_occurrence() -> None:
     available: dict[str, float] = {}
     lines: list[str] = []
     workers = Workers(min_count=2, max_count=8, is_elastic=True, gpus=1.0)
@@ -84,7 +84,7 @@ def test_a_phase_starts_from_the_best_epoch_before_it(tmp_path: Path) -> None:
     assert "self_critical_2" in line and "epoch 1, CIDEr-D 0.400" in line
 
 
-def test_fine_tuning_once_more_starts_where_it_first_did_and_their_mean_is_what_follows_starts_from(
+def test_repeated_fine_tuning_restarts_from_the_same_epoch_and_the_next_phase_starts_from_the_mean(
     tmp_path: Path,
 ) -> None:
     work = str(tmp_path)
@@ -102,7 +102,7 @@ def test_fine_tuning_once_more_starts_where_it_first_did_and_their_mean_is_what_
     assert start("self_critical", history, work) == (mean, [])
 
 
-def test_fine_tuning_that_has_no_one_start_is_refused(tmp_path: Path) -> None:
+def test_fine_tuning_without_a_unique_start_is_refused(tmp_path: Path) -> None:
     data = load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=2)))
     recipe = load_recipe("lite2-finetuned", {"training.epochs": 0, "finetune.repetitions": 2})
 
@@ -110,7 +110,7 @@ def test_fine_tuning_that_has_no_one_start_is_refused(tmp_path: Path) -> None:
         prepare(data, tmp_path / "model", recipe=recipe)
 
 
-def test_a_phase_that_has_begun_starts_from_the_same_weights_again(tmp_path: Path) -> None:
+def test_a_resumed_phase_starts_from_the_same_weights_again(tmp_path: Path) -> None:
     phases = ("cross_entropy", "self_critical", "self_critical_2")
     before = write_epochs(str(tmp_path), 0.3, 0.4, phases=phases)
     first, _ = start("self_critical_2", before, str(tmp_path))
@@ -133,7 +133,7 @@ def test_lost_start_weights_are_restored_with_the_cnn_of_the_newest_checkpoint(t
     assert len(lines) == 1 and str(place) in lines[0] and "epoch 3" in lines[0]
 
 
-def test_a_first_phase_starts_from_nothing_but_what_the_user_gave(tmp_path: Path) -> None:
+def test_a_first_phase_starts_only_from_weights_given_by_the_user(tmp_path: Path) -> None:
     assert start("cross_entropy", [], str(tmp_path)) == ({}, [])
     assert start("cross_entropy", write_epochs(str(tmp_path), 0.1), str(tmp_path)) == ({}, [])
 
@@ -156,7 +156,7 @@ def fix(data: CaptionedImages, work: Path, history: list[dict[str, Any]], *faile
     return [image_id[:4] for image_id in read_validation_ids(str(work)) or []]
 
 
-def test_validation_images_that_can_be_read_at_the_start_are_scored_in_all_epochs(
+def test_validation_images_readable_at_the_start_are_scored_in_all_epochs(
     images: CaptionedImages, tmp_path: Path
 ) -> None:
     history = [{"num_images": 4}]
@@ -171,7 +171,7 @@ def test_validation_images_that_can_be_read_at_the_start_are_scored_in_all_epoch
         fix(images, tmp_path, history, 1, 2, 4)
 
 
-def test_a_training_of_a_version_that_recorded_no_validation_images_resumes_with_as_many(
+def test_a_training_of_a_version_without_recorded_validation_images_resumes_with_the_same_number(
     images: CaptionedImages, tmp_path: Path
 ) -> None:
     with pytest.raises(ImcapError, match="3 validation images can be read, but the epochs so far were scored on 5"):
@@ -214,12 +214,12 @@ def test_two_workers_on_one_gpu_are_refused(flickr8k: Path, tmp_path: Path, num_
         prepare(flickr8k, tmp_path / "model", gpus_per_worker=0.5, num_workers=num_workers)
 
 
-def test_a_part_of_a_gpu_is_for_one_worker(flickr8k: Path, tmp_path: Path) -> None:
+def test_a_fractional_gpu_is_allowed_for_one_worker(flickr8k: Path, tmp_path: Path) -> None:
     assert prepare(flickr8k, tmp_path / "model", gpus_per_worker=0.5).workers.max_count == 1
     assert prepare(flickr8k, tmp_path / "model").workers.max_count == CLUSTER.gpus
 
 
-def test_a_training_that_was_killed_in_its_first_moment_begins_again(flickr8k: Path, tmp_path: Path) -> None:
+def test_a_training_killed_right_after_its_start_begins_again(flickr8k: Path, tmp_path: Path) -> None:
     work = tmp_path / "model" / "_training"
     work.mkdir(parents=True)
     (work / "owner").write_text("0123456789abcdef")
@@ -234,7 +234,7 @@ def test_a_training_that_was_killed_in_its_first_moment_begins_again(flickr8k: P
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '{"recipe": ', "\xff"])
-def test_damaged_settings_are_named_with_what_to_do(flickr8k: Path, tmp_path: Path, content: str) -> None:
+def test_the_error_for_corrupt_settings_names_them_and_a_remedy(flickr8k: Path, tmp_path: Path, content: str) -> None:
     place = tmp_path / "model" / "_training" / "settings.json"
     place.parent.mkdir(parents=True)
     place.write_bytes(content.encode("latin-1"))
@@ -266,7 +266,7 @@ def write_settings(model: Path, settings: dict[str, Any]) -> None:
     (model / "_training" / "settings.json").write_text(json.dumps(settings))
 
 
-def test_a_training_resumes_with_the_images_of_the_same_column_only(two_columns: Path, tmp_path: Path) -> None:
+def test_a_training_resumes_only_with_the_same_image_column(two_columns: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     write_settings(model, prepare(two_columns, model).settings)
 
@@ -276,7 +276,7 @@ def test_a_training_resumes_with_the_images_of_the_same_column_only(two_columns:
         prepare(two_columns, model, column="thumbnail")
 
 
-def test_a_training_of_the_previous_version_resumes_with_its_column_only(two_columns: Path, tmp_path: Path) -> None:
+def test_a_training_of_the_previous_version_resumes_only_with_its_column(two_columns: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     settings = prepare(two_columns, model).settings
     del settings["image_columns"]
@@ -292,7 +292,7 @@ def test_a_training_of_the_previous_version_resumes_with_its_column_only(two_col
     prepare(two_columns, model)
 
 
-def test_naming_the_column_that_is_chosen_anyway_finds_the_same_cache(two_columns: Path, tmp_path: Path) -> None:
+def test_naming_the_default_column_uses_the_same_cache(two_columns: Path, tmp_path: Path) -> None:
     by_default, named, other = (
         {
             feature_folder(prepare(two_columns, tmp_path / "model", column=column), split).location
@@ -305,7 +305,7 @@ def test_naming_the_column_that_is_chosen_anyway_finds_the_same_cache(two_column
     assert len(by_default | other) == 4
 
 
-def test_features_are_next_to_the_model_or_in_the_folder_that_the_user_names(flickr8k: Path, tmp_path: Path) -> None:
+def test_features_are_next_to_the_model_or_in_the_given_folder(flickr8k: Path, tmp_path: Path) -> None:
     assert prepare(flickr8k, tmp_path / "runs" / "model").features == str(tmp_path / "runs" / "_features")
     assert prepare(flickr8k, tmp_path / "model", features=tmp_path / "mine").features == str(tmp_path / "mine")
     (tmp_path / "file").touch()

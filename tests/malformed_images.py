@@ -108,7 +108,7 @@ def tiff_of_strips(num_strips: int) -> bytes:
 
 
 @cache
-def odd_images() -> list[tuple[str, bytes, str]]:
+def malformed_images() -> list[tuple[str, bytes, str]]:
     return [*_readable(), *_not_images(), *_unsupported(), *_cut(), *_damaged(), *_too_large()]
 
 
