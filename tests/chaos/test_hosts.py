@@ -42,9 +42,7 @@ def host_with(hosts: Hosts, name: str) -> Host:
     return matching_hosts()[0]
 
 
-def test_a_host_that_is_lost_costs_no_image(
-    hosts: Hosts, model_dir: Path, captioner: Captioner, tmp_path: Path
-) -> None:
+def test_a_lost_host_loses_no_image(hosts: Hosts, model_dir: Path, captioner: Captioner, tmp_path: Path) -> None:
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     for number in range(NUM_IMAGES):

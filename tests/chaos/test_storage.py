@@ -78,9 +78,7 @@ def rows_at(uri: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_store_that_fails_now_and_then_is_killed_and_loses_nothing(
-    photographs: Path, model_dir: Path, s3: S3Store
-) -> None:
+def test_a_killed_run_on_an_unreliable_store_loses_nothing(photographs: Path, model_dir: Path, s3: S3Store) -> None:
     copy_to(f"{s3.uri}/in", photographs)
     command = ["caption", f"{s3.uri}/in", f"{s3.uri}/out", "--model", model_dir]
     s3.proxy.every = 7
@@ -141,7 +139,7 @@ def test_a_store_that_disappears_is_one_clear_error_and_the_same_command_resumes
     )
 
 
-def test_a_store_that_does_not_decode_chunks_gets_captions_and_exports_as_they_are(
+def test_a_store_that_does_not_decode_chunks_stores_captions_and_exports_unchanged(
     photographs: Path, model_dir: Path, s3: S3Store
 ) -> None:
     s3.proxy.decodes_chunks = False

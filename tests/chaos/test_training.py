@@ -143,7 +143,7 @@ def undisturbed(workplace: Workplace) -> str:
     return "undisturbed"
 
 
-def test_a_killed_worker_a_killed_driver_and_damaged_files_change_nothing_in_the_end(
+def test_a_killed_worker_a_killed_driver_and_corrupt_files_do_not_change_the_result(
     workplace: Workplace, undisturbed: str
 ) -> None:
     with workplace.running("disturbed") as process:

@@ -112,7 +112,7 @@ def _shown(shown: Shown) -> object:
 
 
 @pytest.mark.parametrize("shown", [_shown(shown) for shown in SHOWN])
-def test_a_command_runs_as_it_is_shown(shown: Shown, folder: Path, captions: Path) -> None:
+def test_documented_commands_run_as_shown(shown: Shown, folder: Path, captions: Path) -> None:
     _, command, *arguments = shown.words
     if command not in ("caption", "demo"):
         shutil.copytree(captions, folder / "captions")
@@ -152,7 +152,7 @@ MEASURED = [shown for shown in MEASURED if _name(shown) in FEW and "4000x3000" n
 
 
 @pytest.mark.parametrize("shown", [_shown(shown) for shown in MEASURED])
-def test_a_measurement_runs_as_it_is_shown_on_fewer_images(shown: Shown, folder: Path) -> None:
+def test_documented_benchmarks_run_as_shown_on_fewer_images(shown: Shown, folder: Path) -> None:
     small_data.write_model_folder(folder / "runs" / "mine")
     program, *words = shown.words
     command = [sys.executable, *words] if program == "python" else [sys.executable, "-m", "imcap_ray", *words]

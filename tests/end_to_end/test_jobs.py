@@ -152,7 +152,7 @@ def test_the_documented_command_that_submits_a_training_trains(head: Head, flick
     assert read_model_folder(tmp_path / "model").metrics["validation"]["num_images"] == 3
 
 
-def test_imcap_submit_returns_the_commands_exit_code(head: Head, flickr8k: Path, tmp_path: Path) -> None:
+def test_imcap_submit_returns_the_exit_code_of_the_command(head: Head, flickr8k: Path, tmp_path: Path) -> None:
     done = head.run("imcap", "submit", "--address", head.dashboard, "caption", tmp_path / "nowhere", tmp_path / "out")
 
     assert done.returncode == 2, done.stdout + done.stderr

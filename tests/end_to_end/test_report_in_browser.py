@@ -109,7 +109,7 @@ def choose(page: Page, control: str, value: str, event: str = "input") -> None:
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
-def test_the_page_fits_its_window_and_is_drawn(page: Page, report: Path, width: int, scheme: str) -> None:
+def test_the_page_fits_its_window_and_is_rendered(page: Page, report: Path, width: int, scheme: str) -> None:
     page.open(report, width=width, scheme=scheme, mobile=width < 500)
 
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -123,7 +123,7 @@ def test_the_page_fits_its_window_and_is_drawn(page: Page, report: Path, width: 
         Path(os.environ["IMCAP_SCREENSHOTS"], path.name).write_bytes(path.read_bytes())
 
 
-def test_text_can_be_read_on_its_ground(page: Page, report: Path) -> None:
+def test_text_has_enough_contrast_with_its_background(page: Page, report: Path) -> None:
     # Contrast as WCAG 2.1 defines it, 1.4.3: 4.5 for text.
     contrast = """
       (() => {
@@ -171,7 +171,7 @@ def _events(page: Page, method: str) -> list[dict[str, Any]]:
     return [event for event in page.events if event.get("method") == method]
 
 
-def test_the_worst_come_first_and_the_order_can_be_chosen(page: Page, report: Path) -> None:
+def test_the_worst_captions_come_first_and_the_order_can_be_changed(page: Page, report: Path) -> None:
     page.open(report)
 
     by_score = sorted(range(NUM_IMAGES), key=lambda number: 7 * number % NUM_IMAGES)
@@ -206,7 +206,7 @@ def test_cards_are_filtered_by_status_score_confidence_and_words(page: Page, rep
     assert page.evaluate("getComputedStyle(document.getElementById('nothing')).display") != "none"
 
 
-def test_every_control_is_reached_by_the_tab_key_and_shows_that_it_is(page: Page, report: Path) -> None:
+def test_every_control_is_reachable_by_tab_and_shows_its_focus(page: Page, report: Path) -> None:
     page.open(report)
 
     reached = []
@@ -221,7 +221,7 @@ def test_every_control_is_reached_by_the_tab_key_and_shows_that_it_is(page: Page
     assert [name for name in reached if name in controls] == controls
 
 
-def test_a_link_to_a_folded_section_unfolds_it(page: Page, report: Path) -> None:
+def test_a_link_to_a_collapsed_section_expands_it(page: Page, report: Path) -> None:
     page.open(report)
     assert not page.evaluate("document.getElementById('attention').open")
 
@@ -232,7 +232,7 @@ def test_a_link_to_a_folded_section_unfolds_it(page: Page, report: Path) -> None
         time.sleep(0.1)
 
 
-def test_a_long_gallery_shows_its_first_cards_until_all_are_asked_for(page: Page, tmp_path: Path) -> None:
+def test_a_long_gallery_shows_its_first_cards_until_all_are_requested(page: Page, tmp_path: Path) -> None:
     path = tmp_path / "long.html"
     rows = [_row(number) | {"image_id": f"{number:02}.jpg"} for number in range(70)]
     table = pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)

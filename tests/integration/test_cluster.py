@@ -92,20 +92,20 @@ def test_a_private_ray_is_quiet_and_leaves_no_token_behind(home):
     assert said["has_token"]
 
 
-def test_workers_of_a_private_ray_need_no_environment_of_their_own(home):
+def test_workers_of_a_private_ray_need_no_separate_environment(home):
     said, _ = connect_elsewhere(home=home)
     assert said["arenas"] == "1"
     assert said["runtime_environment"] is None
     assert said["cores"][0] == said["cores"][1]  # though it counts more CPUs than it has
 
 
-def test_local_wins_over_ray_address(home):
+def test_local_takes_precedence_over_ray_address(home):
     said, _ = connect_elsewhere("local", home=home, RAY_ADDRESS="127.0.0.1:9")
     assert said["resources"][0]["is_local"]
 
 
 @pytest.mark.parametrize("place", ["closed port", "another server"])
-def test_an_address_without_ray_fails_after_seconds_of_ours_not_after_minutes_of_rays(home, place):
+def test_an_address_without_ray_fails_after_our_timeout_of_seconds(home, place):
     with socket.socket() as listener:
         if place == "another server":
             listener.bind(("127.0.0.1", 0))
@@ -126,7 +126,7 @@ def test_an_address_for_outsiders_points_to_submit(home, address):
     assert "imcap submit" in said["message"]
 
 
-def test_what_does_not_fit_is_refused_with_both_numbers():
+def test_the_error_for_too_large_a_request_has_both_numbers():
     resources = ClusterResources(is_local=False, cpus=4, gpus=1, nodes=2, physical_cores=4)
     require(resources, cpus=4, gpus=1, what="--num-workers 1")
     with pytest.raises(ClusterError, match=r"--num-workers 8 needs 9 CPUs, the cluster has 4: ask for less"):
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers():
         (False, 2, 0.5, True, False),
     ],
 )
-def test_a_worker_gets_the_environment_that_it_lacks(monkeypatch, is_private, cluster_gpus, gpus, kept, hidden):
+def test_a_worker_gets_missing_environment_variables(monkeypatch, is_private, cluster_gpus, gpus, kept, hidden):
     resources = ClusterResources(is_local=is_private, cpus=8, gpus=cluster_gpus, nodes=1, physical_cores=8)
     monkeypatch.setattr(cluster, "_resources", lambda: resources)
     monkeypatch.setattr(private_ray, "is_connected", lambda: is_private)
@@ -157,7 +157,7 @@ def test_a_worker_gets_the_environment_that_it_lacks(monkeypatch, is_private, cl
     assert (variables.get("CUDA_VISIBLE_DEVICES") == "") == hidden
 
 
-def test_a_job_may_not_write_to_its_temporary_folder(monkeypatch):
+def test_a_job_cannot_write_to_its_temporary_folder(monkeypatch):
     refuse_relative_paths_in_job({"OUTPUT": "captions"})
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refuse_relative_paths_in_job({"OUTPUT": "/mnt/captions", "MODEL": "s3://bucket/model"})

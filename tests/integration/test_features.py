@@ -61,7 +61,7 @@ def features_by_image(cache: FeatureCache) -> dict[str, bytes]:
     return {row["image_id"]: row["features"] for row in rows}
 
 
-def test_damaged_files_are_made_anew_and_only_those(
+def test_only_corrupt_files_are_recomputed(
     local_ray: ClusterResources, manifest: pa.Table, encoder: Encoder, tmp_path: Path
 ) -> None:
     folder = tmp_path / "features"

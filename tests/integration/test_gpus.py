@@ -69,7 +69,7 @@ print(json.dumps([
 """
 
 
-def test_reserved_gpus_that_cuda_cannot_use_stop_captioning_and_training_at_once(tmp_path: Path) -> None:
+def test_reserved_gpus_unusable_by_cuda_stop_captioning_and_training_immediately(tmp_path: Path) -> None:
     small_data.write_flickr8k(tmp_path / "data")
     small_data.write_model_folder(tmp_path / "model")
 

@@ -118,7 +118,7 @@ def head() -> Iterator[Head]:
         yield Head(folder, dashboard, address)
 
 
-def test_a_command_arrives_word_for_word_and_its_log_comes_back(head):
+def test_a_command_arrives_unchanged_and_its_log_is_returned(head):
     words = ["s3://bucket/a b", 'it\'s "quoted"', "$(touch pwned) `id` ; * ~", "--name=ü\n"]
     said = head.submit("print", *words, RAY_AUTH_TOKEN=TOKEN)
     assert said["exit_code"] == 0
@@ -126,11 +126,11 @@ def test_a_command_arrives_word_for_word_and_its_log_comes_back(head):
     assert not (head.folder / "pwned").exists()
 
 
-def test_the_exit_code_is_the_commands(head):
+def test_the_exit_code_is_that_of_the_command(head):
     assert head.submit("exit", "3", RAY_AUTH_TOKEN=TOKEN)["exit_code"] == 3
 
 
-def test_the_package_travels_to_the_workers_too(head):
+def test_the_package_is_sent_to_the_workers_too(head):
     said = head.submit("connect", RAY_AUTH_TOKEN=TOKEN)
     assert said["exit_code"] == 0
     assert "py_modules_files" in json.loads(said["lines"][-1])
@@ -148,7 +148,7 @@ def test_ctrl_c_stops_the_job(head):
     assert status == "STOPPED"
 
 
-def test_a_job_that_ctrl_c_leaves_running_is_followed_again_to_its_exit_code(head):
+def test_a_job_left_running_by_ctrl_c_can_be_followed_to_its_exit_code(head):
     left = head.submit("go on", RAY_AUTH_TOKEN=TOKEN, JOB="left", ON_INTERRUPT="detach")
     assert left["exit_code"] == 130
     assert f"imcap submit --address {head.dashboard} --follow left" in left["lines"][-1]
@@ -158,7 +158,7 @@ def test_a_job_that_ctrl_c_leaves_running_is_followed_again_to_its_exit_code(hea
     assert followed["lines"][-2:] == ["waiting", "done"]
 
 
-def test_a_name_that_is_taken_is_said_so(head):
+def test_a_name_already_in_use_is_reported(head):
     said = [head.submit("exit", "0", RAY_AUTH_TOKEN=TOKEN, JOB="taken") for _ in range(2)]
     assert said[0]["exit_code"] == 0
     assert said[1]["error"] == "ClusterError"
@@ -176,7 +176,7 @@ def test_a_name_that_is_taken_is_said_so(head):
     ],
     ids=["no token", "wrong token", "no token file", "mode without token", "token held back"],
 )
-def test_a_cluster_that_wants_another_token_names_the_variable_to_set(head, variables):
+def test_the_error_for_a_wrong_token_names_the_variable_to_set(head, variables):
     submitted = head.submit("exit", "0", **variables)
     assert submitted["error"] == "ClusterError"
     joined = head.run(CONNECT, head.address, **variables)
@@ -205,7 +205,7 @@ def test_another_version_of_ray_is_refused_by_name(head):
     assert "2.59.0" in message and ray.__version__ in message
 
 
-def test_a_machine_without_dashboard_is_found_out_in_seconds():
+def test_a_machine_without_dashboard_is_detected_within_seconds():
     start = time.monotonic()
     (port,) = free_ports(1)
     with pytest.raises(ClusterError, match=f"no Ray dashboard answers at http://127.0.0.1:{port}: use --address"):

@@ -12,7 +12,7 @@ from imcap_ray.distributed.cluster.preflight import require_visible
 from imcap_ray.errors import ClusterError
 
 
-def test_the_nodes_are_asked_and_the_first_that_does_not_see_is_named(
+def test_all_nodes_are_probed_and_the_first_without_access_is_named(
     local_ray: ClusterResources, tmp_path: Path
 ) -> None:
     several = replace(local_ray, nodes=2)  # with one there would be nothing to ask

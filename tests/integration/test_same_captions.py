@@ -60,7 +60,7 @@ def plain_caption(decoder: Decoder, features: Tensor, search: SearchConfig) -> t
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.slow)])
-def test_captions_are_those_of_the_plain_path_on_development_images(kind: str) -> None:
+def test_captions_equal_those_of_the_reference_path_on_development_images(kind: str) -> None:
     rows: list[dict[str, Any]] = load_dataset(FLICKR8K).split(VALIDATION).slice(0, NUM_IMAGES).to_pylist()
     captioner = Captioner.load(device=kind if torch.cuda.is_available() else "cpu")
     if kind != captioner.device.type:  # no GPU here: what a CNN computes on one a CPU can compute too

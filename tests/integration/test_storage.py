@@ -26,7 +26,7 @@ NUM_OBJECTS = 200
 
 
 @pytest.mark.parametrize("fault", [500, 503, "reset", "cut"])
-def test_a_store_that_fails_now_and_then_is_written_listed_and_read_in_full(s3: S3Store, fault: Fault) -> None:
+def test_an_unreliable_store_is_written_listed_and_read_completely(s3: S3Store, fault: Fault) -> None:
     # Most of them shorter than the text of an error, which pyarrow then loses.
     contents = {f"{number % 3}/{number}.bin": bytes([number]) * number for number in range(NUM_OBJECTS)}
     s3.proxy.every, s3.proxy.fault = 7, fault
@@ -40,7 +40,7 @@ def test_a_store_that_fails_now_and_then_is_written_listed_and_read_in_full(s3: 
     assert s3.proxy.num_faults > 3 * NUM_OBJECTS // 7
 
 
-def test_hundreds_of_requests_that_fail_once_in_one_process_are_all_answered(s3: S3Store) -> None:
+def test_hundreds_of_requests_that_fail_once_all_succeed_in_one_process(s3: S3Store) -> None:
     locations = [f"{s3.uri}/{number}.jpg" for number in range(250)]
     write_all(locations)
     s3.proxy.each_once, s3.proxy.fault = True, 503
@@ -78,7 +78,7 @@ def test_a_store_that_throttles_nine_of_ten_requests_is_reachable(s3: S3Store) -
     assert s3.proxy.num_faults == 9
 
 
-def test_the_number_of_attempts_is_that_of_the_environment(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_attempts_is_set_by_the_environment(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     storage.exists(s3.uri)
     s3.proxy.every, s3.proxy.fault = 1, 503
@@ -89,7 +89,7 @@ def test_the_number_of_attempts_is_that_of_the_environment(s3: S3Store, monkeypa
     assert s3.proxy.num_requests - before == 3
 
 
-def test_an_outage_of_twelve_seconds_costs_only_time(s3: S3Store) -> None:
+def test_an_outage_of_twelve_seconds_only_delays_requests(s3: S3Store) -> None:
     storage.write_bytes(f"{s3.uri}/a.txt", b"1")
     s3.proxy.every, s3.proxy.fault = 1, 503
     threading.Timer(12, lambda: setattr(s3.proxy, "every", None)).start()
@@ -97,7 +97,7 @@ def test_an_outage_of_twelve_seconds_costs_only_time(s3: S3Store) -> None:
     assert storage.read_bytes(f"{s3.uri}/a.txt") == b"1"
 
 
-def test_what_is_written_is_read_listed_and_removed(s3: S3Store) -> None:
+def test_written_files_are_read_listed_and_removed(s3: S3Store) -> None:
     storage.write_bytes(f"{s3.uri}/a/b/c.txt", b"1")
     storage.write_bytes(f"{s3.uri}/a/d.txt", b"")
 
@@ -111,7 +111,7 @@ def test_what_is_written_is_read_listed_and_removed(s3: S3Store) -> None:
     assert not storage.exists(f"{s3.uri}/a/b/c.txt")
 
 
-def test_an_answer_that_does_not_come_is_asked_for_again(s3: S3Store) -> None:
+def test_a_request_without_a_response_is_retried(s3: S3Store) -> None:
     storage.write_bytes(f"{s3.uri}/a.txt", b"1")
     s3.proxy.fail_next, s3.proxy.fault = 1, "hang"
 
@@ -119,7 +119,7 @@ def test_an_answer_that_does_not_come_is_asked_for_again(s3: S3Store) -> None:
     assert s3.proxy.num_faults == 1
 
 
-def test_a_file_system_that_went_to_another_process_still_tries_again(s3: S3Store) -> None:
+def test_an_unpickled_file_system_still_retries(s3: S3Store) -> None:
     storage.write_bytes(f"{s3.uri}/a.txt", b"1")
     filesystem, path = pickle.loads(pickle.dumps(storage.resolve(f"{s3.uri}/a.txt")))
     s3.proxy.fail_next, s3.proxy.fault = 3, 503  # pyarrow itself would try three times
@@ -136,7 +136,7 @@ def test_a_large_object_is_read_in_two_requests(s3: S3Store) -> None:
     assert s3.proxy.num_requests - before == 2  # its size, its content
 
 
-def test_a_missing_object_is_not_asked_for_twice(s3: S3Store) -> None:
+def test_a_missing_object_is_not_requested_twice(s3: S3Store) -> None:
     storage.exists(s3.uri)
     before = s3.proxy.num_requests
 
@@ -145,7 +145,7 @@ def test_a_missing_object_is_not_asked_for_twice(s3: S3Store) -> None:
     assert s3.proxy.num_requests - before == 1
 
 
-def test_an_object_that_may_not_be_read_is_a_permission_error_and_the_store_is_reachable(s3: S3Store) -> None:
+def test_a_forbidden_object_is_a_permission_error_and_the_store_is_reachable(s3: S3Store) -> None:
     storage.write_bytes(f"{s3.uri}/secret.jpg", b"1")
     s3.proxy.forbidden = "/secret.jpg"
 
@@ -154,14 +154,14 @@ def test_an_object_that_may_not_be_read_is_a_permission_error_and_the_store_is_r
     assert storage.is_reachable(f"{s3.uri}/secret.jpg")
 
 
-def test_a_bucket_that_may_not_be_looked_at_is_reachable(s3: S3Store) -> None:
+def test_a_bucket_that_cannot_be_listed_is_reachable(s3: S3Store) -> None:
     s3.proxy.every, s3.proxy.fault = 1, 403
 
     assert storage.is_reachable(s3.uri)
 
 
 @pytest.mark.parametrize("fault", [500, "reset", "hang"])
-def test_a_store_that_is_gone_is_an_os_error_and_not_reachable(
+def test_a_missing_store_is_an_os_error_and_not_reachable(
     s3: S3Store, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
@@ -180,7 +180,7 @@ def test_a_store_that_is_gone_is_an_os_error_and_not_reachable(
     assert storage.is_reachable(s3.uri)
 
 
-def test_a_store_that_no_longer_listens_is_not_reachable(s3: S3Store) -> None:
+def test_a_stopped_store_is_not_reachable(s3: S3Store) -> None:
     s3.proxy.close()
 
     assert not storage.is_reachable(s3.uri)
@@ -193,7 +193,7 @@ def test_a_bucket_that_does_not_exist_is_not_reachable(s3: S3Store) -> None:
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 
 
-def test_a_store_that_does_not_decode_chunks_gets_whole_files(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_decode_chunks_gets_complete_files(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CHECKSUMS, raising=False)
     s3.proxy.decodes_chunks = False
 
@@ -213,7 +213,7 @@ def test_a_store_that_does_not_decode_chunks_gets_whole_files(s3: S3Store, monke
 
 
 @pytest.mark.parametrize("is_streamed", [False, True])
-def test_a_store_that_keeps_chunks_as_they_come_is_an_error_that_names_the_setting(
+def test_a_store_that_keeps_chunk_encoding_is_an_error_that_names_the_setting(
     s3: S3Store, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
 ) -> None:
     monkeypatch.setenv(CHECKSUMS, "when_supported")
@@ -231,9 +231,7 @@ def test_a_store_that_keeps_chunks_as_they_come_is_an_error_that_names_the_setti
             storage.write_bytes(f"{s3.uri}/a.txt", content)
 
 
-def test_a_store_that_decodes_chunks_is_asked_once_for_what_was_written(
-    s3: S3Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_that_decodes_chunks_is_checked_only_once(s3: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHECKSUMS, "when_supported")
     storage.write_bytes(f"{s3.uri}/a.txt", b"hello")
     before = s3.proxy.num_requests
@@ -270,7 +268,7 @@ def test_an_export_waits_for_a_store_that_throttles(s3: S3Store, captions: Path,
 
 
 @pytest.mark.parametrize("format", ["webdataset", "hf"])
-def test_an_export_fails_and_names_the_image_that_the_store_does_not_deliver(
+def test_an_export_fails_and_names_the_undelivered_image(
     s3: S3Store, captions: Path, tmp_path: Path, format: str
 ) -> None:
     s3.proxy.fault, s3.proxy.broken = 503, "/b.jpg"
@@ -280,7 +278,7 @@ def test_an_export_fails_and_names_the_image_that_the_store_does_not_deliver(
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
-def test_an_export_ends_when_the_store_is_gone(s3: S3Store, captions: Path, tmp_path: Path) -> None:
+def test_an_export_ends_when_the_store_is_missing(s3: S3Store, captions: Path, tmp_path: Path) -> None:
     s3.proxy.is_down = True
 
     with pytest.raises(ImcapError, match="s3://.*/a.jpg cannot be read any more"):

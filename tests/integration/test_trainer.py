@@ -127,7 +127,7 @@ def test_three_phases_with_two_workers_end_in_one_model_that_captions(
     assert again.metrics == result.metrics
 
 
-def test_a_training_goes_on_from_a_model_whose_cnn_it_keeps(
+def test_a_training_continues_from_a_model_and_keeps_its_cnn(
     run: Callable[..., TrainingResult], local_ray: ClusterResources, tiny_flickr8k: Path, tmp_path: Path
 ) -> None:
     history = [{"epoch": epoch, "phase": "finetune", "cider_d": 0.1 * epoch} for epoch in range(1, 6)]
@@ -171,7 +171,7 @@ def test_a_training_goes_on_from_a_model_whose_cnn_it_keeps(
         run("onward", recipe=onward, recipe_name="self-critical", start_from=("flickr8k-lite2",))
 
 
-def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, tmp_path: Path) -> None:
+def test_a_model_learns_to_caption_in_another_language(local_ray: ClusterResources, tmp_path: Path) -> None:
     sentence = "赤い犬が草の上を走る"
     rows = []
     for number in range(12):
@@ -204,7 +204,7 @@ def test_a_model_learns_to_speak_another_language(local_ray: ClusterResources, t
     assert (tmp_path / "モデル" / "README.md").read_text().count("`unicode`") == 2, "vocabulary and protocol"
 
 
-def test_the_same_command_again_keeps_what_is_done_and_another_is_refused(
+def test_the_same_command_keeps_finished_work_and_another_command_is_refused(
     run: Callable[..., TrainingResult], tmp_path: Path
 ) -> None:
     first = run(seed=3)
@@ -221,7 +221,7 @@ def test_the_same_command_again_keeps_what_is_done_and_another_is_refused(
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_a_training_that_another_run_has_taken_over_stops_and_writes_no_more(
+def test_a_training_that_lost_its_lease_stops_and_writes_no_more(
     run: Callable[..., TrainingResult], tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
@@ -272,7 +272,7 @@ def test_images_that_disappear_between_phases_are_named_and_validation_does_not_
     assert [row["num_images"] for row in epochs_of(tmp_path / "model")] == [4, 4]
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_with_what_to_lower(
+def test_a_non_finite_loss_ends_the_training_with_what_to_lower(
     run: Callable[..., TrainingResult], tmp_path: Path
 ) -> None:
     recipe = small_recipe(epochs=3, learning_rate=1e38)
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_what_to_lower(
     assert not list((tmp_path / "model" / "_training").rglob("epoch_*"))
 
 
-def test_a_folder_of_features_may_be_relative_and_images_that_changed_are_encoded_again(
+def test_a_feature_folder_can_be_relative_and_changed_images_are_encoded_again(
     run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -302,6 +302,6 @@ def test_a_folder_of_features_may_be_relative_and_images_that_changed_are_encode
     assert "train images: 12 images changed since encoding: encoded again" in lines
 
 
-def test_more_workers_than_the_cluster_holds_are_refused_at_once(run: Callable[..., TrainingResult]) -> None:
+def test_more_workers_than_the_cluster_has_room_for_are_refused_immediately(run: Callable[..., TrainingResult]) -> None:
     with pytest.raises(ClusterError, match="--num-workers 90 needs 91 CPUs"):
         run(recipe=small_recipe(batch_size=90), num_workers=90)

@@ -60,7 +60,7 @@ print(json.dumps([fits, keeps]))
 """
 
 
-def test_workers_of_which_one_lacks_memory_all_stream_their_images(tmp_path: Path) -> None:
+def test_all_workers_stream_their_images_if_one_lacks_memory(tmp_path: Path) -> None:
     """The features take 125 MB: one node has a gigabyte for them, and one a tenth of that."""
     assert run_workers(tmp_path, READ_AN_EPOCH, 1e9, 1e8) == [[True, False], [False, False]]
 
@@ -98,7 +98,7 @@ print(json.dumps(float(sum(parameter.double().sum() for parameter in trained.par
 
 
 @pytest.mark.parametrize("name", ["timm:convnext_atto", "timm:mobilenetv3_small_050"])
-def test_two_workers_fine_tune_a_cnn_that_has_layers_behind_its_grid(tmp_path: Path, name: str) -> None:
+def test_two_workers_fine_tune_a_cnn_with_layers_after_its_grid(tmp_path: Path, name: str) -> None:
     first, second = run_workers(tmp_path, FINE_TUNE, name, name)
 
     assert first == second
@@ -128,7 +128,7 @@ print(json.dumps([learnt.bad_step, optimization.num_steps]))
 """
 
 
-def test_workers_stop_together_at_the_first_loss_that_is_not_finite_on_any(tmp_path: Path) -> None:
+def test_workers_stop_together_at_the_first_non_finite_loss_of_any_worker(tmp_path: Path) -> None:
     assert run_workers(tmp_path, DIVERGE, 10_000, 73) == [[73, 100], [73, 100]]
 
 
@@ -137,7 +137,7 @@ print(json.dumps(team.share(arguments)))
 """
 
 
-def test_workers_share_values_of_any_length(tmp_path: Path) -> None:
+def test_workers_exchange_values_of_any_length(tmp_path: Path) -> None:
     values = [None, {"犬.jpg": {"text": "a dog \ud800", "logprob": -0.1 - 0.2, "num_tokens": 3}}]
 
     assert run_workers(tmp_path, SHARE, *values) == [values, values]
