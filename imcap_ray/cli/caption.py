@@ -124,7 +124,8 @@ def run_captioning(
     config: CaptioningConfig, resources: ResourcesConfig, *, reporter: ProgressReporter, verbose: bool = False
 ) -> CaptioningSummary:
     """Connect, load, caption."""
-    start = _start(config, resources, verbose=verbose)
+    with stdout_for_results():
+        start = _start(config, resources, verbose=verbose)
     from imcap_ray.distributed.captioning import caption_images, load_captioner
 
     load = partial(
@@ -146,10 +147,11 @@ def run_captioning(
 
 def plan_run(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: bool = False) -> CaptioningPlan:
     """Connect, load, and plan what `run_captioning` would do."""
-    start = _start(config, resources, verbose=verbose)
-    from imcap_ray.distributed.captioning import plan_captioning
+    with stdout_for_results():
+        start = _start(config, resources, verbose=verbose)
+        from imcap_ray.distributed.captioning import plan_captioning
 
-    return plan_captioning(start.config, resources, cluster=start.cluster, captioner=start.captioner)
+        return plan_captioning(start.config, resources, cluster=start.cluster, captioner=start.captioner)
 
 
 class _Start(NamedTuple):

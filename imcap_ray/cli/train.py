@@ -120,25 +120,25 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
     reporter.report(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     if dataset.columns_note:
         reporter.report(f"{dataset.location}: {dataset.columns_note}")
-    cluster = connect(resources.address, verbose=options["verbose"])
-    written.setdefault("--features", storage.parent(storage.absolute(config.model)))
-    require_visible(
-        cluster,
-        reads=[("DATA", dataset.location)],
-        writes={name: storage.absolute(location) for name, location in written.items()},
-    )
-    if options["dry_run"]:
-        plan = prepare_training(config, resources, data=dataset, cluster=cluster).plan()
-        if options["as_json"]:
-            click.echo(json.dumps(asdict(plan)))
-        else:
-            _print_plan(plan)
-        return
+    plan = result = None
     with stdout_for_results():
-        result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)
+        cluster = connect(resources.address, verbose=options["verbose"])
+        written.setdefault("--features", storage.parent(storage.absolute(config.model)))
+        require_visible(
+            cluster,
+            reads=[("DATA", dataset.location)],
+            writes={name: storage.absolute(location) for name, location in written.items()},
+        )
+        if options["dry_run"]:
+            plan = prepare_training(config, resources, data=dataset, cluster=cluster).plan()
+        else:
+            result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)
     if options["as_json"]:
-        click.echo(json.dumps(asdict(result)))
-    else:
+        outcome: Any = plan or result
+        click.echo(json.dumps(asdict(outcome)))
+    elif plan:
+        _print_plan(plan)
+    elif result:
         reporter.report(
             f"{result.model}: kept epoch {result.metrics['epoch']} of {result.num_epochs}, validation CIDEr-D "
             f"{result.metrics['cider_d']:.3f}, BLEU-4 {100 * result.metrics['bleu_4']:.1f}; "

@@ -35,6 +35,7 @@ from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed import ray_internals
 from imcap_ray.distributed.captioning import caption_images, connect_and_load, load_captioner
 from imcap_ray.distributed.cluster.connection import connect, cores, runtime_environment
+from imcap_ray.distributed.cluster.ray_environment import ray_variables
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import ImageCaptioner, compute_batch_size
 from imcap_ray.runs.heartbeat import repeating
@@ -337,7 +338,9 @@ def measure_run(
     # Start as the command does. Multiprocessing would also import the caller's main module, and with it torch.
     program = f"from {__name__} import _send_run; _send_run()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(sender.fileno()), json.dumps(arguments)], pass_fds=[sender.fileno()]
+        [sys.executable, "-c", program, str(sender.fileno()), json.dumps(arguments)],
+        pass_fds=[sender.fileno()],
+        env={**os.environ, **ray_variables("local", verbose=False)},
     )
     sender.close()
     try:

@@ -161,7 +161,8 @@ def runtime_environment(*, gpus: float) -> dict[str, Any] | None:
         gpus: GPUs of each process. A process without any would see all GPUs of its node, and load its model there.
     """
     resources = _resources()
-    variables = {} if private_ray.is_connected() else dict(KEEP_FREED_MEMORY)
+    is_set = private_ray.is_connected() and os.environ.items() >= KEEP_FREED_MEMORY.items()
+    variables = {} if is_set else dict(KEEP_FREED_MEMORY)
     if not gpus and (resources.gpus or not resources.is_local):
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return {"env_vars": variables} if variables else None
@@ -211,10 +212,17 @@ def _watch_gcs(*, clean_up: Callable[[], None]) -> None:
     _gcs_watch = gcs_watch.GcsWatch(
         address,
         is_own=private_ray.is_connected(),
-        is_connected=lambda: ray.is_initialized() and ray.get_runtime_context().gcs_address == address,
+        is_connected=lambda: _is_connected(address),
         clean_up=clean_up,
     )
     atexit.register(_gcs_watch.stop)  # before everything that ends Ray: what is registered last is called first
+
+
+def _is_connected(gcs_address: str) -> bool:
+    try:
+        return ray.is_initialized() and ray.get_runtime_context().gcs_address == gcs_address
+    except Exception:  # Ray is being shut down
+        return False
 
 
 def _join(address: str, *, verbose: bool) -> None:
@@ -223,7 +231,9 @@ def _join(address: str, *, verbose: bool) -> None:
             f"expected HOST:PORT of a cluster this machine is part of, got {address}: "
             "use `imcap submit` from outside a cluster, or give --address local"
         )
-    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" and not authentication_headers():  # Ray would abort
+    needs_token = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    may_have_one = os.environ.get(ray_environment.KUBERNETES_TOKEN_VARIABLE) or authentication_headers()
+    if needs_token and not may_have_one:  # Ray would abort
         raise ClusterError(f"no access to the cluster at {address}: there is no token: {AUTHENTICATION_ADVICE}")
     if address != "auto" and not _speaks_grpc(address):
         raise ClusterError(
@@ -239,6 +249,8 @@ def _join(address: str, *, verbose: bool) -> None:
         advice = ""
         if "Version mismatch" in str(error):
             advice = ": install the cluster's versions here"
+        elif "node info" in str(error):
+            advice = ": this machine is not one of its nodes: use `imcap submit` instead"
         elif isinstance(error, ConnectionError):  # Ray gives the same reason to a client without the right token
             advice = f"; if the cluster wants a token, {AUTHENTICATION_ADVICE}"
         raise ClusterError(f"cannot join the cluster at {address}: {in_one_line(error)}{advice}") from error

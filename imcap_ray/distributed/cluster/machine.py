@@ -29,8 +29,17 @@ def available_memory(root: Path = Path("/")) -> int:
     for limit_file, usage_file in _MEMORY_FILES:
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit
             limit, usage = (int((root / _CGROUP / name).read_text()) for name in (limit_file, usage_file))
+            usage -= _file_cache((root / _CGROUP / usage_file).with_name("memory.stat"))
             available = min(available, max(0, limit - usage))
     return available
+
+
+def _file_cache(stat_file: Path) -> int:
+    """Bytes of a container's files in memory, which the kernel frees when they are needed; they count as usage."""
+    lines = [line.split() for line in stat_file.read_text().splitlines()] if stat_file.exists() else []
+    sizes = {name: int(size) for name, size in lines}
+    prefix = "total_" if "total_inactive_file" in sizes else ""  # version 1: with the groups below
+    return sum(sizes.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
 
 
 def available_cores(root: Path = Path("/")) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any, Final
 import ray
 
 from imcap_ray.distributed.cluster.private_folder import PrivateFolder
+from imcap_ray.distributed.cluster.ray_environment import temporary_environment
 from imcap_ray.distributed.cluster.ray_messages import in_one_line
 from imcap_ray.errors import InputError, RayStartError
 
@@ -48,9 +50,11 @@ def start(*, num_cpus: int, verbose: bool) -> PrivateFolder:
     while True:
         attempt += 1
         folder = PrivateFolder()
-        os.environ["RAY_TMPDIR"] = folder.path  # read by Ray's processes too, unlike an argument of ray.init
+        # Ray's processes read both. Unlike this process, a worker that crashes leaves a stack trace in its log.
+        variables = {"RAY_TMPDIR": folder.path, "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "0"}
         try:
-            initialize(address="local", num_cpus=num_cpus, include_dashboard=False, verbose=verbose)
+            with temporary_environment(variables):
+                initialize(address="local", num_cpus=num_cpus, include_dashboard=False, verbose=verbose)
             break
         except Exception as error:  # Ray has no type for it: its processes were slow to start, or a disk is full
             _shut_down(folder)
@@ -72,8 +76,8 @@ def initialize(*, verbose: bool, **arguments: Any) -> None:
     """Call ray.init in a thread and wait for it.
 
     In the main thread ray.init would replace this process's handler of SIGTERM, and handlers that raise would interrupt
-    it between a fork and its end. Here an interruption is raised when ray.init has ended. (If Ray's processes ended
-    before, its client would wait a minute for them and then abort this process.)
+    it between a fork and its end. Here an interruption waits until a private Ray has started. If its processes ended
+    before, ray.init would wait a minute for them and then abort this process.
     """
     result: Future[None] = Future()
 
@@ -90,7 +94,9 @@ def initialize(*, verbose: bool, **arguments: Any) -> None:
     try:
         result.result()
     except KeyboardInterrupt:
-        wait([result])
+        while arguments["address"] == "local" and not result.done():
+            with contextlib.suppress(KeyboardInterrupt):
+                wait([result])
         raise
 
 

@@ -20,6 +20,9 @@ from imcap_ray.errors import ClusterError
 TOKEN_FILE: Final = Path(".ray") / "auth_token"
 """Where Ray looks for the user's token in the home folder, if no environment variable names another place."""
 
+KUBERNETES_TOKEN_VARIABLE: Final = "RAY_ENABLE_K8S_TOKEN_AUTH"
+"""If it is set, Ray finds its token in the files of a Kubernetes service account."""
+
 _QUIET: Final = {"RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Without it, Ray prints an error line for each actor pool, which nobody can do anything about (ray#53727)."""
 
@@ -36,7 +39,13 @@ _DEFAULTS: Final = {
 
 
 def set_ray_environment(address: str | None, *, verbose: bool) -> None:
-    """Set the variables for the Ray at `address`; do nothing if Ray has been imported or the user has set them.
+    """Set the variables for the Ray at `address`, unless Ray has been imported; see `ray_variables`."""
+    if "ray" not in sys.modules:
+        os.environ.update(ray_variables(address, verbose=verbose))
+
+
+def ray_variables(address: str | None, *, verbose: bool) -> dict[str, str]:
+    """The variables for the Ray at `address`, without those that the user has set.
 
     Args:
         address: HOST:PORT or "auto"; "local", or None without RAY_ADDRESS, means a private Ray. It gets a token that
@@ -46,18 +55,17 @@ def set_ray_environment(address: str | None, *, verbose: bool) -> None:
     Raises:
         ClusterError: the user's token cannot be read.
     """
-    if "ray" in sys.modules:
-        return
-    for name, value in (_DEFAULTS if verbose else _DEFAULTS | _QUIET).items():
-        os.environ.setdefault(name, value)
+    defaults = _DEFAULTS if verbose else _DEFAULTS | _QUIET
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    variables: dict[str, str] = {}
     if means_own_ray(address):
-        # A private Ray has one node: nothing announces the end of another one.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.update(KEEP_FREED_MEMORY)
-        if os.environ.get("RAY_AUTH_MODE", "").lower() != "disabled":
-            os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
-    else:
-        os.environ.setdefault("RAY_AUTH_MODE", "token" if find_token() else "disabled")
+        defaults = defaults | {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # no other node can announce its end
+        variables |= KEEP_FREED_MEMORY
+        if mode != "disabled":
+            variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    elif not mode and not os.environ.get(KUBERNETES_TOKEN_VARIABLE):
+        variables["RAY_AUTH_MODE"] = "token" if find_token() else "disabled"
+    return {name: value for name, value in defaults.items() if name not in os.environ} | variables
 
 
 def means_own_ray(address: str | None) -> bool:

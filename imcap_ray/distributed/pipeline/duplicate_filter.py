@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rbloom import Bloom
 
@@ -72,7 +73,8 @@ def image_index(run: CaptioningRun, *, enabled: bool = True) -> Iterator[Any]:
             ray.get(index.__ray_ready__.remote())
         yield index
     finally:
-        ray.kill(index)
+        with suppress(RayError):  # the cluster itself may be lost
+            ray.kill(index)
 
 
 def _read_digests(output: str) -> Iterator[bytes]:

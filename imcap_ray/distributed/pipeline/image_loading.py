@@ -121,7 +121,8 @@ class LoadImages:
         if self.counter is None:
             yield from self._blocks(rows, is_retry=False)
             return
-        report = WorkReport(self.counter, is_actor=False)
+        part = str(rows["manifest_id"][0]) if rows.num_rows else ""
+        report = WorkReport(self.counter, is_actor=False, part=part)
         is_retry = report.begins_again()
         try:
             for block in self._blocks(rows, is_retry=is_retry):

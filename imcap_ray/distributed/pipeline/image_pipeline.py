@@ -37,7 +37,7 @@ from imcap_ray.distributed.pipeline.contention import (
 )
 from imcap_ray.distributed.pipeline.image_loading import IMAGES_PER_BLOCK, LoadImages
 from imcap_ray.distributed.pipeline.parquet_sink import ParquetParts
-from imcap_ray.distributed.pipeline.progress import Progress, ProgressCounter, WorkReport
+from imcap_ray.distributed.pipeline.progress import Progress, WorkReport, start_counter
 from imcap_ray.distributed.pipeline.ray_metrics import ActorMetrics, RunMetrics
 from imcap_ray.errors import FullClusterError, ImcapError, StalledError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
@@ -275,7 +275,7 @@ def map_images(
         ImcapError: the run failed; what is written is kept, and the same call resumes.
     """
     context = files.checkpointed_context()
-    counter = ProgressCounter.remote()  # type: ignore[attr-defined]
+    counter = start_counter()
     load = LoadImages(
         image_size=pool.image_size,
         root=files.root,
@@ -331,7 +331,7 @@ class _PipelineWatch:
                 ray.kill(self._counter)  # otherwise it lives as long as this process
 
     def _update(self, release: Callable[[str], None]) -> None:
-        with contextlib.suppress(RayError):  # a counter that died costs the progress line, not the run
+        with contextlib.suppress(RayError):  # the counter is being restarted
             self.progress = ray.get(self._counter.get.remote())
             rate = self._observer.report_progress(self.progress.num_images)
             self._metrics.set_rate(rate or 0.0)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 WORK_SECONDS: Final = 300
 """A working process that has reported nothing for longer than this counts as dead."""
@@ -43,7 +44,10 @@ class Progress:
 
 @ray.remote(num_cpus=0, max_restarts=-1)
 class ProgressCounter:
-    """Sums what tasks and actors report. If it is lost, only the progress line is."""
+    """Sums what tasks and actors report, and knows which tasks have begun and not ended.
+
+    If it is lost, progress starts again at zero, and an image that kills its process may do so once more.
+    """
 
     def __init__(self) -> None:
         self._progress = Progress()
@@ -87,13 +91,20 @@ class ProgressCounter:
         )
 
 
+def start_counter() -> Any:
+    """A `ProgressCounter` on this node, so that the loss of any other node does not matter."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ProgressCounter.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 class WorkReport:
     """Reports to the counter whether the task or actor of this process is working."""
 
-    def __init__(self, counter: Any, *, is_actor: bool) -> None:
+    def __init__(self, counter: Any, *, is_actor: bool, part: str = "") -> None:
+        """`part` names the part of a task's work, so that the end of one part is not taken for the end of another."""
         context = ray.get_runtime_context()
         self._counter = counter
-        self._worker = (context.get_actor_id() if is_actor else context.get_task_id()) or ""
+        self._worker = f"{(context.get_actor_id() if is_actor else context.get_task_id()) or ''}{part}"
         self._is_actor = is_actor
 
     def begins_again(self) -> bool:

@@ -20,7 +20,6 @@ from imcap_ray.distributed.features import FeatureCache, FeatureEncoding, Views,
 from imcap_ray.distributed.pipeline.failure_log import describe_failures
 from imcap_ray.distributed.pipeline.image_loading import LoadImages
 from imcap_ray.distributed.pipeline.image_pipeline import default_num_actors, read_images
-from imcap_ray.distributed.pipeline.progress import ProgressCounter
 from imcap_ray.distributed.training.training_plan import PreparedTraining
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoders import Encoder
@@ -161,12 +160,13 @@ def write_readable_images(
     return images
 
 
-def read_inputs(inputs: Inputs, encoder: Encoder, failures: Any) -> ray.data.Dataset:
+def read_inputs(inputs: Inputs, encoder: Encoder, *, failures: Any, counter: Any) -> ray.data.Dataset:
     """The dataset of a split.
 
     Args:
         failures: a `FailureLog` for photographs that cannot be read, which are left out; None: they are rows with an
             error and without pixels.
+        counter: a `ProgressCounter`, which finds photographs that kill their process.
     """
     if isinstance(inputs, FeatureCache):
         return _read_features(inputs)
@@ -175,7 +175,7 @@ def read_inputs(inputs: Inputs, encoder: Encoder, failures: Any) -> ray.data.Dat
         root=inputs.root,
         image_columns=tuple(read_image_columns(inputs.folder)),
         failures=failures,
-        counter=ProgressCounter.remote(),  # type: ignore[attr-defined]
+        counter=counter,
     )
     # Ray Data decodes them wherever there are CPUs, so that a worker with a GPU does not have to.
     images = read_images(inputs.folder, load, num_images=inputs.num_images)

@@ -23,6 +23,7 @@ from imcap_ray.distributed.cluster.connection import runtime_environment
 from imcap_ray.distributed.cluster.ray_environment import temporary_environment
 from imcap_ray.distributed.cluster.ray_messages import describe_error
 from imcap_ray.distributed.pipeline.failure_log import FailureLog, watch_failures
+from imcap_ray.distributed.pipeline.progress import start_counter
 from imcap_ray.distributed.training.checkpoints import NUM_BEST_TO_KEEP
 from imcap_ray.distributed.training.train_worker import WorkerJob, train_worker
 from imcap_ray.distributed.training.training_inputs import Inputs, read_inputs
@@ -81,7 +82,7 @@ def run_workers(
 
     Args:
         inputs: by split.
-        watchers: called every two seconds meanwhile, and once afterwards.
+        watchers: called every two seconds while the workers run, and once afterwards.
         report: called with a line when training images cannot be read.
 
     Raises:
@@ -89,13 +90,16 @@ def run_workers(
         ImcapError: the training failed.
     """
     take_stop(job.work)
-    log = FailureLog.remote()  # type: ignore[attr-defined]
+    log, counter = FailureLog.remote(), start_counter()  # type: ignore[attr-defined]
     report_failures = watch_failures(log, job.phase.name, report)
     context = DataContext.get_current().copy()
     context.execution_options.preserve_order = True  # so that the same seed gives the same batches
     context.target_max_block_size = MAX_BLOCK_BYTES
     with DataContext.current(context):
-        datasets = {split: read_inputs(inputs[split], encoder, log if split == TRAIN else None) for split in inputs}
+        datasets = {
+            split: read_inputs(inputs[split], encoder, failures=log if split == TRAIN else None, counter=counter)
+            for split in inputs
+        }
         trainer = _build_trainer(job, datasets, workers)
 
         def watch() -> None:
@@ -114,6 +118,9 @@ def run_workers(
                     f"training stopped by an error: {describe_error(error)}; "
                     "the same command resumes after its last epoch"
                 ) from error
+            finally:
+                with suppress(RayError):
+                    ray.kill(counter)
     report_failures(at_end=True)
     with suppress(RayError):
         ray.kill(log)

@@ -45,6 +45,20 @@ def test_available_memory_in_a_container_is_below_its_limit(machine: Path, versi
     assert available_memory(machine) == 0
 
 
+@pytest.mark.parametrize(
+    ("folder", "stat"),
+    [
+        ("sys__fs__cgroup__memory__", "cache 9\ntotal_inactive_file 1073741824\ntotal_active_file 2147483648\n"),
+        ("sys__fs__cgroup__", "anon 9\ninactive_file 1073741824\nactive_file 2147483648\n"),
+    ],
+)
+def test_files_that_the_kernel_keeps_in_memory_count_as_available(machine: Path, folder: str, stat: str) -> None:
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if "total" in stat else ("memory.max", "memory.current")
+    for name, text in zip((*names, "memory.stat"), (str(8 * GIB), str(7 * GIB), stat), strict=True):
+        write(machine, **{folder + name: text})
+    assert available_memory(machine) == 4 * GIB
+
+
 def test_a_container_without_a_limit_has_the_memory_of_the_machine(machine: Path) -> None:
     write(machine, **{"sys__fs__cgroup__memory.max": "max", "sys__fs__cgroup__memory.current": str(3 * GIB)})
     assert available_memory(machine) == 32 * GIB

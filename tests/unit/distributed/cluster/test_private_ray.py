@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import ray
@@ -11,6 +14,13 @@ import ray
 from imcap_ray.distributed.cluster import private_ray
 from imcap_ray.distributed.cluster.private_ray import START_TIMEOUT_VARIABLE, initialize, start, start_timeout
 from imcap_ray.errors import InputError, RayStartError
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """An empty folder whose path leaves room for the names of Ray's sockets."""
+    with TemporaryDirectory(prefix="imt", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan"])
@@ -22,28 +32,32 @@ def test_an_invalid_time_limit_is_refused(monkeypatch: pytest.MonkeyPatch, text:
 
 
 def test_a_ray_that_does_not_start_is_retried_once_or_until_the_time_limit_of_the_user(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, short_folder: Path
 ) -> None:
     attempts: list[float] = []
+    folders: list[Path] = []
 
     def fail(**_: object) -> None:
         attempts.append(time.monotonic())
+        folders.append(Path(os.environ["RAY_TMPDIR"]))
         raise OSError("[Errno 28] No space left on device.")
 
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setattr(private_ray, "PAUSE_SECONDS", 0.1)
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(short_folder))
     monkeypatch.delenv(START_TIMEOUT_VARIABLE, raising=False)
 
     with pytest.raises(RayStartError, match="after 2 attempts: .* No space left on device; to keep trying"):
         start(num_cpus=1, verbose=False)
     assert len(attempts) == 2
+    assert [folder.parent for folder in folders] == [short_folder, short_folder]
+    assert os.environ["RAY_TMPDIR"] == str(short_folder)
 
     monkeypatch.setenv(START_TIMEOUT_VARIABLE, "1")
     with pytest.raises(RayStartError):
         start(num_cpus=1, verbose=False)
     assert attempts[-1] - attempts[2] >= 0.8
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_folder.iterdir()) == []
 
 
 def test_an_interruption_waits_until_ray_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
