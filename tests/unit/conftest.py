@@ -1,4 +1,4 @@
-"""The unit tests compute little: threads that wait for each other would take most of their time."""
+"""Use one thread: unit tests compute little and would mostly wait for threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
-# By default an example that takes more than 200 ms fails, which on a busy machine any may do.
+# By default, an example fails if it takes more than 200 ms, which can happen on a busy machine.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")

@@ -1,4 +1,4 @@
-"""The accounting of tests/chaos/random_faults.py: which captions may be computed again, and which may not."""
+"""The accounting of tests/chaos/random_faults.py: which captions can be computed again, and which must not."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_the_drivers_of_the_images_are_new_enough_for_the_cuda_of_pytorch():
 
     named = [int(number) for number in re.findall(r"-nvidia-(\d{3})\b", text)]
     assert named and min(named) >= 580
-    assert text.count("NVIDIA driver 580 or newer") == 2, "each cloud's image has the rule beside it"
+    assert text.count("NVIDIA driver 580 or newer") == 2, "the rule is next to the image of each cloud"
 
 
 def test_ray_accepts_the_file_with_on_demand_workers_too():
@@ -186,7 +186,7 @@ def test_the_commands_are_accepted_by_the_command_line(file):
 
 
 def test_on_amazon_only_ssh_is_open(cluster):
-    """The rules that Ray writes into the security group it makes, and what the file would add to them."""
+    """Checks the rules that Ray writes into the security group it creates, and those that the file would add."""
     pytest.importorskip("boto3", reason="Ray's code for AWS needs it")
     from ray.autoscaler._private.aws.config import _create_default_inbound_rules
 

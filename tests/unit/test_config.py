@@ -1,4 +1,4 @@
-"""Settings come back as they went, and what is out of range is refused with its name and value."""
+"""Settings round-trip, and a value out of range is refused with its name."""
 
 from __future__ import annotations
 
@@ -217,8 +217,8 @@ def test_a_phase_without_epochs_is_skipped_but_not_all_of_them() -> None:
 
 
 def test_repeated_fine_tuning_without_a_following_phase_is_refused() -> None:
-    found = load_recipe("lite2-finetuned", {"finetune.repetitions": 2}).finetune
-    assert found.repetitions == 2
+    finetune = load_recipe("lite2-finetuned", {"finetune.repetitions": 2}).finetune
+    assert finetune.repetitions == 2
 
     with pytest.raises(ConfigError, match=r"finetune\.repetitions must be 1 where self_critical\.epochs is 0, got 2"):
         load_recipe("lite2-finetuned", {"finetune.repetitions": 2, "self_critical.epochs": 0})

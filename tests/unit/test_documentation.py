@@ -72,7 +72,7 @@ def test_documented_commands_are_parsed(shown: Shown, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name, command in main.commands.items() if not command.hidden])
 def test_every_command_is_documented(name: str) -> None:
-    assert any(shown.words[1:2] == [name] for shown in SHOWN), f"imcap {name} is shown nowhere"
+    assert any(shown.words[1:2] == [name] for shown in SHOWN), f"imcap {name} is not documented"
 
 
 @pytest.mark.parametrize("name", list(main.commands))
@@ -81,7 +81,7 @@ def test_every_command_and_option_has_help(name: str) -> None:
     assert command.help
     for parameter in command.params:
         if isinstance(parameter, click.Option):
-            assert parameter.help, f"imcap {name} {parameter.opts[0]} is not explained"
+            assert parameter.help, f"imcap {name} {parameter.opts[0]} has no help"
 
 
 def test_the_library_example_runs(

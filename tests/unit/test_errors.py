@@ -1,4 +1,4 @@
-"""Exit codes by class, and an ImageError that survives the way between processes."""
+"""Exit codes by class, and pickling of ImageError."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the package's own sources must not do, whoever changes them."""
+"""Calls that the sources of the package must not contain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*(ROOT / "imcap_ray").rglob("*.py"), *(ROOT / "jobs").glob("*.py")])
 
-# Modules that run what a file says.
+# Modules that run code from a file.
 LOADERS = {"pickle", "cPickle", "cloudpickle", "ray.cloudpickle", "dill", "joblib", "shelve", "marshal", "jsonpickle"}
 LOADERS |= {"pandas", "torch.package", "nltk.data", "nltk.downloader"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
@@ -19,14 +19,14 @@ CODE = {"eval", "exec", "compile", "__import__"}
 
 
 def dotted(node: ast.expr) -> str:
-    """`a.b.c` of such an expression; `?.c` where something else than names comes before the `.c`."""
+    """Return `a.b.c` for such an expression; `?.c` if something other than names precedes the `.c`."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else "?"
 
 
 def value(call: ast.Call, name: str) -> object:
-    """A keyword's constant value in a call; None where there is none."""
+    """Return the constant value of a keyword in a call; None if there is none."""
     for keyword in call.keywords:
         if keyword.arg == name:
             return keyword.value.value if isinstance(keyword.value, ast.Constant) else keyword.value
@@ -34,7 +34,7 @@ def value(call: ast.Call, name: str) -> object:
 
 
 def dangers(source: str) -> Iterator[str]:
-    """Lines of a program that load pickles, run code out of data, or go through a shell."""
+    """Yield lines of a program that load pickles, run code from data, or use a shell."""
     tree = ast.parse(source)
     aliases: dict[str, str] = {}
     for node in ast.walk(tree):

@@ -1,4 +1,4 @@
-"""The same few operations on a local disk, on `file://` and on a file system that is not the local one."""
+"""The same operations on a local disk, on `file://` and on a remote file system."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ def test_a_uri_without_a_secret_is_accepted(location: str) -> None:
 
 
 def test_a_key_in_a_bucket_may_look_like_a_query() -> None:
-    """Or a file that `wget` has named after a signed URL would end the run that meets it in a listing."""
+    """Otherwise, a file that `wget` named after a signed URL would end a run that lists it."""
     storage.write_bytes("memory://looks/like/a.jpg?X-Amz-Signature=0", b"1")
 
     ((location, *_),) = storage.list_files("memory://looks/like")
@@ -422,7 +422,7 @@ def test_a_file_that_is_too_long_is_not_read(folder: str) -> None:
 
 
 class _Store(fsspec.implementations.memory.MemoryFileSystem):  # type: ignore[misc]
-    """A store whose answers to listings fail in a way."""
+    """A store whose listings fail in a given way."""
 
     protocol = "failing"
     error: Exception | None = None
@@ -493,7 +493,7 @@ def test_only_the_requested_files_of_a_large_folder_are_kept(failing: str) -> No
 
 
 def test_local_files_are_described_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a network share: a call that waits must not keep the others waiting."""
+    """On a network share, for example, a call that waits must not delay the others."""
     together = threading.Barrier(2, timeout=20)
     paths = [f"/missing/{number}" for number in range(1001)]  # a thousand files are described one after the other
 

@@ -1,4 +1,4 @@
-"""The command line, as far as it needs no Ray: help, mistakes, one image, a model, a score."""
+"""The parts of the command line that need no Ray: help, usage errors, one image, a model, scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMANDS = ["bench", "caption", "check", "demo", "evaluate", "export", "model", 
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
-    """`imcap` listens to SIGTERM; a test run does not."""
+    """Restore the SIGTERM handler that `imcap` installs."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
@@ -55,7 +55,7 @@ def imcap(*arguments: object) -> Result:
 
 
 def mistake(*arguments: object) -> str:
-    """The one line on stderr of a command that ends with exit code 2."""
+    """Return the one line on stderr of a command that ends with exit code 2."""
     result = imcap(*arguments)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -80,7 +80,7 @@ def test_help_is_instant_and_imports_neither_torch_nor_ray() -> None:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=50)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # The processor's time, not the clock's: that one depends on what else the machine does.
+        # CPU time, because wall-clock time depends on the load of the machine.
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
     assert run.stdout.splitlines()[-1] == "[]"
@@ -106,7 +106,7 @@ def test_the_version_is_printed() -> None:
     assert imcap("--version").stdout == f"imcap, version {__version__}\n"
 
 
-# ---- mistakes
+# ---- usage errors
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_sigterm_while_modules_are_imported_is_exit_code_130_too() -> None:
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "imcap: interrupted before work began\n")
 
 
-# ---- names and captions that are not meant well
+# ---- hostile names and captions
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\n<script>alert(1)</script> ](http://x) | `id` \u202egpj.\x9b31m"
 
@@ -305,16 +305,16 @@ def test_a_hostile_name_in_a_table_is_printed_escaped(tmp_path: Path, flickr8k: 
 def test_a_caption_of_a_hostile_vocabulary_is_printed_escaped(photograph: Path, tmp_path: Path) -> None:
     words = ("<b>", "\x1b[2J", "\u202e", "](x)", "|", "\x9b31m", "\x7f")
     model = small_data.write_model_folder(tmp_path / "model", words=words, seed=4)
-    said = Captioner.load(model, device="cpu").caption([photograph])[0].text
-    assert not without_control_characters(said), "the test's model says nothing hostile"
+    text = Captioner.load(model, device="cpu").caption([photograph])[0].text
+    assert not without_control_characters(text), "the caption must contain control characters"
 
     shown = imcap("caption", photograph, "--model", model).stdout
     as_json = imcap("caption", photograph, "--model", model, "--json").stdout
 
     assert without_control_characters(shown)
-    assert shown == f"{printable(said)}\n"
+    assert shown == f"{printable(text)}\n"
     assert without_control_characters(as_json)
-    assert json.loads(as_json)["caption"] == said
+    assert json.loads(as_json)["caption"] == text
 
 
 def test_hostile_references_are_scored_and_printed_escaped(tmp_path: Path) -> None:
@@ -334,12 +334,12 @@ def test_hostile_references_are_scored_and_printed_escaped(tmp_path: Path) -> No
     assert without_control_characters(markdown)
 
 
-# ---- files that a table may not name
+# ---- files that a table must not name
 
 
 @pytest.fixture
 def captions_elsewhere(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
-    """A captions table whose image lies neither below it nor in the input of a run."""
+    """A captions table whose image is neither below it nor in the input of a run."""
     (tmp_path / "elsewhere.jpg").write_bytes(make_jpeg(1))
     (tmp_path / "captions").mkdir()
     row = {"image_id": "a", "image_path": f"{tmp_path}/elsewhere.jpg", "caption": "a dog", "status": "ok"}
@@ -468,7 +468,7 @@ def test_a_model_is_described_as_json(model_dir: Path) -> None:
     assert facts["parameters"] > 1000
 
 
-# ---- a score
+# ---- scores
 
 
 @pytest.fixture
@@ -476,7 +476,7 @@ def captions(tmp_path: Path, flickr8k: Path) -> Path:
     """Captions of the test split: each image's first reference."""
     references = load_dataset(str(flickr8k)).references("test")
     (tmp_path / "captions").mkdir()
-    table = pa.table({"image_id": list(references), "caption": [found[0] for found in references.values()]})
+    table = pa.table({"image_id": list(references), "caption": [texts[0] for texts in references.values()]})
     pq.write_table(table, tmp_path / "captions" / "part-0.parquet")
     return tmp_path / "captions"
 
@@ -522,7 +522,7 @@ def test_a_captions_table_with_unsuitable_columns_is_a_one_line_error(
 
 
 def captions_of_ours(folder: Path, image_ids: list[str]) -> Path:
-    """A captions table as `imcap caption` writes it, of one part."""
+    """A captions table of one part, as written by `imcap caption`."""
     rows = [{"image_id": image_id, "caption": "a dog runs", "status": "ok"} for image_id in image_ids]
     table = pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA)
     folder.mkdir(parents=True)
@@ -583,7 +583,7 @@ def test_scoring_against_a_split_without_captions_is_a_one_line_error(captions: 
 
 @pytest.fixture
 def captioned(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
-    """What a run has written about three images: two captions and a failure."""
+    """The output of a run over three images: two captions and a failure."""
     (tmp_path / "images").mkdir()
     rows = []
     for number, caption in enumerate(["ein Hund läuft", "a cat", ""]):

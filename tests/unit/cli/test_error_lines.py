@@ -1,4 +1,4 @@
-"""What a command prints when an error ends it."""
+"""Output of a command that ends with an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems that make a data set unusable for training are found and named; a sound data set passes."""
+"""Problems that make a data set unusable for training are found and named; a valid data set passes."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ def test_a_data_set_whose_images_have_no_files_is_unusable(tmp_path: Path) -> No
     table = pa.table({"image_id": ["a", "b"], "caption": ["a dog", "a cat"], "split": ["train", "validation"]})
     pq.write_table(table, tmp_path / "captions.parquet")
 
-    found = find(check(tmp_path / "captions.parquet"), "missing")
+    checked = find(check(tmp_path / "captions.parquet"), "missing")
 
-    assert (found.count, found.spoils) == (2, True)
+    assert (checked.count, checked.spoils) == (2, True)
 
 
 def test_a_file_name_cannot_forge_a_line(flickr8k: Path) -> None:
@@ -58,8 +58,8 @@ def test_a_file_name_cannot_forge_a_line(flickr8k: Path) -> None:
     assert not [line for line in text.splitlines() if line.startswith("usable") and line.endswith(".jpg")]
 
 
-def find(found: DataCheck, code: str) -> Finding:
-    (finding,) = [finding for finding in found.findings if finding.code == code]
+def find(checked: DataCheck, code: str) -> Finding:
+    (finding,) = [finding for finding in checked.findings if finding.code == code]
     return finding
 
 
@@ -67,18 +67,18 @@ def imcap(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-# ---- what there is
+# ---- description
 
 
 def test_a_valid_data_set_is_described_and_passes(flickr8k: Path) -> None:
-    found = check(flickr8k)
+    checked = check(flickr8k)
 
-    assert not found.spoils
-    assert found.splits == {"train": 12, "validation": 4, "test": 4}
-    assert found.captions["count"] == 100
-    assert found.captions["per_image"] == {"fewest": 5, "median": 5, "most": 5}
-    assert found.captions["tokens"]["longest"] == 7
-    assert found.images == {
+    assert not checked.spoils
+    assert checked.splits == {"train": 12, "validation": 4, "test": 4}
+    assert checked.captions["count"] == 100
+    assert checked.captions["per_image"] == {"fewest": 5, "median": 5, "most": 5}
+    assert checked.captions["tokens"]["longest"] == 7
+    assert checked.images == {
         "read": 20,
         "unreadable": 0,
         "formats": {"jpeg": 20},
@@ -86,17 +86,17 @@ def test_a_valid_data_set_is_described_and_passes(flickr8k: Path) -> None:
         "median": [80, 60],
         "largest": [80, 60],
     }
-    assert {finding.code for finding in found.findings} == {"missing", "odd_names", "note", "small"}
+    assert {finding.code for finding in checked.findings} == {"missing", "odd_names", "note", "small"}
 
 
 def test_coverage_is_the_share_of_tokens_frequent_enough_in_training(flickr8k: Path) -> None:
     token_file = flickr8k / "Flickr8k.token.txt"
     token_file.write_text(token_file.read_text() + "0012_photo.jpg#5\tunheard of words\n")
 
-    found = check(flickr8k).vocabulary
+    checked = check(flickr8k).vocabulary
 
-    assert found["coverage"]["test"] == 1
-    assert found["coverage"]["validation"] == pytest.approx(1 - 3 / (20 * 7 + 3))
+    assert checked["coverage"]["test"] == 1
+    assert checked["coverage"]["validation"] == pytest.approx(1 - 3 / (20 * 7 + 3))
     rare = load_recipe("lite2-attention", {"vocabulary.min_count": 10_000})
     dataset = load_dataset(str(flickr8k))
     assert check_dataset(dataset, recipe=rare, decode=False).vocabulary["coverage"]["test"] == 0
@@ -106,10 +106,10 @@ def test_without_decoding_no_image_is_read(flickr8k: Path) -> None:
     for number in range(20):
         image(flickr8k, number).write_bytes(b"no image")
 
-    found = check(flickr8k, decode=False)
+    checked = check(flickr8k, decode=False)
 
-    assert found.images == {}
-    assert not found.spoils
+    assert checked.images == {}
+    assert not checked.spoils
     assert check(flickr8k).spoils
 
 
@@ -129,15 +129,15 @@ def test_identical_images_in_two_splits_make_a_data_set_unusable(flickr8k: Path)
     shutil.copy(image(flickr8k, 4), image(flickr8k, 16))
     shutil.copy(image(flickr8k, 5), image(flickr8k, 6))
 
-    found = check(flickr8k)
+    checked = check(flickr8k)
 
-    leaks = [finding for finding in found.findings if finding.code == "leak"]
+    leaks = [finding for finding in checked.findings if finding.code == "leak"]
     assert all(finding.spoils for finding in leaks)
     assert {(leak.text, *leak.examples) for leak in leaks} == {
         ("validation image is also in train, byte for byte", "0012_photo.jpg = 0003_photo.jpg"),
         ("test image is also in train, byte for byte", "0016_photo.jpg = 0004_photo.jpg"),
     }
-    repeated = find(found, "repeated")
+    repeated = find(checked, "repeated")
     assert (repeated.spoils, repeated.examples) == (False, ["0006_photo.jpg = 0005_photo.jpg"])
 
 
@@ -145,9 +145,9 @@ def test_a_reencoded_picture_is_a_leak_too(flickr8k: Path) -> None:
     photo(320, 240).save(image(flickr8k, 0), "JPEG", quality=95)
     photo(320, 240).resize((200, 200)).convert("L").save(image(flickr8k, 15), "PNG")
 
-    found = find(check(flickr8k), "near_leak")
+    checked = find(check(flickr8k), "near_leak")
 
-    assert (found.count, found.spoils, found.examples) == (1, True, ["0015_photo.jpg = 0000_photo.jpg"])
+    assert (checked.count, checked.spoils, checked.examples) == (1, True, ["0015_photo.jpg = 0000_photo.jpg"])
 
 
 def test_images_listed_in_two_splits_are_counted(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_images_listed_in_two_splits_are_counted(tmp_path: Path) -> None:
 
 
 def test_different_pictures_are_not_a_leak(flickr8k: Path) -> None:
-    """Nor are pictures on which there is nothing to see."""
+    """Blank pictures are not a leak either."""
     for number, grey in ((0, 100), (12, 101)):
         Image.new("RGB", (80, 60), (grey,) * 3).save(image(flickr8k, number), "JPEG")
 
@@ -180,14 +180,14 @@ def test_missing_unreadable_and_uncaptioned_images_are_distinguished(flickr8k: P
     (flickr8k / "Flicker8k_Dataset" / "new.jpg").write_bytes(jpeg(50))
     (flickr8k / "Flicker8k_Dataset" / "notes.txt").write_text("no image")
 
-    found = check(flickr8k)
+    checked = check(flickr8k)
 
-    assert find(found, "missing").examples == ["0000_photo.jpg", ODD_KEY]
-    assert find(found, "unreadable").text == "image cannot be read (truncated)"
-    assert find(found, "unreadable").examples == ["0001_photo.jpg"]
-    assert find(found, "without_captions").examples == ["new.jpg"]
-    assert find(found, "odd_names").examples == [ODD_KEY]
-    assert not found.spoils
+    assert find(checked, "missing").examples == ["0000_photo.jpg", ODD_KEY]
+    assert find(checked, "unreadable").text == "image cannot be read (truncated)"
+    assert find(checked, "unreadable").examples == ["0001_photo.jpg"]
+    assert find(checked, "without_captions").examples == ["new.jpg"]
+    assert find(checked, "odd_names").examples == [ODD_KEY]
+    assert not checked.spoils
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"<html>404</html>")])
@@ -204,14 +204,14 @@ def test_more_than_a_tenth_of_images_missing_makes_a_data_set_unusable(
 def test_a_data_set_without_validation_images_is_unusable(flickr8k: Path) -> None:
     (flickr8k / "Flickr_8k.devImages.txt").unlink()
 
-    found = check(flickr8k, decode=False)
+    checked = check(flickr8k, decode=False)
 
-    assert find(found, "no_split").text.startswith("validation images")
-    assert found.spoils
+    assert find(checked, "no_split").text.startswith("validation images")
+    assert checked.spoils
 
 
 def test_known_defects_of_public_flickr8k_copies_are_found_and_named(flickr8k: Path) -> None:
-    """Lines of another collection whose names begin with `e`, some of them in the split lists; none has a file."""
+    """The copies contain lines of another collection whose names begin with `e`; none of these has a file."""
     names = [f"e{number}.png" for number in range(19)] + ["e17_01jpg"]
     lines = [f"{name}#{k}\tForeign words here ." for name in names for k in range(5)]
     lines[7] += "\tafter a second tab"
@@ -238,10 +238,10 @@ def test_images_are_read_directly_from_tars(tmp_path: Path) -> None:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
 
-    found = check(tmp_path)
+    checked = check(tmp_path)
 
-    assert found.images["read"] == 2
-    assert find(found, "leak").examples == ["val1 = train1"]
+    assert checked.images["read"] == 2
+    assert find(checked, "leak").examples == ["val1 = train1"]
 
 
 # ---- captions
@@ -273,11 +273,11 @@ def test_captions_in_the_wrong_encoding_are_found(
     with (flickr8k / "Flickr8k.token.txt").open("a", encoding="utf-8") as file:
         file.write(f"0003_photo.jpg#5\t{caption}\n0004_photo.jpg#5\t{caption}\n")
 
-    found = find(check(flickr8k, decode=False), "encoding")
+    checked = find(check(flickr8k, decode=False), "encoding")
 
-    assert fault in found.text
-    assert found.examples == [f"{example} in 0003_photo.jpg", f"{example} in 0004_photo.jpg"]
-    assert found.spoils == spoils  # 2 of 102 are more than 1 %
+    assert fault in checked.text
+    assert checked.examples == [f"{example} in 0003_photo.jpg", f"{example} in 0004_photo.jpg"]
+    assert checked.spoils == spoils  # 2 of 102 are more than 1 %
 
 
 def test_unusual_captions_are_counted(flickr8k: Path) -> None:
@@ -286,11 +286,11 @@ def test_unusual_captions_are_counted(flickr8k: Path) -> None:
             f"0003_photo.jpg#5\t{captions_of(3)[0]}\n0003_photo.jpg#6\tdog .\n0003_photo.jpg#7\t{'very ' * 30}\n"
         )
 
-    found = check(flickr8k, decode=False)
+    checked = check(flickr8k, decode=False)
 
-    assert find(found, "repeated_captions").examples == ["0003_photo.jpg"]
-    assert find(found, "num_captions").text == "image has more or fewer than 5 captions"
-    assert find(found, "short").count == find(found, "long").count == 1
+    assert find(checked, "repeated_captions").examples == ["0003_photo.jpg"]
+    assert find(checked, "num_captions").text == "image has more or fewer than 5 captions"
+    assert find(checked, "short").count == find(checked, "long").count == 1
 
 
 # ---- the command
@@ -317,9 +317,9 @@ def test_json_is_one_object_with_the_same_exit_code(flickr8k: Path) -> None:
     result = imcap("check", flickr8k, "--json", "--no-decode")
 
     assert result.exit_code == 3
-    found = json.loads(result.stdout)
-    assert found["spoils"] is True
-    finding = found["findings"][0]
+    checked = json.loads(result.stdout)
+    assert checked["spoils"] is True
+    finding = checked["findings"][0]
     assert finding.pop("text").startswith("validation images")
     assert finding == {"code": "no_split", "count": 0, "examples": [], "spoils": True}
     assert imcap("check", flickr8k, "--quiet", "--no-decode").output == ""
@@ -375,5 +375,7 @@ def test_images_in_tables_and_tars_are_checked_like_files(tmp_path: Path) -> Non
 
     assert checks[0].images == checks[1].images == checks[2].images
     assert checks[0].images["unreadable"] == 1
-    counts = [{one.code: one.count for one in found.findings if one.code in ("unreadable", "leak")} for found in checks]
+    counts = [
+        {one.code: one.count for one in checked.findings if one.code in ("unreadable", "leak")} for checked in checks
+    ]
     assert counts[0] == counts[1]  # a tar's ids lack the ending, which is another hash and another split

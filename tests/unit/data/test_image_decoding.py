@@ -1,4 +1,4 @@
-"""Whatever the bytes, there is the right picture or an ImageError with the right code."""
+"""Any bytes give the correct picture or an ImageError with the correct code."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def stored_with_orientation(upright: Image.Image, orientation: int, format: str)
 
 
 def note_sizes_before_resizing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """Filled, from now on, with the size at which each picture was decoded."""
+    """Return a list that receives the size at which each picture is decoded."""
     sizes = []
     resize = Image.Image.resize
 
@@ -344,7 +344,7 @@ def test_a_truncated_file_gives_the_complete_picture_or_an_error(name: str) -> N
         try:
             pixels = decode(data[:length]).pixels
         except ImageError as error:
-            if 16 <= length < len(data) - 9:  # less is no header yet, more may lack an end mark only
+            if 16 <= length < len(data) - 9:  # less is no complete header, more can lack only an end marker
                 assert error.code == "truncated", (length, error.message)
         else:
             np.testing.assert_array_equal(pixels, whole, err_msg=f"cut to {length} of {len(data)}")

@@ -1,4 +1,4 @@
-"""Files of all formats, damaged at random: there is a picture, or an ImageError that is not ours, and soon."""
+"""Randomly damaged files of all formats quickly give a picture or an ImageError that is not internal."""
 
 from __future__ import annotations
 

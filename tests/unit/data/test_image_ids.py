@@ -1,4 +1,4 @@
-"""Whatever the type of a table's ids, and however long they are: the images are listed, and listed again."""
+"""Images can be listed repeatedly with ids of any type and length."""
 
 from __future__ import annotations
 
@@ -73,25 +73,25 @@ def test_ids_of_any_type_identify_the_images_in_every_command(
     expected = expected or [b"0123456789abcde\xff".hex(), "0123456789abcdef", "00", "ff"]
 
     for _ in range(2):  # a run and its resumption
-        found = build_manifest(str(path), str(tmp_path / "manifest"))
-        assert (found.num_images, found.changed.num_rows) == (4, 0)
+        summary = build_manifest(str(path), str(tmp_path / "manifest"))
+        assert (summary.num_images, summary.changed.num_rows) == (4, 0)
     dataset = load_dataset(str(path))
 
     rows = manifest_rows(tmp_path / "manifest")
     assert [row["image_id"] for row in rows] == expected
     assert [data for _, data in read_rows(rows, None)] == IMAGES
     assert sorted(dataset.table["image_id"].to_pylist()) == sorted(expected)
-    is_said = [note for note in (*found.notes, *dataset.notes) if "id (" in note]
+    is_said = [note for note in (*summary.notes, *dataset.notes) if "id (" in note]
     assert len(is_said) == (2 if expected == POSITIONS else 0)
 
 
 def test_an_id_column_of_structs_is_skipped_for_the_next_one(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array([{"a": 1}] * 4), column="image_id", key=pa.array(TEXTS))
 
-    found = build_manifest(str(path), str(tmp_path / "manifest"))
+    summary = build_manifest(str(path), str(tmp_path / "manifest"))
 
     assert [row["image_id"] for row in manifest_rows(tmp_path / "manifest")] == TEXTS
-    assert found.notes == (f"{path}: images from column image (bytes), ids from column key",)
+    assert summary.notes == (f"{path}: images from column image (bytes), ids from column key",)
 
 
 def test_captions_without_images_can_have_byte_ids_but_not_structs(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_an_id_of_any_length_is_recognised(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array(["a", LONG, "b", f"{LONG}y"]))
 
     for _ in range(2):
-        found = build_manifest(str(path), str(tmp_path / "manifest"))
-        assert (found.num_images, found.changed.num_rows) == (4, 0)
+        summary = build_manifest(str(path), str(tmp_path / "manifest"))
+        assert (summary.num_images, summary.changed.num_rows) == (4, 0)
 
     assert [row["image_id"] for row in manifest_rows(tmp_path / "manifest")] == ["a", LONG, "b", f"{LONG}y"]
 
@@ -138,8 +138,8 @@ def test_image_content_in_a_path_column_is_a_short_row_with_a_clear_error(tmp_pa
     pq.write_table(pa.table(columns), tmp_path / "t.parquet")
 
     for _ in range(2):
-        found = build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest"))
-        assert (found.num_images, found.changed.num_rows) == (3, 0)
+        summary = build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest"))
+        assert (summary.num_images, summary.changed.num_rows) == (3, 0)
 
     rows = manifest_rows(tmp_path / "manifest")
     assert [row["image_id"] for row in rows] == ["t.parquet#0", "a.jpg", "t.parquet#2"]

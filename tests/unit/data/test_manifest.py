@@ -1,4 +1,4 @@
-"""Every image of an input is one row of its manifest, whatever the input is."""
+"""Every image of any input is one row of its manifest."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def target(tmp_path: Path) -> str:
 
 
 def read(folder: str) -> list[dict[str, Any]]:
-    """The manifest's rows in the order of their numbers, its laws checked on the way."""
+    """Read the rows of a manifest in the order of their numbers, and check its invariants."""
     tables = [pq.read_table(location) for location in storage.list_parquet(folder)]
     assert all(table.schema.equals(MANIFEST_SCHEMA) for table in tables)
     rows: list[dict[str, Any]] = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["manifest_id"])
@@ -76,10 +76,10 @@ def hugging_face(images: Sequence[bytes | None], paths: Sequence[str | None]) ->
 
 
 def captured_bytes(rows: list[dict[str, Any]], target: str = "") -> list[bytes | None]:
-    """What the rows of tables point at, read from the columns that the manifest `target` notes."""
+    """Read the images of table rows from the columns recorded in the manifest `target`."""
     names = read_image_columns(target) if target else ()
-    found = {row["image_id"]: data for row, data in read_rows(rows, None, image_columns=names)}
-    return [data if isinstance(data := found[row["image_id"]], bytes) else None for row in rows]
+    by_id = {row["image_id"]: data for row, data in read_rows(rows, None, image_columns=names)}
+    return [data if isinstance(data := by_id[row["image_id"]], bytes) else None for row in rows]
 
 
 # ---- a folder of images
@@ -168,7 +168,7 @@ def test_a_remote_file_system_is_read_the_same_way(target: str) -> None:
     ]
 
 
-# ---- again
+# ---- repeated listing
 
 
 def test_the_same_input_again_adds_nothing(source: Path, target: str) -> None:
@@ -422,9 +422,9 @@ def test_image_files_have_no_row_group(source: Path, target: str) -> None:
 def test_only_the_rows_asked_for_are_read(source: Path) -> None:
     path = write_table(source / "a.parquet", {"image": IMAGES}, row_group_size=7)
 
-    found = dict(read_table_images(str(path), [(0, 1), (0, 5)]))
+    images = dict(read_table_images(str(path), [(0, 1), (0, 5)]))
 
-    assert found == {(0, 1): IMAGES[1], (0, 5): IMAGES[5]}
+    assert images == {(0, 1): IMAGES[1], (0, 5): IMAGES[5]}
 
 
 @pytest.mark.parametrize(
@@ -456,7 +456,7 @@ def test_the_image_column_is_chosen_by_name_before_type(
     assert (column.name, column.kind) == expected
 
 
-# ---- which columns
+# ---- choice of columns
 
 PHASH = [bytes(8)] * 7
 THUMBNAILS = [jpeg(number, width=12, height=12) for number in range(10, 17)]
@@ -625,7 +625,7 @@ def test_a_table_without_rows_does_not_affect_the_column_choice(source: Path, ta
 
 
 def without_columns(target: str) -> None:
-    """Make a manifest one of a version that did not note its columns."""
+    """Turn a manifest into one of a version that did not record its columns."""
     for part in Path(target).iterdir():
         table = pq.read_table(part)
         metadata = {key: value for key, value in table.schema.metadata.items() if key == b"imcap_ray.id_source"}
@@ -656,7 +656,7 @@ def test_a_manifest_of_an_earlier_version_with_another_column_choice_is_refused(
     assert captured_bytes(read(target), target) == THUMBNAILS[:3]
 
 
-# ---- several kinds of files in one place
+# ---- several formats in one folder
 
 
 def test_a_stray_picture_hides_no_table(source: Path, target: str) -> None:
@@ -834,7 +834,7 @@ def test_a_corrupt_table_is_named_even_if_it_is_the_second(source: Path, target:
 
 
 class Trap:
-    """Makes a folder of this name when it is unpickled."""
+    """Creates a folder of this name when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -844,7 +844,7 @@ class Trap:
 
 
 def pickled(path: Path) -> pa.Array:
-    """A column as Ray Data writes it for values that Arrow has no type for."""
+    """Return a column as Ray Data writes it for values without an Arrow type."""
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
     return pa.ExtensionArray.from_storage(ArrowPythonObjectType(), pa.array([pickle.dumps(Trap(path))], "large_binary"))

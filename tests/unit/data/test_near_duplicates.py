@@ -1,4 +1,4 @@
-"""Copies of a picture are found among many others, as comparing each with each would find them."""
+"""Copies of a picture are found among many others, as by pairwise comparison."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_a_mirrored_picture_is_not_a_near_duplicate() -> None:
 
 
 def test_exactly_the_pairs_within_the_distance_are_found() -> None:
-    """The bands against comparing each with each, on random hashes with some bits of them turned."""
+    """Compare the bands with pairwise comparison, on random hashes with some bits flipped."""
     random = np.random.default_rng(0)
-    thumbnail = os.urandom(256)  # all the same: the hash alone decides
+    thumbnail = os.urandom(256)  # identical for all, so that only the hash decides
     looks: list[Fingerprint] = []
     for _ in range(40):
         bits = random.integers(0, 2, 8 * HASH_BYTES, dtype=np.uint8)

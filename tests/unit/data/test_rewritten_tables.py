@@ -1,4 +1,4 @@
-"""A caption belongs to the bytes it was made from, whatever happens to the table or tar they were in."""
+"""A caption always belongs to the bytes it was made from, even if their table or tar is rewritten."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from tests.small_data import jpeg, write_tar
 
 CONTENTS = {name: jpeg(number, width=20, height=20) for number, name in enumerate("abcdexyz")}
 CONTENTS["b"] = b"no image at all"
-"""What the image of each id is; `b` is broken."""
+"""Content of each image by id; `b` is corrupt."""
 
 RUN = "0123456789abcdef" * 2
 
 
 def write_input(folder: Path, kind: str, names: str) -> None:
-    """The images of these names, in this order, as a table or tar with another time than the one before."""
+    """Write the images of these names, in this order, as a table or tar with a new modification time."""
     folder.mkdir(exist_ok=True)
     path = folder / ("t.tar" if kind == "tar" else "t.parquet")
     before = path.stat().st_mtime_ns if path.exists() else time.time_ns()
@@ -60,15 +60,15 @@ def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False,
     """A captioning run without Ray: list, delete the rows to be repeated, read, write."""
     if folder.read_run() is None:
         folder.write_run({"input": str(source), "state": "running"})
-    found = build_manifest(str(source), folder.manifest, InputOptions(limit=limit))
-    folder.delete_changed_rows(found.changed)
+    summary = build_manifest(str(source), folder.manifest, InputOptions(limit=limit))
+    folder.delete_changed_rows(summary.changed)
     if retry_failed:
         folder.delete_failed_rows()
     read_and_write(folder, manifest_rows(folder.manifest))
 
 
 def read_and_write(folder: CaptionsFolder, rows: list[ManifestRow]) -> None:
-    """Caption those of these rows that are not done: the caption names the content."""
+    """Caption those of these rows that are not done with the name of their content."""
     done = set(folder.done_ids().tolist())
     left = [row for row in rows if row["manifest_id"] not in done]
     written = []
@@ -95,7 +95,7 @@ def read_and_write(folder: CaptionsFolder, rows: list[ManifestRow]) -> None:
 
 
 def results(folder: CaptionsFolder) -> dict[str, str]:
-    """By image id the name of the content that was captioned, or the error code."""
+    """Return the name of the captioned content, or the error code, by image id."""
     folder.verify_row_counts()
     rows = [row for part in folder.parts() for row in read_table(part).to_pylist()]
     return {row["image_id"]: row["caption"] or row["error_code"] for row in rows}
@@ -195,8 +195,8 @@ def rows_of_table(tmp_path: Path, names: str, *, is_known: bool = True) -> list[
     return [row | unknown for row in manifest_rows(str(tmp_path / "manifest"))]
 
 
-def found(rows: Sequence[ManifestRow]) -> list[bytes | str]:
-    """What is read for each row, in their order; of an error its code."""
+def read_contents(rows: Sequence[ManifestRow]) -> list[bytes | str]:
+    """Read each row, in order; return its content or error code."""
     answers = {row["manifest_id"]: data for row, data in read_rows(rows, None)}
     assert len(answers) == len(rows)
     return [data.code if isinstance(data := answers[row["manifest_id"]], ImageError) else data for row in rows]
@@ -207,7 +207,7 @@ def test_each_of_several_rows_at_the_same_position_is_read(tmp_path: Path) -> No
     twin = rows[1] | {"image_id": "twin", "manifest_id": 7}
     stale = rows[1] | {"image_id": "stale", "manifest_id": 8, "modified_ns": 1}
 
-    assert found([*rows, twin, stale]) == [*(CONTENTS[name] for name in "acdc"), "changed"]
+    assert read_contents([*rows, twin, stale]) == [*(CONTENTS[name] for name in "acdc"), "changed"]
 
 
 @pytest.mark.parametrize("is_known", [True, False])
@@ -216,7 +216,7 @@ def test_a_table_with_fewer_row_groups_and_rows_than_before_does_not_crash(tmp_p
     write_input(tmp_path / "in", "bytes", "x")
 
     first = CONTENTS["x"] if not is_known else "changed"
-    assert found(rows) == [first, *["changed"] * 6]
+    assert read_contents(rows) == [first, *["changed"] * 6]
 
 
 @pytest.mark.parametrize("is_known", [True, False])
@@ -227,21 +227,21 @@ def test_a_table_whose_columns_changed_fails_only_its_own_rows(tmp_path: Path, i
     pq.write_table(pa.table({"number": [1, 2]}), tmp_path / "in" / "t.parquet")
 
     code = "changed" if is_known else "read_error"
-    assert found([*rows, single]) == [code, code, CONTENTS["d"]]
+    assert read_contents([*rows, single]) == [code, code, CONTENTS["d"]]
 
 
 def test_rows_of_a_deleted_table_are_missing(tmp_path: Path) -> None:
     rows = rows_of_table(tmp_path, "ac")
     (tmp_path / "in" / "t.parquet").unlink()
 
-    assert found(rows) == ["missing", "missing"]
+    assert read_contents(rows) == ["missing", "missing"]
 
 
 @pytest.mark.parametrize("kind", ["tar", "bytes"])
 def test_rows_read_before_a_table_was_rewritten_are_not_returned_afterwards(
     tmp_path: Path, source: Path, kind: str
 ) -> None:
-    """The table is rewritten after some rows were read: later rows are those of another table."""
+    """The table is rewritten after some rows were read, so later rows belong to another table."""
     write_input(source, kind, "acde")
     build_manifest(str(source), str(tmp_path / "manifest"))
     reading = read_rows(manifest_rows(str(tmp_path / "manifest")), None, rows_per_check=2)
@@ -273,7 +273,7 @@ def test_a_table_is_described_twice_and_opened_once_for_any_number_of_row_groups
     monkeypatch.setattr(pq, "ParquetFile", counting("opened", pq.ParquetFile))
     monkeypatch.setattr(storage, "describe_regular_file", counting("described", storage.describe_regular_file))
 
-    assert found(manifest_rows(str(tmp_path / "manifest"))) == [CONTENTS["a"]] * 60
+    assert read_contents(manifest_rows(str(tmp_path / "manifest"))) == [CONTENTS["a"]] * 60
     assert calls == {"opened": 1, "described": 2}
 
 
@@ -353,7 +353,7 @@ def test_a_row_with_a_hash_in_a_tar_of_other_files_has_changed(tmp_path: Path, s
     rows = [row | {"sha256": "0" * 64} for row in manifest_rows(str(tmp_path / "manifest"))]
     write_tar(source / "t.tar", {"z.jpg": bytes(range(256)) * 40})
 
-    assert found(rows[1:]) == ["changed"]  # and no read error, after which an export would ask for another try
+    assert read_contents(rows[1:]) == ["changed"]  # and no read error, after which an export would ask for another try
 
 
 def test_a_table_whose_version_cannot_be_queried_is_a_read_error(
@@ -371,7 +371,7 @@ def test_a_table_whose_version_cannot_be_queried_is_a_read_error(
 
     monkeypatch.setattr(storage, "describe_regular_file", throttled)
 
-    assert found(rows) == ["read_error", "read_error"]
+    assert read_contents(rows) == ["read_error", "read_error"]
 
 
 def test_a_table_removed_during_reading_counts_as_changed(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_a_store_that_throttles_is_probed_once(tmp_path: Path, monkeypatch: pyte
 def test_an_old_output_with_two_images_at_one_position_can_be_reported_and_exported(
     source: Path, folder: CaptionsFolder
 ) -> None:
-    """As earlier versions left it: `a` is where `c` is, by the table as it was once."""
+    """Earlier versions wrote such outputs: `a` has the position of `c`, from an earlier state of the table."""
     images, rows = captioned(folder, source, "acd")
     manifest = pa.Table.from_pylist(manifest_rows(folder.manifest), schema=MANIFEST_SCHEMA)
     moved = manifest.slice(0, 1).to_pylist()[0] | {"row": 1, "modified_ns": 5}
@@ -424,7 +424,7 @@ def test_a_manifest_without_sizes_and_times_is_read(source: Path, folder: Captio
     assert read_all(images.load(rows)) == [CONTENTS[name] for name in "acd"]
 
 
-# ---- which versions are the same
+# ---- comparing versions
 
 
 @pytest.mark.parametrize(
@@ -457,9 +457,9 @@ def test_a_rewritten_table_in_a_store_counts_as_changed(tmp_path: Path) -> None:
         if names == "acd":
             build_manifest(place, str(tmp_path / "manifest"))
             rows = manifest_rows(str(tmp_path / "manifest"))
-            assert found(rows) == [CONTENTS[name] for name in "acd"]
+            assert read_contents(rows) == [CONTENTS[name] for name in "acd"]
 
-    assert found(rows) == ["changed"] * 3
+    assert read_contents(rows) == ["changed"] * 3
 
 
 @pytest.mark.parametrize("kind", ["tar", "table"])
@@ -467,7 +467,7 @@ def test_a_rewritten_table_in_a_store_counts_as_changed(tmp_path: Path) -> None:
 def test_a_data_set_rewritten_during_reading_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, is_rewritten: bool
 ) -> None:
-    """Else every image would be trained on under another image's caption."""
+    """Otherwise, every image would be trained on with the caption of another image."""
     path = tmp_path / ("t.tar" if kind == "tar" else "t.parquet")
 
     def write(names: str, seconds: int) -> None:
@@ -491,6 +491,6 @@ def test_a_data_set_rewritten_during_reading_is_refused(
         with pytest.raises(DatasetError, match=rf"{path} was rewritten while it was read: run the same command again"):
             load_dataset(str(tmp_path))
     else:
-        found = load_dataset(str(tmp_path))
-        assert {file.modified_ns for file in found.tables.values()} == {10**9}
-        assert set(found.manifest(found.table)["modified_ns"].to_pylist()) == {10**9}
+        dataset = load_dataset(str(tmp_path))
+        assert {file.modified_ns for file in dataset.tables.values()} == {10**9}
+        assert set(dataset.manifest(dataset.table)["modified_ns"].to_pylist()) == {10**9}

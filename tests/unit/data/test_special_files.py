@@ -1,4 +1,4 @@
-"""Inputs that never end, files from the far future, tars that lead in circles: each gives a row or an error at once."""
+"""Endless inputs, files from the far future and circular tars: each gives a row or an error immediately."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def manifest_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for part in storage.list_parquet(str(folder)) for row in read_table(part).to_pylist()]
 
 
-# ---- files that are not regular
+# ---- special files
 
 
 def make_special(folder: Path, kind: str) -> Path:
@@ -63,11 +63,11 @@ def test_a_special_file_named_by_a_table_fails_immediately(tmp_path: Path, kind:
     pq.write_table(pa.table({"path": [special.name, "a.jpg"]}), tmp_path / "t.parquet")
 
     build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest"))
-    found = [data for _, data in read_rows(manifest_rows(tmp_path / "manifest"), None)]
+    contents = [data for _, data in read_rows(manifest_rows(tmp_path / "manifest"), None)]
 
-    assert isinstance(found[0], ImageError) and found[0].code == "read_error"
-    assert str(special) in found[0].message
-    assert found[1] == jpeg(0)
+    assert isinstance(contents[0], ImageError) and contents[0].code == "read_error"
+    assert str(special) in contents[0].message
+    assert contents[1] == jpeg(0)
 
 
 @at_once
@@ -84,9 +84,9 @@ def test_a_table_or_tar_replaced_by_a_special_file_fails_immediately(tmp_path: P
         (tmp_path / name).unlink()
         make_special(tmp_path, kind).rename(tmp_path / name)
 
-    found = [data for _, data in read_rows(rows, None)]
+    contents = [data for _, data in read_rows(rows, None)]
 
-    assert [data.code for data in found if isinstance(data, ImageError)] == ["read_error", "read_error"]
+    assert [data.code for data in contents if isinstance(data, ImageError)] == ["read_error", "read_error"]
 
 
 @at_once
@@ -144,8 +144,8 @@ def test_a_file_with_any_modification_time_is_listed_and_read(tmp_path: Path, ki
         pq.write_table(pa.table({"path": [str(path)]}), location)
 
     for _ in range(2):
-        found = build_manifest(str(location), str(tmp_path / "manifest"), InputOptions(allow_outside_paths=True))
-        assert (found.num_images, found.changed.num_rows) == (1, 0)
+        summary = build_manifest(str(location), str(tmp_path / "manifest"), InputOptions(allow_outside_paths=True))
+        assert (summary.num_images, summary.changed.num_rows) == (1, 0)
 
     [(_, data)] = read_rows(manifest_rows(tmp_path / "manifest"), None)
     assert data == jpeg(0)
@@ -165,7 +165,7 @@ def tar_of(format: int) -> bytearray:
 
 
 def write_header(data: bytearray, start: int, *, at: int, value: bytes) -> None:
-    """Change a header and make its checksum fit again."""
+    """Change a header and update its checksum."""
     data[start + at : start + at + len(value)] = value
     data[start + 148 : start + 156] = b" " * 8
     data[start + 148 : start + 156] = b"%06o\0 " % sum(data[start : start + BLOCK])
@@ -237,7 +237,7 @@ def test_many_consecutive_extended_headers_are_corrupt_and_do_not_recurse(tmp_pa
 
 
 def test_listing_a_corrupt_tar_always_terminates(tmp_path: Path) -> None:
-    """Headers are changed at random: the tar is listed, each member behind the one before, or it is damaged."""
+    """With randomly changed headers the tar is listed, with members in increasing order, or is corrupt."""
     chance = random.Random(0)
     outcomes = set()
     for _ in range(300):
@@ -272,10 +272,10 @@ def test_a_member_whose_header_has_become_impossible_is_the_only_failure(tmp_pat
     write_header(data, (rows[1]["row_group"] - 1) * BLOCK, at=124, value=size_field(size))
     path.write_bytes(data)
 
-    found = [data for _, data in read_rows(rows, None)]
+    contents = [data for _, data in read_rows(rows, None)]
 
-    assert (found[0], found[2]) == (jpeg(0), jpeg(2))
-    assert isinstance(found[1], ImageError) and found[1].code == ("read_error" if size < 0 else "too_large")
+    assert (contents[0], contents[2]) == (jpeg(0), jpeg(2))
+    assert isinstance(contents[1], ImageError) and contents[1].code == ("read_error" if size < 0 else "too_large")
 
 
 def test_names_chosen_to_collide_get_unique_ids(tmp_path: Path) -> None:

@@ -53,9 +53,9 @@ def test_every_file_is_found_by_its_block(tmp_path: Path, format: int) -> None:
 
     with open_tar(str(tmp_path / "a.tar")) as opened:
         blocks = {member.name: block_of(member) for member in list_files(opened)}
-    found = dict(read_files(str(tmp_path / "a.tar"), sorted(blocks.values()), max_bytes=10**6))
+    contents = dict(read_files(str(tmp_path / "a.tar"), sorted(blocks.values()), max_bytes=10**6))
 
-    assert {name: found[block] for name, block in blocks.items()} == {"folder.jpg": b"", **files}
+    assert {name: contents[block] for name, block in blocks.items()} == {"folder.jpg": b"", **files}
 
 
 def test_a_file_that_cannot_be_read_does_not_affect_the_others(tmp_path: Path) -> None:
@@ -68,12 +68,12 @@ def test_a_file_that_cannot_be_read_does_not_affect_the_others(tmp_path: Path) -
         file.write(b"no header any more")
         file.truncate(512 * rows[3]["row_group"] + 10)
 
-    found = [data for _, data in read_rows(rows, str(tmp_path))]
+    contents = [data for _, data in read_rows(rows, str(tmp_path))]
     [limited] = [data for block, data in read_files(str(path), [rows[1]["row_group"]], max_bytes=4999)]
 
-    assert found[:2] == [jpeg(0), b"x" * 5000]
-    assert [data.code for data in found[2:] if isinstance(data, ImageError)] == ["read_error", "read_error"]
-    assert "the tar has changed or is damaged: ends after 10 of" in str(found[3])
+    assert contents[:2] == [jpeg(0), b"x" * 5000]
+    assert [data.code for data in contents[2:] if isinstance(data, ImageError)] == ["read_error", "read_error"]
+    assert "the tar has changed or is damaged: ends after 10 of" in str(contents[3])
     assert isinstance(limited, OSError)
 
 
@@ -96,8 +96,8 @@ def test_ids_are_keys_and_do_not_change_when_tars_are_added(tmp_path: Path) -> N
     assert (later.num_images, later.changed.num_rows) == (6, 0)
     rows = read_manifest(tmp_path / "manifest")
     assert [row["image_id"] for row in rows] == [*ids, "deep/2/a"]
-    found = [data for _, data in read_rows(rows, str(source))]
-    assert found == [jpeg(number) for number in (0, 1, 2, 3, 5, 6)]
+    contents = [data for _, data in read_rows(rows, str(source))]
+    assert contents == [jpeg(number) for number in (0, 1, 2, 3, 5, 6)]
 
 
 def test_the_same_file_twice_in_a_tar_is_two_images(tmp_path: Path) -> None:
@@ -109,10 +109,10 @@ def test_the_same_file_twice_in_a_tar_is_two_images(tmp_path: Path) -> None:
 
     with open_tar(str(tmp_path / "a.tar")) as opened:
         ids = ImageIds()
-        found = [ids.choose("a.tar", member) for member in list_files(opened)]
+        image_ids = [ids.choose("a.tar", member) for member in list_files(opened)]
 
-    assert len(set(found)) == 3 and not [image_id for image_id in found if image_id.startswith(".")]
-    assert found[:2] == ["a", "a.jpg"]
+    assert len(set(image_ids)) == 3 and not [image_id for image_id in image_ids if image_id.startswith(".")]
+    assert image_ids[:2] == ["a", "a.jpg"]
 
 
 @pytest.mark.parametrize("kind", ["cut", "compressed", "no tar"])
@@ -131,7 +131,7 @@ def test_an_unreadable_tar_is_refused_by_name(tmp_path: Path, kind: str) -> None
 
 
 def slow_pairing(images: Sequence[str], texts: Sequence[str]) -> Pairing:
-    """The rule of `pair_members` with every text compared with every image."""
+    """The rule of `pair_members`, by comparing every text with every image."""
 
     def clean(name: str) -> str:
         return name.removeprefix("./")
@@ -156,14 +156,14 @@ def slow_pairing(images: Sequence[str], texts: Sequence[str]) -> Pairing:
             own = here
         same = [one for one, name in enumerate(images) if clean(name) == clean(image)]
         for level in (own, common):
-            found = []
+            matches = []
             for text in level:
                 images_of[text].add(clean(image))
                 positions = [one for one, name in enumerate(texts) if clean(name) == text]
                 if len(positions) == len(same):
-                    found.append(positions[same.index(number)])
-            if found:
-                pairing.texts[number].append(found)
+                    matches.append(positions[same.index(number)])
+            if matches:
+                pairing.texts[number].append(matches)
     num_images, num_texts = Counter(map(clean, images)), Counter(map(clean, texts))
     for number, text in enumerate(texts):
         if any(num_images[image] != num_texts[clean(text)] for image in images_of[clean(text)]):
@@ -182,18 +182,18 @@ NAMES = st.lists(st.builds("{}{}".format, STEMS, st.sampled_from([".x", ".y"])),
 def test_members_are_paired_as_by_pairwise_comparison(images: list[str], texts: list[str]) -> None:
     images, texts = [name.replace(".x", ".jpg") for name in images], [name.replace(".x", ".txt") for name in texts]
 
-    found, expected = pair_members(images, texts), slow_pairing(images, texts)
+    actual, expected = pair_members(images, texts), slow_pairing(images, texts)
 
-    assert found.texts == expected.texts
-    assert (sorted(found.unpaired), sorted(found.ambiguous)) == (expected.unpaired, expected.ambiguous)
+    assert actual.texts == expected.texts
+    assert (sorted(actual.unpaired), sorted(actual.ambiguous)) == (expected.unpaired, expected.ambiguous)
 
 
 def test_a_tar_whose_images_share_one_key_is_paired_without_pairwise_comparison() -> None:
     stems = [f"2023.05.{number:06}" for number in range(50_000)]  # compared with each other they take an hour
 
-    found = pair_members([f"{stem}.jpg" for stem in stems], [f"{stem}.caption.txt" for stem in stems])
+    actual = pair_members([f"{stem}.jpg" for stem in stems], [f"{stem}.caption.txt" for stem in stems])
 
-    assert found == Pairing([[[number]] for number in range(50_000)])
+    assert actual == Pairing([[[number]] for number in range(50_000)])
 
 
 def test_a_set_of_ids_takes_few_bytes_per_id() -> None:

@@ -1,4 +1,4 @@
-"""Rates of a run, what a machine could do at best, and images to measure with."""
+"""Rates of a run, the limit of a machine, and images for benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a captioning run says of its own speed, and how it divides its images."""
+"""How a captioning run reports its speed and divides its images."""
 
 from __future__ import annotations
 

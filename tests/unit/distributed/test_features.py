@@ -1,4 +1,4 @@
-"""What an actor makes of loaded images, without Ray."""
+"""Encoding of loaded images by an actor, without Ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_IMAGES = 5
 
 
 class Reporter:
-    """Keeps what an actor reports."""
+    """Records what an actor reports."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -130,8 +130,8 @@ def test_when_memory_runs_out_the_encoding_batch_shrinks(encoder: Encoder, rows:
     assert reporter.batch_size == 2
     for row, as_before in zip(done, expected, strict=True):
         assert row["error_code"] == as_before["error_code"]
-        found, wanted = (np.frombuffer(one["features"], np.float16) for one in (row, as_before))
-        np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=2e-3)
+        actual, wanted = (np.frombuffer(one["features"], np.float16) for one in (row, as_before))
+        np.testing.assert_allclose(actual, wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_an_image_too_large_for_memory_is_skipped_and_named(encoder: Encoder, rows: pa.Table) -> None:
@@ -151,11 +151,11 @@ def test_an_image_too_large_for_memory_is_skipped_and_named(encoder: Encoder, ro
 
 def test_an_image_whose_features_are_not_finite_is_a_failed_row(encoder: Encoder, rows: pa.Table) -> None:
     expected, _ = encode(encoder, rows, views=Views(flip=True))
-    odd = torch.frombuffer(bytearray(rows["pixels"][3].as_py()), dtype=torch.uint8).view(3, SIZE, SIZE)
+    overflowing = torch.frombuffer(bytearray(rows["pixels"][3].as_py()), dtype=torch.uint8).view(3, SIZE, SIZE)
 
     def spoil(module: torch.nn.Module, arguments: tuple[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
-        is_odd = torch.tensor([torch.equal(image, odd) for image in arguments[0]])
-        return features.masked_fill(is_odd[:, None, None], 1e30)  # infinity in float16
+        is_overflowing = torch.tensor([torch.equal(image, overflowing) for image in arguments[0]])
+        return features.masked_fill(is_overflowing[:, None, None], 1e30)  # infinity in float16
 
     encoder.register_forward_hook(spoil)
     done, reporter = encode(encoder, rows, views=Views(flip=True))

@@ -1,4 +1,4 @@
-"""Private Ray APIs and what is done where a version of Ray lacks them. No Ray is started."""
+"""Private Ray APIs and the fallbacks for versions of Ray without them. No Ray is started."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def write_captions(folder: Path, *parts: Iterable[Row]) -> Path:
 
 
 def write_images(folder: Path, names: Iterable[str]) -> list[Row]:
-    """Images, and a row for each, with captions that take turns."""
+    """Write images and return a row for each, with alternating captions."""
     rows = []
     for number, name in enumerate(names):
         path = folder / name
@@ -131,20 +131,20 @@ def read_coco(output: Path, cache: Path) -> dict[str, str]:
 
     annotations = COCO(str(output))
     results = annotations.loadRes(coco_results_name(str(output)))
-    found = {}
+    exported = {}
     for number in annotations.getImgIds():
         (annotation,) = annotations.imgToAnns[number]
         (result,) = results.imgToAnns[number]
         assert annotation["caption"] == result["caption"]
-        found[annotations.imgs[number]["file_name"]] = annotation["caption"]
+        exported[annotations.imgs[number]["file_name"]] = annotation["caption"]
     assert {(image["width"], image["height"]) for image in annotations.imgs.values()} == {(80, 60)}
-    return found
+    return exported
 
 
 def read_jsonl(output: Path, cache: Path) -> dict[str, str]:
     rows = [json.loads(line) for line in output.read_bytes().split(b"\n")[:-1]]
-    assert all(tuple(found) == COLUMNS for found in rows)
-    return {found["image_id"]: found["caption"] for found in rows}
+    assert all(tuple(exported) == COLUMNS for exported in rows)
+    return {exported["image_id"]: exported["caption"] for exported in rows}
 
 
 def unguarded(cell: str) -> str:
@@ -153,7 +153,7 @@ def unguarded(cell: str) -> str:
 
 def read_csv(output: Path, cache: Path) -> dict[str, str]:
     with output.open(encoding="utf-8", newline="") as file:
-        return {unguarded(found["image_id"]): unguarded(found["caption"]) for found in csv.DictReader(file)}
+        return {unguarded(exported["image_id"]): unguarded(exported["caption"]) for exported in csv.DictReader(file)}
 
 
 def read_sidecars(output: Path, cache: Path) -> dict[str, str]:
@@ -166,9 +166,9 @@ def read_hf(output: Path, cache: Path) -> dict[str, str]:
     from datasets import load_dataset
 
     rows = load_dataset(str(output), split="train", cache_dir=str(cache))
-    assert all(found["image"].size == (80, 60) for found in rows)
-    assert all(found["captions"] == [found["caption"], "another one"] for found in rows)
-    return {found["image_id"]: found["caption"] for found in rows}
+    assert all(exported["image"].size == (80, 60) for exported in rows)
+    assert all(exported["captions"] == [exported["caption"], "another one"] for exported in rows)
+    return {exported["image_id"]: exported["caption"] for exported in rows}
 
 
 def read_webdataset(output: Path, cache: Path) -> dict[str, str]:
@@ -202,7 +202,7 @@ def nothing_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def captions(tmp_path: Path) -> Path:
-    """Ten images in two parts: seven with a caption, two of them not sure of it; three without."""
+    """Ten images in two parts: seven with a caption, two of these with low confidence, and three without."""
     rows = write_images(tmp_path / "images", [f"{number}.jpg" for number in range(7)])
     rows[5]["confidence"], rows[6]["confidence"] = 0.1, float("nan")
     rows[4]["status"] = "duplicate"
@@ -228,7 +228,7 @@ def test_captions_with_a_copied_part_are_refused(format: str, captions: Path, tm
 def test_the_target_tool_reads_each_caption_with_its_image(format: str, tmp_path: Path) -> None:
     rows = write_images(tmp_path / "images", ODD_NAMES)
     folder = write_captions(tmp_path / "captions", rows[::2], rows[1::2])
-    expected = {found["image_id"]: found["caption"] for found in rows}
+    expected = {exported["image_id"]: exported["caption"] for exported in rows}
     if format == "sidecar":  # one line, under the sidecar's name
         expected = {sidecar_name(name): caption.replace("\n", " ") for name, caption in expected.items()}
 
@@ -276,9 +276,9 @@ def test_an_existing_export_is_replaced_only_with_overwrite(format: str, caption
 
     replace = {"existing": "overwrite"} if format == "sidecar" else {"overwrite": True}
     export(captions, tmp_path / "out" / "x", format, **replace)
-    found = READERS[format](tmp_path / "out" / "x", tmp_path / "cache")
-    assert found["0.txt" if format == "sidecar" else "0.jpg"] == "something new"
-    assert format == "sidecar" or len(found) == 1
+    exported = READERS[format](tmp_path / "out" / "x", tmp_path / "cache")
+    assert exported["0.txt" if format == "sidecar" else "0.jpg"] == "something new"
+    assert format == "sidecar" or len(exported) == 1
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -288,8 +288,8 @@ def test_an_export_is_written_to_a_uri(format: str, captions: Path, tmp_path: Pa
     export(captions, f"{remote}/out", format)
     export(captions, tmp_path / "some" / "out", format)
 
-    found = {file.name: storage.read_bytes(file.location) for file in storage.list_files(remote)}
-    assert found == files_below(tmp_path / "some")
+    exported = {file.name: storage.read_bytes(file.location) for file in storage.list_files(remote)}
+    assert exported == files_below(tmp_path / "some")
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -325,7 +325,7 @@ def test_an_exported_confidence_passes_as_min_confidence(tmp_path: Path) -> None
     for confidence in shown[:9]:
         summary = export(folder, tmp_path / "some", "jsonl", min_confidence=confidence, overwrite=True)
         assert summary.num_exported == sum(other >= confidence for other in shown)
-    assert shown[::9] == [found["confidence"] for found in rows][::9]
+    assert shown[::9] == [one["confidence"] for one in rows][::9]
 
 
 @pytest.mark.parametrize("format", ["coco", "sidecar", "hf", "webdataset"])
@@ -424,15 +424,15 @@ def test_a_folder_with_other_files_is_never_replaced(format: str, captions: Path
     assert files_below(tmp_path / "images") == before
 
 
-# ---- one file of text
+# ---- single text files
 
 anything = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-told = anything.filter(lambda text: text.strip() != "")
+non_blank = anything.filter(lambda text: text.strip() != "")
 seconds_in_all = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @seconds_in_all
-@given(rows=st.dictionaries(anything, told, min_size=1, max_size=5))
+@given(rows=st.dictionaries(anything, non_blank, min_size=1, max_size=5))
 def test_any_text_survives_json_lines_csv_and_coco(
     rows: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -510,7 +510,7 @@ def test_the_file_name_is_the_image_path_if_the_id_is_not_a_path(tmp_path: Path)
     assert [image["file_name"] for image in images] == ["/images/a.jpg", "sub/b.jpg", "c#3"]
 
 
-# ---- a file of text for each image
+# ---- one text file per image
 
 
 @pytest.fixture
@@ -793,7 +793,7 @@ def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_restored(image
     key = webdataset_key(image_id, keep_extension=keep_extension)
 
     assert base_plus_ext(f"{key}.jpg") == (key, "jpg")
-    assert not re.match(r"__[^/]*__($|/)", f"{key}.jpg"), "webdataset takes it for notes of its own"
+    assert not re.match(r"__[^/]*__($|/)", f"{key}.jpg"), "webdataset would treat it as metadata"
     assert not key.startswith("/")
     assert not {"..", "."} & set(key.split("/"))
     assert image_id.startswith(unquote(key))

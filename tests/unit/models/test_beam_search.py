@@ -1,4 +1,4 @@
-"""The fast search against the slow obvious one: every sequence scored, over a vocabulary of four tokens."""
+"""The fast search compared with brute force over a vocabulary of four tokens."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def search(
 
 
 def brute_force(model: Any, image: int, *, length_penalty: float = 0.0, forbidden: tuple[int, ...] = ()) -> list[Any]:
-    """All sequences (score, token ids, log-probability), the best first."""
+    """Return all sequences (score, token ids, log-probability), best first."""
     step, start = model([image])
     words = [token for token in range(VOCABULARY_SIZE) if token != END and token not in forbidden]
-    found = []
+    sequences = []
     for length in range(MAX_LENGTH + 1):
         for sequence in itertools.product(words, repeat=length):
             logprob, state, previous = 0.0, start, START
@@ -63,8 +63,8 @@ def brute_force(model: Any, image: int, *, length_penalty: float = 0.0, forbidde
                 log_probs, state = step(torch.tensor([[previous]]), state)
                 logprob += float(log_probs[0, 0, token])
                 previous = token
-            found.append((logprob / (length + 1) ** length_penalty, sequence, logprob))
-    return sorted(found, reverse=True)
+            sequences.append((logprob / (length + 1) ** length_penalty, sequence, logprob))
+    return sorted(sequences, reverse=True)
 
 
 @pytest.mark.parametrize("forbidden", [(), (START,), (START, 3)])
@@ -75,7 +75,7 @@ def test_a_beam_as_wide_as_the_search_space_finds_every_sequence_in_order(
 ) -> None:
     model = make_model(seed)
 
-    found = search(
+    sequences = search(
         model,
         list(range(NUM_IMAGES)),
         beam_size=EVERY_SEQUENCE,
@@ -84,7 +84,7 @@ def test_a_beam_as_wide_as_the_search_space_finds_every_sequence_in_order(
         forbidden_ids=forbidden,
     )
 
-    for image, hypotheses in enumerate(found):
+    for image, hypotheses in enumerate(sequences):
         expected = brute_force(model, image, length_penalty=length_penalty, forbidden=forbidden)
         assert [one.token_ids for one in hypotheses] == [sequence for _, sequence, _ in expected]
         assert [one.logprob for one in hypotheses] == pytest.approx([logprob for _, _, logprob in expected], abs=1e-5)
@@ -96,14 +96,14 @@ def test_early_stopping_does_not_lose_the_best_sequence(length_penalty: float) -
     model = make_model(2)
 
     for num_captions in (1, 3):
-        found = search(
+        sequences = search(
             model,
             list(range(NUM_IMAGES)),
             beam_size=EVERY_SEQUENCE,
             num_captions=num_captions,
             length_penalty=length_penalty,
         )
-        for image, hypotheses in enumerate(found):
+        for image, hypotheses in enumerate(sequences):
             expected = brute_force(model, image, length_penalty=length_penalty)[:num_captions]
             assert [one.token_ids for one in hypotheses] == [sequence for _, sequence, _ in expected]
 
@@ -112,9 +112,9 @@ def test_early_stopping_does_not_lose_the_best_sequence(length_penalty: float) -
 def test_a_beam_of_one_is_greedy(seed: int) -> None:
     model = make_model(seed)
 
-    found = search(model, list(range(NUM_IMAGES)), beam_size=1, length_penalty=0.7)
+    sequences = search(model, list(range(NUM_IMAGES)), beam_size=1, length_penalty=0.7)
 
-    for image, (hypothesis,) in enumerate(found):
+    for image, (hypothesis,) in enumerate(sequences):
         step, state = model([image])
         tokens: list[int] = []
         logprob, token = 0.0, START
@@ -140,9 +140,9 @@ def test_a_batch_equals_its_images_one_at_a_time(beam_size: int) -> None:
 
 def test_a_forbidden_token_never_occurs() -> None:
     for seed in range(10):
-        found = search(make_model(seed), [0, 1], beam_size=4, num_captions=4, forbidden_ids=(START, 2))
+        sequences = search(make_model(seed), [0, 1], beam_size=4, num_captions=4, forbidden_ids=(START, 2))
 
-        assert {token for image in found for one in image for token in one.token_ids} <= {3}
+        assert {token for image in sequences for one in image for token in one.token_ids} <= {3}
 
 
 def test_the_end_is_forced_at_the_length_limit_and_included_in_the_score() -> None:
@@ -151,13 +151,13 @@ def test_the_end_is_forced_at_the_length_limit_and_included_in_the_score() -> No
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         return log_probs.expand(*tokens.shape, -1).clone(), state
 
-    ((found,),) = beam_search(
+    ((sequences,),) = beam_search(
         step, (torch.zeros(1, 1),), search=settings(beam_size=1, max_length=7), start_id=START, end_id=END
     )
 
-    assert found.token_ids == (2,) * 7
-    assert found.num_tokens == 8
-    assert found.logprob == pytest.approx(math.log(1e-6))
+    assert sequences.token_ids == (2,) * 7
+    assert sequences.num_tokens == 8
+    assert sequences.logprob == pytest.approx(math.log(1e-6))
 
 
 def test_an_empty_sequence_can_be_the_best() -> None:
@@ -166,30 +166,30 @@ def test_an_empty_sequence_can_be_the_best() -> None:
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         return log_probs.expand(*tokens.shape, -1).clone(), state
 
-    ((found,),) = beam_search(
+    ((sequences,),) = beam_search(
         step, (torch.zeros(1, 3),), search=settings(beam_size=3, max_length=5), start_id=START, end_id=END
     )
 
-    assert (found.token_ids, found.num_tokens) == ((), 1)
+    assert (sequences.token_ids, sequences.num_tokens) == ((), 1)
 
 
 def test_fewer_sequences_are_returned_only_if_no_more_exist() -> None:
     words = VOCABULARY_SIZE - 1
     num_sequences = sum(words**length for length in range(MAX_LENGTH + 1))
 
-    (found,) = search(make_model(4), [0], beam_size=EVERY_SEQUENCE, num_captions=EVERY_SEQUENCE)
+    (sequences,) = search(make_model(4), [0], beam_size=EVERY_SEQUENCE, num_captions=EVERY_SEQUENCE)
 
-    assert len(found) == len({one.token_ids for one in found}) == num_sequences
+    assert len(sequences) == len({one.token_ids for one in sequences}) == num_sequences
 
 
 def test_a_higher_length_penalty_prefers_longer_captions() -> None:
     lengths = []
     for length_penalty in (0.0, 1.0, 3.0):
-        found = [
+        sequences = [
             search(make_model(seed), list(range(NUM_IMAGES)), beam_size=EVERY_SEQUENCE, length_penalty=length_penalty)
             for seed in range(3)
         ]
-        lengths.append(sum(image[0].num_tokens for images in found for image in images))
+        lengths.append(sum(image[0].num_tokens for images in sequences for image in images))
 
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1]
@@ -208,14 +208,14 @@ def test_sequences_are_sampled_in_proportion_to_their_probability() -> None:
     torch.manual_seed(0)
     num_samples = 4000
 
-    [found] = draw(model, [2], num_samples=num_samples)
+    [sequences] = draw(model, [2], num_samples=num_samples)
 
     for _, sequence, logprob in brute_force(model, 2)[:6]:
         probability = math.exp(logprob)
         if len(sequence) == MAX_LENGTH:
-            continue  # the end is not forced in a sample: more goes on than ends here
+            continue  # a sample does not force the end: more sequences continue than end here
         error = math.sqrt(probability * (1 - probability) / num_samples)
-        assert found.count([START, *sequence, END]) / num_samples == pytest.approx(probability, abs=4 * error)
+        assert sequences.count([START, *sequence, END]) / num_samples == pytest.approx(probability, abs=4 * error)
 
 
 def test_a_low_temperature_samples_probable_sequences_more_often() -> None:
@@ -224,10 +224,10 @@ def test_a_low_temperature_samples_probable_sequences_more_often() -> None:
     step, state = model([2])
     first = step(torch.tensor([[START]]), state)[0][0, 0]
 
-    [found] = draw(model, [2], num_samples=4000, temperature=0.5)
+    [sequences] = draw(model, [2], num_samples=4000, temperature=0.5)
 
     expected = (first / 0.5).softmax(dim=-1)
-    frequencies = torch.bincount(torch.tensor([ids[1] for ids in found]), minlength=VOCABULARY_SIZE) / 4000
+    frequencies = torch.bincount(torch.tensor([ids[1] for ids in sequences]), minlength=VOCABULARY_SIZE) / 4000
     errors = (expected * (1 - expected) / 4000).sqrt()
     assert torch.all((frequencies - expected).abs() <= 4 * errors)
     assert float(expected.max()) > float(first.exp().max()) + 0.05
@@ -237,12 +237,12 @@ def test_a_sampled_sequence_ends_once_or_is_truncated() -> None:
     torch.manual_seed(1)
     images = list(range(NUM_IMAGES))
 
-    found = draw(make_model(2), images, num_samples=50, forbidden_ids=(START, 3))
+    sequences = draw(make_model(2), images, num_samples=50, forbidden_ids=(START, 3))
 
-    assert [len(of_image) for of_image in found] == [50] * NUM_IMAGES
-    for ids in itertools.chain(*found):
+    assert [len(of_image) for of_image in sequences] == [50] * NUM_IMAGES
+    for ids in itertools.chain(*sequences):
         assert ids[0] == START and START not in ids[1:] and 3 not in ids
         assert END not in ids[:-1]
         assert ids[-1] == END or len(ids) == 1 + MAX_LENGTH + 1
-    lengths = {len(ids) for ids in itertools.chain(*found)}
+    lengths = {len(ids) for ids in itertools.chain(*sequences)}
     assert {2, 3, 4} <= lengths

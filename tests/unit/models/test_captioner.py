@@ -1,4 +1,4 @@
-"""A model folder comes back as it was saved; the same image gets the same caption in any company."""
+"""A model folder round-trips; an image gets the same caption in any batch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def error_of_reading(folder: Path) -> str:
 
 
 def change_config(folder: Path, **values: Any) -> None:
-    """Other values at the top of config.json; None removes the key."""
+    """Change top-level values of config.json; None removes the key."""
     config = json.loads((folder / "config.json").read_text()) | values
     kept = {name: value for name, value in config.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(kept, indent=2))
@@ -69,16 +69,16 @@ def change_config(folder: Path, **values: Any) -> None:
 
 
 def test_the_tiny_model_distinguishes_images(all_together: Found) -> None:
-    assert len({found[0].text for found in all_together}) > 3, "the other tests of this file would prove nothing"
+    assert len({captions[0].text for captions in all_together}) > 3, "the other tests of this file would prove nothing"
 
 
 def test_a_caption_contains_only_words(either_captioner: Captioner, all_together: Found) -> None:
-    for found in all_together:
-        words = found[0].text.split()
+    for captions in all_together:
+        words = captions[0].text.split()
 
         assert set(words) <= set(WORDS)
         assert len(words) <= either_captioner.search.max_length
-        assert found[0].num_tokens == len(words) + 1  # the end token
+        assert captions[0].num_tokens == len(words) + 1  # the end token
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_a_caption_contains_only_words(either_captioner: Captioner, all_together
 def test_captions_and_their_logprobs_are_bit_identical_in_any_batch(
     either_captioner: Captioner, pixels: np.ndarray[Any, Any], all_together: Found, numbers: list[int]
 ) -> None:
-    found = either_captioner.caption_pixels(pixels[numbers])
+    captions = either_captioner.caption_pixels(pixels[numbers])
 
-    assert found == [all_together[number] for number in numbers]
+    assert captions == [all_together[number] for number in numbers]
 
 
 def test_the_cnn_is_optimized_once_at_first_use(model_dir: Path, pixels: np.ndarray[Any, Any]) -> None:
@@ -125,9 +125,9 @@ def test_the_n_best_captions_are_different_and_the_best_is_first(model_dir: Path
     search = SearchConfig(beam_size=4, max_length=6, num_captions=4, length_penalty=0.0)
     captioner = Captioner.load(model_dir, device="cpu", search=search)
 
-    for found in captioner.caption_pixels(pixels[:5]):
-        assert len(found) == len({one.text for one in found}) == 4
-        assert [one.logprob for one in found] == sorted((one.logprob for one in found), reverse=True)
+    for captions in captioner.caption_pixels(pixels[:5]):
+        assert len(captions) == len({one.text for one in captions}) == 4
+        assert [one.logprob for one in captions] == sorted((one.logprob for one in captions), reverse=True)
 
 
 def test_confidence_is_the_geometric_mean_of_the_tokens_probabilities() -> None:
@@ -140,10 +140,10 @@ def test_a_path_a_uri_and_the_bytes_of_a_file_get_the_same_caption(captioner: Ca
     path = tmp_path / "one.jpg"
     path.write_bytes(jpeg(1))
 
-    found = captioner.caption([path, str(path), f"file://{path}", path.read_bytes()])
+    captions = captioner.caption([path, str(path), f"file://{path}", path.read_bytes()])
 
-    assert len(found) == 4
-    assert len(set(found)) == 1
+    assert len(captions) == 4
+    assert len(set(captions)) == 1
 
 
 def test_a_wrong_extension_changes_nothing(captioner: Captioner, tmp_path: Path) -> None:
@@ -153,11 +153,11 @@ def test_a_wrong_extension_changes_nothing(captioner: Captioner, tmp_path: Path)
 
 
 def test_an_image_that_cannot_be_captioned_gives_an_error_at_its_position(captioner: Captioner, tmp_path: Path) -> None:
-    found = captioner.caption([jpeg(0), b"no image", tmp_path / "nowhere.jpg", jpeg(1)])
+    results = captioner.caption([jpeg(0), b"no image", tmp_path / "nowhere.jpg", jpeg(1)])
 
     alone = captioner.caption([jpeg(0), jpeg(1)])
-    assert [found[0], found[3]] == alone
-    errors = found[1:3]
+    assert [results[0], results[3]] == alone
+    errors = results[1:3]
     assert [error.code for error in errors if isinstance(error, ImageError)] == ["not_an_image", "missing"]
 
 
@@ -185,7 +185,7 @@ def test_search_overrides_leave_the_other_settings_unchanged() -> None:
         override_search(search, num_captions=5)
 
 
-# ---- memory that runs out
+# ---- out of memory
 
 
 def no_cuda_memory() -> None:
@@ -205,7 +205,7 @@ def no_python_memory() -> None:
 
 
 def with_room_for(model_dir: Path, num_images: int, run_out: Callable[[], None] = no_cuda_memory) -> Captioner:
-    """A captioner whose memory runs out in the CNN when it computes more images than these together."""
+    """Return a captioner whose CNN runs out of memory on batches larger than this."""
     captioner = Captioner.load(model_dir, device="cpu")
 
     def check(encoder: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
@@ -228,10 +228,10 @@ def test_when_memory_runs_out_the_batch_shrinks_and_the_captions_stay_the_same(
 ) -> None:
     short_of_memory = with_room_for(model_dir, room, run_out)
 
-    found = short_of_memory.caption_pixels(pixels)
+    captions = short_of_memory.caption_pixels(pixels)
 
     assert short_of_memory.compute_batch_size == batch_size
-    for caption, expected in zip(found, captioner.caption_pixels(pixels), strict=True):
+    for caption, expected in zip(captions, captioner.caption_pixels(pixels), strict=True):
         assert [one.text for one in caption] == [one.text for one in expected]
         assert [one.confidence for one in caption] == pytest.approx([one.confidence for one in expected], abs=1e-3)
 
@@ -261,10 +261,10 @@ def test_running_out_of_memory_in_the_search_has_the_same_effect(
 
     monkeypatch.setattr(short_of_memory.decoder, "start", start_with_room_for_two)
 
-    found = short_of_memory.caption_pixels(pixels[:5])
+    captions = short_of_memory.caption_pixels(pixels[:5])
 
     assert short_of_memory.compute_batch_size == 2
-    assert [one[0].text for one in found] == [one[0].text for one in captioner.caption_pixels(pixels[:5])]
+    assert [one[0].text for one in captions] == [one[0].text for one in captioner.caption_pixels(pixels[:5])]
 
 
 def test_features_are_the_same_when_memory_runs_out(
@@ -285,10 +285,10 @@ def test_if_memory_runs_out_even_for_one_image_only_that_image_has_no_caption(
 
     short_of_memory.encoder.register_forward_pre_hook(check)
 
-    found = short_of_memory.caption_pixels(pixels[:5])
+    captions = short_of_memory.caption_pixels(pixels[:5])
 
     expected = captioner.caption_pixels(pixels[:5])
-    assert [one[0].text if one else "" for one in found] == [
+    assert [one[0].text if one else "" for one in captions] == [
         "" if number == 2 else one[0].text for number, one in enumerate(expected)
     ]
 
@@ -298,20 +298,20 @@ def test_an_image_whose_features_are_not_finite_is_an_internal_error_and_the_oth
     captioner: Captioner, model_dir: Path, pixels: np.ndarray[Any, Any], value: float
 ) -> None:
     broken = Captioner.load(model_dir, device="cpu")
-    odd = torch.from_numpy(pixels[2])
+    overflowing = torch.from_numpy(pixels[2])
 
     def spoil(encoder: torch.nn.Module, arguments: tuple[torch.Tensor], features: torch.Tensor) -> torch.Tensor:
-        is_odd = torch.tensor([torch.equal(image, odd) for image in arguments[0]])
-        return features.masked_fill(is_odd[:, None, None], value)
+        is_overflowing = torch.tensor([torch.equal(image, overflowing) for image in arguments[0]])
+        return features.masked_fill(is_overflowing[:, None, None], value)
 
     broken.encoder.register_forward_hook(spoil)
 
-    found = broken.caption_pixels(pixels[:5])
+    captions = broken.caption_pixels(pixels[:5])
 
-    error = found.pop(2)
+    error = captions.pop(2)
     assert isinstance(error, ImageError)
     assert (error.code, error.message) == ("internal", "the features of the image are not finite numbers")
-    assert found == [one for number, one in enumerate(captioner.caption_pixels(pixels[:5])) if number != 2]
+    assert captions == [one for number, one in enumerate(captioner.caption_pixels(pixels[:5])) if number != 2]
 
 
 def test_an_image_whose_words_have_no_finite_probability_is_an_internal_error(
@@ -499,7 +499,7 @@ def test_a_cnn_from_a_wheel_is_named_in_the_folder_and_loaded_from_the_wheel(tmp
         Captioner.load(saved, device="cpu")
 
 
-# ---- folders that are not whole
+# ---- incomplete folders
 
 
 def test_a_folder_without_config_is_not_a_model_folder(tmp_path: Path) -> None:
@@ -593,8 +593,8 @@ def test_beam_steps_are_counted_per_batch(captioner: Captioner, pixels: np.ndarr
     counts = [captioner.num_beam_steps]
     longest = []
     for _ in range(2):
-        found = captioner.caption_pixels(pixels[:1])
-        longest.append(max(one.num_tokens for one in found[0]))
+        captions = captioner.caption_pixels(pixels[:1])
+        longest.append(max(one.num_tokens for one in captions[0]))
         counts.append(captioner.num_beam_steps)
 
     first, second = counts[1] - counts[0], counts[2] - counts[1]

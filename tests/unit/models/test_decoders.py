@@ -1,4 +1,4 @@
-"""What a decoder is trained as and what it is searched with are the same function."""
+"""A decoder computes the same function in training and in search."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_captions() -> Tensor:
 
 
 def teacher_forced(decoder: Decoder, token_ids: Tensor) -> Tensor:
-    """Log-probabilities (N, T, V) by the forward pass; zeros behind a caption's end."""
+    """Log-probabilities (N, T, V) by the forward pass; zeros after the end of a caption."""
     lengths = torch.tensor(LENGTHS)
     logits = decoder(make_features(), token_ids, lengths, torch.tensor(IMAGE_OF_CAPTION))
     batch_sizes = pack_padded_sequence(token_ids, lengths, batch_first=True).batch_sizes
@@ -80,17 +80,17 @@ def test_step_by_step_log_probabilities_are_those_of_the_forward_pass(
 def test_beams_of_one_image_are_independent(decoder: Decoder) -> None:
     token_ids = make_captions()[:3, :5]  # three captions of five tokens on three beams of every image
     together, state = decoder.start(make_features(), 3)
-    found = []
+    outputs = []
     for position in range(5):
         log_probs, state = together(token_ids[:, position].expand(NUM_IMAGES, -1), state)
-        found.append(log_probs)
+        outputs.append(log_probs)
 
     for image in range(NUM_IMAGES):
         for beam in range(3):
             step, state = decoder.start(make_features()[image : image + 1], 1)
             for position in range(5):
                 log_probs, state = step(token_ids[beam, position].view(1, 1), state)
-                torch.testing.assert_close(log_probs[0, 0], found[position][image, beam], atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(log_probs[0, 0], outputs[position][image, beam], atol=1e-5, rtol=1e-5)
 
 
 @torch.inference_mode()
@@ -111,12 +111,12 @@ def test_predictions_depend_on_the_image_and_every_earlier_word(decoder: Decoder
     changed = token_ids.clone()
     changed[0, 2] = (changed[0, 2] + 1) % len(VOCABULARY)
 
-    found = teacher_forced(decoder, changed)
+    actual = teacher_forced(decoder, changed)
 
-    assert torch.equal(found[0, :2], expected[0, :2])
+    assert torch.equal(actual[0, :2], expected[0, :2])
     for position in range(2, LENGTHS[0]):
-        assert not torch.allclose(found[0, position], expected[0, position])
-    assert torch.equal(found[1:], expected[1:])
+        assert not torch.allclose(actual[0, position], expected[0, position])
+    assert torch.equal(actual[1:], expected[1:])
     assert not torch.allclose(expected[1, 0], expected[2, 0]), "the first word after start, of two images"
 
 
@@ -128,11 +128,11 @@ def test_a_batch_of_images_gets_the_captions_of_its_images_one_at_a_time(
 
     together = search_captions(decoder, VOCABULARY, features, search)
 
-    assert len({found[0].text for found in together}) > 1
-    for image, found in enumerate(together):
+    assert len({actual[0].text for actual in together}) > 1
+    for image, actual in enumerate(together):
         (alone,) = search_captions(decoder, VOCABULARY, features[image : image + 1], search)
-        assert [one.text for one in found] == [one.text for one in alone]
-        assert [one.logprob for one in found] == pytest.approx([one.logprob for one in alone], abs=1e-4)
+        assert [one.text for one in actual] == [one.text for one in alone]
+        assert [one.logprob for one in actual] == pytest.approx([one.logprob for one in alone], abs=1e-4)
 
 
 @torch.inference_mode()
@@ -152,10 +152,10 @@ def test_a_captions_logprob_is_that_of_the_forward_pass(decoder: Decoder) -> Non
 def test_no_caption_contains_a_special_token() -> None:
     for name in DECODERS:
         for seed in range(4):
-            found = search_captions(
+            actual = search_captions(
                 make_decoder(name, seed), VOCABULARY, make_features(), SearchConfig(beam_size=4, num_captions=4)
             )
-            for caption in (one for image in found for one in image):
+            for caption in (one for image in actual for one in image):
                 words = caption.text.split()
                 assert len(words) == caption.num_tokens - 1  # a special token is not written
                 assert all(word.startswith("word") for word in words)

@@ -19,7 +19,7 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program of that name, found before any other."""
+    """Put a program of that name first on the path."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 570.133.20\n")
     program.chmod(0o755)

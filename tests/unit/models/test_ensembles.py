@@ -1,4 +1,4 @@
-"""Models that caption together say what the mean of their log-probabilities says."""
+"""An ensemble captions by the mean of the log-probabilities of its models."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_a_step_is_the_normalised_mean_of_the_members_log_probabilities(folders:
             step, state = member.decoder.start(member.encoder(pixels), 1)
             expected.append(step(tokens, state)[0])
         step, state = together.decoder.start(together.encoder(pixels), 1)
-        found, next_state = step(tokens, state)
+        actual, next_state = step(tokens, state)
 
-    torch.testing.assert_close(found, torch.stack(expected).mean(dim=0).log_softmax(dim=-1))
+    torch.testing.assert_close(actual, torch.stack(expected).mean(dim=0).log_softmax(dim=-1))
     assert [tensor.shape for tensor in next_state] == [tensor.shape for tensor in state]
     assert len(state) == 4 + 2
-    torch.testing.assert_close(found.exp().sum(dim=-1), torch.ones(4, 1))
+    torch.testing.assert_close(actual.exp().sum(dim=-1), torch.ones(4, 1))
 
 
 def test_the_error_for_incompatible_models_names_the_difference(folders: dict[str, Path], tmp_path: Path) -> None:

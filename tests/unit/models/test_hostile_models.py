@@ -45,7 +45,7 @@ def folder(model_dir: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No test of this file may look up a host. Threads that other tests have left, such as Ray's, may connect."""
+    """Fail any host lookup by a test of this file. Threads left by other tests, such as Ray's, can connect."""
     asked: list[Any] = []
     test_thread = threading.current_thread()
     look_up, connect = socket.getaddrinfo, socket.socket.connect
@@ -67,7 +67,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def error_of(folder: Path) -> str:
-    """The one line with which the folder is refused."""
+    """Return the one-line error with which the folder is refused."""
     with pytest.raises(ModelError) as caught:
         Captioner.load(folder, device="cpu")
     message = str(caught.value)
@@ -76,13 +76,13 @@ def error_of(folder: Path) -> str:
 
 
 def edited(path: Path, **values: Any) -> None:
-    """Change values of a JSON file, by their keys; None removes one."""
+    """Change values of a JSON file by key; None removes one."""
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}, indent=2))
 
 
 def fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The paths of all keys of nested objects."""
+    """Return the paths of all keys of nested objects."""
     for key, inner in value.items():
         yield (*path, key)
         if isinstance(inner, dict):
@@ -90,7 +90,7 @@ def fields(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 def with_value(content: dict[str, Any], path: tuple[str, ...], value: str) -> str:
-    """The object as JSON, with JSON text in one place."""
+    """Return the object as JSON, with the given JSON text at one path."""
     changed = json.loads(json.dumps(content))
     *outer, last = path
     inner = changed
@@ -101,7 +101,7 @@ def with_value(content: dict[str, Any], path: tuple[str, ...], value: str) -> st
 
 
 def without(content: dict[str, Any], path: tuple[str, ...]) -> str:
-    """The object as JSON, without one key."""
+    """Return the object as JSON, without one key."""
     changed = json.loads(json.dumps(content))
     *outer, last = path
     inner = changed
@@ -121,7 +121,7 @@ SECTIONS = {
 @pytest.mark.parametrize(("name", "section"), [(name, section) for name in SECTIONS for section in SECTIONS[name]])
 def test_any_field_value_loads_or_is_refused_in_one_line(folder: Path, name: str, section: str) -> None:
     if name != "config.json":
-        edited(folder / "config.json", sha256=None)  # otherwise a change of the vocabulary is refused for that alone
+        edited(folder / "config.json", sha256=None)  # otherwise the checksum would reject the changed vocabulary
     history = [{"epoch": 1, "cider_d": 0.5}]
     edited(folder / "metrics.json", history=history, validation={"cider_d": 0.5})
     content = json.loads((folder / name).read_text())
@@ -221,7 +221,7 @@ def test_a_cnn_that_only_the_folder_can_contain_is_not_searched_elsewhere(folder
     assert "pass them with --encoder-weights FILE" in error_of(folder)
 
 
-# ---- flipped and cut bytes
+# ---- flipped bits and truncation
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "vocabulary.json"])
@@ -297,7 +297,7 @@ def test_weights_of_other_shapes_are_named(folder: Path, name: str, tensor: torc
     assert "model.safetensors" in error_of(folder) or "the weights are not those of the CNN" in error_of(folder)
 
 
-# ---- other ways in
+# ---- other attacks
 
 
 @pytest.mark.parametrize("arguments", [["model"], ["caption", "--model"]])

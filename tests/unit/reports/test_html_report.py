@@ -73,7 +73,7 @@ RED = encoded(Image.new("RGB", (40, 30), "red"))
 
 
 class Page(HTMLParser):
-    """A report as a browser reads it: tags with their attributes, and the text within each tag."""
+    """A parsed report: tags with their attributes, and the text within each tag."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Page(HTMLParser):
 
     @property
     def sections(self) -> list[str]:
-        """Ids of the sections, in their order: those of the headings, or of the details that fold them."""
+        """Ids of the sections in order: those of the headings, or of the details that contain them."""
         return [
             attributes["id"] or "" for tag, attributes in self.tags if tag in ("h2", "details") and "id" in attributes
         ]
@@ -129,7 +129,7 @@ LoadImage = Callable[[Row], bytes | ImageError]
 
 
 def each(load_image: LoadImage) -> LoadImages:
-    """Turn a function of one row into what `write_report` takes."""
+    """Turn a function of one row into an argument of `write_report`."""
     return lambda rows: map(load_image, rows)
 
 
@@ -187,7 +187,7 @@ HISTORY = [
 
 
 def attend_one_region(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
-    """The first region for the first word, the second for the second, and so on."""
+    """Attend to the first region for the first word, the second for the second, and so on."""
     return [(word, np.eye(9)[number].reshape(3, 3)) for number, word in enumerate(caption.split())]
 
 
@@ -195,7 +195,7 @@ GOLDEN = Path(__file__).with_name("golden_report.html")
 
 
 def without_binary_data(page: str) -> str:
-    """The page without what differs between versions of Pillow, and without its style and script."""
+    """Return the page without data that depends on the version of Pillow, and without style and script."""
     page = re.sub(r"(data:image/\w+;base64,)[A-Za-z0-9+/=]+", r"\1...", page)
     page = re.sub(r"<(style|script)>.*?</\1>", r"<\1>...</\1>", page, flags=re.DOTALL)
     page = re.sub(r"'sha256-[A-Za-z0-9+/=]+'", "'sha256-...'", page)
@@ -620,7 +620,7 @@ def test_without_attention_a_line_states_the_reason(report: Report) -> None:
 
 
 def shown(page: Any) -> set[int]:
-    """Numbers of the photographs on the page, whose files are named by them."""
+    """Return the numbers of the photographs on the page, from their file names."""
     return {int(name) for name in re.findall(r"Photograph (\d+)\.jpg", page.source)}
 
 

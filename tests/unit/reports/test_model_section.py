@@ -1,4 +1,4 @@
-"""What a report shows of the model that made its captions, and the note it has if there is nothing to show."""
+"""How a report shows the model that made its captions, and the note if there is nothing to show."""
 
 from __future__ import annotations
 

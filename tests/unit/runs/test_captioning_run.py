@@ -1,4 +1,4 @@
-"""What a captioning run leaves on disk, without Ray: the rows are written by the test."""
+"""Files of a captioning run, without Ray: the test writes the rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_run(config: CaptioningConfig, *, fingerprint: str = "a", reporter: Prog
 
 
 def write_rows(run: CaptioningRun, **settings: Any) -> None:
-    """Caption what is pending."""
+    """Caption the pending images."""
     entries = [row for part in storage.list_parquet(run.folder.manifest) for row in read_table(part).to_pylist()]
     done = set(run.folder.done_ids().tolist())
     left = [entry for entry in entries if entry["manifest_id"] not in done]

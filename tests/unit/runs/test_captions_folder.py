@@ -31,13 +31,13 @@ from imcap_ray.runs.status import CaptioningStatus, read_status
 IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
 
 RUN, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
-"""As Ray names the parts of a run."""
+"""Part name prefixes, in the format of Ray."""
 
 HASHES = {name: sha256(name.encode()).hexdigest() for name in "xyz"}
 
 
 def row(image_id: str, status: str = "ok", *, content: str = "", duplicate_of: str = "") -> dict[str, Any]:
-    """A row of an image; `content` names its bytes."""
+    """Return a row of an image; `content` names its bytes."""
     has_caption = status == "ok" or bool(duplicate_of)
     return {
         "image_id": image_id,
@@ -59,7 +59,7 @@ def row(image_id: str, status: str = "ok", *, content: str = "", duplicate_of: s
 
 
 def write_folder(location: Path, *parts: list[dict[str, Any]], manifest: Iterable[str] | None = None) -> CaptionsFolder:
-    """A captions folder of these parts; its manifest has their images in that order, or in the given one."""
+    """Write a captions folder of these parts; its manifest has their images in that order or in the given one."""
     folder = CaptionsFolder(str(location))
     names = list(manifest) if manifest is not None else [one["image_id"] for part in parts for one in part]
     entries = [
@@ -77,10 +77,10 @@ def write_folder(location: Path, *parts: list[dict[str, Any]], manifest: Iterabl
 
 
 def rows(folder: CaptionsFolder) -> dict[str, tuple[str, str, str]]:
-    """Status, caption and duplicate_of of each image; each has one row."""
-    found = [one for part in folder.parts() for one in read_table(part).to_pylist()]
-    assert len({one["image_id"] for one in found}) == len(found)
-    return {one["image_id"]: (one["status"], one["caption"], one["duplicate_of"]) for one in found}
+    """Return status, caption and duplicate_of of each image, and check that each has one row."""
+    all_rows = [one for part in folder.parts() for one in read_table(part).to_pylist()]
+    assert len({one["image_id"] for one in all_rows}) == len(all_rows)
+    return {one["image_id"]: (one["status"], one["caption"], one["duplicate_of"]) for one in all_rows}
 
 
 def done_names(folder: CaptionsFolder) -> list[str]:
@@ -166,7 +166,7 @@ def test_failed_images_without_a_hash_are_not_duplicates(tmp_path: Path) -> None
     assert rows(folder) == before
 
 
-# ---- taken out
+# ---- deleted rows
 
 
 def test_only_failed_rows_are_deleted(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_foreign_files_are_kept_and_those_of_killed_writers_are_removed(tmp_path
 
 
 def copy_part(folder: CaptionsFolder, name: str, *, to: str, rows: list[dict[str, Any]] | None = None) -> None:
-    """What a synchronisation tool does: another copy of a part and of its note, or of older ones."""
+    """Copy a part and its done record, or older ones, like a synchronisation tool."""
     for path in (storage.join(folder.location, name), storage.join(folder.done, name)):
         shutil.copy(path, Path(path).with_name(to))
     if rows is not None:
@@ -410,7 +410,7 @@ def test_the_first_of_two_concurrent_replacements_stops_and_nothing_is_lost(
     num_steps, stall_at = 0, 0
 
     def stalls(name: str, *arguments: Any) -> None:
-        """At the step of this number a second run comes, and does all of it."""
+        """Let a second run do the complete replacement at this step."""
         nonlocal num_steps
         num_steps += 1
         if num_steps == stall_at:
@@ -451,8 +451,8 @@ def test_rows_of_changed_images_are_deleted_and_the_manifest_is_updated(tmp_path
     build_manifest(str(source), folder.manifest)
     (source / "b.jpg").write_bytes(b"newer")
 
-    found = build_manifest(str(source), folder.manifest)
-    assert folder.delete_changed_rows(found.changed) == 1
+    summary = build_manifest(str(source), folder.manifest)
+    assert folder.delete_changed_rows(summary.changed) == 1
 
     assert set(rows(folder)) == {"a.jpg", "c.jpg"}
     assert folder.done_ids().tolist() == [0, 2]
@@ -461,12 +461,12 @@ def test_rows_of_changed_images_are_deleted_and_the_manifest_is_updated(tmp_path
     assert sizes == {"image_id": ["a.jpg", "b.jpg", "c.jpg"], "size": [3, 5, 3]}
 
 
-# ---- accounts
+# ---- row counts
 
 
 def test_rows_are_counted_by_status_and_failures_by_code_and_other_files_are_ignored(tmp_path: Path) -> None:
-    found = [row("a", content="x"), row("b", "duplicate", content="x", duplicate_of="a"), row("c", "failed")]
-    folder = write_folder(tmp_path, found[:2], found[2:])
+    all_rows = [row("a", content="x"), row("b", "duplicate", content="x", duplicate_of="a"), row("c", "failed")]
+    folder = write_folder(tmp_path, all_rows[:2], all_rows[2:])
     pq.write_table(pa.table({"other": [1]}), tmp_path / "0.parquet")
     pq.write_table(read_table(folder.parts()[0]), tmp_path / "merged.parquet")
 
@@ -474,7 +474,7 @@ def test_rows_are_counted_by_status_and_failures_by_code_and_other_files_are_ign
 
 
 @pytest.mark.parametrize(
-    ("parts", "manifest", "told"),
+    ("parts", "manifest", "message"),
     [
         ([[row("a")]], "ab", "1 have no row"),
         ([[row("a")], [row("a"), row("b")]], "ab", "1 have several"),
@@ -482,12 +482,12 @@ def test_rows_are_counted_by_status_and_failures_by_code_and_other_files_are_ign
     ],
 )
 def test_inconsistent_row_counts_are_an_error(
-    tmp_path: Path, parts: list[list[dict[str, Any]]], manifest: str, told: str
+    tmp_path: Path, parts: list[list[dict[str, Any]]], manifest: str, message: str
 ) -> None:
     folder = write_folder(tmp_path, *parts, manifest=manifest)
 
-    if told:
-        with pytest.raises(ImcapError, match=told):
+    if message:
+        with pytest.raises(ImcapError, match=message):
             folder.verify_row_counts()
     else:
         folder.verify_row_counts()
@@ -501,7 +501,7 @@ def test_a_row_without_an_image_is_an_error(tmp_path: Path) -> None:
         folder.verify_row_counts()
 
 
-# ---- whose it is
+# ---- leases and identity
 
 
 def test_only_the_latest_run_can_write(tmp_path: Path) -> None:
@@ -514,7 +514,7 @@ def test_only_the_latest_run_can_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("model_fingerprint", "b" * 64, r"another model \(aaaaaaaaaaaa\.\.\., now bbbbbbbbbbbb\.\.\.\)"),
         ("search", {"beam_size": 9}, "another search settings"),
@@ -522,12 +522,12 @@ def test_only_the_latest_run_can_write(tmp_path: Path) -> None:
     ],
 )
 def test_the_error_for_a_folder_of_another_run_names_the_difference(
-    tmp_path: Path, key: str, value: object, told: str
+    tmp_path: Path, key: str, value: object, message: str
 ) -> None:
     folder = write_folder(tmp_path, [row("a")])
     folder.require_identity(IDENTITY)
 
-    with pytest.raises(OutputError, match=told):
+    with pytest.raises(OutputError, match=message):
         folder.require_identity(IDENTITY | {key: value})
 
 
@@ -539,11 +539,11 @@ def test_a_corrupt_run_file_is_named(tmp_path: Path) -> None:
         folder.require_identity(IDENTITY)
 
 
-# ---- a new one in the place of the old
+# ---- replacement
 
 
 def replacing(tmp_path: Path) -> CaptionsFolder:
-    """A folder with a finished new run that has not taken its place."""
+    """A folder with a finished new run that has not replaced the old one."""
     folder = write_folder(tmp_path, [row("a"), row("b")], [row("c")])
     new = write_folder(Path(folder.next().location), [row("a", content="x")], [row("d", content="y")])
     for path in [*new.parts(), *storage.list_parquet(new.done)]:
@@ -552,23 +552,25 @@ def replacing(tmp_path: Path) -> CaptionsFolder:
     return folder
 
 
-@pytest.mark.parametrize("crash", ["none", "one part moved", "old parts gone", "done copied", "told that it is over"])
+@pytest.mark.parametrize(
+    "crash", ["none", "one part moved", "old parts removed", "done copied", "recorded as complete"]
+)
 def test_a_replacement_completes_after_an_interruption_at_any_step(tmp_path: Path, crash: str) -> None:
     folder = replacing(tmp_path)
     new = folder.next()
     if crash != "none":
         storage.move(new.parts()[0], str(tmp_path / f"{OTHER}_000000.parquet"))
-    if crash in ("old parts gone", "done copied", "told that it is over"):
+    if crash in ("old parts removed", "done copied", "recorded as complete"):
         storage.move(new.parts()[0], str(tmp_path / f"{OTHER}_000001.parquet"))
         for path in tmp_path.glob(f"{RUN}_*.parquet"):
             path.unlink()
-    if crash in ("done copied", "told that it is over"):
+    if crash in ("done copied", "recorded as complete"):
         for kind in ("done", "manifest"):
             storage.remove(storage.join(folder.work, kind))
             for path in storage.list_parquet(storage.join(new.work, kind)):
                 target = storage.join(folder.work, kind, Path(path).name)
                 storage.write_bytes(target, storage.read_bytes(path))
-    if crash == "told that it is over":
+    if crash == "recorded as complete":
         folder.write_run(new.read_run() or {})
         Path(new.work, "run.json").unlink()
 
@@ -629,10 +631,10 @@ def test_readers_never_see_two_generations_if_a_replacement_is_killed_at_any_ste
 
         state = (folder.read_run() or {})["state"]
         in_folder = [one for path in storage.list_parquet(str(location)) for one in read_table(path).to_pylist()]
-        found = {one["image_id"]: one["caption"] for one in in_folder}
+        actual = {one["image_id"]: one["caption"] for one in in_folder}
         if state == "complete":
-            assert len(in_folder) == len(found), number
-            assert found in (OLD_CAPTIONS, NEW_CAPTIONS), number
+            assert len(in_folder) == len(actual), number
+            assert actual in (OLD_CAPTIONS, NEW_CAPTIONS), number
         try:
             rows_read = open_captions(str(location)).to_table().to_pylist()
         except InputError as error:
@@ -640,13 +642,13 @@ def test_readers_never_see_two_generations_if_a_replacement_is_killed_at_any_ste
             refused += 1
         else:
             assert state == "complete"
-            assert {one["image_id"]: one["caption"] for one in rows_read} == found
+            assert {one["image_id"]: one["caption"] for one in rows_read} == actual
         status = read_status(str(location))
         assert isinstance(status, CaptioningStatus)
         assert (status.num_done, status.num_images) == (2, 2), number
         assert status.state in ("replacing", "complete")
         if status.state == "complete":
-            assert found == NEW_CAPTIONS
+            assert actual == NEW_CAPTIONS
 
         folder.recover()
 
@@ -697,6 +699,6 @@ def test_parts_are_readable_by_all_users(tmp_path: Path) -> None:
     ids=st.lists(st.integers(-5, 12)),
 )
 def test_ids_are_found_among_sorted_ids(sorted_ids: list[int], ids: list[int]) -> None:
-    found = contains_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
+    actual = contains_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
 
-    assert found == bool(set(sorted_ids) & set(ids))
+    assert actual == bool(set(sorted_ids) & set(ids))

@@ -1,4 +1,4 @@
-"""What a cache of features keeps, encodes again and shares with other trainings; without Ray, the CNN is a hash."""
+"""What a feature cache keeps, encodes again and shares between trainings; without Ray, with a hash as CNN."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def manifest_of(images: Path) -> pa.Table:
 
 
 def encoder_of(folder: str, encoded: list[str], *, seconds: float = 0.0) -> Callable[[pa.Table], None]:
-    """Writes parts as the actors do: the hash of a file as its features, and files that are empty as failed."""
+    """Return a function that writes parts like the actors, with file hashes as features and empty files as failed."""
 
     def encode(manifest: pa.Table) -> None:
         for start in range(0, manifest.num_rows, ROWS_PER_PART):
@@ -81,17 +81,17 @@ def encoder_of(folder: str, encoded: list[str], *, seconds: float = 0.0) -> Call
 
 
 def cache(images: Path, folder: Path, *, training: str = "") -> tuple[FeatureCache, list[str]]:
-    """The cache of a training, and the images that it had to encode."""
+    """Return the cache of a training and the images that it encoded."""
     encoded: list[str] = []
     use = FeatureFolder(str(folder), training)
     with use.encoding(report=lambda line: None, check=lambda: None):
-        found = complete_cache(manifest_of(images), use, encode=encoder_of(str(folder), encoded), shape=(1, 1, 16))
-    return found, encoded
+        complete = complete_cache(manifest_of(images), use, encode=encoder_of(str(folder), encoded), shape=(1, 1, 16))
+    return complete, encoded
 
 
-def features_of(found: FeatureCache) -> dict[str, bytes]:
-    """By image what the files have, each image once."""
-    rows = [row for file in found.files() for row in pq.read_table(file).to_pylist() if not row["error_code"]]
+def features_of(complete: FeatureCache) -> dict[str, bytes]:
+    """Return the features in the files by image, and check that each image occurs once."""
+    rows = [row for file in complete.files() for row in pq.read_table(file).to_pylist() if not row["error_code"]]
     assert len(rows) == len({row["image_id"] for row in rows})
     return {row["image_id"]: row["features"] for row in rows}
 
@@ -111,7 +111,9 @@ def test_only_a_changed_image_is_encoded_again(images: Path, tmp_path: Path) -> 
     assert encoded == ["03.jpg"]
     assert features_of(second) == expected(images)
     assert second.notes == ["1 image changed since encoding: encoded again"]
-    assert {file.name for file in (tmp_path / "cache").glob("*.parquet")} == set(second.parts), "the old part is gone"
+    assert {file.name for file in (tmp_path / "cache").glob("*.parquet")} == set(second.parts), (
+        "the old part is removed"
+    )
 
 
 def test_a_path_that_points_to_another_file_is_encoded_again(images: Path, tmp_path: Path) -> None:
@@ -121,10 +123,10 @@ def test_a_path_that_points_to_another_file_is_encoded_again(images: Path, tmp_p
     (images / "05.jpg").rename(images / "moved.jpg")
     (images / "05.jpg").symlink_to(images / "06.jpg")
     os.utime(images / "06.jpg", ns=(time_ns + 1, time_ns + 1))
-    found, encoded = cache(images, tmp_path / "cache")
+    complete, encoded = cache(images, tmp_path / "cache")
 
     assert encoded == ["05.jpg", "06.jpg"]
-    assert features_of(found)["05.jpg"] == features_of(found)["06.jpg"]
+    assert features_of(complete)["05.jpg"] == features_of(complete)["06.jpg"]
 
 
 def test_unchanged_images_are_not_encoded_again(images: Path, tmp_path: Path) -> None:
@@ -145,19 +147,19 @@ def test_a_failed_image_is_retried_each_time(images: Path, tmp_path: Path) -> No
     assert [row["error_code"] for row in again.failures] == ["missing"]
 
     (images / "04.jpg").write_bytes(b"photograph 4")
-    found, encoded = cache(images, tmp_path / "cache")
-    assert encoded == ["04.jpg"] and not found.failures
-    assert features_of(found) == expected(images)
+    complete, encoded = cache(images, tmp_path / "cache")
+    assert encoded == ["04.jpg"] and not complete.failures
+    assert features_of(complete) == expected(images)
 
 
 def test_a_missing_image_is_not_served_from_the_cache(images: Path, tmp_path: Path) -> None:
     cache(images, tmp_path / "cache")
 
     (images / "07.jpg").unlink()
-    found, _ = cache(images, tmp_path / "cache")
+    complete, _ = cache(images, tmp_path / "cache")
 
-    assert [row["image_id"] for row in found.failures] == ["07.jpg"]
-    assert "07.jpg" not in features_of(found)
+    assert [row["image_id"] for row in complete.failures] == ["07.jpg"]
+    assert "07.jpg" not in features_of(complete)
 
 
 def test_features_of_a_version_that_did_not_record_their_files_are_recomputed(images: Path, tmp_path: Path) -> None:
@@ -166,13 +168,13 @@ def test_features_of_a_version_that_did_not_record_their_files_are_recomputed(im
         write_table(str(path), pq.read_table(path).drop(["origin"]))
     (tmp_path / "cache" / "_imcap" / "seal.json").unlink()
 
-    found, encoded = cache(images, tmp_path / "cache")
+    complete, encoded = cache(images, tmp_path / "cache")
 
     assert len(encoded) == NUM_IMAGES
-    assert found.notes == [
+    assert complete.notes == [
         f"{NUM_IMAGES} images encoded by an earlier version, which did not record their files: encoded again"
     ]
-    assert features_of(found) == expected(images)
+    assert features_of(complete) == expected(images)
 
 
 def test_if_all_images_are_missing_it_is_an_error_until_they_are_back(images: Path, tmp_path: Path) -> None:
@@ -181,8 +183,8 @@ def test_if_all_images_are_missing_it_is_an_error_until_they_are_back(images: Pa
         cache(images, tmp_path / "cache")
 
     (tmp_path / "elsewhere").rename(images)
-    found, _ = cache(images, tmp_path / "cache")
-    assert features_of(found) == expected(images)
+    complete, _ = cache(images, tmp_path / "cache")
+    assert features_of(complete) == expected(images)
 
 
 def test_images_of_a_table_that_was_rewritten_are_out_of_date(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_concurrent_trainings_encode_each_image_once(images: Path, tmp_path: Pat
         training.join(50)
 
     assert sorted(encoded) == sorted(expected(images))
-    assert [features_of(found) for found in caches] == [expected(images)] * 3
+    assert [features_of(complete) for complete in caches] == [expected(images)] * 3
 
 
 def test_a_training_that_waits_for_another_one_names_it(tmp_path: Path) -> None:
@@ -268,7 +270,7 @@ def test_a_training_that_waits_for_another_one_names_it(tmp_path: Path) -> None:
 def test_parts_being_written_by_another_training_are_neither_removed_nor_duplicated(
     images: Path, tmp_path: Path
 ) -> None:
-    """The second takes a stalled first for dead, and both finish."""
+    """The second training considers the stalled first one dead, and both finish."""
     folder = tmp_path / "cache"
     has_written, may_end = threading.Event(), threading.Event()
     results: list[FeatureCache] = []

@@ -1,4 +1,4 @@
-"""Which lines of progress a log gets, by a clock of the test's own."""
+"""Which progress lines a log gets, with a simulated clock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def reporter(clock: Clock, lines: list[str]) -> ProgressReporter:
 
 
 def report_captioning(reporter: ProgressReporter, clock: Clock, *, seconds: int, startup: int) -> None:
-    """A run in which Ray starts, 20 images/s are captioned, and the last parts are written."""
+    """Simulate a run: Ray starts, 20 images/s are captioned, and the last parts are written."""
     total = 20 * (seconds - startup)
     for second in range(seconds + 60):
         clock.now = 5000.0 + second

@@ -8,7 +8,7 @@ from imcap_ray.runs.rate import LineSchedule, Pace
 
 
 def moments_of_lines(seconds: int, *, start: float = 1000.0) -> list[float]:
-    """When lines are due in a run that asks once a second."""
+    """Return when lines are due in a run that checks once a second."""
     schedule = LineSchedule(start)
     return [second for second in range(1, seconds + 1) if schedule.is_due(start + second)]
 
@@ -37,7 +37,7 @@ def test_a_late_check_gets_one_line_and_not_the_missed_ones() -> None:
 
 
 def run_of(*, actors: int, batch: int, batch_seconds: float, stagger: float, startup: float) -> Callable[[float], int]:
-    """The count by the second of actors that work at one speed; the last is `stagger` seconds behind the first."""
+    """Return the count over time of actors of the same speed; the last starts `stagger` seconds after the first."""
 
     def done(second: float) -> int:
         started = [second - startup - stagger * number / actors for number in range(actors)]

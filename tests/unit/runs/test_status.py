@@ -1,4 +1,4 @@
-"""How far a run is, told by its files alone."""
+"""Progress of a run, determined only from its files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def ago(seconds: float) -> str:
 def write_captions(
     location: Path, *, num_images: int, ok: int, missing: int = 0, is_noted: bool = True, **run: Any
 ) -> CaptionsFolder:
-    """A captioning output of `num_images` images, some of which have rows in one part."""
+    """Write a captioning output of `num_images` images, some of which have rows in one part."""
     folder = CaptionsFolder(str(location))
     rows = [
         {name: "" for name in CAPTIONS_SCHEMA.names if pa.types.is_string(CAPTIONS_SCHEMA.field(name).type)}

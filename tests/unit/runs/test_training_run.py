@@ -1,4 +1,4 @@
-"""The files of a training that show that it is alive, and why its workers stopped."""
+"""Files that show whether a training is alive and why its workers stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which captions are scored against which references, and when a score would mislead."""
+"""Which captions are scored against which references, and which scores would be misleading."""
 
 from __future__ import annotations
 

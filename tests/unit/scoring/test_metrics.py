@@ -44,7 +44,7 @@ WHERE = [
 
 
 def make_references(num_images: int, references_per_image: int = 5, seed: int = 0) -> dict[str, list[str]]:
-    """Sentences about the same scene share two of their three parts with most of the others."""
+    """Return sentences, of which those about the same scene share two of three parts with most others."""
     generator = random.Random(seed)
 
     def reference(scene: list[str]) -> str:
@@ -66,7 +66,7 @@ def to_tokens(references: Mapping[str, Sequence[str]]) -> list[list[list[str]]]:
 
 
 def in_coco_form(hypotheses: list[list[str]], references: list[list[list[str]]]) -> tuple[dict, dict]:
-    """In the order coco-caption's scorers take them: references, hypotheses."""
+    """Return references and hypotheses in the order of the coco-caption scorers."""
     return (
         {index: [" ".join(reference) for reference in image] for index, image in enumerate(references)},
         {index: [" ".join(hypothesis)] for index, hypothesis in enumerate(hypotheses)},
@@ -175,7 +175,7 @@ def test_cider_d_accepts_document_frequencies_of_another_corpus():
     references = to_tokens(make_references(20))
     frequencies = DocumentFrequencies.of(training)
 
-    # A batch of the training split is scored as in the whole split, whatever the batch.
+    # A batch of the training split is scored as in the complete split, for any batch.
     of_the_split = CiderD(training)
     of_a_batch = CiderD(training[30:40], frequencies)
 
@@ -185,7 +185,7 @@ def test_cider_d_accepts_document_frequencies_of_another_corpus():
 
 
 def judged(report: EvaluationReport, references: Mapping[str, Sequence[str]], captions: Mapping[str, str]) -> None:
-    """The report says what the slow judge says."""
+    """Check that the report equals the reference implementation."""
     tokens = to_tokens(references)
     hypotheses = [tokenize(captions[image_id]) for image_id in references]
     rows = slow_scores.image_rows(hypotheses, tokens)
@@ -265,8 +265,8 @@ def test_references_as_captions_score_worse_than_captions_as_references():
     wordy = score(long, {image_id: [text] for image_id, text in short.items()})
 
     assert (brief.length_ratio, wordy.length_ratio) == pytest.approx((5 / 13, 13 / 5))
-    assert brief.bleu_1 == pytest.approx(math.exp(1 - 13 / 5))  # nothing wrong, too little said
-    assert wordy.bleu_1 == pytest.approx(5 / 13)  # too much said
+    assert brief.bleu_1 == pytest.approx(math.exp(1 - 13 / 5))  # nothing wrong, but too short
+    assert wordy.bleu_1 == pytest.approx(5 / 13)  # too long
 
 
 def test_an_empty_caption_is_scored_and_not_skipped():
@@ -407,7 +407,7 @@ def test_captions_compared_with_themselves_do_not_differ():
 def test_a_difference_is_resampled_on_the_same_images_and_changes_sign_when_swapped():
     references = make_references(60)
     good = {image_id: texts[0] for image_id, texts in references.items()}
-    # The same captions but for every tenth image: each alone varies much more than what is between them.
+    # The same captions except for every tenth image: each varies much more than their difference.
     worse = {image_id: text if i % 10 else "a bird" for i, (image_id, text) in enumerate(good.items())}
 
     report = evaluate(good, references, against=("worse", worse))

@@ -1,4 +1,4 @@
-"""Nothing that a file name or a caption holds is obeyed by a terminal or by Markdown."""
+"""File names and captions are never interpreted by a terminal or by Markdown."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_ptb_tokens_of_free_text(text: str, tokens: list[str]):
 
 
 def words_of_a_whole_sentence(text: str) -> list[str]:
-    """The judge: the treebank tokenizer sees all words at once."""
+    """Reference: the treebank tokenizer applied to all words at once."""
     tokens = TreebankWordTokenizer().tokenize(" ".join([*split_words(text), "."]))
     return [token for token in tokens if token not in PUNCTUATION_ALONE]
 

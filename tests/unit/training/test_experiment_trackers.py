@@ -26,7 +26,7 @@ def without_mlflow_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows of a folder."""
+    """Return the curves that TensorBoard shows for a folder."""
     shown = EventAccumulator(str(folder))
     shown.Reload()
     return {
@@ -80,7 +80,7 @@ def test_event_files_are_written_where_tensorboard_is_not_installed(tmp_path: Pa
 
 
 class Server:
-    """MLflow's file store, asked as a user asks it."""
+    """The file store of MLflow, queried like a user would."""
 
     def __init__(self, folder: Path) -> None:
         from mlflow import MlflowClient
@@ -111,7 +111,7 @@ def work(tmp_path: Path) -> str:
 
 
 def train(work: str, done: int, until: int, lines: list[str], error: BaseException | None = None) -> None:
-    """A training that resumes after `done` epochs, and ends well or with the error."""
+    """Simulate a training that resumes after `done` epochs and ends normally or with the error."""
     options: dict[str, Any] = {"run_name": "mine", "parameters": PARAMETERS, "report": lines.append}
     with tracking(work, epochs(done), **options) as trackers:
         for count in range(done, until + 1):

@@ -67,7 +67,7 @@ def test_fine_tuning_changes_the_cnn_from_the_first_layer_on_and_no_statistics(e
     expected = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
     assert of_cnn == set(expected)
     assert "cnn.cnn.blocks.5.0.conv_pw.weight" in of_cnn
-    assert not any("conv_dw" in name for name in of_cnn), "depthwise filters are left as they are"
+    assert not any("conv_dw" in name for name in of_cnn), "depthwise filters are unchanged"
     assert not any(name.startswith("cnn.cnn.blocks.4") or "running" in name for name in of_cnn)
     assert not model.encoder.training and model.decoder.training
     assert not equal(optimization.kept.state_dict(), model.state_dict()), "the moving average lags behind"
@@ -98,7 +98,7 @@ def test_layers_after_the_grid_are_not_trained(name: str) -> None:
 
 
 def test_a_fine_tuning_whose_optimizer_contains_such_layers_resumes() -> None:
-    """As a single worker of an earlier version left it: these layers never had a gradient."""
+    """Single workers of earlier versions saved such states: these layers never had a gradient."""
 
     def start(*, freezes: bool) -> Optimization:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The card says what the model was made of, in valid Markdown."""
+"""The card describes the model and its training, in valid Markdown."""
 
 from __future__ import annotations
 

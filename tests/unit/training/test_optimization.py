@@ -30,7 +30,7 @@ PLAIN = TrainingConfig(schedule="constant", learning_rate=1e-2, label_smoothing=
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some CPUs would compute in bfloat16, with three digits."""
+    """Disable bfloat16, which some CPUs would use, because it has three digits."""
     monkeypatch.setattr(optimization, "prefers_bfloat16", lambda device: False)
 
 
@@ -50,7 +50,7 @@ def make_features() -> Tensor:
 
 
 def make_captions() -> list[list[list[int]]]:
-    """Two captions of each image, of three to nine words."""
+    """Return two captions of each image, of three to nine words."""
     generator = torch.Generator().manual_seed(2)
 
     def words(count: int) -> list[int]:
@@ -93,19 +93,19 @@ def test_a_step_uses_few_distinct_batch_sizes() -> None:
 
 
 def test_padding_changes_neither_loss_nor_step(decoder: Decoder) -> None:
-    config, found = replace(PLAIN, label_smoothing=0.1), []
+    config, results = replace(PLAIN, label_smoothing=0.1), []
     for bucket_size in (1, 4, 16):
         optimization = optimize(copy.deepcopy(decoder), config)
         advantages = [[0.5, -1.0]] * NUM_IMAGES
         batch = make_batch(make_features(), make_captions(), CPU, advantages=advantages, bucket_size=bucket_size)
         loss, num_tokens = optimization.step(batch)
         weights = torch.cat([parameter.detach().flatten() for parameter in optimization.trained.parameters()])
-        found.append((float(loss), num_tokens, weights))
+        results.append((float(loss), num_tokens, weights))
 
-    for loss, num_tokens, weights in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-5)
-        assert num_tokens == found[0][1]
-        assert torch.allclose(weights, found[0][2], rtol=1e-3, atol=2e-3)
+    for loss, num_tokens, weights in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert num_tokens == results[0][1]
+        assert torch.allclose(weights, results[0][2], rtol=1e-3, atol=2e-3)
 
 
 def test_the_loss_of_a_batch_is_the_sum_over_its_captions(decoder: Decoder) -> None:
@@ -126,9 +126,9 @@ def test_an_image_without_captions_changes_nothing(decoder: Decoder) -> None:
     features, captions = make_features(), make_captions()
     expected = optimize(copy.deepcopy(decoder)).step(make_batch(features[1:], captions[1:], CPU))
 
-    found = optimize(copy.deepcopy(decoder)).step(make_batch(features, [[], *captions[1:]], CPU))
+    actual = optimize(copy.deepcopy(decoder)).step(make_batch(features, [[], *captions[1:]], CPU))
 
-    assert list(map(float, found)) == pytest.approx(list(map(float, expected)), rel=1e-5)
+    assert list(map(float, actual)) == pytest.approx(list(map(float, expected)), rel=1e-5)
 
 
 def test_label_smoothing_changes_the_step_and_not_the_reported_loss() -> None:
@@ -148,7 +148,9 @@ def test_a_tiny_model_memorises_eight_images(decoder: Decoder) -> None:
 
     losses = [float(loss) / num_tokens for loss, num_tokens in (optimization.step(batch) for _ in range(150))]
 
-    assert losses[0] == pytest.approx(math.log(VOCABULARY_SIZE), rel=0.2), "it starts by knowing nothing"
+    assert losses[0] == pytest.approx(math.log(VOCABULARY_SIZE), rel=0.2), (
+        "an untrained model predicts all words equally"
+    )
     assert losses[-1] < 0.1 * losses[0]
 
 
@@ -198,13 +200,13 @@ def test_the_reward_is_cider_d_with_the_end_as_a_token() -> None:
     captions = {"a": ["a dog runs", "a dog plays on grass"], "b": ["two men sit", "men on a bench"]}
     vocabulary = Vocabulary.build(text for texts in captions.values() for text in texts)
     reward = CaptionReward(captions, vocabulary)
-    said = vocabulary.to_ids("a dog runs", max_length=9)
+    ids = vocabulary.to_ids("a dog runs", max_length=9)
 
     end = vocabulary.tokens[END_ID]
     cider_d = CiderD([[[*text.split(), end] for text in texts] for texts in captions.values()])
-    assert reward("a", said) == pytest.approx(cider_d.score(0, ["a", "dog", "runs", end]))
-    assert reward("a", said) > reward("a", said[:-1]), "it did not come to an end"
-    assert reward("a", said) > reward("b", said)
+    assert reward("a", ids) == pytest.approx(cider_d.score(0, ["a", "dog", "runs", end]))
+    assert reward("a", ids) > reward("a", ids[:-1]), "a caption without an end scores less"
+    assert reward("a", ids) > reward("b", ids)
 
 
 def test_bleu_contributes_to_the_reward_by_its_weight() -> None:
@@ -217,10 +219,10 @@ def test_bleu_contributes_to_the_reward_by_its_weight() -> None:
         "a dog runs": (4 / 4, 4 / 4, 3 / 3, 2 / 2),
         "a dog sits": (3 / 4, 2 / 4, 1 / 3, 1 / 2),
     }.items():
-        said = vocabulary.to_ids(text, max_length=9)
+        ids = vocabulary.to_ids(text, max_length=9)
         bleu = math.prod(matches) ** (1 / 4)
-        assert mixed("a", said) - plain("a", said) == pytest.approx(2 * bleu), text
-    assert mixed("a", [START_ID, END_ID]) >= 0, "nothing was said"
+        assert mixed("a", ids) - plain("a", ids) == pytest.approx(2 * bleu), text
+    assert mixed("a", [START_ID, END_ID]) >= 0, "an empty caption"
 
 
 def test_captions_are_sampled_in_proportion_to_their_probability() -> None:
@@ -255,9 +257,11 @@ def test_a_step_uses_the_probabilities_with_which_captions_were_sampled(decoder:
         decoder, decoder, PLAIN, total_steps=9, temperature=temperature, forbidden_ids=SUPPRESSED_TOKEN_IDS
     )
 
-    found, num_tokens = optimization.step(make_batch(features, drawn, CPU, advantages=[[0.3, -0.1, -0.2]] * NUM_IMAGES))
+    actual, num_tokens = optimization.step(
+        make_batch(features, drawn, CPU, advantages=[[0.3, -0.1, -0.2]] * NUM_IMAGES)
+    )
 
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert actual == pytest.approx(expected, rel=1e-4)
     assert num_tokens == sum(len(ids) - 1 for of_image in drawn for ids in of_image)
     bias = decoder.output_bias if isinstance(decoder, AttentionDecoder) else decoder.output.bias
     assert bias.grad is not None
@@ -300,13 +304,13 @@ def rows(phase: str, *scores: float) -> list[dict[str, Any]]:
 def test_phases_follow_each_other_with_their_own_settings() -> None:
     recipe = recipe_of(finetune=3, self_critical=5)
 
-    found = phases(recipe)
+    by_phase = phases(recipe)
 
-    assert list(found) == ["cross_entropy", "finetune", "self_critical"]
-    assert found["cross_entropy"] == recipe.training
-    assert [settings.epochs for settings in found.values()] == [4, 3, 5]
-    assert [settings.learning_rate for settings in found.values()] == [recipe.training.learning_rate, 1e-4, 2e-5]
-    assert [settings.label_smoothing for settings in found.values()] == [0.1, 0.1, 0.0]
+    assert list(by_phase) == ["cross_entropy", "finetune", "self_critical"]
+    assert by_phase["cross_entropy"] == recipe.training
+    assert [settings.epochs for settings in by_phase.values()] == [4, 3, 5]
+    assert [settings.learning_rate for settings in by_phase.values()] == [recipe.training.learning_rate, 1e-4, 2e-5]
+    assert [settings.label_smoothing for settings in by_phase.values()] == [0.1, 0.1, 0.0]
     assert num_epochs(recipe) == 12
     assert list(phases(recipe_of(self_critical=1))) == ["cross_entropy", "self_critical"]
 
@@ -319,20 +323,20 @@ def test_phases_that_are_repeated_follow_each_other_with_the_same_settings() -> 
         self_critical=replace(once.self_critical, repetitions=3, patience=0),
     )
 
-    found = phases(recipe)
+    by_phase = phases(recipe)
 
     kinds = {"finetune": 2, "self_critical": 3}
-    assert list(found) == [
+    assert list(by_phase) == [
         "cross_entropy", "finetune", "finetune_2", "self_critical", "self_critical_2", "self_critical_3"
     ]  # fmt: skip
-    assert [kind_of(phase) for phase in found] == ["cross_entropy", *2 * ["finetune"], *3 * ["self_critical"]]
+    assert [kind_of(phase) for phase in by_phase] == ["cross_entropy", *2 * ["finetune"], *3 * ["self_critical"]]
     for kind, times in kinds.items():
-        assert all(found[f"{kind}_{number}"] == found[kind] for number in range(2, times + 1))
+        assert all(by_phase[f"{kind}_{number}"] == by_phase[kind] for number in range(2, times + 1))
     assert num_epochs(recipe) == 4 + 2 * 3 + 3 * 2
     history: list[dict[str, Any]] = []
     while (phase := next_phase(history, recipe)) is not None:
         history += rows(phase, 0.1 * len(history))
-    assert [row["phase"] for row in history] == [phase for phase, of in found.items() for _ in range(of.epochs)]
+    assert [row["phase"] for row in history] == [phase for phase, of in by_phase.items() for _ in range(of.epochs)]
 
 
 def test_a_phase_ends_after_its_epochs_or_when_it_stops_improving() -> None:
@@ -341,7 +345,9 @@ def test_a_phase_ends_after_its_epochs_or_when_it_stops_improving() -> None:
 
     assert next_phase([], recipe) == "cross_entropy"
     assert next_phase(first[:3], recipe) == "cross_entropy"
-    assert next_phase(rows("cross_entropy", 0.3, 0.2), recipe) == "cross_entropy", "one epoch is not yet two"
+    assert next_phase(rows("cross_entropy", 0.3, 0.2), recipe) == "cross_entropy", (
+        "only one epoch without a better score"
+    )
     assert next_phase(rows("cross_entropy", 0.3, 0.2, 0.3), recipe) == "finetune", "two without a better score"
     assert next_phase(first, recipe) == "finetune"
     assert next_phase(first + second[:1], recipe) == "finetune"
@@ -382,15 +388,17 @@ def test_each_step_uses_the_learning_rate_of_the_schedule() -> None:
     config = replace(PLAIN, schedule="cosine", warmup_steps=2)
     optimization = optimize(make_decoder(), config, total_steps=5)
 
-    found = []
+    learning_rates = []
     for _ in range(5):
-        found.append(optimization.optimizer.param_groups[0]["lr"])
+        learning_rates.append(optimization.optimizer.param_groups[0]["lr"])
         optimization.step(whole_batch())
 
-    assert found == pytest.approx([config.learning_rate * learning_rate_factor(step, 5, config) for step in range(5)])
+    assert learning_rates == pytest.approx(
+        [config.learning_rate * learning_rate_factor(step, 5, config) for step in range(5)]
+    )
 
 
-# ---- what is kept
+# ---- the moving average
 
 
 def test_without_a_moving_average_the_decoder_itself_is_kept() -> None:
@@ -404,7 +412,9 @@ def test_the_moving_average_follows_the_weights() -> None:
     optimization = optimize(decoder, replace(PLAIN, ema_decay=decay))
 
     optimization.step(whole_batch())
-    assert equal(optimization.kept.state_dict(), decoder.state_dict()), "it starts at the first step's weights"
+    assert equal(optimization.kept.state_dict(), decoder.state_dict()), (
+        "the average starts at the weights of the first step"
+    )
     expected = clone(decoder.state_dict())
     for _ in range(3):
         optimization.step(whole_batch())

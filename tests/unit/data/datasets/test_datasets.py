@@ -1,4 +1,4 @@
-"""Every format becomes the same table, and every problem in it is reported."""
+"""Every format gives the same table, and every problem in it is reported."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def flickr8k(tmp_path: Path, make_flickr8k: Callable[..., Path]) -> Path:
 
 
 def load(location: object) -> CaptionedImages:
-    """The data set, the laws of its table checked on the way."""
+    """Load a data set and check the invariants of its table."""
     dataset = load_dataset(str(location))
     assert dataset.table.schema == DATASET_SCHEMA
     rows = dataset.table.to_pylist()
@@ -141,7 +141,7 @@ def test_the_image_folder_can_have_another_name(flickr8k: Path, name: str) -> No
     assert Path(load(flickr8k).table["image_path"][0].as_py()).parent.name == name
 
 
-# ---- Kaggle's form
+# ---- Kaggle
 
 
 def write_kaggle(folder: Path, text: str) -> Path:
@@ -297,7 +297,7 @@ def test_damaged_parquet_is_named(tmp_path: Path) -> None:
         load_dataset(str(tmp_path))
 
 
-# ---- images that lie elsewhere
+# ---- images outside the data
 
 
 @pytest.mark.parametrize(("on_disk", "in_text"), [("NFD", "NFC"), ("NFC", "NFD")])
@@ -317,7 +317,7 @@ def test_a_name_can_be_in_another_unicode_normal_form(tmp_path: Path, on_disk: A
 
 
 def write_naming(folder: Path, form: str, path: str) -> Path:
-    """A data set in this form whose second image is at `path`; what the first one's folder is."""
+    """Write a data set in this format whose second image is at `path`; return the folder of the first."""
     if form == "Flickr8k":
         (folder / "Images").mkdir(parents=True)
         (folder / "Flickr8k.token.txt").write_text(f"a.jpg#0\tA dog .\n{path}#0\tA cat .\n")
@@ -388,7 +388,7 @@ def test_the_error_for_an_unknown_split_lists_the_available_ones(tmp_path: Path)
 
 
 def test_the_split_of_a_name_never_changes() -> None:
-    """Other numbers would move images between training and test from one version to the next."""
+    """Different numbers would move images between training and test in a new version."""
     assert [number for number in range(60) if split_of(f"{number}.jpg") == "validation"] == [18, 27, 59]
     assert [number for number in range(60) if split_of(f"{number}.jpg") == "test"] == [14, 40, 43, 50]
 

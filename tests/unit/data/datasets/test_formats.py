@@ -1,4 +1,4 @@
-"""The same small data set in each of the formats people have: whichever it is, the same table comes out of it."""
+"""The same small data set in each supported format gives the same table."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def write_webdataset(folder: Path) -> None:
 
 
 def write_hugging_face_parquet(folder: Path) -> None:
-    """As `Dataset.push_to_hub` leaves it: structs of bytes and path, a file or more for each split."""
+    """Write what `Dataset.push_to_hub` writes: structs of bytes and path, and files for each split."""
     for split in SPLITS:
         chosen = {name: (n, captions) for n, (name, (of, captions)) in enumerate(IMAGES.items()) if of == split}
         images = [{"bytes": jpeg(number), "path": name} for name, (number, _) in chosen.items()]
@@ -165,7 +165,7 @@ def write_hugging_face_parquet(folder: Path) -> None:
 
 
 def write_parquet_of_bytes(folder: Path) -> None:
-    """A row for each caption."""
+    """Write one row per caption."""
     rows = [
         {"image_id": name, "split": SHORT[split], "jpg": jpeg(number), "TEXT": caption}
         for number, (name, (split, captions)) in enumerate(IMAGES.items())
@@ -180,7 +180,7 @@ def write_metadata_parquet(folder: Path) -> None:
     pq.write_table(pa.table({"file_name": [*REFERENCES], "text": [*REFERENCES.values()]}), folder / "metadata.parquet")
 
 
-# What the format is called, and whether it says the splits. Ids may have a folder before the name, or lack the ending.
+# Name of the format, and whether it has splits. Ids can have a folder before the name, or lack the extension.
 FORMATS: Final[dict[Callable[[Path], None], tuple[str, bool]]] = {
     write_flickr30k_token: ("Flickr30k as distributed", False),
     write_flickr30k_csv: ("Flickr30k as distributed", False),
@@ -203,11 +203,11 @@ every_format = pytest.mark.parametrize("write", FORMATS, ids=lambda write: write
 
 
 def images_of(dataset: CaptionedImages) -> list[bytes | ImageError]:
-    """What is read of the images, in the order of their ids."""
+    """Read the images, in the order of their ids."""
     rows = dataset.manifest(dataset.table)
     images = read_rows(rows.to_pylist(), root_of(rows), image_columns=image_columns_of(rows))
-    found = {row["image_id"]: data for row, data in images}
-    return [found[image_id] for image_id in sorted(found)]
+    by_id = {row["image_id"]: data for row, data in images}
+    return [by_id[image_id] for image_id in sorted(by_id)]
 
 
 def stem(image_id: str) -> str:
@@ -223,8 +223,8 @@ def test_every_format_gives_the_same_table(tmp_path: Path, write: Callable[[Path
 
     assert dataset.format == name
     assert dataset.table.schema == DATASET_SCHEMA
-    assert {stem(key): found for key, found in dataset.references().items()} == {
-        stem(key): found for key, found in REFERENCES.items()
+    assert {stem(key): by_id for key, by_id in dataset.references().items()} == {
+        stem(key): by_id for key, by_id in REFERENCES.items()
     }
     for row in dataset.table.to_pylist():
         if has_splits:
@@ -236,7 +236,7 @@ def test_every_format_gives_the_same_table(tmp_path: Path, write: Callable[[Path
 
 @every_format
 def test_no_format_can_name_files_outside_the_data(tmp_path: Path, write: Callable[[Path], None]) -> None:
-    """The same files, with each mention of one image replaced by a path to a file above the data."""
+    """Use the same files, with each mention of one image replaced by a path to a file above the data."""
     data = tmp_path / "data"
     write(data)
     put_images(tmp_path, ["dog.jpg"])
@@ -477,7 +477,7 @@ def test_a_truncated_tar_keeps_the_members_before_the_end(tmp_path: Path) -> Non
 
 
 def written_tar(path: Path, *names: str) -> CaptionedImages:
-    """The data set of a tar of these members: images of different bytes, and texts that are "text N"."""
+    """Load a tar of these members: images of different bytes, and texts that are "text N"."""
     members = [
         (name, f"text {number}".encode() if name.endswith((".txt", ".json")) else jpeg(number))
         for number, name in enumerate(names)
@@ -486,7 +486,7 @@ def written_tar(path: Path, *names: str) -> CaptionedImages:
 
 
 def captions_by_image(dataset: CaptionedImages) -> dict[int, list[str]]:
-    """For each captioned image its number, known by its bytes, and its captions."""
+    """Map the number of each captioned image, recognised by its bytes, to its captions."""
     rows = dataset.manifest(dataset.table)
     numbers = {jpeg(number): number for number in range(12)}
     references = dataset.references()
@@ -521,7 +521,7 @@ def test_images_of_one_key_share_its_text_and_keep_their_own(tmp_path: Path) -> 
 
     dataset = written_tar(tmp_path / "a.tar", *names)
 
-    # The tar's names are equal up to a later dot, so that n.img.jpg and n.cap.txt are no pair.
+    # The tar's names are equal up to a later dot, so that n.img.jpg and n.cap.txt are not a pair.
     assert captions_by_image(dataset) == {0: ["text 2"], 1: ["text 2"], 4: ["text 5"]}
     assert "1 caption file belongs to several images: a.tar, k.txt" in dataset.notes
     assert "2 images have no caption: a.tar, m.left.jpg, a.tar, n.img.jpg" in dataset.notes
@@ -591,7 +591,7 @@ def test_every_captioned_image_of_a_tar_is_in_its_data_set(
         assert all(names[text].rpartition(".")[0].removeprefix("./") not in stems - {own} for text in texts)
 
 
-# ---- one name for two images
+# ---- two images with the same name
 
 
 def test_captions_of_another_image_with_the_same_name_are_skipped_and_named(tmp_path: Path) -> None:
@@ -704,7 +704,7 @@ def test_column_options_require_tables(tmp_path: Path) -> None:
         load_dataset(str(tmp_path), columns=ColumnOptions(caption="title"))
 
 
-# ---- several kinds of files in one place
+# ---- several formats in one folder
 
 
 def hugging_face_folder(folder: Path) -> None:
@@ -808,7 +808,7 @@ def test_images_in_tars_and_in_tables_are_refused_in_every_command(tmp_path: Pat
         build_manifest(str(tmp_path / "data"), str(tmp_path / "manifest"))
 
 
-# ---- whatever a file holds
+# ---- files of any content
 
 JSON: Final = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["a.jpg", "train"]),
@@ -867,4 +867,4 @@ def test_malformed_bytes_never_give_a_traceback(
     dataset = loads_or_is_refused(folder)
 
     if dataset is not None:
-        assert all(caption.strip() for found in dataset.references().values() for caption in found)
+        assert all(caption.strip() for by_id in dataset.references().values() for caption in by_id)

@@ -1,4 +1,4 @@
-"""What happens to a process when Ray's head service has stopped answering."""
+"""Behaviour of a process when the head service of Ray stops responding."""
 
 from __future__ import annotations
 

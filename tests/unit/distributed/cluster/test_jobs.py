@@ -1,4 +1,4 @@
-"""What is sent to a cluster, as far as it needs none; the rest is in tests/integration."""
+"""What is sent to a cluster, tested without one; the rest is in tests/integration."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ LOG = "first\nsecond is cut in the middle\n\nümlaut\nlast without an end"
 
 
 class Dashboard:
-    """Answers as Ray's does. Each connection to the log sends some of its pieces, and ends as it is told."""
+    """Responds like the dashboard of Ray. Each log connection sends some of the pieces and ends as configured."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Dashboard:
 
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str]]:
-    """Run a dashboard in a thread; its address."""
+    """Run a dashboard in a thread and return its address."""
     monkeypatch.setattr(jobs, "LONGEST_PAUSE_SECONDS", 0.01)
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -154,7 +154,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Dashboard], str
 
 
 def lines_of(address: str, job: str = "known") -> tuple[int, list[str]]:
-    """The exit code and what was said after the first line, which tells how to come back."""
+    """Return the exit code and the output after the first line, which says how to follow the job."""
     lines: list[str] = []
     code = jobs.follow(job, address=address, echo=lines.append)
     assert f"imcap submit --address {address} --follow {job}" in lines[0]
@@ -239,18 +239,18 @@ def test_a_missing_job_is_reported(serve: Callable[[Dashboard], str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("versions", "said"),
+    ("versions", "message"),
     [
         ({"ray_version": "2.59.0"}, f"runs Ray 2.59.0, imcap here {ray.__version__}: install the same on both"),
         ({"python_version": "3.8.20"}, r"runs Python 3.8.20, imcap needs >=3.10.*: start it with another image"),
     ],
 )
 def test_a_cluster_of_other_versions_is_refused_before_anything_is_sent(
-    serve: Callable[[Dashboard], str], versions: dict[str, str], said: str
+    serve: Callable[[Dashboard], str], versions: dict[str, str], message: str
 ) -> None:
     address = serve(Dashboard((len(LOG), "close"), details=SUCCEEDED, **versions))
 
-    with pytest.raises(ClusterError, match=said):
+    with pytest.raises(ClusterError, match=message):
         jobs.submit(["demo"], address=address, echo=lambda line: None)
 
 

@@ -1,4 +1,4 @@
-"""What a process may use of its machine, from the files of Linux, made here by hand."""
+"""Resources that a process can use on its machine, from handwritten copies of Linux files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is found out before work begins, as far as it needs no cluster."""
+"""Checks before work begins that need no cluster."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def identity_of(input: Path) -> dict[str, Any]:
     return run_identity(str(input), fingerprint=EchoCaptioner().fingerprint, search=EchoCaptioner().search)
 
 
-# ---- what a node sees
+# ---- access of the nodes
 
 
 def test_a_node_that_sees_everything_has_no_problem(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_single_node_is_not_probed() -> None:
     require_visible(RESOURCES, reads=[("INPUT", "/no/such/folder")], writes={"OUTPUT": "/no/such/output"})
 
 
-# ---- what the cluster has
+# ---- resources of the cluster
 
 
 def test_nodes_that_autoscaling_can_add_count_as_available() -> None:
@@ -103,7 +103,7 @@ def test_nodes_that_autoscaling_can_add_count_as_available() -> None:
         require(growing, cpus=7, gpus=5, what="--num-actors 5")
 
 
-# ---- what is sent along
+# ---- the package
 
 
 def test_a_package_that_contains_data_is_not_uploaded(tmp_path: Path) -> None:
@@ -122,11 +122,11 @@ def test_the_package_itself_is_small_enough() -> None:
     jobs.require_small(Path(imcap_ray.__file__).parent)
 
 
-# ---- what the user asks for
+# ---- wrong usage
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["caption", "in", "out", "--no-such-option"], "No such option"),
         (["caption", "in", "out", "--beam-size", "0"], "--beam-size"),
@@ -137,19 +137,19 @@ def test_the_package_itself_is_small_enough() -> None:
     ],
 )
 def test_wrong_usage_of_a_submitted_command_is_reported_before_contacting_the_cluster(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
+    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was contacted"))
 
     result = CliRunner().invoke(main.main, ["submit", *words])
 
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
     assert "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["caption", "memory://preflight/nowhere", "s3://bucket/out"], "no such INPUT: memory://preflight/nowhere"),
         (["caption", "in", "out", "--model", "memory://preflight/model"], "no such --model: memory://preflight/model"),
@@ -158,15 +158,15 @@ def test_wrong_usage_of_a_submitted_command_is_reported_before_contacting_the_cl
     ],
 )
 def test_missing_store_objects_are_reported_before_contacting_the_cluster(
-    monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
+    monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was asked"))
+    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was contacted"))
     storage.write_bytes("memory://preflight/here", b"")
 
     result = CliRunner().invoke(main.main, ["submit", *words])
 
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_an_unreachable_store_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,12 +235,12 @@ def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="left .bytes. and right .bytes.: give --image-column"):
         plan(None)
-    found = plan("left")
+    planned = plan("left")
     folder.write_run(identity_of(table) | {"image_column": "left", "id_column": "id"})
     build_manifest(str(table), folder.manifest, InputOptions(columns=ColumnOptions(image="left")))
 
-    assert (found.image_column, found.id_column) == ("left", "id")
-    assert found.notes == (f"{table}: images from column left (bytes), ids from column id",)
+    assert (planned.image_column, planned.id_column) == ("left", "id")
+    assert planned.notes == (f"{table}: images from column left (bytes), ids from column id",)
     assert plan("left").image_column == "left"
     with pytest.raises(InputError, match="read from column left, and would now be read from right: .*--overwrite"):
         plan("right")
@@ -312,12 +312,12 @@ def test_a_plan_of_a_training_reports_its_epochs_and_writes_nothing(tmp_path: Pa
     def plan(**options: Any) -> TrainingPlan:
         return prepare(tmp_path / "model", **options).plan()
 
-    found = plan(num_workers=(2, 4))
+    planned = plan(num_workers=(2, 4))
 
-    assert (found.num_images, found.num_captions) == ({"train": 6, "validation": 3, "test": 2}, 30)
-    assert found.num_epochs == {"cross_entropy": 3, "finetune": 2}
-    assert (found.num_epochs_done, found.num_workers, found.batch_size) == (0, "2 to 4 workers", 4)
-    assert found.seconds is None
+    assert (planned.num_images, planned.num_captions) == ({"train": 6, "validation": 3, "test": 2}, 30)
+    assert planned.num_epochs == {"cross_entropy": 3, "finetune": 2}
+    assert (planned.num_epochs_done, planned.num_workers, planned.batch_size) == (0, "2 to 4 workers", 4)
+    assert planned.seconds is None
     assert not (tmp_path / "model").exists()
 
     rows = [{"phase": "cross_entropy", "epoch": number + 1, "cider_d": 0.1, "seconds": 7.0} for number in range(2)]

@@ -1,4 +1,4 @@
-"""The folder of a private Ray: who may enter it, and when it is removed."""
+"""The folder of a private Ray: who can enter it, and when it is removed."""
 
 from __future__ import annotations
 

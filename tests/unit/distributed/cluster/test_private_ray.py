@@ -1,4 +1,4 @@
-"""How long a private Ray may take to start, and what happens when it does not. No Ray is started."""
+"""How long a private Ray can take to start, and what happens if it does not start. No Ray is started."""
 
 from __future__ import annotations
 

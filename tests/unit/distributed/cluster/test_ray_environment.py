@@ -1,4 +1,4 @@
-"""What Ray reads when it is imported is set before that, never over the user's settings; a private Ray gets a token."""
+"""Variables that Ray reads at import are set before, without overriding the user; a private Ray gets a token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print("ray" in sys.modules)
 
 
 def environment_for(address: str | None, *, first: str = "", **variables: str) -> dict[str, str]:
-    """The variables of Ray and malloc that a new process has after the call."""
+    """Return the variables of Ray and malloc in a new process after the call."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MALLOC_"))}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.replace("{first}", first), json.dumps([address])],

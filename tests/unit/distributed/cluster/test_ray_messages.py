@@ -1,4 +1,4 @@
-"""What users are shown of Ray's messages. No Ray is started."""
+"""Which parts of Ray's messages users see. No Ray is started."""
 
 from __future__ import annotations
 

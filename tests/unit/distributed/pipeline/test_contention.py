@@ -1,4 +1,4 @@
-"""When a run waits for CPUs that are in use, and how many actors it takes on a cluster that it shares."""
+"""When a run waits for CPUs in use, and how many actors it starts on a shared cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that is to end does, whatever it is doing, and no other."""
+"""A process that must end is ended during any work, and no other process is."""
 
 from __future__ import annotations
 

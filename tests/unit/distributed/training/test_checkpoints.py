@@ -25,7 +25,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def write_checkpoint(run: str, scores: list[float], phases: Sequence[str] = ()) -> str:
-    """The checkpoint after as many epochs as there are scores, without what a decoder has in it."""
+    """Write the checkpoint after as many epochs as there are scores, without a decoder."""
     folder = storage.join(run, checkpoint_name(len(scores)))
     history = [
         {"epoch": number, "phase": phase, "cider_d": score}
@@ -64,12 +64,12 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_it_is_the_newest(run: 
     folders = write_epochs(run, 0.1, 0.2, 0.3)
     damage(storage.join(folders[2], name))
 
-    found = newest_checkpoint(run)
+    newest = newest_checkpoint(run)
     epoch, lines = recovered(run, finished_epochs=3)
 
-    assert found is not None
-    assert found.epoch == epoch == 2
-    assert [row["cider_d"] for row in found.history] == [0.1, 0.2]
+    assert newest is not None
+    assert newest.epoch == epoch == 2
+    assert [row["cider_d"] for row in newest.history] == [0.1, 0.2]
     assert len(lines) == 1
     assert f"{folders[2]}: {name} is" in lines[0]
     assert not storage.exists(folders[2])

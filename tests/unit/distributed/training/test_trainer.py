@@ -1,4 +1,4 @@
-"""What a training reports, the weights that its phases start from, and what it refuses; without Ray."""
+"""Output of a training, start weights of its phases, and the arguments it refuses; without Ray."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_a_cluster_that_is_too_small_is_reported_once_per_occurrence() -> None:
     ]
 
 
-# ---- what a phase starts from
+# ---- start weights of phases
 
 PHASES = ("cross_entropy", "finetune", "self_critical")
 TWICE = ("cross_entropy", "finetune", "finetune", "finetune_2", "finetune_2", "self_critical")
 
 
 def write_epochs(work: str, *scores: float, phases: Sequence[str] = PHASES) -> list[dict[str, Any]]:
-    """A checkpoint after an epoch of each phase, whose weights are its number; the history of the last."""
+    """Write a checkpoint after an epoch of each phase, whose weights are its number; return the last history."""
     history: list[dict[str, Any]] = []
     for epoch, (phase, score) in enumerate(zip(phases, scores, strict=False), start=1):
         history.append({"phase": phase, "epoch": epoch, "cider_d": score})
@@ -96,7 +96,7 @@ def test_repeated_fine_tuning_restarts_from_the_same_epoch_and_the_next_phase_st
     history = write_epochs(work, 0.1, 0.5, 0.4, 0.3, 0.2, phases=TWICE)
     storage.remove(storage.join(work, "ray", checkpoint_name(2)))  # as when later ones are better
     mean, lines = start("self_critical", history, work)
-    assert mean == {"decoder.w": 3, "encoder.w": 3}, "of the second epoch and the fourth, the best of each"
+    assert mean == {"decoder.w": 3, "encoder.w": 3}, "the mean of epochs two and four, the best of each"
     assert len(lines) == 1 and "epoch 4, CIDEr-D 0.300" in lines[0]
     history = write_epochs(work, 0.1, 0.5, 0.4, 0.3, 0.2, 0.6, phases=TWICE)
     assert start("self_critical", history, work) == (mean, [])
@@ -138,7 +138,7 @@ def test_a_first_phase_starts_only_from_weights_given_by_the_user(tmp_path: Path
     assert start("cross_entropy", write_epochs(str(tmp_path), 0.1), str(tmp_path)) == ({}, [])
 
 
-# ---- what is scored
+# ---- validation images
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def images(tmp_path: Path) -> CaptionedImages:
 
 
 def fix(data: CaptionedImages, work: Path, history: list[dict[str, Any]], *failed: int) -> list[str]:
-    """The images that are scored when those of these numbers cannot be read."""
+    """Return the images that are scored if those of these numbers cannot be read."""
     failures = [
         {"image_id": f"{4 + number:04}_photo.jpg", "error_code": "missing", "error_message": "no such file"}
         for number in failed
@@ -163,7 +163,9 @@ def test_validation_images_readable_at_the_start_are_scored_in_all_epochs(
 
     assert fix(images, tmp_path, [], 1) == ["0004", "0006", "0007", "0008"]
     assert fix(images, tmp_path, history, 1) == ["0004", "0006", "0007", "0008"]
-    assert fix(images, tmp_path, history) == ["0004", "0006", "0007", "0008"], "one that has come back stays out"
+    assert fix(images, tmp_path, history) == ["0004", "0006", "0007", "0008"], (
+        "an image that is available again stays excluded"
+    )
     with pytest.raises(
         ImcapError,
         match=r"^2 validation images cannot be read \(0006_photo.jpg: no such file \(missing\); 0008_.*: all epochs",
@@ -180,7 +182,7 @@ def test_a_training_of_a_version_without_recorded_validation_images_resumes_with
     assert fix(images, tmp_path, [{"num_images": 5}]) == ["0004", "0005", "0006", "0007", "0008"]
 
 
-# ---- what is refused
+# ---- refused arguments
 
 
 @pytest.fixture(scope="module")
