@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its debugging protocol, to see how a page looks and behaves.
+"""A headless Chromium, controlled over its debugging protocol, to check how a page looks and behaves.
 
 Debian: apt-get install chromium. The environment variable CHROMIUM names another browser.
 """
@@ -91,7 +91,7 @@ class Page:
             time.sleep(0.1)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Return the value of a JavaScript expression."""
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
@@ -104,14 +104,14 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", **common)
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
-        """Save the visible part, or the whole page, as PNG."""
+        """Save the visible part, or the complete page, as PNG."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
         path.write_bytes(base64.b64decode(data))
 
 
 @contextmanager
 def browser() -> Iterator[Page]:
-    """A page of a new browser, which is closed at the end."""
+    """Open a page in a new browser and close it at the end."""
     chromium = find_chromium()
     assert chromium is not None
     with tempfile.TemporaryDirectory(prefix="imcap-chromium-", ignore_cleanup_errors=True) as profile:

@@ -1,4 +1,4 @@
-"""What the tests share. A test's tier (its marker and its time limit) is the folder it lies in."""
+"""Shared fixtures. The folder of a test determines its tier, that is, its marker and its time limit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def clean_environment() -> Iterator[None]:
-    """No test joins a cluster, or becomes part of a job, that the surrounding shell names."""
+    """Remove variables of the shell that would make a test join a cluster or a job."""
     with pytest.MonkeyPatch.context() as patch:
         for name in _VARIABLES:
             patch.delenv(name, raising=False)
@@ -38,7 +38,7 @@ def clean_environment() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def make_jpeg() -> Callable[..., bytes]:
-    """`make_jpeg(number, width=, height=)`: the bytes of a photograph, another one for each number."""
+    """`make_jpeg(number, width=, height=)`: the bytes of a photograph, a different one for each number."""
     return small_data.jpeg
 
 
@@ -50,7 +50,7 @@ def make_flickr8k() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder with its CNN inside. Not to be changed: all tests share it."""
+    """A tiny model folder that includes its CNN. Do not modify it: all tests share it."""
     return small_data.write_model_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 

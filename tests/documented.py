@@ -1,4 +1,4 @@
-"""Every command line that the project shows: in the README, in --help, in docstrings, in YAML and in the model card."""
+"""Every documented command line: in the README, in --help, in docstrings, in YAML and in the model card."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LINE = re.compile(
     r"^[#\s]*((?:[A-Z_]+=\S+ )?(?:\.venv/bin/)?"
     r"(?:(?:imcap|ray job submit|python jobs/\w+\.py) \S.*|python jobs/benchmarks/\w+\.py.*))$"
 )
-# In running text, and with arguments: `imcap train` alone is a name.
+# In running text, with arguments: just `imcap train` is a name.
 _INLINE = re.compile(r"`(imcap [a-z]+ [^`]+|python jobs/\w+\.py [^`]+|python jobs/benchmarks/\w+\.py[^`]*)`")
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A command line and the place in the documentation where it is shown."""
+    """A command line and where the documentation shows it."""
 
     where: str
     line: str
@@ -76,5 +76,5 @@ def _in_file(path: Path) -> Iterator[Shown]:
 
 
 def _without_remark(line: str) -> str:
-    """The command without a remark after a # or two spaces."""
+    """Return the command without a comment after a # or two spaces."""
     return re.split(r"\s+#|\s{2,}", line)[0]

@@ -1,4 +1,4 @@
-"""Captioners for tests: they go in through `load_captioner`, as the real one does."""
+"""Captioners for tests, passed as `load_captioner` like the real one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
 
 
 class EchoCaptioner:
-    """Says the hash of what it sees: the same pixels, the same words, and no model to load."""
+    """Captions an image with the hash of its pixels, without a model to load."""
 
     def __init__(self, *, image_size: int = 32, fingerprint: str = "echo", search: SearchConfig | None = None) -> None:
         self.image_size = image_size
@@ -28,14 +28,14 @@ class EchoCaptioner:
         self.num_beam_steps = 0
 
     def require_gpu(self) -> None:
-        """It computes on none, so that Ray's logical GPUs are enough for it."""
+        """Do nothing: it uses no GPU, so Ray's logical GPUs are enough."""
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2)] for image in pixels]
 
 
 class SaysItsGpus(EchoCaptioner):
-    """Says which GPUs its process may see."""
+    """Captions each image with the GPUs that its process can see."""
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "all")
@@ -43,7 +43,7 @@ class SaysItsGpus(EchoCaptioner):
 
 
 class FailsOn(EchoCaptioner):
-    """Raises when it sees one of these images; stands for a bug, for what images can do ends in their rows."""
+    """Raises an error on one of these images, like a bug; errors of images themselves become failed rows."""
 
     def __init__(self, *, words: frozenset[str]) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class FailsOn(EchoCaptioner):
 
 
 class DiesOf(EchoCaptioner):
-    """Kills its process when it sees one of these images; with `once`, a file's path, only the first time."""
+    """Kills its process on one of these images; with `once`, the path of a file, only the first time."""
 
     def __init__(self, *, words: frozenset[str], once: str | None = None) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class DiesOf(EchoCaptioner):
 
 
 class TooLargeFor(EchoCaptioner):
-    """Has no memory for some images, and has learnt to compute fewer at a time."""
+    """Runs out of memory on some images, and has reduced its batch size."""
 
     def __init__(self, *, words: frozenset[str]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TooLargeFor(EchoCaptioner):
 
 
 class WaitsForFiles(EchoCaptioner):
-    """Captions nothing before so many files are in `folder`; each node that is asked leaves one with its id there."""
+    """Waits for a number of files in `folder` before captioning; each node that gets images writes one with its id."""
 
     def __init__(self, *, folder: str, num_files: int) -> None:
         super().__init__()
@@ -105,12 +105,12 @@ class WaitsForFiles(EchoCaptioner):
 
 
 def echo(image: npt.NDArray[np.uint8]) -> str:
-    """What `EchoCaptioner` says of pixels (3, S, S)."""
+    """Return the caption that `EchoCaptioner` gives to pixels (3, S, S)."""
     return f"seen {hashlib.sha256(np.ascontiguousarray(image).tobytes()).hexdigest()[:12]}"
 
 
 class TakesSteps(EchoCaptioner):
-    """Takes 60 ms an image, and seven steps a batch."""
+    """Takes 60 ms per image and seven steps per batch."""
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
         time.sleep(0.06 * len(pixels))

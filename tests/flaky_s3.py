@@ -30,7 +30,7 @@ _OF_ONE_CONNECTION: Final = ("connection", "transfer-encoding", "content-length"
 
 @dataclass(frozen=True)
 class S3Store:
-    """A bucket that is reached through `proxy` alone; the environment's variables lead any process to it."""
+    """A bucket that is reachable only through `proxy`; environment variables point every process to it."""
 
     uri: str
     """s3://bucket, a new and empty one."""
@@ -39,7 +39,7 @@ class S3Store:
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """An S3 store in a process of its own; gives the URL of its endpoint."""
+    """Run an S3 store in a separate process and yield the URL of its endpoint."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -55,7 +55,7 @@ def moto_server() -> Iterator[str]:
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:
-    """The variables by which a client finds the endpoint, and credentials that any will do for."""
+    """Return the variables by which a client finds the endpoint, with arbitrary credentials."""
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
@@ -66,7 +66,7 @@ def s3_environment(endpoint: str) -> dict[str, str]:
 
 
 def make_bucket(endpoint: str, bucket: str = "") -> str:
-    """A new bucket's name."""
+    """Create a bucket and return its name."""
     bucket = bucket or f"bucket-{uuid.uuid4().hex}"
     connection = http.client.HTTPConnection(endpoint.removeprefix("http://"), timeout=10)
     connection.request("PUT", f"/{bucket}")
@@ -76,21 +76,21 @@ def make_bucket(endpoint: str, bucket: str = "") -> str:
 
 
 class FlakyProxy:
-    """Passes HTTP requests on to `target`, and lets every n-th of them fail.
+    """Forwards HTTP requests to `target` and makes some of them fail.
 
-    All may be changed while it runs:
+    All settings can be changed while it runs:
 
-        every     each so-many-th request fails; None for none
-        rate      the share of requests that fail, drawn at random
+        every     every n-th request fails; None for none
+        rate      share of requests that fail, chosen at random
         each_once each request (its method, path and range) fails the first time
-        fail_next so many fail from now on
+        fail_next number of following requests that fail
         fault     how they fail
         is_down   every connection is reset
         forbidden requests for a path that ends with it are answered 403
         decodes_chunks  whether what the AWS library encodes as aws-chunked is decoded, as not every store does
         broken    requests for a path that ends with it fail
 
-    `num_requests` and `num_faults` count.
+    `num_requests` and `num_faults` are counters.
     """
 
     def __init__(self, target: str, *, every: int | None = None, fault: Fault = 500) -> None:
@@ -117,11 +117,11 @@ class FlakyProxy:
 
     @property
     def url(self) -> str:
-        """Where clients find it."""
+        """URL for clients."""
         return f"http://127.0.0.1:{self._server.server_port}"
 
     def close(self) -> None:
-        """Stop listening; answers that hang are let go."""
+        """Stop listening and release hanging responses."""
         self._closing.set()
         self.is_down = True
         self._server.shutdown()
@@ -155,7 +155,7 @@ class FlakyProxy:
         return is_nth or self._random.random() < self.rate
 
     def hang(self) -> None:
-        """Returns when the proxy is closed."""
+        """Block until the proxy is closed."""
         self._closing.wait()
 
 
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reset()
 
     def _reset(self) -> None:
-        """End the connection without a goodbye."""
+        """Reset the connection."""
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()

@@ -118,11 +118,11 @@ class Host:
 
     def processes(self) -> list[str]:
         """The command lines of all processes of this host."""
-        found = []
+        command_lines = []
         for path in Path("/proc", str(self.holder.pid), "root", "proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                found.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        return found
+                command_lines.append(path.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        return command_lines
 
     def lose(self) -> None:
         """Kill every process at once and remove the network, as when the power fails."""
@@ -173,14 +173,14 @@ class Hosts:
         return f"{self.head.address}:{_RAY_PORT}"
 
     def add_worker(self, *, num_cpus: int) -> Host:
-        """One more host, whose Ray has joined the cluster."""
+        """Start another host and wait until its Ray has joined the cluster."""
         host = self._add(f"worker{len(self.workers) + 1}")
         self.workers.append(host)
         self._start_ray(host, f"--address={self.address}", f"--num-cpus={num_cpus}")
         return host
 
     def alive(self) -> list[Host]:
-        """The workers that are not lost."""
+        """Workers that are not lost."""
         return [host for host in self.workers if host.holder.poll() is None]
 
     def imcap(self, *words: object) -> str:
@@ -188,40 +188,40 @@ class Hosts:
         return self.head.run(sys.executable, "-m", "imcap_ray", *words)
 
     def start_imcap(self, *words: object) -> subprocess.Popen[bytes]:
-        """Start a command on the head; what it says goes to the head's log."""
+        """Start a command on the head; its output goes to the log of the head."""
         return self.head.start(sys.executable, "-m", "imcap_ray", *words)
 
     def put(self, folder: Path, uri: str) -> str:
-        """Copy a folder into the store; the URI."""
+        """Copy a folder into the store and return its URI."""
         self.store.run(sys.executable, "-c", _PUT, folder, uri)
         return uri
 
     def rows(self, uri: str) -> list[dict[str, Any]]:
-        """The rows of the Parquet files there, by image_id."""
+        """Return the rows of the Parquet files of a folder, by image_id."""
         rows: list[dict[str, Any]] = json.loads(self.store.run(sys.executable, "-c", _ROWS, uri))
         return sorted(rows, key=lambda row: str(row["image_id"]))
 
     def text(self, uri: str) -> str:
-        """What a file in the store holds."""
+        """Return the content of a file in the store."""
         return self.store.run(sys.executable, "-c", _TEXT, uri)
 
     def num_parts(self, uri: str) -> int:
-        """Parquet files that were written there, from the store's own log."""
+        """Number of Parquet files written to a folder, from the log of the store."""
         return len(re.findall(f'"PUT /{re.escape(uri.removeprefix("s3://"))}/[^/]*[.]parquet ', self.store.output()))
 
     def num_writes(self, uri: str) -> int:
-        """How often a small file was written there, from the store's own log."""
+        """Number of times a small file was written, from the log of the store."""
         return self.store.output().count(f'"PUT /{uri.removeprefix("s3://")} ')
 
     def output(self) -> str:
-        """The ends of all logs, for the message of a test that fails."""
+        """Return the ends of all logs, for the message of a failed test."""
         return "\n".join(f"--- {host.name}\n{host.output()[-6000:]}" for host in (self.head, *self.workers))
 
     def _add(self, name: str) -> Host:
         number = 2 + len(self.workers) + (name != "head")
         host = _boot(self.everyone, name, f"{_NETWORK}.{number}", self.folder)
         cable = ["type", "veth", "peer", "name", "eth0", "netns", str(host.holder.pid)]
-        # In the store's network alone: its processes do not know the ids of another host's.
+        # Only in the network of the store: its processes do not know the process ids of other hosts.
         in_network = ["nsenter", f"--target={self.store.holder.pid}", "--net", "ip", "link"]
         subprocess.run([*in_network, "add", f"port{number}", *cable], check=True)
         subprocess.run([*in_network, "set", f"port{number}", "master", "bridge", "up"], check=True)
@@ -238,9 +238,9 @@ class Hosts:
 
 @contextlib.contextmanager
 def running_hosts(folder: Path) -> Iterator[Hosts]:
-    """A store with one empty bucket, and a cluster without workers; all ends with the block.
+    """Run a store with one empty bucket, and a cluster without workers, until the block ends.
 
-    Skips the test that asks where the machine has no namespaces to give.
+    Skips the test if the machine does not allow namespaces.
     """
     if shutil.which("ip") is None:
         pytest.skip("NOT TESTED: several hosts, for there is no program `ip`: apt-get install iproute2")
@@ -260,7 +260,7 @@ def running_hosts(folder: Path) -> Iterator[Hosts]:
 
 
 def wait_until(condition: Callable[[], object], explain: Callable[[], str], *, seconds: float = 900) -> None:
-    """Ask several times a second; fails with an explanation."""
+    """Check several times a second until it is true; fails with an explanation."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds} s: {explain()}"
@@ -275,7 +275,7 @@ def _stays(ray: subprocess.Popen[bytes], host: Host) -> bool:
 def _boot(everyone: contextlib.ExitStack, name: str, address: str, folder: Path) -> Host:
     with contextlib.suppress(FileExistsError):
         Path(_PRIVATE).mkdir()
-        Path(_PRIVATE).chmod(0o1777)  # as Ray would have it, for whoever starts one later
+        Path(_PRIVATE).chmod(0o1777)  # as Ray creates it, so that other users can start a Ray later
     holder = subprocess.Popen(
         ["unshare", *_ISOLATED, "sh", "-c", _INIT, name],
         stdin=subprocess.PIPE,
@@ -284,14 +284,14 @@ def _boot(everyone: contextlib.ExitStack, name: str, address: str, folder: Path)
     )
     host = Host(name, address, holder, folder / f"{name}.log")
     assert holder.stdout
-    said = holder.stdout.readline().decode()
+    line = holder.stdout.readline().decode()
     everyone.callback(host.lose)
-    assert said == "ready\n", f"{name} does not come up: {said}"
+    assert line == "ready\n", f"{name} does not come up: {line}"
     return host
 
 
 def _set_address(host: Host, device: str) -> None:
     host.run("ip", "address", "add", f"{host.address}/24", "dev", device)
     host.run("ip", "link", "set", device, "up")
-    # By its way to the world Ray learns a host's own address; there is no world at its end.
+    # Ray determines the address of a host by its default route, which leads nowhere here.
     host.run("ip", "route", "add", "default", "dev", device)

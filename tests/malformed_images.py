@@ -1,4 +1,4 @@
-"""Odd, damaged and pretended image files, made by code: (name, bytes, expected error code or "ok")."""
+"""Generated malformed, corrupt and mislabelled image files: (name, bytes, expected error code or "ok")."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def jpeg_with_segment(jpeg: bytes, marker: int, data: bytes) -> bytes:
 
 
 def jpeg_of_scans(num_scans: int, width: int = 96, height: int = 64) -> bytes:
-    """A grey progressive JPEG of one scan for its brightness, and others of a few bytes that add nothing to it."""
+    """A grey progressive JPEG of one scan for its brightness, and many scans of a few bytes that add nothing."""
     blocks = -(-width // 8) * -(-height // 8)
     start = b"\xff\xd8" + _segment(0xDB, bytes([0, *[1] * 64]))
     start += _segment(0xC2, struct.pack(">BHHB", 8, height, width, 1) + bytes([1, 0x11, 0]))
@@ -99,7 +99,7 @@ def _segment(marker: int, data: bytes) -> bytes:
 
 
 def tiff_of_strips(num_strips: int) -> bytes:
-    """One pixel wide, a pixel in each strip, and all of them are the same byte."""
+    """A TIFF one pixel wide with one pixel per strip, where all strips are the same byte."""
     tags = [(256, 3, 1, 1), (257, 4, 1, num_strips), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1)]
     tags += [(273, 4, num_strips, 200), (277, 3, 1, 1), (278, 3, 1, 1), (279, 4, num_strips, 200 + 4 * num_strips)]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
@@ -399,7 +399,7 @@ def _too_large() -> list[tuple[str, bytes, str]]:
 
 
 def _ycck(cmyk_jpeg: bytes) -> bytes:
-    """The same numbers, said to be YCbCr and black, as Photoshop writes them."""
+    """The same numbers, declared to be YCbCr and black, as Photoshop writes them."""
     return _patched(cmyk_jpeg, cmyk_jpeg.index(b"Adobe") + 11, b"\2")
 
 
@@ -426,7 +426,7 @@ def _png_text(length: int) -> bytes:
 
 
 def _jpeg_with_thumbnail(jpeg: bytes) -> bytes:
-    """As cameras make them: a small JPEG, end mark and all, among the EXIF data."""
+    """A JPEG as cameras write it: with a small JPEG, including its end marker, in the EXIF data."""
     return jpeg_with_segment(jpeg, 0xE1, exif(1).tobytes() + encode(photo(32, 20), "JPEG"))
 
 
@@ -444,12 +444,12 @@ def _jpeg_of_size(width: int, height: int) -> bytes:
 
 
 def _patched_tiff(tiff: bytes, tag: int, value: int) -> bytes:
-    """Another value for a tag of the first directory of a little-endian TIFF, all of its repetitions."""
+    """Replace all values of a tag in the first directory of a little-endian TIFF."""
     directory = struct.unpack_from("<I", tiff, 4)[0]
     for entry in range(struct.unpack_from("<H", tiff, directory)[0]):
         position = directory + 2 + 12 * entry
-        found, kind, count = struct.unpack_from("<HHI", tiff, position)
-        if found == tag:
-            packed = struct.pack("<HHII", found, 3 if count == 1 else kind, 1, value)
+        entry_tag, kind, count = struct.unpack_from("<HHI", tiff, position)
+        if entry_tag == tag:
+            packed = struct.pack("<HHII", entry_tag, 3 if count == 1 else kind, 1, value)
             return _patched(tiff, position, packed)
     raise LookupError(tag)

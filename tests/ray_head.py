@@ -1,4 +1,4 @@
-"""A real Ray head in a process of its own, with token authentication, as `ray start --head` makes it for a user."""
+"""A real Ray head in a separate process, with token authentication, as started by `ray start --head`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKEN = "0123456789abcdef" * 4
 
 @contextlib.contextmanager
 def running_head(*, num_cpus: int) -> Iterator[tuple[Path, str, str]]:
-    """Its folder, which is removed with it, the dashboard's URL, and HOST:PORT."""
+    """Run a head; yield its folder, which is removed with it, the URL of the dashboard, and HOST:PORT."""
     # Ray puts Unix sockets below its temporary folder, and their paths are limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ims", dir="/tmp"))
     (folder / "user" / ".ray").mkdir(parents=True)

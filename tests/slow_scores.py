@@ -1,4 +1,4 @@
-"""The judge of `imcap_ray.scoring`: every score by its definition, an image and an n-gram at a time, BLEU by nltk."""
+"""Reference implementation of `imcap_ray.scoring`: scores by definition, one n-gram at a time, BLEU by nltk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tokens = Sequence[str]
 
 
 def scores(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """Of the corpus."""
+    """Compute the scores of a corpus."""
     return corpus_scores(image_rows(hypotheses, references))
 
 
@@ -36,7 +36,7 @@ def image_rows(hypotheses: Sequence[Tokens], references: Sequence[Sequence[Token
 
 
 def corpus_scores(rows: np.ndarray[Any, Any]) -> dict[str, float]:
-    """What the rows come to."""
+    """Compute the scores of the corpus from the rows of its images."""
     sums = rows.sum(axis=0)
     with np.errstate(divide="ignore"):
         logs = np.log(sums[:4] / np.maximum(1, sums[4:8]))
@@ -46,18 +46,18 @@ def corpus_scores(rows: np.ndarray[Any, Any]) -> dict[str, float]:
 
 
 def intervals(rows: np.ndarray[Any, Any], other: np.ndarray[Any, Any] | None = None) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals; of a difference, where there are other rows."""
+    """Compute 95 % bootstrap intervals, of the difference if other rows are given."""
     generator = np.random.default_rng(0)
-    found = []
+    samples = []
     for _ in range(1000):
         drawn = generator.integers(len(rows), size=len(rows))
         values = np.array(list(corpus_scores(rows[drawn]).values()))
-        found.append(values if other is None else values - np.array(list(corpus_scores(other[drawn]).values())))
-    return dict(zip(NAMES, zip(*np.quantile(found, [0.025, 0.975], axis=0).tolist(), strict=True), strict=True))
+        samples.append(values if other is None else values - np.array(list(corpus_scores(other[drawn]).values())))
+    return dict(zip(NAMES, zip(*np.quantile(samples, [0.025, 0.975], axis=0).tolist(), strict=True), strict=True))
 
 
 def floor(references: Sequence[Sequence[Tokens]], num_candidates: int = 50) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Of the references closest to the mean of all, the one that scores best for every image."""
+    """Find the best caption for all images among the references closest to the mean of all, and its scores."""
     inverse_frequencies = inverse_document_frequencies(references)
     centroid: defaultdict[tuple[str, ...], float] = defaultdict(float)
     for image in references:
@@ -75,19 +75,21 @@ def floor(references: Sequence[Sequence[Tokens]], num_candidates: int = 50) -> t
 
 
 def human(references: Sequence[Sequence[Tokens]]) -> dict[str, float]:
-    """Each annotator's references scored against the others'; the mean over annotators, by their images."""
+    """Score each annotator's references against the others; return the mean, weighted by number of images."""
     images = [image for image in references if len(image) > 1]
-    found, weights = [], []
+    by_annotator, weights = [], []
     for annotator in range(max(map(len, images))):
         annotated = [image for image in images if len(image) > annotator]
         others = [[*image[:annotator], *image[annotator + 1 :]] for image in annotated]
-        found.append(scores([image[annotator] for image in annotated], others))
+        by_annotator.append(scores([image[annotator] for image in annotated], others))
         weights.append(len(annotated))
-    return {name: sum(w * one[name] for w, one in zip(weights, found, strict=True)) / sum(weights) for name in NAMES}
+    return {
+        name: sum(w * one[name] for w, one in zip(weights, by_annotator, strict=True)) / sum(weights) for name in NAMES
+    }
 
 
 def rouge_l(hypothesis: Tokens, references: Sequence[Tokens]) -> float:
-    """Of an image."""
+    """ROUGE-L of an image."""
     common = [longest_common_subsequence(hypothesis, reference) for reference in references]
     precision = max(common) / max(1, len(hypothesis))
     recall = max(length / max(1, len(reference)) for length, reference in zip(common, references, strict=True))
@@ -95,7 +97,7 @@ def rouge_l(hypothesis: Tokens, references: Sequence[Tokens]) -> float:
 
 
 def longest_common_subsequence(one: Tokens, other: Tokens) -> int:
-    """Its length."""
+    """Length of the longest common subsequence."""
     lengths = np.zeros((len(one) + 1, len(other) + 1), dtype=int)
     for i, token in enumerate(one, start=1):
         for j, other_token in enumerate(other, start=1):
@@ -106,7 +108,7 @@ def longest_common_subsequence(one: Tokens, other: Tokens) -> int:
 
 
 def cider_d(hypothesis: Tokens, references: Sequence[Tokens], inverse_frequencies: Mapping[Any, float]) -> float:
-    """Of an image."""
+    """CIDEr-D of an image."""
     total = 0.0
     for reference in references:
         penalty = math.exp(-((max(0, len(hypothesis) - 1) - max(0, len(reference) - 1)) ** 2) / (2 * 6.0**2))
@@ -119,24 +121,24 @@ def cider_d(hypothesis: Tokens, references: Sequence[Tokens], inverse_frequencie
 
 
 def directions(tokens: Tokens, inverse_frequencies: Mapping[Any, float]) -> dict[tuple[str, ...], float]:
-    """The weights of the n-grams of all orders, those of each order divided by their norm."""
+    """Weights of the n-grams of all orders, normalised for each order."""
     of_orders = [weights(tokens, order, inverse_frequencies) for order in ORDERS]
     return {ngram: weight / norm(one) for one in of_orders for ngram, weight in one.items() if weight}
 
 
 def weights(tokens: Tokens, order: int, inverse_frequencies: Mapping[Any, float]) -> Counter[tuple[str, ...]]:
-    """Count times inverse document frequency."""
+    """Counts times inverse document frequencies."""
     counts = Counter(ngrams(tokens, order))
     return Counter({ngram: count * inverse_frequencies[ngram] for ngram, count in counts.items()})
 
 
 def norm(of: Mapping[Any, float]) -> float:
-    """Euclid's."""
+    """Euclidean norm."""
     return math.sqrt(sum(weight * weight for weight in of.values()))
 
 
 def inverse_document_frequencies(references: Sequence[Sequence[Tokens]]) -> defaultdict[Any, float]:
-    """By n-gram."""
+    """Inverse document frequency of each n-gram."""
     counts: Counter[tuple[str, ...]] = Counter()
     for image in references:
         counts.update({ngram for reference in image for order in ORDERS for ngram in ngrams(reference, order)})
@@ -145,5 +147,5 @@ def inverse_document_frequencies(references: Sequence[Sequence[Tokens]]) -> defa
 
 
 def ngrams(tokens: Tokens, order: int) -> list[tuple[str, ...]]:
-    """In their order."""
+    """N-grams in text order."""
     return [tuple(tokens[start : start + order]) for start in range(len(tokens) - order + 1)]

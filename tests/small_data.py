@@ -1,4 +1,4 @@
-"""Small real things to test with: a photograph, a data set as it is distributed, a model folder."""
+"""Small realistic test data: a photograph, a data set as distributed, a model folder."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TINY_TRAINING: Final[dict[str, object]] = {
 
 
 def jpeg(number: int = 0, *, width: int = 80, height: int = 60) -> bytes:
-    """A photograph of coloured rectangles, another one for each number."""
+    """A photograph of coloured rectangles, a different one for each number."""
     random = np.random.default_rng(number)
     pixels = np.empty((height, width, 3), dtype=np.uint8)
     pixels[:] = random.integers(0, 256, 3)
@@ -51,13 +51,13 @@ def jpeg(number: int = 0, *, width: int = 80, height: int = 60) -> bytes:
 
 
 def captions_of(number: int) -> list[str]:
-    """Five captions of the photograph of this number."""
+    """Return five captions of the photograph of this number."""
     noun = WORDS[8 + number % 6]
     return [f"A {WORDS[17 + (number + k) % 4]} {noun} {WORDS[21 + (number + k) % 5]} in the grass ." for k in range(5)]
 
 
 def write_flickr8k(folder: Path, *, num_train: int = 8, num_validation: int = 2, num_test: int = 2) -> Path:
-    """Flickr8k as distributed, in small: the token file, the split lists and the folder of images."""
+    """Write a small Flickr8k as distributed: the token file, the split lists and the folder of images."""
     names = [f"{number:04}_photo.jpg" for number in range(num_train + num_validation + num_test)]
     (folder / "Flicker8k_Dataset").mkdir(parents=True)
     lines = []
@@ -74,7 +74,7 @@ def write_flickr8k(folder: Path, *, num_train: int = 8, num_validation: int = 2,
 
 
 def randomise_batch_normalisation(cnn: nn.Module) -> None:
-    """Statistics, scales and shifts unlike those of a new one, with which it does nothing."""
+    """Randomise statistics, scales and shifts, because a new batch normalisation has no effect."""
     import torch
     from torch import nn
 
@@ -100,7 +100,7 @@ def write_model_folder(
     search: SearchConfig | None = None,
     **changes: Any,
 ) -> Path:
-    """A tiny untrained model whose random weights, the CNN's among them, are large enough to tell images apart."""
+    """Write a tiny untrained model whose random weights, including the CNN, are large enough to distinguish images."""
     from dataclasses import fields
 
     import torch
@@ -143,7 +143,7 @@ def write_model_folder(
 
 
 def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
-    """A tar of these members, in their order; the folder is made. In a list a name may be repeated."""
+    """Write a tar of these members in order and create its folder. A list can repeat a name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members.items() if isinstance(members, dict) else members:

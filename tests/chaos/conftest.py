@@ -22,7 +22,7 @@ def photographs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read() -> Iterator[Callable[[Path], list[dict[str, Any]]]]:
-    """Reads the rows of an output as any reader of Parquet does, sorted by their ids."""
+    """Read the rows of an output with a plain Parquet reader, sorted by their ids."""
 
     def read(output: Path) -> list[dict[str, Any]]:
         parts = [str(path) for path in output.glob("*.parquet")]

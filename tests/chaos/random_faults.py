@@ -45,7 +45,7 @@ HANG_SECONDS = 300
 
 @dataclass
 class ChaosResult:
-    """Counts of one seed, or of several."""
+    """Counts of one or several seeds."""
 
     seeds: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ class ChaosResult:
 
     @property
     def share_recomputed(self) -> float:
-        """Captions computed beyond the needed ones, as a share of these."""
+        """Captions computed beyond the needed ones, as a share of the needed ones."""
         return self.captions_computed / max(1, self.captions_needed) - 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class ChaosResult:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """A run in which nothing was killed: what the others are compared with."""
+    """A run in which nothing was killed, the reference for the others."""
 
     rows: dict[str, tuple[Any, ...]]
     """By image_id."""
@@ -234,7 +234,7 @@ def _start_run(source: Path, output: Path, *, num_nodes: int) -> subprocess.Pope
 
 
 def _wait_for_work(process: subprocess.Popen[bytes], output: Path, seconds: float) -> None:
-    """Wait until images are being captioned, because starting Ray is half of the run, and then `seconds` longer."""
+    """Wait until images are being captioned, because starting Ray takes half of the run, and then `seconds` longer."""
     known = _count_computed(output)
     deadline = time.monotonic() + 90
     while process.poll() is None and _count_computed(output) == known and time.monotonic() < deadline:

@@ -1,6 +1,6 @@
 """Log of computed captions and list of faults -> how many captions were computed again, and whether faults explain it.
 
-Knows neither Ray nor processes: only their numbers and times.
+Depends on neither Ray nor processes, only on their numbers and times.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ SECONDS_PER_IMAGE = 0.01
 
 
 def log_folder(output: Path) -> Path:
-    """The folder in which the processes of all runs into an output log what they compute."""
+    """Return the folder in which the processes of all runs of an output log what they compute."""
     return Path(f"{output}.computed")
 
 
@@ -65,7 +65,7 @@ class SlowEcho:
 
 @dataclass(frozen=True)
 class LoadSlowEcho:
-    """Makes a `SlowEcho`. Each process that sends this object to another one adds its own number."""
+    """Creates a `SlowEcho`. Each process that sends this object to another one adds its own number."""
 
     log: str
     processes: tuple[int, ...] = ()

@@ -1,4 +1,4 @@
-"""Hosts that share only a network and a store, and are lost in the middle of a run."""
+"""Hosts that share only a network and a store, and fail in the middle of a run."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_lost_host_loses_no_image(hosts: Hosts, model_dir: Path, captioner: Ca
     wait_until(lambda: run.poll() is not None or hosts.num_parts(f"{BUCKET}/captions"), hosts.output)
     lost = host_with(hosts, "CaptionImages")
     lost.lose()
-    assert run.poll() is None, f"all was done before a host was lost: {hosts.output()}"
+    assert run.poll() is None, f"the run finished before a host was lost: {hosts.output()}"
     hosts.add_worker(num_cpus=3)
 
     assert run.wait(timeout=900) == 0, hosts.output()

@@ -1,4 +1,4 @@
-"""Images that kill the process that decodes them, or keep it busy for ever."""
+"""Images that kill the process that decodes them or never finish decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command and its private Ray: how each of them ends when the other does, and that neither leaves anything behind."""
+"""A command and its private Ray: each ends when the other does, and neither leaves anything behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Disks that are full, and object stores that stumble or go away, under a captioning run."""
+"""Captioning runs on full disks and on object stores that fail or disappear."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def imcap(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def one_line(text: str) -> str:
-    """The line with the error, which must be the only one, without a traceback."""
+    """Return the error line, which must be the only line, without a traceback."""
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("imcap:")]
     return line

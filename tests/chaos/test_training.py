@@ -1,4 +1,4 @@
-"""Trainings whose worker, driver or node is killed, and whose files are damaged: the numbers stay the same."""
+"""Trainings whose worker, driver or node is killed, or whose files are corrupted: the metrics stay the same."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 def undisturbed(workplace: Workplace) -> str:
     """Name of a training that was not disturbed."""
     workplace.run("undisturbed")
-    assert len({row["bleu_1"] for row in workplace.epochs("undisturbed")}) > 2, "no epoch differs from another"
+    assert len({row["bleu_1"] for row in workplace.epochs("undisturbed")}) > 2, "the epochs do not differ"
     return "undisturbed"
 
 

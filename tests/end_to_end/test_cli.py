@@ -32,7 +32,7 @@ def flickr8k(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photographs(tmp_path: Path, flickr8k: Path) -> Path:
-    """The validation images of `flickr8k`, a folder below."""
+    """The validation images of `flickr8k`, in a subfolder."""
     folder = tmp_path / "photographs"
     for name in (flickr8k / "Flickr_8k.devImages.txt").read_text().split():
         (folder / "below").mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,10 @@ def imcap(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = pads.dataset([str(path) for path in output.glob("*.parquet")]).to_table().to_pylist()
-    return sorted(found, key=lambda row: row["image_id"])
+    all_rows: list[dict[str, Any]] = (
+        pads.dataset([str(path) for path in output.glob("*.parquet")]).to_table().to_pylist()
+    )
+    return sorted(all_rows, key=lambda row: row["image_id"])
 
 
 def test_caption_evaluate_and_report(flickr8k: Path, photographs: Path, model_dir: Path, tmp_path: Path) -> None:
@@ -94,7 +96,7 @@ def test_a_log_is_short_and_contains_only_our_lines(photographs: Path, model_dir
     assert [line for line in lines if not any(re.fullmatch(ours, line) for ours in OUR_LINES)] == []
     assert re.fullmatch(OUR_LINES[0], lines[0])
     assert re.fullmatch(OUR_LINES[-1], lines[-1])
-    assert len(lines) <= 3, "the last image is told once"
+    assert len(lines) <= 3, "the last image is reported once"
 
 
 WITHOUT_RAY = """
@@ -143,7 +145,7 @@ HOSTILE_NAMES = (
 
 
 def contents(folder: Path) -> Iterator[str]:
-    """All that is in the files of a folder; tables unpacked, their metadata too."""
+    """Return the content of all files of a folder, with tables and their metadata decompressed."""
     for path in folder.rglob("*"):
         if path.suffix == ".parquet":
             table = pads.dataset(str(path)).to_table()
@@ -214,13 +216,13 @@ def test_the_demo_captions_the_samples_with_the_bundled_model(tmp_path: Path) ->
 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    found = rows(tmp_path / "demo" / "captions")
-    assert len(found) >= 6
-    for row in found:
+    captioned = rows(tmp_path / "demo" / "captions")
+    assert len(captioned) >= 6
+    for row in captioned:
         assert row["status"] == "ok"
         assert any(line.startswith(row["image_id"]) and row["caption"] in line for line in lines)
     page = (tmp_path / "demo" / "report.html").read_text()
-    assert page.count("data:image/jpeg;base64,") == len(found) + 4  # the cards, and where the model looks
+    assert page.count("data:image/jpeg;base64,") == len(captioned) + 4  # the cards, and where the model looks
 
 
 @pytest.mark.parametrize(
@@ -248,21 +250,21 @@ def test_an_interrupted_run_leaves_an_output_that_the_same_command_finishes(
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     os.kill(process.pid, kind)
-    _, said = process.communicate(timeout=HANG_SECONDS)
+    _, stderr = process.communicate(timeout=HANG_SECONDS)
     interrupted = process.returncode
     state = json.loads((output / "_imcap" / "run.json").read_text())["state"]
     again = imcap("caption", photographs, output, "--model", model_dir)
 
-    assert interrupted == 130, said
-    assert said.splitlines()[-1].startswith("imcap: interrupted")
-    assert "Traceback" not in said and "***" not in said
+    assert interrupted == 130, stderr
+    assert stderr.splitlines()[-1].startswith("imcap: interrupted")
+    assert "Traceback" not in stderr and "***" not in stderr
     assert state == "interrupted"
     assert again.returncode == 0, again.stderr
     assert [row["image_id"] for row in rows(output)] == [f"{number:03}.jpg" for number in range(600)]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["caption", "nowhere", "out"], "no such input"),
         (["caption", "photographs", "out", "--model", "nowhere"], "is not a model folder"),
@@ -274,12 +276,12 @@ def test_an_interrupted_run_leaves_an_output_that_the_same_command_finishes(
     ],
 )
 def test_a_usage_error_is_one_line_before_any_work(
-    words: list[str], said: str, flickr8k: Path, photographs: Path, tmp_path: Path
+    words: list[str], message: str, flickr8k: Path, photographs: Path, tmp_path: Path
 ) -> None:
     done = imcap(*words, cwd=tmp_path)
 
     assert done.returncode == 2, done.stderr
-    assert said in done.stderr
+    assert message in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("imcap: ")]) == 1
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -184,5 +184,5 @@ def test_a_relative_output_in_a_job_is_refused(head: Head, flickr8k: Path) -> No
 
     done = head.run("ray", *words, flickr8k / "Flicker8k_Dataset", "captions")
 
-    assert done.returncode == 1  # Ray's client returns 1 whatever the command returned
+    assert done.returncode == 1  # Ray's client returns 1 for any exit code of the command
     assert "OUTPUT must be an absolute path or a URI inside a Ray job" in done.stdout + done.stderr

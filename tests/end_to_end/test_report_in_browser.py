@@ -118,7 +118,7 @@ def test_the_page_fits_its_window_and_is_rendered(page: Page, report: Path, widt
     path = report.with_name(f"{width}-{scheme}.png")
     page.screenshot(path)
     colours = len(Image.open(io.BytesIO(path.read_bytes())).convert("RGB").getcolors(maxcolors=2**24) or [])
-    assert colours > 50, f"look at {path}"
+    assert colours > 50, f"see {path}"
     if "IMCAP_SCREENSHOTS" in os.environ:
         Path(os.environ["IMCAP_SCREENSHOTS"], path.name).write_bytes(path.read_bytes())
 

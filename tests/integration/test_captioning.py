@@ -81,7 +81,7 @@ def photographs(tmp_path: Path) -> Path:
 
 
 def read(output: Path) -> list[dict[str, Any]]:
-    """The rows in the order of their ids, as any reader of Parquet meets them."""
+    """Read the rows with a plain Parquet reader, in the order of their ids."""
     rows: list[dict[str, Any]] = pads.dataset([str(path) for path in output.glob("*.parquet")]).to_table().to_pylist()
     return sorted(rows, key=lambda row: row["image_id"])
 
@@ -219,8 +219,8 @@ def test_parquet_gives_the_same_captions_as_the_folder(run: Run, photographs: Pa
 
     run(str(tmp_path / "in.parquet"), str(tmp_path / "out"))
 
-    found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
-    assert found == {path.name: expected(path.read_bytes()) for path in paths}
+    actual = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
+    assert actual == {path.name: expected(path.read_bytes()) for path in paths}
 
 
 def test_the_named_column_is_captioned_recorded_and_kept(run: Run, photographs: Path, tmp_path: Path) -> None:
@@ -247,8 +247,8 @@ def test_the_named_column_is_captioned_recorded_and_kept(run: Run, photographs: 
         run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), image_column="left", id_column="sku")
     run(str(tmp_path / "in.parquet"), str(tmp_path / "out"), **named)
 
-    found = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
-    assert found == {
+    actual = {row["image_id"]: row["caption"] for row in read(tmp_path / "out")}
+    assert actual == {
         path.name: expected(other.read_bytes()) for path, other in zip(paths, reversed(paths), strict=True)
     }
     assert f"{tmp_path}/in.parquet: images from column right (bytes), ids from column sku" in lines
@@ -352,9 +352,9 @@ def test_rows_of_a_table_rewritten_since_listing_are_not_read(tmp_path: Path) ->
             build_manifest(str(tmp_path / "in.parquet"), str(tmp_path / "manifest"))
     (part,) = (tmp_path / "manifest").glob("*.parquet")
 
-    found = [answer for _, answer in read_rows(pq.read_table(part).to_pylist(), str(tmp_path))]
+    actual = [answer for _, answer in read_rows(pq.read_table(part).to_pylist(), str(tmp_path))]
 
-    assert [error.code for error in found if isinstance(error, ImageError)] == ["changed"] * 5
+    assert [error.code for error in actual if isinstance(error, ImageError)] == ["changed"] * 5
 
 
 def test_captions_do_not_depend_on_actors_batches_or_an_interruption(
@@ -364,20 +364,20 @@ def test_captions_do_not_depend_on_actors_batches_or_an_interruption(
     alone = load()
     keys = ("image_id", "caption", "confidence")
 
-    found = []
+    outputs = []
     for number, (num_actors, batch_size) in enumerate([(1, 64), (2, 3), (4, 16)]):
         output = tmp_path / f"out{number}"
         run(str(photographs), str(output), load_captioner=load, num_actors=num_actors, batch_size=batch_size, limit=40)
-        found.append([{key: row[key] for key in keys} for row in read(output)])
+        outputs.append([{key: row[key] for key in keys} for row in read(output)])
 
     resumed = tmp_path / "resumed"
     for limit in (7, 40):
         run(str(photographs), str(resumed), load_captioner=load, limit=limit)
-    found.append([{key: row[key] for key in keys} for row in read(resumed)])
+    outputs.append([{key: row[key] for key in keys} for row in read(resumed)])
 
-    assert found[0] == found[1] == found[2] == found[3]
-    first = decode_image((photographs / found[0][0]["image_id"]).read_bytes(), image_size=alone.image_size)
-    assert alone.caption_pixels(first.pixels[None])[0][0].text == found[0][0]["caption"]
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3]
+    first = decode_image((photographs / outputs[0][0]["image_id"]).read_bytes(), image_size=alone.image_size)
+    assert alone.caption_pixels(first.pixels[None])[0][0].text == outputs[0][0]["caption"]
 
 
 def test_images_that_kill_their_process_are_identified_and_the_rest_are_captioned(
@@ -416,7 +416,7 @@ def test_the_same_bytes_are_captioned_once(run: Run, photographs: Path, tmp_path
     for number in range(60, 100):  # most of them far from their twins
         name = photographs / ("even" if number % 2 == 0 else "odd") / f"{number:03}.jpg"
         name.write_bytes((photographs / "even" / f"{number % 10 // 2 * 2:03}.jpg").read_bytes())
-    for number in range(2):  # empty files are no twins
+    for number in range(2):  # empty files are not duplicates
         (photographs / f"empty{number}.jpg").write_bytes(b"")
 
     summary = run(str(photographs), str(tmp_path / "out"))
@@ -536,7 +536,7 @@ def test_a_run_stops_if_all_images_are_missing(run: Run, photographs: Path, tmp_
     gone = tmp_path / "gone"
 
     def unmount(line: str) -> None:
-        """The folder goes away between its listing and the reading."""
+        """The folder disappears between listing and reading."""
         if line.startswith("captioning"):
             photographs.rename(gone)
 

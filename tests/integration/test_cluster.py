@@ -1,4 +1,4 @@
-"""Connecting to Ray: quietly, twice without harm, and with an error that helps when it cannot be done."""
+"""Connecting to Ray is quiet and idempotent, and fails with a helpful error."""
 
 import json
 import os
@@ -34,7 +34,7 @@ try:
     def double(number):
         return 2 * number, os.environ.get("MALLOC_ARENA_MAX")
     answer, arenas = ray.get(double.remote(21))
-    said = {
+    result = {
         "resources": resources,
         "has_token": bool(os.environ.get("RAY_AUTH_TOKEN")),
         "answer": answer,
@@ -43,8 +43,8 @@ try:
         "cores": [own_cores(), cores()],
     }
 except ImcapError as error:
-    said = {"error": type(error).__name__, "message": str(error)}
-print(json.dumps(said))
+    result = {"error": type(error).__name__, "message": str(error)}
+print(json.dumps(result))
 """
 
 
@@ -57,7 +57,7 @@ def home() -> Iterator[Path]:
 
 
 def connect_elsewhere(*arguments: str, home: Path, **variables: str) -> tuple[dict, str]:
-    """What `connect` did in a process of its own, with `home` as its home folder, and what stderr got from it."""
+    """Return the result and the stderr of `connect` in a separate process, with `home` as its home folder."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "RAY_TMPDIR": str(home), **variables}
     done = subprocess.run(
@@ -78,30 +78,30 @@ def free_port() -> int:
 
 
 def test_a_private_ray_is_quiet_and_leaves_no_token_behind(home):
-    said, stderr = connect_elsewhere(home=home)
-    first, second = said["resources"]
+    result, stderr = connect_elsewhere(home=home)
+    first, second = result["resources"]
     assert first == second
     assert first["is_local"] and first["nodes"] == 1
     assert first["cpus"] >= max(4, first["physical_cores"])
-    assert said["answer"] == 42
+    assert result["answer"] == 42
     # No switch of Ray silences the line in which it reports the level of its log.
     assert [line for line in stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
     assert len(stderr.splitlines()) <= 1
     # ~/.ray/auth_token would turn authentication on for every later `ray start` of this user.
     assert not (home / ".ray").exists()
-    assert said["has_token"]
+    assert result["has_token"]
 
 
 def test_workers_of_a_private_ray_need_no_separate_environment(home):
-    said, _ = connect_elsewhere(home=home)
-    assert said["arenas"] == "1"
-    assert said["runtime_environment"] is None
-    assert said["cores"][0] == said["cores"][1]  # though it counts more CPUs than it has
+    result, _ = connect_elsewhere(home=home)
+    assert result["arenas"] == "1"
+    assert result["runtime_environment"] is None
+    assert result["cores"][0] == result["cores"][1]  # though it counts more CPUs than it has
 
 
 def test_local_takes_precedence_over_ray_address(home):
-    said, _ = connect_elsewhere("local", home=home, RAY_ADDRESS="127.0.0.1:9")
-    assert said["resources"][0]["is_local"]
+    result, _ = connect_elsewhere("local", home=home, RAY_ADDRESS="127.0.0.1:9")
+    assert result["resources"][0]["is_local"]
 
 
 @pytest.mark.parametrize("place", ["closed port", "another server"])
@@ -111,19 +111,19 @@ def test_an_address_without_ray_fails_after_our_timeout_of_seconds(home, place):
             listener.bind(("127.0.0.1", 0))
             listener.listen()
         port = listener.getsockname()[1] if place == "another server" else free_port()
-        said, stderr = connect_elsewhere(f"127.0.0.1:{port}", home=home)
-    assert said["error"] == "ClusterError"
-    assert f"127.0.0.1:{port}" in said["message"] and "6379" in said["message"]
+        result, stderr = connect_elsewhere(f"127.0.0.1:{port}", home=home)
+    assert result["error"] == "ClusterError"
+    assert f"127.0.0.1:{port}" in result["message"] and "6379" in result["message"]
     # Ray itself would wait 20 to 120 s, and has another message.
-    assert f"no Ray answered within {cluster.ANSWER_TIMEOUT_SECONDS} s" in said["message"]
+    assert f"no Ray answered within {cluster.ANSWER_TIMEOUT_SECONDS} s" in result["message"]
     assert stderr == ""
 
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
 def test_an_address_for_outsiders_points_to_submit(home, address):
-    said, _ = connect_elsewhere(home=home, RAY_ADDRESS=address)
-    assert said["error"] == "ClusterError"
-    assert "imcap submit" in said["message"]
+    result, _ = connect_elsewhere(home=home, RAY_ADDRESS=address)
+    assert result["error"] == "ClusterError"
+    assert "imcap submit" in result["message"]
 
 
 def test_the_error_for_too_large_a_request_has_both_numbers():

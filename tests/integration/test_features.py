@@ -1,4 +1,4 @@
-"""Cached features: each image once, whatever happens to the files."""
+"""Cached features contain each image once, even if files are corrupted or lost."""
 
 from __future__ import annotations
 

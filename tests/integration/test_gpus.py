@@ -1,4 +1,4 @@
-"""GPUs that Ray counts and CUDA cannot use: an error at once, and no run on the CPUs."""
+"""GPUs that Ray counts but CUDA cannot use are an immediate error, and the run does not fall back to CPUs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_reserved_gpus_unusable_by_cuda_stop_captioning_and_training_immediately
     (echoes, _), (captioning, captioning_seconds), (training, training_seconds) = json.loads(
         done.stdout.splitlines()[-1]
     )
-    assert echoes == {"ok": 12}, "what needs no CUDA runs on Ray's logical GPUs"
+    assert echoes == {"ok": 12}, "captioners without CUDA run on Ray's logical GPUs"
     for error in (captioning, training):
         assert "a GPU is reserved for this process, but CUDA cannot be used: PyTorch" in error
         assert "--gpus-per-worker 0" in error

@@ -1,4 +1,4 @@
-"""Commands as jobs of a real cluster, one with token authentication, and what comes back from them."""
+"""Commands as jobs of a real cluster with token authentication, and their results."""
 
 import json
 import os
@@ -62,13 +62,13 @@ job = os.environ.get("JOB")
 how = {"address": address, "echo": echo, "on_interrupt": os.environ.get("ON_INTERRUPT", "stop")}
 try:
     if command:
-        said = {"exit_code": jobs.submit(command, submission_id=job, **how)}
+        result = {"exit_code": jobs.submit(command, submission_id=job, **how)}
     else:
         how["echo"] = lines.append
-        said = {"exit_code": jobs.follow(job, **how)}
+        result = {"exit_code": jobs.follow(job, **how)}
 except ImcapError as error:
-    said = {"error": type(error).__name__, "message": str(error)}
-print(json.dumps(said | {"lines": lines}))
+    result = {"error": type(error).__name__, "message": str(error)}
+print(json.dumps(result | {"lines": lines}))
 """
 
 CONNECT = """
@@ -91,7 +91,7 @@ class Head:
     address: str
 
     def run(self, program: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """A Python program that finds no token by itself and is misled by RAY_ADDRESS."""
+        """Run a Python program that finds no token by itself and has a misleading RAY_ADDRESS."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         environment |= {"HOME": str(self.folder / "nobody"), "RAY_ADDRESS": "http://127.0.0.1:9", **variables}
         return subprocess.run(
@@ -120,9 +120,9 @@ def head() -> Iterator[Head]:
 
 def test_a_command_arrives_unchanged_and_its_log_is_returned(head):
     words = ["s3://bucket/a b", 'it\'s "quoted"', "$(touch pwned) `id` ; * ~", "--name=ü\n"]
-    said = head.submit("print", *words, RAY_AUTH_TOKEN=TOKEN)
-    assert said["exit_code"] == 0
-    assert json.loads(said["lines"][-1]) == words
+    result = head.submit("print", *words, RAY_AUTH_TOKEN=TOKEN)
+    assert result["exit_code"] == 0
+    assert json.loads(result["lines"][-1]) == words
     assert not (head.folder / "pwned").exists()
 
 
@@ -131,9 +131,9 @@ def test_the_exit_code_is_that_of_the_command(head):
 
 
 def test_the_package_is_sent_to_the_workers_too(head):
-    said = head.submit("connect", RAY_AUTH_TOKEN=TOKEN)
-    assert said["exit_code"] == 0
-    assert "py_modules_files" in json.loads(said["lines"][-1])
+    result = head.submit("connect", RAY_AUTH_TOKEN=TOKEN)
+    assert result["exit_code"] == 0
+    assert "py_modules_files" in json.loads(result["lines"][-1])
 
 
 def test_ctrl_c_stops_the_job(head):
@@ -159,10 +159,10 @@ def test_a_job_left_running_by_ctrl_c_can_be_followed_to_its_exit_code(head):
 
 
 def test_a_name_already_in_use_is_reported(head):
-    said = [head.submit("exit", "0", RAY_AUTH_TOKEN=TOKEN, JOB="taken") for _ in range(2)]
-    assert said[0]["exit_code"] == 0
-    assert said[1]["error"] == "ClusterError"
-    assert "--submission-id" in said[1]["message"]
+    results = [head.submit("exit", "0", RAY_AUTH_TOKEN=TOKEN, JOB="taken") for _ in range(2)]
+    assert results[0]["exit_code"] == 0
+    assert results[1]["error"] == "ClusterError"
+    assert "--submission-id" in results[1]["message"]
 
 
 @pytest.mark.parametrize(

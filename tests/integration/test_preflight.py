@@ -1,4 +1,4 @@
-"""The nodes of a real Ray are asked what they see."""
+"""The nodes of a real Ray are probed for access to input and output."""
 
 from __future__ import annotations
 

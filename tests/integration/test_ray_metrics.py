@@ -1,4 +1,4 @@
-"""A captioning as Prometheus sees it, and as the dashboard names it: on a real Ray in a process of its own."""
+"""Metrics of a captioning run for Prometheus and the dashboard, on a real Ray in a separate process."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ Path(output, "seen.json").write_text(json.dumps({"scrapes": scrapes, "names": so
 
 
 def samples(scrape: str) -> dict[str, dict[tuple[str, str], float]]:
-    """Our metrics in one answer of the endpoint: name -> (operator, status) -> the sum over all processes."""
+    """Parse our metrics from one response of the endpoint: name -> (operator, status) -> sum over all processes."""
     found: dict[str, dict[tuple[str, str], float]] = defaultdict(lambda: defaultdict(float))
     for family in text_string_to_metric_families(scrape):
         for sample in family.samples:
@@ -75,7 +75,7 @@ def samples(scrape: str) -> dict[str, dict[tuple[str, str], float]]:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What was seen of a run over 199 photographs, two of them the same, and a file that is none."""
+    """Metrics of a run over 199 photographs, two of them identical, and a file that is not an image."""
     folder = tmp_path_factory.mktemp("monitoring")
     photographs, output = folder / "photographs", folder / "captions"
     photographs.mkdir()
@@ -84,7 +84,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (photographs / "none.jpg").write_bytes(b"no image")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(photographs), str(output)],
-        # Processes tell their agent of their metrics every ten seconds, unless this says otherwise.
+        # Processes report their metrics to their agent every ten seconds by default.
         env={**os.environ, "PYTHONPATH": str(ROOT), "RAY_metrics_report_interval_ms": "1000"},
         capture_output=True,
         text=True,

@@ -1,4 +1,4 @@
-"""What makes captioning fast, against the plain float32 path: the same captions, on real photographs."""
+"""The optimized captioning gives the same captions as the plain float32 path, on real photographs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 @torch.inference_mode()
 def plain_caption(decoder: Decoder, features: Tensor, search: SearchConfig) -> tuple[int, ...]:
-    """A beam of lists, each of which goes through the decoder from its start at every position."""
+    """Search with lists as beams, each of which is decoded from its start at every position."""
     live: list[tuple[float, list[int]]] = [(0.0, [START_ID])]
     ended: list[tuple[float, list[int]]] = []
     for position in range(search.max_length + 1):
@@ -69,7 +69,9 @@ def test_captions_equal_those_of_the_reference_path_on_development_images(kind: 
     folder = read_model_folder()
     encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
     encoder.cnn.load_state_dict(select_tensors("encoder.", folder.tensors))
-    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()), "this one is not folded"
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules()), (
+        "the reference encoder is not folded"
+    )
     decoder = copy.deepcopy(captioner._trained_decoder)
     assert isinstance(decoder, Decoder)
     decoder.load_state_dict(select_tensors("decoder.", folder.tensors))

@@ -1,4 +1,4 @@
-"""S3 over HTTP: a store that fails now and then costs time only, one that is gone is told from a broken object."""
+"""S3 over HTTP: an unreliable store only costs time, and a missing store is distinguished from a broken object."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_store_that_throttles_a_fifth_of_all_requests_answers_seven_hundred_re
 
 
 def write_all(locations: list[str]) -> None:
-    """Write to each location its own name, and enough to be longer than the text of an error."""
+    """Write its name to each location, repeated to be longer than the text of an error."""
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda location: storage.write_bytes(location, location.encode()), locations))
 
@@ -244,7 +244,7 @@ def test_a_store_that_decodes_chunks_is_checked_only_once(s3: S3Store, monkeypat
 
 @pytest.fixture
 def captions(s3: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Captions of three images in the store, which is asked twice for each."""
+    """Captions of three images in the store, which gets two requests for each."""
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     rows = []
     for number, name in enumerate("abc"):

@@ -156,7 +156,7 @@ def test_a_training_continues_from_a_model_and_keeps_its_cnn(
     assert trained_on.preprocessing == replace(folder.preprocessing, image_size=size)
     changed = [name for name, tensor in trained_on.tensors.items() if not torch.equal(tensor, folder.tensors[name])]
     assert changed
-    assert all(name.startswith("decoder.") for name in changed), "the CNN stays"
+    assert all(name.startswith("decoder.") for name in changed), "the CNN is unchanged"
     assert trained_on.tensors.keys() == folder.tensors.keys()
     config = make_config(
         tiny_flickr8k,

@@ -1,4 +1,4 @@
-"""What workers of a training have to agree on, each a process; without Ray, which would only start them."""
+"""What the workers of a training agree on. Each is a process; Ray, which would only start them, is not used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ team = Team(rank, 2, device)
 
 
 def run_workers(tmp_path: Path, script: str, *arguments: Any) -> list[Any]:
-    """What two workers print, each given one of the arguments."""
+    """Run two workers, each with one of the arguments, and return what they print."""
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", CONNECT + script, str(rank), str(tmp_path / "store"), json.dumps(argument)],

@@ -1,4 +1,4 @@
-"""A decoder with bugs, under the name of the one that is loaded for HEIC images: it crashes or hangs."""
+"""A buggy stand-in for the HEIC decoder, under its module name: it crashes or hangs."""
 
 from __future__ import annotations
 
