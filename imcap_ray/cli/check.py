@@ -45,8 +45,10 @@ def check(data: str, **options: Any) -> None:
     from imcap_ray.config import load_recipe, parse_override
     from imcap_ray.data.dataset_check import check_dataset
     from imcap_ray.data.datasets import load_dataset
+    from imcap_ray.models.decoders import find_decoder
 
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
+    find_decoder(recipe.decoder)
     dataset = load_dataset(
         data,
         columns=column_options(options),

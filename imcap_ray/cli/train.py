@@ -80,11 +80,14 @@ def train(data: str, model: str, **options: Any) -> None:
 
 def _build_configs(data: str, model: str, options: dict[str, Any]) -> tuple[TrainingRunConfig, ResourcesConfig]:
     from imcap_ray.config import load_recipe, parse_override
+    from imcap_ray.models.decoders import find_decoder
 
+    recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
+    find_decoder(recipe.decoder)  # before data are read and Ray starts
     config = TrainingRunConfig(
         data=data,
         model=model,
-        recipe=load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"])),
+        recipe=recipe,
         recipe_name=options["recipe"],
         recipe_options=options["overrides"],
         start_from=options["start_from"],

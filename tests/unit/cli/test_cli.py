@@ -678,3 +678,38 @@ def test_python_m_is_the_same_command() -> None:
     run = subprocess.run([sys.executable, "-m", "imcap_ray", "--version"], capture_output=True, text=True, timeout=50)
 
     assert run.stdout == f"imcap, version {__version__}\n"
+
+
+@pytest.mark.parametrize("setting", ["decoder.num_heads=7", "decoder.name=gru"])
+@pytest.mark.parametrize("command", [["check", "--no-decode"], ["train", "--dry-run"]])
+def test_a_decoder_that_cannot_be_built_is_refused_before_the_data_are_read(
+    command: list[str], setting: str, tmp_path: Path
+) -> None:
+    """The data do not exist, so a command that read them first, or started Ray, would report that instead."""
+    name, *flags = command
+    folders = [tmp_path / "nowhere", *([tmp_path / "model"] if name == "train" else [])]
+
+    line = mistake(name, *folders, *flags, "--set", setting)
+
+    assert "decoder" in line and setting.partition("=")[2] in line
+    assert "nowhere" not in line
+
+
+def test_a_recipe_with_an_unknown_decoder_is_exit_code_2_for_data_that_can_be_checked(flickr8k: Path) -> None:
+    assert imcap("check", flickr8k, "--no-decode", "--set", "decoder.name=lstm").exit_code != 2
+    assert "'gru'" in mistake("check", flickr8k, "--no-decode", "--set", "decoder.name=gru")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["export", "captions", "out", "--to", "csv"], ["report", "captions"], ["status", "captions"]]
+)
+def test_a_command_that_only_reads_captions_names_a_corrupt_run_file_and_never_advises_to_remove_it(
+    arguments: list[str], captioned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (captioned / "_imcap" / "run.json").write_text("{")
+
+    line = mistake(*arguments)
+
+    assert "captions/_imcap/run.json is damaged" in line
+    assert "remove" not in line and "OUTPUT" not in line
