@@ -37,7 +37,7 @@ from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.errors import ImcapError, OutputError, translate_errors
-from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part, read_run_file
+from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part, parse_run_file
 from imcap_ray.runs.lease import Lease, has_foreign_files
 
 RUN_FILE: Final = "run.json"
@@ -85,8 +85,16 @@ class CaptionsFolder:
     # --- which run made it ---
 
     def read_run(self) -> dict[str, Any] | None:
-        """The content of run.json; None if there is none. Raises OutputError if it is corrupt."""
-        return read_run_file(storage.join(self.work, RUN_FILE))
+        """The content of run.json, for a run that writes to this folder; None if there is none.
+
+        Raises:
+            OutputError: it is corrupt.
+        """
+        location = storage.join(self.work, RUN_FILE)
+        try:
+            return parse_run_file(location)
+        except ValueError as error:
+            raise OutputError(f"{location} is damaged: {error}; choose another OUTPUT, or remove this one") from error
 
     def write_run(self, run: Mapping[str, Any]) -> None:
         """Replace run.json."""

@@ -12,7 +12,7 @@ import pyarrow.dataset as pads
 
 from imcap_ray import storage
 from imcap_ray.data.parquet_images import refuse_pickles
-from imcap_ray.errors import InputError, OutputError
+from imcap_ray.errors import InputError, translate_errors
 
 COMPLETE: Final = "complete"
 
@@ -81,7 +81,7 @@ def read_run(captions: str) -> dict[str, Any] | None:
     """The content of `_imcap/run.json` of a captions folder, or of a captions file's folder; None if there is none.
 
     Raises:
-        OutputError: it is corrupt.
+        InputError: it is corrupt.
     """
     return read_run_file(storage.join(folder_of(captions), "_imcap", "run.json"))
 
@@ -90,14 +90,21 @@ def read_run_file(location: str) -> dict[str, Any] | None:
     """The content of this run.json; None if it does not exist.
 
     Raises:
-        OutputError: it is corrupt.
+        InputError: it is corrupt.
+    """
+    with translate_errors(ValueError, to=InputError, message=f"{location} is damaged"):
+        return parse_run_file(location)
+
+
+def parse_run_file(location: str) -> dict[str, Any] | None:
+    """As `read_run_file`, for callers that report a corrupt file in their own words.
+
+    Raises:
+        ValueError: it is corrupt.
     """
     if not storage.exists(location):
         return None
-    try:
-        run = json.loads(storage.read_bytes(location))
-    except ValueError as error:
-        raise OutputError(f"{location} is damaged: {error}; choose another OUTPUT, or remove this one") from error
+    run = json.loads(storage.read_bytes(location))
     return run if isinstance(run, dict) else {}
 
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError, InputError
-from imcap_ray.runs.captions_folder import CaptionsFolder
-from imcap_ray.runs.captions_table import COMPLETE, REPLACING
+from imcap_ray.runs.captions_folder import RUN_FILE, CaptionsFolder
+from imcap_ray.runs.captions_table import COMPLETE, REPLACING, read_run_file
 from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, SILENT_SECONDS
 from imcap_ray.runs.training_run import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
 
@@ -83,13 +83,13 @@ def read_status(location: str) -> CaptioningStatus | TrainingStatus:
     """The progress of the captioning or training run that writes to this location.
 
     Raises:
-        InputError: no run has written there.
+        InputError: no run has written there, or its record is corrupt.
     """
     location = storage.absolute(location)
     folder = CaptionsFolder(location)
     new = folder.next()
     for candidate in (new, folder):
-        if (run := candidate.read_run()) is not None:
+        if (run := read_run_file(storage.join(candidate.work, RUN_FILE))) is not None:
             return _captioning_status(location, candidate, run, is_replacing=candidate is new)
     training = storage.join(location, WORK_FOLDER)
     if storage.is_folder(training):

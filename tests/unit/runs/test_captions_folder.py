@@ -702,3 +702,12 @@ def test_ids_are_found_among_sorted_ids(sorted_ids: list[int], ids: list[int]) -
     actual = contains_any(np.array(sorted_ids, np.int64), np.array(ids, np.int64))
 
     assert actual == bool(set(sorted_ids) & set(ids))
+
+
+def test_a_run_that_finds_a_corrupt_run_file_in_its_output_says_what_to_do(tmp_path: Path) -> None:
+    folder = CaptionsFolder(str(tmp_path))
+    storage.write_bytes(storage.join(folder.work, "run.json"), b"{")
+
+    for read in (folder.read_run, partial(folder.require_identity, IDENTITY), partial(folder.is_of, IDENTITY)):
+        with pytest.raises(OutputError, match=r"run\.json is damaged: .*; choose another OUTPUT, or remove this one"):
+            read()
