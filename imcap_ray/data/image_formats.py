@@ -293,7 +293,7 @@ def is_installed(image_format: ImageFormat) -> bool:
     """Whether the format's optional package is installed; registers it with Pillow."""
     try:
         package = importlib.import_module(image_format.package)
-    except ImportError:
+        getattr(package, f"register_{image_format.name}_opener")()
+    except ImportError:  # registering imports the package's compiled part
         return False
-    getattr(package, f"register_{image_format.name}_opener")()
     return True
