@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import zip_longest
 from typing import Final, NamedTuple
 
 import pyarrow as pa
@@ -169,17 +169,16 @@ def _add_rows(collector: Collector, tables: Mapping[str, _Table], columns: _Colu
         for name, table in tables.items()
         for row in _read_rows(table, columns.captions[name], columns.ids.find(table.schema, name))
     )
-    entries: Iterable[ManifestEntry | None] = (
-        list_table_images(
+    pairs: Iterable[tuple[_Row, ManifestEntry | None]] = ((row, None) for row in rows)
+    if columns.has_images:
+        entries = list_table_images(
             [table.file for table in tables.values()],
             base=collector.source.base,
             columns=columns.images,
             id_columns=columns.ids,
         )
-        if columns.has_images
-        else repeat(None)
-    )
-    for number, (row, entry) in enumerate(zip(rows, entries, strict=False)):
+        pairs = _pair(rows, entries, collector.source.location)
+    for number, (row, entry) in enumerate(pairs):
         image_id = (entry["image_id"] or entry["image_path"]) if entry else row.image_id
         captions = [caption for caption in captions_in(row.fields) if caption.strip()]
         if image_id and not captions and entry:
@@ -195,6 +194,20 @@ def _add_rows(collector: Collector, tables: Mapping[str, _Table], columns: _Colu
         split = row.fields.get(SPLIT_FIELD) or split_in_path(row.table) or split_in_name(file_name)
         collector.add(image_id, captions, where=f"row {number}", path=path, split=str(split))
     return packed
+
+
+def _pair(
+    rows: Iterator[_Row], entries: Iterator[ManifestEntry], location: str
+) -> Iterator[tuple[_Row, ManifestEntry]]:
+    """Each row with the entry of its image.
+
+    Raises:
+        DatasetError: there are more of one than of the other, because a table was rewritten between the two readings.
+    """
+    for row, entry in zip_longest(rows, entries):
+        if row is None or entry is None:
+            raise DatasetError(f"{location} was rewritten while it was read: run the same command again")
+        yield row, entry
 
 
 def _find_image_column(columns: ImageColumns, location: str) -> ImageColumn | None:

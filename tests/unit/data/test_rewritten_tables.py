@@ -16,13 +16,13 @@ import pytest
 
 from imcap_ray import storage
 from imcap_ray.data import manifest
-from imcap_ray.data.datasets import load_dataset
+from imcap_ray.data.datasets import load_dataset, parquet
 from imcap_ray.data.datasets.dataset import Collector
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import InputOptions, build_manifest, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, ManifestRow
-from imcap_ray.data.table_listing import choose_ids
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, ManifestEntry, ManifestRow
+from imcap_ray.data.table_listing import choose_ids, list_table_images
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from imcap_ray.runs.captions_folder import CaptionsFolder
@@ -494,3 +494,19 @@ def test_a_data_set_rewritten_during_reading_is_refused(
         dataset = load_dataset(str(tmp_path))
         assert {file.modified_ns for file in dataset.tables.values()} == {10**9}
         assert set(dataset.manifest(dataset.table)["modified_ns"].to_pylist()) == {10**9}
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer"])
+def test_a_data_set_is_refused_if_its_images_are_listed_from_another_table_of_the_same_size_and_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    pq.write_table(pa.table({"image": [CONTENTS["a"], CONTENTS["c"]], "caption": ["a", "c"]}), tmp_path / "t.parquet")
+
+    def rewritten(*arguments: Any, **options: Any) -> Iterator[ManifestEntry]:
+        entries = list(list_table_images(*arguments, **options))
+        return iter(entries[:-1] if change == "shorter" else [*entries, entries[-1]])
+
+    monkeypatch.setattr(parquet, "list_table_images", rewritten)
+
+    with pytest.raises(DatasetError, match=f"{tmp_path} was rewritten while it was read: run the same command again"):
+        load_dataset(str(tmp_path))
