@@ -50,7 +50,8 @@ def start_of_phase(
     if history[-1]["phase"] == phase:
         if not _is_readable(location):
             _, newest = choose_best(storage.join(work, RUN_FOLDER), report=report)
-            storage.write_bytes(location, storage.read_bytes(storage.join(newest.location, WEIGHTS_FILE)))
+            weights = read_weights(storage.join(newest.location, WEIGHTS_FILE))
+            storage.write_bytes(location, safetensors.torch.save(weights))
             report(f"{location} was missing or corrupt, and is restored from epoch {newest.epoch}")
         return location
     finetunings = [other for other in phases(recipe) if kind_of(other) == FINETUNE]

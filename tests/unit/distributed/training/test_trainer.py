@@ -16,15 +16,19 @@ import torch
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, load_recipe
 from imcap_ray.data.datasets import CaptionedImages, load_dataset
+from imcap_ray.distributed import features
 from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.training.checkpoints import checkpoint_name
 from imcap_ray.distributed.training.phase_start import start_of_phase
+from imcap_ray.distributed.training.trainer import _Training
 from imcap_ray.distributed.training.training_inputs import feature_folder, fix_validation
 from imcap_ray.distributed.training.training_plan import PreparedTraining, Workers, load_data, prepare_training
 from imcap_ray.distributed.training.worker_group import watch_room
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.runs.checksums import write_checksums
+from imcap_ray.runs.feature_folder import FeatureFolder
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import read_validation_ids
 from tests import small_data
 
@@ -313,3 +317,50 @@ def test_features_are_next_to_the_model_or_in_the_given_folder(flickr8k: Path, t
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="--features must be a folder, got a file"):
         prepare(flickr8k, tmp_path / "model", features=tmp_path / "file")
+
+
+def test_start_weights_are_not_replaced_by_weights_that_cannot_be_read(tmp_path: Path) -> None:
+    history = write_epochs(str(tmp_path), 0.5, 0.4, 0.3)
+    start_file = tmp_path / "start_of_self_critical.safetensors"
+    start_file.write_bytes(b"half of ")
+    newest = storage.join(str(tmp_path), "ray", checkpoint_name(3))
+    storage.write_bytes(storage.join(newest, "model.safetensors"), b"no tensors")
+    write_checksums(newest, ["model.safetensors", "history.json"])
+
+    with pytest.raises(ImcapError, match=rf"{newest}/model\.safetensors is missing or corrupt"):
+        start("self_critical", history, str(tmp_path))
+    assert start_file.read_bytes() == b"half of "
+
+
+def test_a_training_uses_both_feature_folders_before_it_encodes_and_until_it_ends(
+    flickr8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = _Training.begin(prepare(flickr8k, tmp_path / "model"), CLUSTER, ProgressReporter(lambda line: None))
+    in_use_when_encoding: list[list[str]] = []
+
+    def complete(manifest: pa.Table, use: FeatureFolder, **options: Any) -> FeatureCache:
+        """Record the folders in use when a split would be encoded."""
+        assert use is training.feature_folders[-1], "it is kept alive before it encodes"
+        in_use_when_encoding.append(in_use(training.prepared.features))
+        return FeatureCache(use.location, (1, 1, 1), manifest.num_rows, [], use=use)
+
+    monkeypatch.setattr(features, "complete_cache", complete)
+
+    caches = training.cache_features()
+
+    train, validation = (caches[split].folder for split in ("train", "validation"))
+    assert in_use_when_encoding == [[train], sorted([train, validation])]
+    assert in_use(training.prepared.features) == sorted([train, validation])
+    training.leave()
+    assert in_use(training.prepared.features) == []
+
+
+def in_use(folder: str) -> list[str]:
+    """The folders of features below this one that have a live user."""
+    folders = []
+    for path in Path(folder).iterdir():
+        other = FeatureFolder(str(path))
+        other.beat()
+        folders += [other.location] if other.live_others() else []
+        other.leave()
+    return sorted(folders)
