@@ -83,6 +83,12 @@ function showAll() {
   filter();
 }
 
+// Paper shows all cards and everything that is folded.
+function showForPrint() {
+  showAll();
+  for (const details of document.querySelectorAll("details")) details.open = true;
+}
+
 // A link to a folded section unfolds it.
 function unfold() {
   const target = location.hash && document.getElementById(location.hash.slice(1));
@@ -97,7 +103,7 @@ order.addEventListener("change", sort);
 statusFilter.addEventListener("change", filter);
 search.addEventListener("input", filter);
 more.addEventListener("click", showAll);
-window.addEventListener("beforeprint", showAll);
+window.addEventListener("beforeprint", showForPrint);
 window.addEventListener("hashchange", unfold);
 controls.addEventListener("submit", (event) => event.preventDefault());
 controls.hidden = false;
