@@ -21,7 +21,8 @@ from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
 from imcap_ray.models.captioner import Captioner, override_search
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoder_weights import EncoderWeights
-from imcap_ray.models.encoders import build_encoder
+from imcap_ray.models.encoders import Encoder, build_encoder
+from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.models.model_folder import average_models, default_model_folder, read_model_folder
 from imcap_ray.text.vocabulary import Vocabulary
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
@@ -674,3 +675,21 @@ def test_an_argument_that_is_not_a_list_of_images_is_a_type_error(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         captioner.caption(images)
+
+
+def test_the_cnn_is_not_optimized_when_a_captioner_is_loaded_and_once_when_it_is_used(
+    model_dir: Path, pixels: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimized: list[Any] = []
+
+    def optimize(encoder: Encoder, device: torch.device) -> Any:
+        optimized.append(optimize_for_inference(encoder, device))
+        return optimized[-1]
+
+    monkeypatch.setattr("imcap_ray.models.captioner.optimize_for_inference", optimize)
+
+    captioner = Captioner.load(model_dir, device="cpu")
+    assert not optimized
+    for _ in range(2):
+        captioner.caption_pixels(pixels[:2])
+    assert optimized == [captioner.encoder]
