@@ -245,3 +245,12 @@ def test_a_long_gallery_shows_its_first_cards_until_all_are_requested(page: Page
     page.evaluate("document.getElementById('more').click()")
     assert len(shown(page)) == 70
     assert page.evaluate("document.getElementById('more').hidden")
+
+
+def test_printing_opens_every_folded_section(page: Page, report: Path) -> None:
+    page.open(report)
+    assert page.evaluate("document.querySelectorAll('details[id]:not([open])').length") == 3
+
+    page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+
+    assert page.evaluate("document.querySelectorAll('details:not([open])').length") == 0
