@@ -1,7 +1,7 @@
 """How long tests wait before they consider something to hang.
 
-Nothing is asserted on speed with these: a machine that is busy with other things may be ten times slower than an idle
-one. What has to be fast is asserted by what it does not do.
+These limits do not check speed, because a busy machine can be ten times slower than an idle one. Tests of fast code
+check that it does no slow work instead.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_a_private_ray_is_quiet_and_leaves_no_token_behind(home):
+def test_a_private_ray_is_quiet_and_leaves_no_token(home):
     result, stderr = connect_elsewhere(home=home)
     first, second = result["resources"]
     assert first == second

@@ -28,7 +28,7 @@ def fault(kind: str, time: float, killed: int, *, run: int = FIRST, done: bool =
     return Fault(kind=kind, run=run, time=time, done=frozenset({"cat"} if done else ()), killed=killed)
 
 
-def test_an_image_in_flight_when_its_driver_is_killed_may_be_computed_again() -> None:
+def test_an_image_in_flight_when_its_driver_is_killed_can_be_recomputed() -> None:
     log = [computed(1, FIRST, ACTOR), computed(9, SECOND, ACTOR)]
 
     result = explain(log, [fault("driver", 2, FIRST)])
@@ -106,7 +106,7 @@ def test_a_block_is_lost_with_its_node_even_if_its_actor_was_killed_before() -> 
     assert explain(log, [fault("node", 5, OTHER_RAYLET)]).unexplained == 1
 
 
-def test_copies_may_be_computed_after_the_index_was_killed_while_the_first_was_in_flight() -> None:
+def test_copies_can_be_computed_if_the_index_was_killed_while_the_first_was_in_flight() -> None:
     log = [computed(time, FIRST, RAYLET, ACTOR) for time in (1, 3, 4)]
     kill = fault("index", 2, INDEX)
     kill_when_done = fault("index", 2, INDEX, done=True)

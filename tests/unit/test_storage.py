@@ -366,7 +366,7 @@ def test_a_uri_without_a_secret_is_accepted(location: str) -> None:
     storage.locate(location, base="/", folders=["/"], source="", allow_outside=True)
 
 
-def test_a_key_in_a_bucket_may_look_like_a_query() -> None:
+def test_a_key_in_a_bucket_can_look_like_a_query() -> None:
     """Otherwise, a file that `wget` named after a signed URL would end a run that lists it."""
     storage.write_bytes("memory://looks/like/a.jpg?X-Amz-Signature=0", b"1")
 
@@ -449,7 +449,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("error", [PermissionError("no"), OSError("HTTP status 403"), NotImplementedError()])
-def test_files_of_a_folder_that_may_not_be_listed_are_of_unknown_size(failing: str, error: Exception) -> None:
+def test_files_of_a_folder_that_cannot_be_listed_have_unknown_size(failing: str, error: Exception) -> None:
     names = [f"{failing}/a", f"{failing}/b"]
     assert [file.size for file in storage.describe_files(names).values()] == [10, 10]
 

@@ -351,7 +351,7 @@ def test_a_truncated_file_gives_the_complete_picture_or_an_error(name: str) -> N
 
 
 @pytest.mark.parametrize("name", [name for name in CUT_FILES if name.startswith("jpeg")])
-def test_a_jpeg_cut_within_a_scan_is_truncated_even_with_an_end_marker(name: str) -> None:
+def test_a_jpeg_that_ends_within_a_scan_is_truncated_even_with_an_end_marker(name: str) -> None:
     data = CUT_FILES[name]
     scans = list(re.finditer(rb"\xff\xda.*?(?=\xff[^\0])", data, re.DOTALL))
     assert (len(scans) > 1) == ("progressive" in name)

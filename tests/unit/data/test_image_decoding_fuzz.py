@@ -89,7 +89,7 @@ def check(data: bytes) -> None:
 
 @settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(file=st.sampled_from(VALID_FILES), damages=st.lists(DAMAGE, min_size=1, max_size=6))
-def test_a_damaged_file_gives_a_picture_or_an_image_error(file: bytes, damages: list[Damage]) -> None:
+def test_a_corrupt_file_gives_a_picture_or_an_image_error(file: bytes, damages: list[Damage]) -> None:
     check(damaged(file, damages))
 
 

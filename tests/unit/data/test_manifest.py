@@ -419,7 +419,7 @@ def test_image_files_have_no_row_group(source: Path, target: str) -> None:
     assert largest_row_group(target) == 0
 
 
-def test_only_the_rows_asked_for_are_read(source: Path) -> None:
+def test_only_the_requested_rows_are_read(source: Path) -> None:
     path = write_table(source / "a.parquet", {"image": IMAGES}, row_group_size=7)
 
     images = dict(read_table_images(str(path), [(0, 1), (0, 5)]))

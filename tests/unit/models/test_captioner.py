@@ -517,7 +517,7 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"\xff\xfe\xff", b'{"tokenizer": "ptb"}'])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "vocabulary.json"])
-def test_a_damaged_file_is_named(model_dir: Path, tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_corrupt_file_is_named(model_dir: Path, tmp_path: Path, name: str, content: bytes) -> None:
     for path in model_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / name).write_bytes(content)

@@ -57,7 +57,7 @@ def test_a_pytorch_for_cpus_is_named_as_such(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="the machine has a driver")
-def test_the_driver_is_asked_for_its_version(nvidia_smi: Path) -> None:
+def test_the_driver_version_is_queried(nvidia_smi: Path) -> None:
     assert driver_version() == "570.133.20"
     nvidia_smi.write_text("#!/bin/sh\necho NVIDIA-SMI has failed\nexit 9\n")
     assert driver_version() == ""

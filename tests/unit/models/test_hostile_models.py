@@ -301,7 +301,7 @@ def test_weights_of_other_shapes_are_named(folder: Path, name: str, tensor: torc
 
 
 @pytest.mark.parametrize("arguments", [["model"], ["caption", "--model"]])
-def test_the_command_line_refuses_a_damaged_model_with_exit_code_2(
+def test_the_command_line_refuses_a_corrupt_model_with_exit_code_2(
     folder: Path, arguments: list[str], tmp_path: Path
 ) -> None:
     (folder / "config.json").write_text(NESTED)

@@ -96,13 +96,13 @@ def test_a_split_can_be_chosen_from_captions_of_all(tmp_path: Path, references: 
 
 def test_captions_from_a_folder_above_are_matched_by_file_name(tmp_path: Path, references: CaptionedImages) -> None:
     above = {f"Photographs/{image_id}": caption for image_id, caption in of_split("test").items()}
-    beside = CaptionedImages(
+    in_subfolder = CaptionedImages(
         "the data set",
         "Parquet",
         references.table.set_column(0, "image_id", pa.array(["a.jpg", "b.jpg", "c.jpg", "d.jpg"])),
     )
 
-    assert evaluate_captions(write(tmp_path / "a.parquet", above), beside).scores.bleu_1 == pytest.approx(1.0)
+    assert evaluate_captions(write(tmp_path / "a.parquet", above), in_subfolder).scores.bleu_1 == pytest.approx(1.0)
 
 
 def test_captions_of_one_folder_of_the_data_are_matched_with_it(tmp_path: Path, references: CaptionedImages) -> None:

@@ -37,7 +37,7 @@ def test_an_unseen_word_becomes_unknown_and_is_not_generated() -> None:
     assert VOCABULARY.to_text(ids) == "a runs"
 
 
-def test_a_long_caption_is_cut_and_still_ends() -> None:
+def test_a_long_caption_is_truncated_and_still_ends() -> None:
     ids = VOCABULARY.to_ids("a dog sits on the grass", max_length=3)
 
     assert VOCABULARY.to_text(ids) == "a dog sits"
@@ -94,7 +94,7 @@ def test_a_vocabulary_round_trips_through_json(tokenizer: str) -> None:
         '{"tokenizer": ["ptb"], "tokens": ["a"]}',
     ],
 )
-def test_damaged_json_is_a_model_error(damaged: str | bytes) -> None:
+def test_corrupt_json_is_a_model_error(damaged: str | bytes) -> None:
     with pytest.raises(ModelError, match="vocabulary.json must hold `tokenizer` and `tokens`"):
         Vocabulary.from_json(damaged)
 

@@ -290,7 +290,7 @@ def test_common_split_names_are_recognised(tmp_path: Path) -> None:
     assert dataset.describe_splits() == "1 train, 1 validation, 1 test"
 
 
-def test_damaged_parquet_is_named(tmp_path: Path) -> None:
+def test_corrupt_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
 
     with pytest.raises(DatasetError, match=f"{tmp_path}/a.parquet is not readable Parquet"):

@@ -20,7 +20,7 @@ def test_a_task_that_begins_again_without_having_ended_is_a_retry(counter: Any) 
     assert counter.start_task("first")
 
 
-def test_a_task_that_has_ended_is_no_retry(counter: Any) -> None:
+def test_a_task_that_has_ended_is_not_a_retry(counter: Any) -> None:
     counter.start_task("task")
     counter.report_work("task", is_working=False, is_actor=False)
 
