@@ -33,7 +33,7 @@ def clean_environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in _VARIABLES:
             patch.delenv(name, raising=False)
-        # Ray's C++ side reads the mode once in a process. Tests of tokens have processes and an environment of their own.
+        # Ray's C++ side reads the mode once in a process. Tests of tokens have processes of their own.
         patch.setenv("RAY_AUTH_MODE", "disabled")
         yield
 
