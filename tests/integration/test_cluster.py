@@ -15,6 +15,7 @@ import pytest
 from imcap_ray.distributed.cluster import connection as cluster
 from imcap_ray.distributed.cluster import private_ray
 from imcap_ray.distributed.cluster.connection import ClusterResources, refuse_relative_paths_in_job, require
+from imcap_ray.distributed.cluster.memory import KEEP_FREED_MEMORY
 from imcap_ray.errors import ClusterError, InputError
 from tests.hang_guard import HANG_SECONDS
 
@@ -150,6 +151,11 @@ def test_a_worker_gets_missing_environment_variables(monkeypatch, is_private, cl
     resources = ClusterResources(is_local=is_private, cpus=8, gpus=cluster_gpus, nodes=1, physical_cores=8)
     monkeypatch.setattr(cluster, "_resources", lambda: resources)
     monkeypatch.setattr(private_ray, "is_connected", lambda: is_private)
+    for name, value in KEEP_FREED_MEMORY.items():
+        if is_private:  # its processes have inherited them
+            monkeypatch.setenv(name, value)
+        else:
+            monkeypatch.delenv(name, raising=False)
 
     variables = (cluster.runtime_environment(gpus=gpus) or {}).get("env_vars", {})
 

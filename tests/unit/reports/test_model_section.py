@@ -56,7 +56,7 @@ def test_corrupt_metrics_are_noted_and_do_not_break_a_report(metrics: str, tmp_p
 
     known = read_model_of_run({"model": str(folder)}, with_attention=True)
 
-    assert "damaged" in known.note
+    assert "corrupt" in known.note
     assert (known.history, known.attend) == ((), None)
 
 
