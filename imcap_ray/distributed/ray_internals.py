@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Sequence
+from typing import Final
 
 import ray
+
+AUTOSCALER_REPORT_SECONDS: Final = 15.0
+"""How long to wait for the first report of an autoscaler. A head that has just started writes it after about 5 s."""
 
 
 def has_autoscaler() -> bool:
@@ -19,7 +24,12 @@ def has_autoscaler() -> bool:
         from ray._private import ray_constants, worker
 
         key = ray_constants.DEBUG_AUTOSCALING_STATUS.encode()
-        status = worker.global_worker.gcs_client.internal_kv_get(key, None)  # type: ignore[attr-defined]
+        deadline = time.monotonic() + AUTOSCALER_REPORT_SECONDS
+        while True:
+            status = worker.global_worker.gcs_client.internal_kv_get(key, None)  # type: ignore[attr-defined]
+            if not status or b'"autoscaler_report"' in status or time.monotonic() >= deadline:
+                break
+            time.sleep(0.5)
     except (ImportError, AttributeError, TypeError):
         return "KUBERNETES_SERVICE_HOST" in os.environ
     return bool(status) and may_grow(status, [node["NodeID"] for node in ray.nodes()])  # type: ignore[no-untyped-call]
