@@ -65,7 +65,7 @@ _DAMAGE: Final = (
     *(AttributeError, AssertionError, struct.error, zlib.error),
 )
 
-# Warnings of the JPEG library: pixels are missing; so many bytes were left before the end marker.
+# Two warnings of the JPEG library: pixels are missing; N bytes were left over before the end marker.
 _MEANS_JPEG_ENDS_EARLY: Final = re.compile(r"premature end of data segment|found marker 0xd9 instead of RST")
 
 _NUM_UNUSED_BYTES: Final = re.compile(r"(\d+) extraneous bytes before marker 0xd9")

@@ -42,11 +42,11 @@ class ImageFormat:
     other_names: tuple[str, ...] = ()
     """Pillow's names of variants that have the same file extension."""
     has_variants: bool = False
-    """Whether there are so many variants that a header which Pillow refuses is more likely an unsupported variant than
-    a damaged file."""
+    """Whether the format has many variants. A header that Pillow refuses then more likely means an unsupported variant
+    than a damaged file."""
     ends_early: Callable[[bytes], bool] | None = None
     """Whether the end marker is missing, or the declared length exceeds the data. Called only for data that did not
-    decode without complaint, because many a GIF without its end marker is complete to the last pixel."""
+    decode without complaint, because GIFs without an end marker often have all their pixels."""
 
 
 def _jpeg_ends_early(data: bytes) -> bool:

@@ -166,7 +166,7 @@ class _InputImages:
         self._paths = TablePaths(folder, options.allow_outside_paths, self._columns)
 
     def summary(self, num_images: int, *, changed: pa.Table) -> InputSummary:
-        """The summary of a listing of so many images."""
+        """The summary of a listing with this number of images."""
         return InputSummary(
             num_images=num_images,
             num_ignored=self.num_ignored,

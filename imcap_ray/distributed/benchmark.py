@@ -34,7 +34,8 @@ from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed import ray_internals
 from imcap_ray.distributed.captioning import caption_images, connect_and_load, load_captioner
-from imcap_ray.distributed.cluster.connection import connect, cores, runtime_environment
+from imcap_ray.distributed.cluster.connection import connect, runtime_environment
+from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.distributed.cluster.ray_environment import ray_variables
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import ImageCaptioner, compute_batch_size
@@ -230,7 +231,7 @@ def describe_machine() -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "ray", "pyarrow", "pillow")}
     return {
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.machine()),
-        "cores": cores(),
+        "cores": available_cores(),
         "gpu": ", ".join(gpus) or "none",
         "python": platform.python_version(),
         **versions,

@@ -34,7 +34,7 @@ ROWS_PER_REPORT: Final = 256
 
 @dataclass(slots=True)
 class ExportSummary:
-    """The result of an export. Its counts add up to the rows of the captions table."""
+    """The result of an export. The sum of its counts is the number of rows in the captions table."""
 
     output: str
     format: str

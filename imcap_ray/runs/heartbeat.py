@@ -18,7 +18,7 @@ SILENT_SECONDS: Final = 4 * HEARTBEAT_SECONDS
 
 @contextmanager
 def repeating(function: Callable[[], None], *, seconds: float) -> Iterator[None]:
-    """Call a function every so many seconds from a thread of its own while the block runs, and once more at its end."""
+    """Call a function at this interval, in a thread, while the block runs, and once more when it ends."""
     finished = threading.Event()
 
     def repeat() -> None:

@@ -25,7 +25,7 @@ from shared import decode_whole, json_option, require_rate, show
 
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine, measure_run, steady_rate
-from imcap_ray.distributed.cluster.connection import cores
+from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.errors import ImageError
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.decoders import AttentionDecoder
@@ -96,7 +96,9 @@ def _load_plain() -> Captioner:
 
 def _caption_by_data_loader(source: str, output: str, *, load: Load) -> float:
     captioner = load()
-    loader = torch.utils.data.DataLoader(_Photographs(source, captioner.image_size), batch_size=32, num_workers=cores())
+    loader = torch.utils.data.DataLoader(
+        _Photographs(source, captioner.image_size), batch_size=32, num_workers=available_cores()
+    )
     return _steady_rate_of(len(captioner.caption_pixels(pixels)) for pixels in loader)
 
 
@@ -129,7 +131,13 @@ class RecipeCaptioner:
 
 def _caption_by_ray_recipe(source: str, output: str, *, load: Load) -> float:
     # Ray's own settings. With fewer logical CPUs its readers would have none next to the actors.
-    ray.init(address="local", num_cpus=cores() + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=available_cores() + 2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -143,7 +151,7 @@ def _caption_by_ray_recipe(source: str, output: str, *, load: Load) -> float:
             batch_size=32,
             num_cpus=1,
             num_gpus=1 if gpus else None,
-            compute=ray.data.ActorPoolStrategy(size=gpus or cores()),
+            compute=ray.data.ActorPoolStrategy(size=gpus or available_cores()),
         )
     )
     return _steady_rate_of(len(batch["caption"]) for batch in dataset.iter_batches(batch_size=32))

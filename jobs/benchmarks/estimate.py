@@ -24,8 +24,8 @@ class Estimate:
 
         images/s = share x cpus / (1 / decode + 1 / model)
 
-    `share` is the part of that limit which a run reaches; `imcap bench` measures it. Images are independent, so rates
-    add up over nodes, as long as:
+    `share` is the part of that limit which a run reaches; `imcap bench` measures it. Images are independent, so the
+    rate of a cluster is the sum of its nodes' rates, as long as:
 
     - One process lists the input before work begins. A store answers with 1,000 names at a time. The names in a table
       are there already, which takes a thousandth of the time.

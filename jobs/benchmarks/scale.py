@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from PIL import Image
 from shared import json_option, show
 
 from imcap_ray.distributed.benchmark import describe_machine
+from imcap_ray.distributed.cluster.ray_environment import ray_variables
 
 RUN = Path(__file__).with_name("scale_run.py")
 ROWS_PER_GROUP = 8192
@@ -41,7 +43,8 @@ def main(counts: tuple[int, ...], as_json: bool) -> None:
             table = f"{folder}/tiny.parquet"
             _write_tiny_images(table, count)
             command = [sys.executable, str(RUN), table, f"{folder}/captions", str(time.time())]
-            run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            environment = os.environ | ray_variables("local", verbose=False)  # as `imcap caption` sets them
+            run = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
         runs.append(run)
         megabytes = ", ".join(f"{kind} {size / 2**20:,.0f} MiB" for kind, size in sorted(run["peak_bytes"].items()))
         spilled = "unknown" if run["spilled_bytes"] is None else f"{run['spilled_bytes'] / 2**20:,.0f} MiB"

@@ -21,7 +21,7 @@ from shared import json_option, show
 
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine
-from imcap_ray.distributed.cluster.connection import cores
+from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.distributed.cluster.memory import KEEP_FREED_MEMORY
 
 BARE_LOOP = Path(__file__).with_name("bare_loop.py")
@@ -84,7 +84,7 @@ def _train_barely(data: Path, *, workers: int, epochs: int, encodes: bool = Fals
     """Seconds of each epoch of the bare loop."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers)] * (workers > 1)
     command = [sys.executable, *launcher, str(BARE_LOOP), str(data), str(epochs)]
-    environment = os.environ | KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(max(1, cores() // workers))}
+    environment = os.environ | KEEP_FREED_MEMORY | {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
     done = subprocess.run(command + ["--encode"] * encodes, check=True, stdout=subprocess.PIPE, env=environment)
     seconds: list[float] = json.loads(done.stdout)
     return seconds

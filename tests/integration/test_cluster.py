@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import ray
 
 from imcap_ray.distributed.cluster import connection as cluster
 from imcap_ray.distributed.cluster import private_ray
@@ -26,7 +27,8 @@ from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 set_ray_environment(*sys.argv[1:] or [None], verbose=False)
 
 import ray
-from imcap_ray.distributed.cluster.connection import connect, cores, own_cores, runtime_environment
+from imcap_ray.distributed.cluster.connection import connect, own_cores, runtime_environment
+from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.errors import ImcapError
 
 try:
@@ -41,7 +43,7 @@ try:
         "answer": answer,
         "arenas": arenas,
         "runtime_environment": runtime_environment(gpus=0),
-        "cores": [own_cores(), cores()],
+        "cores": [own_cores(), available_cores()],
     }
 except ImcapError as error:
     result = {"error": type(error).__name__, "message": str(error)}
@@ -148,8 +150,9 @@ def test_the_error_for_too_large_a_request_has_both_numbers():
     ],
 )
 def test_a_worker_gets_missing_environment_variables(monkeypatch, is_private, cluster_gpus, gpus, kept, hidden):
-    resources = ClusterResources(is_local=is_private, cpus=8, gpus=cluster_gpus, nodes=1, physical_cores=8)
-    monkeypatch.setattr(cluster, "_resources", lambda: resources)
+    monkeypatch.setattr(
+        ray, "cluster_resources", lambda: {"CPU": 8.0} | ({"GPU": cluster_gpus} if cluster_gpus else {})
+    )
     monkeypatch.setattr(private_ray, "is_connected", lambda: is_private)
     for name, value in KEEP_FREED_MEMORY.items():
         if is_private:  # its processes have inherited them

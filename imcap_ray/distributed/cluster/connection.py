@@ -119,8 +119,9 @@ def connect(
         print(f"imcap: {line}", file=sys.stderr)
     if not ray.is_initialized():
         if ray_environment.means_own_ray(address):
-            actors = min(num_actors or 0, MAXIMUM_ACTORS_PER_CORE * cores())
-            num_cpus = max(MINIMUM_LOCAL_CPUS, SPARE_LOCAL_CPUS + max(cores(), actors))
+            cores = available_cores()
+            num_cpus = SPARE_LOCAL_CPUS + max(cores, min(num_actors or 0, MAXIMUM_ACTORS_PER_CORE * cores))
+            num_cpus = max(MINIMUM_LOCAL_CPUS, num_cpus)
             folder = private_ray.start(num_cpus=num_cpus, verbose=verbose)
             _watch_gcs(clean_up=folder.remove_at_once)
         else:
@@ -160,17 +161,18 @@ def runtime_environment(*, gpus: float) -> dict[str, Any] | None:
     Args:
         gpus: GPUs of each process. A process without any would see all GPUs of its node, and load its model there.
     """
-    resources = _resources()
-    is_set = private_ray.is_connected() and os.environ.items() >= KEEP_FREED_MEMORY.items()
+    is_private = private_ray.is_connected()
+    is_set = is_private and os.environ.items() >= KEEP_FREED_MEMORY.items()
     variables = {} if is_set else dict(KEEP_FREED_MEMORY)
-    if not gpus and (resources.gpus or not resources.is_local):
+    has_gpus = not is_private or "GPU" in ray.cluster_resources()  # type: ignore[no-untyped-call]  # others may join
+    if has_gpus and not gpus:
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return {"env_vars": variables} if variables else None
 
 
 def own_cores() -> int | None:
     """Cores of this machine if Ray is private and so counts more CPUs than there are cores; None otherwise."""
-    return cores() if private_ray.is_connected() else None
+    return available_cores() if private_ray.is_connected() else None
 
 
 def is_ray_job() -> bool:
@@ -277,7 +279,7 @@ def _resources() -> ClusterResources:
         cpus=cpus,
         gpus=total.get("GPU", 0.0),
         nodes=sum(node["Alive"] for node in ray.nodes()),  # type: ignore[no-untyped-call]
-        physical_cores=cores() if is_local else int(cpus),
+        physical_cores=available_cores() if is_local else int(cpus),
         max_cpus=maximum.get("CPU", 0.0),
         max_gpus=maximum.get("GPU", 0.0),
     )
@@ -319,8 +321,3 @@ def maximum_of(cluster: Mapping[str, Any]) -> dict[str, float]:
         ]
         maximum[name] = sizes[cluster["head_node_type"]] + sum(sorted(workers, reverse=True)[:max_workers])
     return maximum
-
-
-def cores() -> int:
-    """Cores of this machine that this process may use."""
-    return available_cores()

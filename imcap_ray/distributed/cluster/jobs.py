@@ -299,6 +299,8 @@ async def _echo_log(dashboard: _Dashboard, job: str, echo: Callable[[str], None]
     num_failures, last_answer = 0, time.monotonic()
     while True:
         is_complete = False
+        # Ray closes the log of a job that has just ended without its last lines: only what is read afterwards is all.
+        had_ended = JobStatus(job_info["status"]).is_terminal()
         try:
             is_complete = await log.read(client, job)
             num_failures = 0
@@ -311,7 +313,7 @@ async def _echo_log(dashboard: _Dashboard, job: str, echo: Callable[[str], None]
         except LOST:
             if time.monotonic() - last_answer > PATIENCE_SECONDS:
                 raise
-        if JobStatus(job_info["status"]).is_terminal() and (is_complete or num_failures >= LOG_ATTEMPTS):
+        if had_ended and (is_complete or num_failures >= LOG_ATTEMPTS):
             log.close()
             return job_info
         await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, 2**num_failures))

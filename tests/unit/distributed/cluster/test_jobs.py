@@ -75,12 +75,14 @@ class Dashboard:
         self,
         *connections: tuple[int, str],
         details: dict[str, Any],
+        ends_during: int | None = None,
         ray_version: str = ray.__version__,
         python_version: str = platform.python_version(),
     ) -> None:
         self.num_connections = 0
         self._connections = connections
         self._details = details
+        self._ends_during = ends_during or len(connections)
         self._versions = ray_version, python_version
 
     async def version(self, request: web.Request) -> web.Response:
@@ -98,7 +100,7 @@ class Dashboard:
             raise web.HTTPNotFound
         if self.num_connections and self._connections[0][1] == "away":
             raise web.HTTPInternalServerError
-        has_ended = self.num_connections >= len(self._connections)
+        has_ended = self.num_connections >= self._ends_during
         return web.json_response(self._details | ({} if has_ended else {"status": "RUNNING"}))
 
     async def log(self, request: web.Request) -> web.WebSocketResponse:
@@ -206,6 +208,14 @@ def test_a_long_silent_connection_is_reopened(
     address = serve(Dashboard((10, "silent"), (len(LOG), "close"), details=SUCCEEDED))
 
     assert lines_of(address) == (0, LOG.split("\n"))
+
+
+def test_last_lines_missing_from_a_log_that_was_read_while_the_job_ended_are_echoed(
+    serve: Callable[[Dashboard], str],
+) -> None:
+    dashboard = Dashboard((10, "close"), (len(LOG), "close"), details=SUCCEEDED, ends_during=1)
+
+    assert lines_of(serve(dashboard)) == (0, LOG.split("\n"))
 
 
 def test_the_exit_code_of_a_finished_job_is_known_without_its_log(serve: Callable[[Dashboard], str]) -> None:
