@@ -64,8 +64,6 @@ STOP: Final = "stop"
 
 DETACH: Final = "detach"
 
-ON_INTERRUPT: Final = (STOP, DETACH)
-
 
 def submit(
     command: Sequence[str],
