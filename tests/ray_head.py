@@ -1,4 +1,4 @@
-"""A real Ray head in a separate process, with token authentication, as started by `ray start --head`."""
+"""A real Ray head in a separate process, as started by `ray start --head`, with token authentication or without."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKEN = "0123456789abcdef" * 4
 
 
 @contextlib.contextmanager
-def running_head(*, num_cpus: int) -> Iterator[tuple[Path, str, str]]:
+def running_head(*, num_cpus: int, needs_token: bool = True) -> Iterator[tuple[Path, str, str]]:
     """Run a head; yield its folder, which is removed with it, the URL of the dashboard, and HOST:PORT."""
     # Ray puts Unix sockets below its temporary folder, and their paths are limited to 107 characters.
     folder = Path(tempfile.mkdtemp(prefix="ims", dir="/tmp"))
@@ -30,9 +30,9 @@ def running_head(*, num_cpus: int) -> Iterator[tuple[Path, str, str]]:
     (folder / "user" / ".ray" / "auth_token").write_text(TOKEN)
     port, dashboard_port, agent_port, client_port = free_ports(4)
     programs = Path(sys.executable).parent
-    # Without RAY_AUTH_MODE: `ray start` demands the token because it finds one, as it does for users.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(folder / "user"), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
+    environment["RAY_AUTH_MODE"] = "token" if needs_token else "disabled"
     command = [str(programs / "ray"), "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder / 'ray'}"]
     command += [f"--port={port}", f"--dashboard-port={dashboard_port}", f"--ray-client-server-port={client_port}"]

@@ -81,6 +81,13 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SharedCl
         yield SharedCluster(address, tmp_path)
 
 
+def test_a_token_for_a_cluster_without_tokens_is_an_error_that_names_the_variable_to_set(tmp_path: Path) -> None:
+    with running_head(num_cpus=3, needs_token=False) as (_, _, address):
+        output = SharedCluster(address, tmp_path).caption(tmp_path / "captions").communicate(timeout=120)[0]
+
+    assert "If the cluster uses no token, set RAY_AUTH_MODE=disabled." in output.splitlines()[-1]
+
+
 def finish(processes: list[subprocess.Popen[str]], *, seconds: float) -> list[str]:
     """Wait until all processes have succeeded, and return their output."""
     deadline = time.monotonic() + seconds

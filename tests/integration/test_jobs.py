@@ -16,6 +16,7 @@ import pytest
 import ray
 
 from imcap_ray.distributed.cluster.jobs import submit
+from imcap_ray.distributed.cluster.ray_environment import uses_tokens_found
 from imcap_ray.errors import ClusterError
 from tests.hang_guard import HANG_SECONDS
 from tests.ray_head import TOKEN, free_ports, running_head
@@ -182,18 +183,20 @@ def test_the_error_for_a_wrong_token_names_the_variable_to_set(head, variables):
     joined = head.run(CONNECT, head.address, **variables)
     assert joined.returncode == 0, joined.stderr
     for message in (submitted["message"], joined.stdout):
-        assert "set RAY_AUTH_TOKEN" in message
+        assert "set RAY_AUTH_TOKEN, or" in message or "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN" in message
         assert len(message.splitlines()) == 1
     assert TOKEN not in submitted["message"] + joined.stdout
 
 
 @pytest.mark.parametrize("where", ["variable", "path", "home"])
-def test_a_token_is_enough_to_join_without_setting_the_mode(head, where):
+def test_a_token_is_found_where_ray_documents_it(head, where):
     variables = {
         "variable": {"RAY_AUTH_TOKEN": TOKEN},
         "path": {"RAY_AUTH_TOKEN_PATH": str(head.folder / "user" / ".ray" / "auth_token")},
         "home": {"HOME": str(head.folder / "user")},
     }[where]
+    if not uses_tokens_found():
+        variables["RAY_AUTH_MODE"] = "token"
     joined = head.run(CONNECT, head.address, **variables)
     assert "ClusterResources(is_local=False, cpus=2.0" in joined.stdout
     assert [line for line in joined.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
@@ -201,7 +204,7 @@ def test_a_token_is_enough_to_join_without_setting_the_mode(head, where):
 
 def test_another_version_of_ray_is_refused_by_name(head):
     program = CONNECT.replace("    print(", "    import ray\n    ray.__version__ = '2.59.0'\n    print(", 1)
-    message = head.run(program, head.address, RAY_AUTH_TOKEN=TOKEN).stdout
+    message = head.run(program, head.address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN).stdout
     assert "2.59.0" in message and ray.__version__ in message
 
 

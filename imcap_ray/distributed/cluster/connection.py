@@ -51,8 +51,7 @@ BOOTSTRAP_FILE: Final = "ray_bootstrap_config.yaml"
 """The cluster file that `ray up` was given, with its defaults filled in: in the home of the head's user."""
 
 AUTHENTICATION_ADVICE: Final = (
-    "set RAY_AUTH_TOKEN to the cluster's token, or RAY_AUTH_TOKEN_PATH to a file that holds it, "
-    "and leave RAY_AUTH_MODE unset or set it to token"
+    "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN to the cluster's token or RAY_AUTH_TOKEN_PATH to a file that holds it"
 )
 
 

@@ -11,8 +11,11 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
+
+from packaging.version import Version
 
 from imcap_ray.distributed.cluster.memory import KEEP_FREED_MEMORY
 from imcap_ray.errors import ClusterError
@@ -64,13 +67,18 @@ def ray_variables(address: str | None, *, verbose: bool) -> dict[str, str]:
         if mode != "disabled":
             variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     elif not mode and not os.environ.get(KUBERNETES_TOKEN_VARIABLE):
-        variables["RAY_AUTH_MODE"] = "token" if find_token() else "disabled"
+        variables["RAY_AUTH_MODE"] = "token" if uses_tokens_found() and find_token() else "disabled"
     return {name: value for name, value in defaults.items() if name not in os.environ} | variables
 
 
 def means_own_ray(address: str | None) -> bool:
     """Whether this address means a Ray that this process starts for itself."""
     return (address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
+def uses_tokens_found() -> bool:
+    """Whether Ray uses a token that it finds. Before 2.59 it does so only if RAY_AUTH_MODE is token, on every node."""
+    return Version(version("ray")) >= Version("2.59")
 
 
 def find_token() -> str:

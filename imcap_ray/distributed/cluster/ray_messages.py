@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from typing import Final
 
@@ -14,6 +15,9 @@ _ADVICE: Final = re.compile(
     r"\bDataContext\b|\bds\.context\b|docs\.ray\.io|https://github\.com/ray-project|\bRAY_\w+=|"
     r"(set|setting) (the environment variable )?`?RAY_|s3fs|`ray (logs|stack|memory|start)|_system_config"
 )
+
+_ACTOR_WITHOUT_OWNER: Final = "all references to the actor were removed"
+"""Also Ray's reason if a process with a token starts an actor on a cluster without: the cluster cannot ask after it."""
 
 
 def without_ray_advice(text: str) -> str:
@@ -43,4 +47,6 @@ def describe_error(error: BaseException) -> str:
     lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
     last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
     text = without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__
+    if _ACTOR_WITHOUT_OWNER in text and os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        text += " If the cluster uses no token, set RAY_AUTH_MODE=disabled."
     return re.sub(r"^imcap_ray\.errors\.\w+: ", "", text)  # our own messages need no class name

@@ -56,15 +56,23 @@ def test_authentication_is_off_if_the_user_turned_it_off() -> None:
     assert "RAY_AUTH_TOKEN" not in variables
 
 
-@pytest.mark.parametrize("has_token", [False, True])
-def test_a_cluster_receives_the_token_of_the_user_if_there_is_one(tmp_path: Path, has_token: bool) -> None:
+@pytest.mark.parametrize(
+    ("ray_version", "has_token", "expected"),
+    [("2.60.0", True, "token"), ("2.60.0", False, "disabled"), ("2.58.1", True, "disabled")],
+)
+def test_a_cluster_receives_the_users_token_if_this_ray_uses_tokens_that_it_finds(
+    tmp_path: Path, ray_version: str, has_token: bool, expected: str
+) -> None:
     if has_token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text("secret\n")
 
-    variables = environment_for("10.0.0.1:6379", HOME=str(tmp_path))
+    other_version = (
+        f"from imcap_ray.distributed.cluster import ray_environment as e; e.version = lambda _: {ray_version!r}"
+    )
+    variables = environment_for("10.0.0.1:6379", first=other_version, HOME=str(tmp_path))
 
-    assert variables["RAY_AUTH_MODE"] == ("token" if has_token else "disabled")
+    assert variables["RAY_AUTH_MODE"] == expected
     assert "MALLOC_ARENA_MAX" not in variables  # the cluster's processes have an environment of their own
 
 
