@@ -262,7 +262,12 @@ def export(captions: Path, output: Path, format: Any) -> ExportSummary:
 
 @pytest.mark.parametrize("format", ["webdataset", "hf"])
 def test_an_export_waits_for_a_store_that_throttles(s3: S3Store, captions: Path, tmp_path: Path, format: str) -> None:
+    """Also after hundreds of retries in the same process, which drain the quota of the AWS library's own strategy."""
+    locations = [f"{s3.uri}/{number}.jpg" for number in range(150)]
+    write_all(locations)
     s3.proxy.each_once, s3.proxy.fault = True, 503
+    with ThreadPoolExecutor(16) as pool:
+        pool.map(storage.read_bytes, locations)  # their errors are not collected: this test is about the export
 
     assert export(captions, tmp_path / "out", format).num_exported == 3
 

@@ -51,7 +51,7 @@ from imcap_ray.distributed.training.training_shards import ShardFormat
 
 shard = ShardFormat.of_phase("cross_entropy", {"train": (1, 49, 1280)})
 fits = shard.fits_in_memory(1000, arguments)
-keeps = team.agree(fits)
+keeps = shard.fits_on_every_node(1000, arguments, team)
 # As Ray's barrier: each epoch that is streamed begins when all workers ask for it.
 num_barriers = 1 if keeps else 3
 for _ in range(num_barriers):

@@ -144,9 +144,7 @@ def _read_data(job: WorkerJob, team: Team) -> LearningData:
         captions.setdefault(row["split"], {})[row["image_id"]] = row["captions"]
     shard = ShardFormat.of_phase(job.phase.name, job.shapes)
     memory = available_memory() / ray.train.get_context().get_local_world_size()
-    # The workers' nodes may differ, but all must read their shards equally often, because Ray begins to read an epoch
-    # when every worker asks for it.
-    fits = team.agree(shard.fits_in_memory(job.num_train_images // team.size, memory))
+    fits = shard.fits_on_every_node(job.num_train_images // team.size, memory, team)
     batches = keep_shard(shard) if fits else stream_shard(shard)
     validation_ids = read_validation_ids(job.work)
     assert validation_ids is not None  # the driver has written it

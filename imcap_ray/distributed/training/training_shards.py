@@ -21,6 +21,7 @@ from imcap_ray.distributed.pipeline.failure_log import describe_failures
 from imcap_ray.runs.training_run import VALIDATION_ADVICE
 from imcap_ray.training.loop import BatchSource, ImageBatch
 from imcap_ray.training.phases import reads_pixels
+from imcap_ray.training.team import Team
 
 SHUFFLE_BUFFER_IMAGES: Final = 1024
 
@@ -51,6 +52,14 @@ class ShardFormat:
         """Whether this many training images fit into a worker's share of its node's memory."""
         size_bytes = num_images * int(np.prod(self.shapes[TRAIN])) * np.dtype(self.dtype).itemsize
         return size_bytes <= RESIDENT_SHARE * available_bytes
+
+    def fits_on_every_node(self, num_images: int, available_bytes: float, team: Team) -> bool:
+        """Whether the training images of every worker fit into its node's memory; the same answer on all workers.
+
+        Nodes may differ, but all workers must read their shards equally often, because Ray begins to read an epoch when
+        every worker asks for it.
+        """
+        return team.agree(self.fits_in_memory(num_images, available_bytes))
 
 
 def keep_shard(shard: ShardFormat) -> BatchSource:
