@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,12 +44,13 @@ See "When things break" in the README.
 
 \b
 imcap caption ~/Pictures captions/
-imcap caption one.jpg"""
+imcap caption one.jpg two.jpg"""
 
 
 @click.command(epilog=_EPILOG)
 @click.argument("input")
 @click.argument("output", required=False)
+@click.argument("more_images", nargs=-1, metavar="")
 @model_options
 @click.option("--recursive/--no-recursive", default=True, help="Include folders below INPUT.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Caption only the first N images.")
@@ -68,11 +71,18 @@ imcap caption one.jpg"""
 @outside_option
 @cluster_options
 @output_options
-def caption(input: str, output: str | None, **options: Any) -> None:
-    """Caption the images of INPUT into Parquet in OUTPUT, or print one caption."""
+def caption(input: str, output: str | None, more_images: tuple[str, ...], **options: Any) -> None:
+    """Caption the images of INPUT into Parquet in OUTPUT, or print the captions of images."""
+    if output and (more_images or _is_image(output)):
+        images, output = [input, output, *more_images], None
+        if others := [path for path in images if not _is_image(path)]:
+            storage.refuse_secrets(others[0])
+            raise InputError(f"expected INPUT and OUTPUT, or only images: {others[0]} is not an image")
+    else:
+        images = [input]
     config, resources = captioning_config(input, output or "", options), resources_config(options)
     if output is None:
-        _print_caption(config, resources, as_json=options["as_json"])
+        _print_captions(images, config, resources, as_json=options["as_json"])
     elif options["dry_run"]:
         plan = plan_run(config, resources, verbose=options["verbose"])
         _print_plan(plan, as_json=options["as_json"])
@@ -82,30 +92,48 @@ def caption(input: str, output: str | None, **options: Any) -> None:
         _print_summary(summary, as_json=options["as_json"], quiet=options["quiet"])
 
 
-def _print_caption(config: CaptioningConfig, resources: ResourcesConfig, *, as_json: bool) -> None:
+def _is_image(path: str) -> bool:
+    """Whether a path is that of an image rather than of an OUTPUT, which may not exist yet."""
+    from imcap_ray.data.image_formats import is_image_name
+
+    if not storage.is_uri(path) and os.path.exists(path):
+        return os.path.isfile(path)
+    return is_image_name(path)
+
+
+def _print_captions(
+    images: Sequence[str], config: CaptioningConfig, resources: ResourcesConfig, *, as_json: bool
+) -> None:
+    """Print captions of images without a run; each with the image's path if there are several."""
     from imcap_ray.errors import ImageError
-    from imcap_ray.models.caption import no_memory
     from imcap_ray.models.captioner import load_captioner
 
-    image = config.input
-    storage.refuse_secrets(image)
-    if storage.is_folder(image):
-        raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
+    for image in images:
+        storage.refuse_secrets(image)
+        if storage.is_folder(image):
+            raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
     captioner = load_captioner(config.models, search=_search(config), encoder_weights=config.encoder_weights)
     if resources.gpus_per_worker:
         captioner.require_gpu()
-    try:
-        captions = captioner.caption_pixels(captioner.read_pixels(image)[None])[0] or no_memory()
-        if isinstance(captions, ImageError):
-            raise captions
-    except ImageError as error:
-        raise InputError(f"{image}: {error.message} ({error.code})") from error
-    if as_json:
-        rows = [{"caption": caption.text, "confidence": caption.confidence} for caption in captions]
-        click.echo(json.dumps({**rows[0], "captions": rows}))
-    else:
-        for caption in captions:
-            print_line(caption.text)
+    results = captioner.caption(images, num_captions=captioner.search.num_captions)
+    errors: list[str] = []
+    rows: list[dict[str, Any]] = []
+    for image, result in zip(images, results, strict=True):
+        if isinstance(result, ImageError):
+            errors.append(f"{image}: {result.message} ({result.code})")
+            rows.append({"image": image, "error_code": result.code, "error_message": result.message})
+            continue
+        captions = [{"caption": caption.text, "confidence": caption.confidence} for caption in result]
+        rows.append({"image": image, **captions[0], "captions": captions})
+        if not as_json:
+            for caption in result:
+                print_line(f"{image}: {caption.text}" if len(images) > 1 else caption.text)
+    if as_json and len(images) > 1:
+        click.echo(json.dumps({"images": rows}))
+    elif as_json and not errors:
+        click.echo(json.dumps({name: value for name, value in rows[0].items() if name != "image"}))
+    if errors:
+        raise InputError("; ".join(errors))
 
 
 def _search(config: CaptioningConfig) -> SearchConfig | None:

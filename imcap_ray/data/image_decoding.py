@@ -127,9 +127,36 @@ def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) 
     """
     if not data:
         raise ImageError("empty_file", "expected an image, got zero bytes")
+    with _decoding():
+        return _decode(data, image_size=image_size, max_pixels=max_pixels)
+
+
+def decode_picture(picture: Image.Image, *, image_size: int) -> npt.NDArray[np.uint8]:
+    """The pixels of an image that Pillow has opened or made, as `decode_image` gives those of its file.
+
+    They differ by rounding if the file is a JPEG that `decode_image` decodes at a fraction of its size.
+
+    Raises ImageError, and nothing else, when it has no picture.
+    """
+    with _decoding():
+        try:
+            if 0 in picture.size:
+                raise ValueError(f"its size is {picture.width} x {picture.height}")
+            rgb = _to_rgb(_load(picture))
+            return _upright_square(rgb, _orientation(picture), image_size)
+        except _DAMAGE as error:
+            raise ImageError("not_an_image", f"the image has no picture: {plain_message(error)}") from error
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    """Set what decoding needs in Pillow; turn every exception into an ImageError."""
+    # Another library may have set this for the entire process; half a picture would then pass for a complete one.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    PngImagePlugin.MAX_TEXT_CHUNK = _MAX_PNG_TEXT_BYTES  # all together stay below its MAX_TEXT_MEMORY, 64 MiB
     try:
         with _warnings_ignored_in_this_thread():
-            return _decode(data, image_size=image_size, max_pixels=max_pixels)
+            yield
     except ImageError:
         raise
     except MemoryError as error:
@@ -139,9 +166,6 @@ def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) 
 
 
 def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
-    # Another library may have set this for the entire process; half a picture would then pass for a complete one.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    PngImagePlugin.MAX_TEXT_CHUNK = _MAX_PNG_TEXT_BYTES  # all together stay below its MAX_TEXT_MEMORY, 64 MiB
     refuse_unreadable(data)
     _check_parts(data)
     try:
@@ -172,18 +196,23 @@ def _decode(data: bytes, *, image_size: int, max_pixels: int) -> DecodedImage:
     except _DAMAGE as error:
         raise damaged_image_error(data, error) from error
 
-    rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
-    if orientation in _TRANSPOSES:  # after resizing, when it costs nothing
-        rgb = rgb.transpose(_TRANSPOSES[orientation])
-        if orientation >= 5:
-            width, height = height, width
+    if orientation >= 5:
+        width, height = height, width
     return DecodedImage(
-        pixels=np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1)),
+        pixels=_upright_square(rgb, orientation, image_size),
         width=width,
         height=height,
         format=image_format,
         sha256=hashlib.sha256(data).hexdigest(),
     )
+
+
+def _upright_square(rgb: Image.Image, orientation: int, image_size: int) -> npt.NDArray[np.uint8]:
+    """The pixels (3, image_size, image_size) of a picture."""
+    rgb = rgb.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    if orientation in _TRANSPOSES:  # after resizing, when it costs nothing
+        rgb = rgb.transpose(_TRANSPOSES[orientation])
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
@@ -248,7 +277,7 @@ def _refuse_preview(image: ImageFile.ImageFile) -> None:
         raise unsupported_error("a camera raw file (TIFF with a preview first)")
 
 
-def _load(image: ImageFile.ImageFile) -> Image.Image:
+def _load(image: Image.Image) -> Image.Image:
     image.load()
     return image
 

@@ -8,20 +8,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imcap_ray import storage
-from imcap_ray.config import SearchConfig
-from imcap_ray.data.image_decoding import decode_image
-from imcap_ray.data.image_errors import MAX_FILE_BYTES, image_error_from_os_error
+from imcap_ray.config import DEFAULT_MODEL, SearchConfig
+from imcap_ray.data.image_inputs import ImageInput, is_image_input, read_image_input
 from imcap_ray.errors import ImageError, InputError, ModelError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.beam_search import State, beam_search
@@ -100,7 +99,10 @@ class Captioner:
         search: SearchConfig,
         device: str | torch.device | None = None,
         fingerprint: str = "",
+        name: str = "",
     ) -> None:
+        self.name = name
+        """The model folder, or the name of the bundled model; "" if it was not loaded from one."""
         self.device = torch.device(device) if device else choose_device(gpus=0)
         self.image_size = encoder.image_size
         """Pixels on each side of the images that `caption_pixels` takes."""
@@ -112,6 +114,12 @@ class Captioner:
         self._batches = FixedBatches(encoder.image_size, self.device)
         self.num_beam_steps = 0
         """Number of positions that searches have computed so far."""
+
+    def __repr__(self) -> str:
+        return (
+            f"<Captioner {self.name or self.fingerprint[:12]}: {self.image_size} x {self.image_size} pixels, "
+            f"{len(self.vocabulary):,} tokens, {self.search}, on {self.device}>"
+        )
 
     def require_gpu(self) -> None:
         """Raise ImcapError if CUDA cannot be used in this process."""
@@ -181,41 +189,62 @@ class Captioner:
             search=search or folder.search,
             device=device,
             fingerprint=folder.fingerprint,
+            name=DEFAULT_MODEL if model in (None, DEFAULT_MODEL) else folder.location,
         )
 
-    def caption(self, images: Sequence[str | Path | bytes]) -> list[Caption | ImageError]:
-        """Find the best caption of each image (a path, a URI, or the file's bytes); an ImageError if there is none.
+    @overload
+    def caption(
+        self, images: Iterable[ImageInput], *, num_captions: None = None, beam_size: int | None = None
+    ) -> list[Caption | ImageError]: ...
+
+    @overload
+    def caption(
+        self, images: Iterable[ImageInput], *, num_captions: int, beam_size: int | None = None
+    ) -> list[list[Caption] | ImageError]: ...
+
+    def caption(
+        self, images: Iterable[ImageInput], *, num_captions: int | None = None, beam_size: int | None = None
+    ) -> list[Caption | ImageError] | list[list[Caption] | ImageError]:
+        """Find the best caption of each image; an ImageError if there is none.
+
+        Args:
+            images: paths, URIs, bytes of files, open binary files, PIL images, or uint8 arrays (H, W, 3). They are read
+                a batch at a time.
+            num_captions: return a list of so many captions for each image, the best first.
+            beam_size: beam size to use instead of the captioner's.
 
         Raises:
-            TypeError: `images` is a single image, or one of them is neither a path, a URI nor bytes.
+            ConfigError: `beam_size` is out of range, or smaller than `num_captions`.
+            TypeError: `images` is a single image, or one of them is none of the above.
         """
-        if isinstance(images, str | bytes | Path):
+        if is_image_input(images) or not isinstance(images, Iterable):
             raise TypeError(f"expected a list of images, got one {type(images).__name__}: [image] is a list of one")
-        for image in images:
-            if not isinstance(image, str | bytes | Path):
-                raise TypeError(f"expected a path, a URI or a file's bytes, got {type(image).__name__}")
-        pixels, errors = [], {}
-        for number, image in enumerate(images):
-            try:
-                pixels.append(self.read_pixels(image))
-            except ImageError as error:
-                errors[number] = error
-        results = iter(self.caption_pixels(np.stack(pixels))) if pixels else iter(())
-        captions: list[Caption | ImageError] = []
-        for number in range(len(images)):
-            result = errors[number] if number in errors else next(results)
-            captions.append(result if isinstance(result, ImageError) else result[0] if result else no_memory())
-        return captions
+        search = override_search(self.search, num_captions=num_captions, beam_size=beam_size)
+        inputs = map(self._read_pixels_or_error, images)  # reads each image as it comes, while its file is open
+        results: list[list[Caption] | ImageError] = []
+        while batch := list(islice(inputs, self.compute_batch_size)):
+            results += self._caption_batch(batch, search)
+        if num_captions is not None:
+            return results
+        return [result if isinstance(result, ImageError) else result[0] for result in results]
 
-    def read_pixels(self, image: str | Path | bytes) -> np.ndarray[Any, Any]:
-        """Read an image as uint8 pixels (3, S, S); ImageError if that fails."""
-        if isinstance(image, bytes):
-            return decode_image(image, image_size=self.image_size).pixels
+    def _read_pixels_or_error(self, image: ImageInput) -> np.ndarray[Any, Any] | ImageError:
         try:
-            data = storage.read_bytes(str(image), max_bytes=MAX_FILE_BYTES)
-        except OSError as error:
-            raise image_error_from_os_error(error, str(image)) from error
-        return decode_image(data, image_size=self.image_size).pixels
+            return self.read_pixels(image)
+        except ImageError as error:
+            return error
+
+    def _caption_batch(
+        self, inputs: Sequence[np.ndarray[Any, Any] | ImageError], search: SearchConfig
+    ) -> list[list[Caption] | ImageError]:
+        """At least one caption of each image, or an ImageError."""
+        pixels = [one for one in inputs if not isinstance(one, ImageError)]
+        captions = iter(self.caption_pixels(np.stack(pixels), search) if pixels else ())
+        return [one if isinstance(one, ImageError) else next(captions) or no_memory() for one in inputs]
+
+    def read_pixels(self, image: ImageInput) -> np.ndarray[Any, Any]:
+        """Read an image as uint8 pixels (3, S, S); ImageError if that fails, TypeError if it is not an image."""
+        return read_image_input(image, image_size=self.image_size)
 
     def encode(self, pixels: np.ndarray[Any, Any] | Tensor) -> Tensor:
         """Compute the features (B, R, F) of uint8 pixels (B, 3, S, S), on the CPU; ImageError if memory runs out."""
@@ -226,19 +255,24 @@ class Captioner:
             encoded.append(features[:count].cpu())
         return torch.cat(encoded)
 
-    def caption_pixels(self, pixels: np.ndarray[Any, Any] | Tensor) -> list[list[Caption] | ImageError]:
+    def caption_pixels(
+        self, pixels: np.ndarray[Any, Any] | Tensor, search: SearchConfig | None = None
+    ) -> list[list[Caption] | ImageError]:
         """Find the `search.num_captions` best captions of each image of uint8 pixels (B, 3, S, S), the best first.
 
         The list is empty if memory runs out even for the image alone; the error to report then is `no_memory`. An image
         for which the model computes a number that is not finite gets an ImageError.
+
+        Args:
+            search: settings to use instead of the captioner's.
         """
         captions: list[list[Caption] | ImageError] = []
-        for results, count in self._batches.compute(pixels, self._search):
+        for results, count in self._batches.compute(pixels, partial(self._search, search=search or self.search)):
             captions.extend([[] for _ in range(count)] if results is None else results[:count])
         return captions
 
     @torch.inference_mode()
-    def attend(self, image: str | Path | bytes, caption: str | None = None) -> list[WordAttention]:
+    def attend(self, image: ImageInput, caption: str | None = None) -> list[WordAttention]:
         """Compute the attention for each word of the caption, by default the model's own best one.
 
         A word that is not in the vocabulary counts as unknown.
@@ -275,9 +309,9 @@ class Captioner:
         features: Tensor = self.encoder(chunk)
         return features
 
-    def _search(self, chunk: Tensor) -> list[list[Caption] | ImageError]:
+    def _search(self, chunk: Tensor, search: SearchConfig) -> list[list[Caption] | ImageError]:
         features = self._encode(chunk)
-        results = search_captions(self.decoder, self.vocabulary, features, self.search, on_step=self._count_step)
+        results = search_captions(self.decoder, self.vocabulary, features, search, on_step=self._count_step)
         are_finite = torch.isfinite(features).flatten(1).all(1).tolist()
         return [
             (captions or not_finite("words' probabilities")) if is_finite else not_finite("features")
@@ -333,6 +367,7 @@ def load_captioner(
         vocabulary=first.vocabulary,
         search=first.search,
         fingerprint=hashlib.sha256("".join(captioner.fingerprint for captioner in loaded).encode()).hexdigest(),
+        name=" + ".join(captioner.name for captioner in loaded),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -138,6 +139,34 @@ def test_a_missing_image_is_a_one_line_error(model_dir: Path, tmp_path: Path) ->
     assert mistake("caption", path, "--model", model_dir) == f"{path}: no such file: {path} (missing)"
 
 
+def test_the_captions_of_several_images_are_printed_with_their_names(
+    model_dir: Path, photograph: Path, tmp_path: Path, make_jpeg: Callable[..., bytes]
+) -> None:
+    two, text = tmp_path / "two.jpg", tmp_path / "three.jpg"
+    two.write_bytes(make_jpeg(2))
+    text.write_bytes(b"no image")
+    first, second = (imcap("caption", path, "--model", model_dir).stdout for path in (photograph, two))
+
+    result = imcap("caption", photograph, two, "--model", model_dir)
+    assert (result.exit_code, result.stdout) == (0, f"{photograph}: {first}{two}: {second}")
+
+    result = imcap("caption", photograph, text, two, tmp_path / "gone.jpg", "--model", model_dir)
+    assert (result.exit_code, result.stdout) == (2, f"{photograph}: {first}{two}: {second}")
+    assert re.fullmatch(rf"imcap: {text}: .* \(not_an_image\); .*/gone.jpg: .* \(missing\)\n", result.stderr)
+
+    rows = json.loads(imcap("caption", photograph, text, "--model", model_dir, "--json").stdout)["images"]
+    assert [row["image"] for row in rows] == [str(photograph), str(text)]
+    assert rows[0]["caption"] == rows[0]["captions"][0]["caption"] == first.strip()
+    assert rows[1]["error_code"] == "not_an_image"
+
+
+def test_several_paths_are_images_or_input_and_output(model_dir: Path, photograph: Path, tmp_path: Path) -> None:
+    for paths in ([tmp_path, photograph], [photograph, photograph, tmp_path / "captions"]):
+        other = next(path for path in paths if path != photograph)
+        expected = f"expected INPUT and OUTPUT, or only images: {other} is not an image"
+        assert mistake("caption", *paths, "--model", model_dir) == expected
+
+
 def test_a_file_that_is_not_an_image_is_a_one_line_error(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"no image")
 
@@ -169,7 +198,7 @@ def test_submit_runs_only_its_own_commands() -> None:
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, photograph: Path, model_dir: Path) -> None:
-    def broken(self: Captioner, images: object) -> None:
+    def broken(self: Captioner, *arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(Captioner, "caption_pixels", broken)
@@ -180,7 +209,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, photograph: 
 
 
 def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, photograph: Path, model_dir: Path) -> None:
-    def interrupted(self: Captioner, images: object) -> None:
+    def interrupted(self: Captioner, *arguments: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Captioner, "caption_pixels", interrupted)
@@ -385,6 +414,8 @@ def test_training_data_can_name_outside_files_only_if_allowed(tmp_path: Path, ca
 @pytest.mark.parametrize(
     "arguments",
     [
+        ["caption", "one.jpg", "s3://AKIA:planted@bucket/two.jpg"],
+        ["caption", "one.jpg", "two.jpg", "s3://AKIA:planted@bucket/captions"],
         ["caption", "s3://AKIA:planted@bucket/images", "out"],
         ["caption", "photographs", "s3://AKIA:planted@bucket/captions"],
         ["caption", "https://host/a.jpg?X-Amz-Signature=planted"],

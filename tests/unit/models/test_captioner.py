@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
@@ -667,7 +670,15 @@ def test_models_that_differ_in_more_than_weights_cannot_be_averaged(tmp_path: Pa
     [
         ("one.jpg", "expected a list of images, got one str"),
         (b"bytes", "expected a list of images, got one bytes"),
-        ([np.zeros((3, 8, 8), np.uint8)], "expected a path, a URI or a file's bytes, got ndarray"),
+        (np.zeros((8, 8, 3), np.uint8), "expected a list of images, got one ndarray"),
+        (Image.new("RGB", (8, 8)), "expected a list of images, got one Image"),
+        (io.BytesIO(b"bytes"), "expected a list of images, got one BytesIO"),
+        (7, "expected a list of images, got one int"),
+        ([7], "expected a path, a URI, a file's bytes, an open binary file, a PIL image or .*, got int"),
+        ([np.zeros((3, 8, 8), np.uint8)], r"expected an array of uint8 \(H, W, 3\), got one of uint8 \(3, 8, 8\)"),
+        ([np.zeros((8, 8, 3))], r"expected an array of uint8 \(H, W, 3\), got one of float64 \(8, 8, 3\)"),
+        ([np.zeros((0, 8, 3), np.uint8)], r"got one of uint8 \(0, 8, 3\)"),
+        ([io.StringIO("text")], "expected a file that is open in binary mode, got StringIO in text mode"),
     ],
 )
 def test_an_argument_that_is_not_a_list_of_images_is_a_type_error(
@@ -675,6 +686,85 @@ def test_an_argument_that_is_not_a_list_of_images_is_a_type_error(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         captioner.caption(images)
+
+
+def test_all_kinds_of_images_get_the_caption_of_their_file(captioner: Captioner, tmp_path: Path) -> None:
+    """In every mode of Pillow that a file can have, upright, from any iterable."""
+    sideways = Image.open(io.BytesIO(jpeg(3)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pictures = [Image.open(io.BytesIO(jpeg(2))).convert(mode) for mode in ("RGB", "L", "P", "RGBA", "LA", "I;16", "1")]
+    files = [tmp_path / f"{number}.png" for number in range(len(pictures) + 1)]
+    for picture, file in zip(pictures, files, strict=False):
+        picture.save(file)
+    sideways.save(files[-1], exif=exif)
+    expected = captioner.caption(files)
+    assert len(set(expected)) > 2
+
+    def opened() -> Iterator[BinaryIO]:
+        for file in files:
+            with file.open("rb") as open_file:
+                open_file.read(7)  # as a program that has looked at the file
+                yield open_file
+
+    assert captioner.caption(Image.open(file) for file in files) == expected
+    assert captioner.caption(opened()) == expected
+    assert captioner.caption(bytearray(file.read_bytes()) for file in files) == expected
+    rgb = np.asarray(pictures[0])
+    assert captioner.caption(np.stack([rgb, rgb])) == [expected[0]] * 2
+    assert (
+        captioner.caption([rgb[:, ::-1][:, ::-1], pictures[0], io.BytesIO(files[0].read_bytes())]) == [expected[0]] * 3
+    )
+
+
+def test_a_picture_that_cannot_be_decoded_is_an_error_at_its_position(captioner: Captioner) -> None:
+    whole = io.BytesIO()
+    Image.effect_noise((200, 200), 50).save(whole, "png")
+    cut = Image.open(io.BytesIO(whole.getvalue()[: len(whole.getvalue()) // 2]))
+
+    results = captioner.caption([Image.new("RGB", (0, 0)), cut, Image.open(io.BytesIO(jpeg(1)))])
+
+    assert [result.code for result in results[:2] if isinstance(result, ImageError)] == ["not_an_image", "not_an_image"]
+    assert results[2] == captioner.caption([jpeg(1)])[0]
+
+
+def test_images_are_read_one_batch_at_a_time(captioner: Captioner) -> None:
+    num_read = 0
+
+    def images() -> Iterator[bytes]:
+        nonlocal num_read
+        for number in range(COMPUTE_BATCH_SIZE + 1):
+            num_read += 1
+            yield jpeg(number)
+        raise KeyboardInterrupt
+
+    steps = captioner.num_beam_steps
+    with pytest.raises(KeyboardInterrupt):
+        captioner.caption(images())
+    assert num_read == COMPUTE_BATCH_SIZE + 1
+    assert captioner.num_beam_steps > steps, "the first batch is captioned before the second is read"
+
+
+def test_the_number_of_captions_and_the_beam_size_can_be_given_for_a_call(
+    captioner: Captioner, model_dir: Path
+) -> None:
+    images = [jpeg(0), b"no image", jpeg(1)]
+    wide = Captioner.load(model_dir, device="cpu", search=replace(captioner.search, beam_size=7, num_captions=7))
+
+    several = captioner.caption(images, num_captions=7, beam_size=7)
+
+    assert several[::2] == wide.caption_pixels(np.stack([wide.read_pixels(jpeg(number)) for number in (0, 1)]))
+    assert isinstance(several[1], ImageError)
+    assert captioner.caption(images[:1], beam_size=7) == [several[0][0]]
+    assert captioner.caption(images[:1], num_captions=1) == [captioner.caption(images[:1])]
+    with pytest.raises(ConfigError, match="search.num_captions must be 1 to search.beam_size"):
+        captioner.caption(images, num_captions=100)
+
+
+def test_the_repr_of_a_captioner_names_its_model(captioner: Captioner, model_dir: Path) -> None:
+    assert re.fullmatch(
+        rf"<Captioner {model_dir}: 64 x 64 pixels, \d+ tokens, SearchConfig\(beam_size=.*\), on cpu>", repr(captioner)
+    )
 
 
 def test_the_cnn_is_not_optimized_when_a_captioner_is_loaded_and_once_when_it_is_used(
