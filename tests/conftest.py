@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from packaging.version import Version
 
 from tests import small_data
 from tests.hang_guard import TIMEOUT_SECONDS
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
     from tests.flaky_s3 import S3Store
 
 _VARIABLES: Final = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_AUTH_MODE")
+
+_WARNINGS_OF_OLDER_RAYS: Final = (
+    r"ignore::ResourceWarning:ray\..*",  # files that Ray opens for the output of its processes
+    r"ignore:subprocess \d+ is still running:ResourceWarning",  # of Ray, which ends it without waiting
+    r"ignore:Tip. In future versions of Ray:FutureWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if Version(version("ray")) < Version("2.60"):
+        for line in _WARNINGS_OF_OLDER_RAYS:
+            config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -50,6 +50,25 @@ except ImcapError as error:
 print(json.dumps(result))
 """
 
+INITIALIZE_WITH_A_LATE_ERROR = """
+import time
+import ray
+from imcap_ray.distributed.cluster.private_ray import initialize
+
+original = ray.init
+
+def init_and_fail(**options):
+    original(**options)
+    raise RuntimeError("a late error")
+
+ray.init = init_and_fail
+try:
+    initialize(address="local", num_cpus=1, include_dashboard=False, verbose=False)
+except RuntimeError as error:
+    time.sleep(1)
+    print(error, ray.get(ray.remote(lambda: 42).remote()))
+"""
+
 
 @pytest.fixture
 def home() -> Iterator[Path]:
@@ -172,3 +191,12 @@ def test_a_job_cannot_write_to_its_temporary_folder(monkeypatch):
     refuse_relative_paths_in_job({"OUTPUT": "/mnt/captions", "MODEL": "s3://bucket/model"})
     with pytest.raises(InputError, match="MODEL must be an absolute path or a URI inside a Ray job, got runs/mine"):
         refuse_relative_paths_in_job({"OUTPUT": "/mnt/captions", "MODEL": "runs/mine"})
+
+
+def test_a_ray_that_has_started_survives_an_error_of_its_start(home):
+    """Otherwise, the end of its processes would end this one before it could try once more."""
+    environment = os.environ | {"RAY_TMPDIR": str(home)}
+    program = [sys.executable, "-c", INITIALIZE_WITH_A_LATE_ERROR]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=HANG_SECONDS)
+
+    assert done.stdout == "a late error 42\n", done.stderr
