@@ -88,8 +88,8 @@ def initialize(*, verbose: bool, **arguments: Any) -> None:
             result.set_exception(error)
         else:
             result.set_result(None)
-        # For ever: Linux ends Ray's processes when the thread that started them ends, and the end of its raylet ends this
-        # process. Also after an error, because Ray may have started before it.
+        # For ever: Linux ends Ray's processes when the thread that started them ends, and the end of the raylet ends
+        # this process. Also after an error, because Ray may have started before it.
         threading.Event().wait()
 
     threading.Thread(target=call, name="imcap-ray-init", daemon=True).start()
