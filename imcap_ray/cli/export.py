@@ -43,7 +43,8 @@ def export(captions: str, output: str, **options: Any) -> None:
     coco        annotations for pycocotools' COCO(OUT), and OUT_results.json for its loadRes
     jsonl       one JSON object a line
     csv         the same as a table, with a ' before text that a spreadsheet would run (=...)
-    sidecar     a .txt for each image in the folder OUT, with the same path as the image in the input
+    sidecar     a .txt for each image in the folder OUT, with the same path as the image in the input;
+                a.jpg.txt and a.png.txt where several would be a.txt
     hf          Parquet files with images and captions in the folder OUT, for datasets.load_dataset(OUT)
     webdataset  tar files in the folder OUT, with each image, its .txt and .json
 
@@ -91,4 +92,10 @@ def export(captions: str, output: str, **options: Any) -> None:
         reporter.report(f"left out: {image}")
     if summary.left_out_without_image > len(summary.images_without):
         reporter.report(f"left out: {summary.left_out_without_image - len(summary.images_without):,} more")
+    if summary.renamed:
+        more = ", ..." if summary.num_renamed > len(summary.renamed) else ""
+        reporter.report(
+            f"{summary.num_renamed:,} sidecars have a longer name than usual, because images differ only in extension, "
+            f"case or Unicode form: {', '.join(summary.renamed)}{more}"
+        )
     reporter.report(summary.describe())

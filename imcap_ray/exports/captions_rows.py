@@ -48,11 +48,16 @@ class ExportSummary:
     """Rows whose image is missing, may not be read, or has changed since it was captioned."""
     images_without: list[str] = field(default_factory=list)
     """The first of these, each with the reason."""
+    num_renamed: int = 0
+    """Sidecars with a longer name, because the usual one would be that of several images."""
+    renamed: list[str] = field(default_factory=list)
+    """The first of these names."""
 
     def describe(self) -> str:
         """One line for people."""
         captions = f"{self.num_exported:,} caption{'s' * (self.num_exported != 1)}"
         kept = f", {self.num_kept:,} existing ones kept" if self.num_kept else ""
+        kept += f", {self.num_renamed:,} with a longer name" if self.num_renamed else ""
         return f"{self.output}: {captions} as {self.format}{kept}; left out: {self.describe_left_out() or 'none'}"
 
     def describe_left_out(self) -> str:

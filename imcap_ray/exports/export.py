@@ -32,7 +32,7 @@ from imcap_ray.exports.shards import (
     webdataset_key,
     write_shards,
 )
-from imcap_ray.exports.sidecar import Existing, sidecar_name, write_sidecars
+from imcap_ray.exports.sidecar import Existing, SidecarNames, portable_sidecar_name, write_sidecars
 from imcap_ray.exports.text import write_csv, write_jsonl
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 
@@ -80,8 +80,8 @@ def export_captions(
         on_progress: called now and then with the number of rows done and the number of all rows to be exported.
 
     Raises:
-        InputError: no captions table, nothing in it to export, ids or names shared by two images, or an id that points
-            out of `output`. Nothing is written then.
+        InputError: no captions table, nothing in it to export, an id that two rows share, or one that points out of
+            `output`. Nothing is written then.
         OutputError: `output` exists, or is not suitable for an export.
         ImcapError: none of the images can be read, or a store failed to deliver some of them: the others are written.
     """
@@ -93,8 +93,7 @@ def export_captions(
         total = _check_rows(table, names, summary, images)
         rows = _with_progress(table.rows(), total, on_progress)
         if options.format == "sidecar":
-            summary.num_exported = write_sidecars(rows, output, existing=options.existing)
-            summary.num_kept = total - summary.num_exported
+            write_sidecars(rows, summary, SidecarNames(names), existing=options.existing)
         elif options.format in SHARD_FILE_NAMES:
             _export_shards(rows, names, summary, images=images, shard_images=options.shard_images, total=total)
         else:
@@ -168,12 +167,6 @@ def _check_rows(table: CaptionsTable, names: ImageNames, summary: ExportSummary,
             f"{table.location}: image ids must be unique, but {shared[0]!r} occurs more than once; if a part was "
             "copied there, the same `imcap caption` command removes the copy"
         )
-    shared = names.first_shared("name") if summary.format == "sidecar" else None
-    if shared:
-        raise InputError(
-            f"the images {shared[0]!r} and {shared[1]!r} would have the same sidecar, {sidecar_name(shared[0])!r}: "
-            "rename one of them, or export jsonl, csv, coco or webdataset"
-        )
     return total
 
 
@@ -224,7 +217,7 @@ def _with_progress(rows: Iterator[CaptionRow], total: int, on_progress: ReportPr
 
 _NAMES: Final[dict[str, Callable[[str], str]]] = {
     "coco": coco_number,
-    "sidecar": sidecar_name,
+    "sidecar": portable_sidecar_name,
     "webdataset": partial(webdataset_key, keep_extension=False),
 }
 """Functions from an image's id to its name in an export, if that is not the id."""

@@ -1,7 +1,10 @@
-"""Ids and exported names of all images -> two images with the same one. On disk, because there may be many images."""
+"""Ids and exported names of all images -> those with the same one. On disk, because there may be many images."""
 
 from __future__ import annotations
 
+import hashlib
+import re
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,9 +13,17 @@ from typing import Any, Final
 import duckdb
 import pyarrow as pa
 
+from imcap_ray.data.tar_images import IdSet
 from imcap_ray.errors import ImcapError, translate_errors
 
+NAME_BYTES: Final = 255
+"""Maximum length of a file name on usual file systems."""
+
+_DIGEST_LETTERS: Final = 24
+
 _QUERY_MEMORY: Final = "1GB"
+
+_BATCH_ROWS: Final = 8192
 
 _SCHEMA: Final = pa.schema([("image_id", pa.string()), ("name", pa.string())])
 
@@ -47,6 +58,28 @@ class ImageNames:
         )
         return pairs[0] if pairs else None
 
+    def rename_shared(self, name_of: Callable[[str], str]) -> IdSet:
+        """Replace names that several images have by `name_of` their ids, which must be distinct; these ids."""
+        if self._database is None:
+            return IdSet(())
+        reader = self._resources.enter_context(self._database.cursor())
+        shared = "SELECT name FROM names GROUP BY name HAVING count(*) > 1"
+
+        def rename() -> Iterator[str]:
+            assert self._database
+            reader.execute(f"SELECT image_id FROM names WHERE name IN ({shared})")
+            while rows := reader.fetchmany(_BATCH_ROWS):
+                image_ids = [image_id for (image_id,) in rows]
+                names = [name_of(image_id) for image_id in image_ids]
+                self._database.register("batch", pa.table({"image_id": image_ids, "name": names}, _SCHEMA))
+                self._database.execute(
+                    "UPDATE names SET name = batch.name FROM batch WHERE names.image_id = batch.image_id"
+                )
+                yield from image_ids
+
+        with translate_errors(duckdb.Error, to=ImcapError, message="a query over all image names failed"):
+            return IdSet(rename())
+
     def are_distinct(self) -> bool:
         """Whether all images have a name, and different ones."""
         return self._execute("SELECT count(*) FROM names WHERE name = ''") == [(0,)] and not self.first_shared("name")
@@ -56,3 +89,12 @@ class ImageNames:
             return []
         with translate_errors(duckdb.Error, to=ImcapError, message="a query over all image names failed"):
             return self._database.execute(statement).fetchall()
+
+
+def shorten_name(name: str, max_bytes: int = NAME_BYTES) -> str:
+    """The name; a longer one becomes its beginning and `%-` with a hash."""
+    if len(name.encode("utf-8", "surrogatepass")) <= max_bytes:
+        return name
+    ending = f"%-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:_DIGEST_LETTERS]}"
+    beginning = name.encode("utf-8", "surrogatepass")[: max_bytes - len(ending)].decode("utf-8", "ignore")
+    return re.sub("%[0-9A-F]?$", "", beginning) + ending  # not half of an escape

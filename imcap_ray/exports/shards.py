@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import posixpath
@@ -30,6 +29,7 @@ from imcap_ray.exports.captions_rows import (
     ExportSummary,
     select_schema,
 )
+from imcap_ray.exports.image_names import NAME_BYTES, shorten_name
 from imcap_ray.exports.sidecar import without_extension
 from imcap_ray.exports.text import to_json_line
 from imcap_ray.runs.captioned_images import CaptionedImageSource
@@ -50,13 +50,8 @@ _ROW_GROUP_IMAGES: Final = 100  # as Hugging Face writes images, because reading
 
 _ROW_GROUP_BYTES: Final = 32 * 2**20
 
-_NAME_BYTES: Final = 255
-"""Maximum length of a file name on usual file systems, to which a tar is extracted."""
-
 _EXTENSION_BYTES: Final = 10
 """Maximum length of the extension of a tar's member, without the dot."""
-
-_DIGEST_LETTERS: Final = 24
 
 
 @dataclass(slots=True)
@@ -158,17 +153,8 @@ def webdataset_key(image_id: str, *, keep_extension: bool) -> str:
     folder = re.sub(r"(?:^|(?<=/))\.+(?=/|$)", _percent, folder)
     path = re.sub("^_(?=_)", _percent, folder + slash + name.replace(".", "%2E"))
     folder, slash, name = path.rpartition("/")
-    folders = "/".join(_shortened(step, _NAME_BYTES) for step in folder.split("/"))
-    return folders + slash + _shortened(name, _NAME_BYTES - _EXTENSION_BYTES - 1)
-
-
-def _shortened(name: str, max_bytes: int) -> str:
-    """The name; a longer one becomes its beginning and a hash. This is unique, because `%-` is in no other key."""
-    if len(name.encode("utf-8", "surrogatepass")) <= max_bytes:
-        return name
-    ending = f"%-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:_DIGEST_LETTERS]}"
-    beginning = name.encode("utf-8", "surrogatepass")[: max_bytes - len(ending)].decode("utf-8", "ignore")
-    return re.sub("%[0-9A-F]?$", "", beginning) + ending  # not half of an escape
+    folders = "/".join(shorten_name(step) for step in folder.split("/"))  # stays unique: `%-` is in no other key
+    return folders + slash + shorten_name(name, NAME_BYTES - _EXTENSION_BYTES - 1)
 
 
 def _percent(match: re.Match[str]) -> str:

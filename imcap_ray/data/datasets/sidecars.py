@@ -1,4 +1,4 @@
-"""Images with their captions in files next to them, `photo.jpg` and `photo.txt` -> captioned images."""
+"""Images with their captions in files next to them, `photo.txt` or `photo.jpg.txt` -> captioned images."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
     splits."""
     if source.is_file:
         return None
-    images, captions = _list_by_stem(source.base)
-    pairs = {stem: captions[stem] for stem in images if stem in captions}
-    if not pairs:
+    images, captions, uncaptioned = _list_by_stem(source.base)
+    if not images:
         return None
     collector = Collector(source, "a folder of images with their captions next to them")
-    for stem, contents in zip(pairs, _read_all(source, pairs), strict=True):
-        names = images[stem]
+    pairs = {stem: captions[stem] for stem in images}
+    for (stem, names), contents in zip(images.items(), _read_all(source, pairs), strict=True):
         if len(names) > 1:
             collector.add_problem(
                 "caption file belongs to several images", "caption files belong to several images", stem
@@ -47,7 +46,7 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
                 collector.add(name, texts, where=name, path=path, split=split_in_path(name))
             else:
                 collector.add_uncaptioned(name, where=name)
-    for name in (name for stem, names in images.items() if stem not in captions for name in names):
+    for name in uncaptioned:
         collector.add_uncaptioned(name, where=name)
     for name in (names[0] for stem, names in captions.items() if stem not in images):
         collector.add_problem("file has no image next to it", "files have no image next to them", name)
@@ -56,23 +55,34 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
 
 def find_captioned_images(folder: str) -> list[str]:
     """Names of the images below a folder that have a caption file next to them."""
-    images, captions = _list_by_stem(folder)
-    return [name for stem, names in images.items() if stem in captions for name in names]
+    images, _, _ = _list_by_stem(folder)
+    return [name for names in images.values() for name in names]
 
 
-def _list_by_stem(folder: str) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The images and the caption files below a folder, by their names without the extension."""
+def _list_by_stem(folder: str) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
+    """The images and the caption files below a folder, by the caption files' names without extension.
+
+    This is the image's complete name (`photo.jpg.txt`) if there is such a file, otherwise the name without extension
+    (`photo.txt`). The third list has the images without a caption file.
+    """
     images: dict[str, list[str]] = defaultdict(list)
+    names: list[tuple[str, str]] = []
     captions: dict[str, list[str]] = defaultdict(list)
     for file in storage.list_files(folder):
         stem, _, extension = file.name.rpartition(".")
         if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith("."):
             continue
         if extension.lower() in IMAGE_EXTENSIONS:
-            images[stem].append(file.name)
+            names.append((stem, file.name))
         elif extension.lower() in CAPTION_EXTENSIONS:
             captions[stem].append(file.name)
-    return images, captions
+    uncaptioned = []
+    for stem, name in names:
+        if name in captions or stem in captions:
+            images[name if name in captions else stem].append(name)
+        else:
+            uncaptioned.append(name)
+    return images, captions, uncaptioned
 
 
 def _read_all(source: Source, pairs: dict[str, list[str]]) -> Iterator[dict[str, bytes | None]]:

@@ -656,6 +656,8 @@ def test_an_export_summary_as_json_is_the_only_output_on_stdout(captioned: Path,
         "left_out_by_confidence": 0,
         "left_out_without_image": 1,
         "images_without": ["1.jpg (missing)"],
+        "num_renamed": 0,
+        "renamed": [],
     }
 
 

@@ -25,14 +25,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from imcap_ray import storage
+from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.exports.captions_rows import COLUMNS, ExportSummary
 from imcap_ray.exports.coco import coco_results_name
 from imcap_ray.exports.export import ExportOptions, export_captions
+from imcap_ray.exports.image_names import ImageNames
 from imcap_ray.exports.shards import Format, webdataset_key
-from imcap_ray.exports.sidecar import sidecar_name
+from imcap_ray.exports.sidecar import SidecarNames, portable_sidecar_name, sidecar_name
 from imcap_ray.exports.text import guard_cell
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 from tests import small_data
@@ -586,15 +588,73 @@ def test_sidecars_are_written_next_to_the_images_if_the_output_is_their_folder(t
     assert before.items() <= after.items()
 
 
-@pytest.mark.parametrize("existing", ["skip", "overwrite", "append"])
-def test_two_images_with_the_same_sidecar_are_refused_before_anything_is_written(existing: str, tmp_path: Path) -> None:
-    rows = [row("a.jpg"), row("sub/b.jpg"), row("b.jpg"), row("sub/b.png")]
+def test_images_that_would_have_the_same_sidecar_get_longer_names(tmp_path: Path) -> None:
+    """Also on a file system that ignores case and Unicode form, as those of macOS and SMB."""
+    names = {
+        "a.jpg": "a.txt",
+        "b.jpg": "b.txt",
+        "sub/b.jpg": "sub/b.jpg.txt",
+        "sub/b.png": "sub/b.png.txt",
+        "IMG_1.HEIC": "IMG_1.HEIC.txt",
+        "img_1.jpg": "img_1.jpg.txt",
+        "\u00e9.jpg": "\u00e9.jpg.txt",
+        "e\u0301.png": "e\u0301.png.txt",
+        "c.jpg": "c.jpg-HASH.txt",
+        "C.jpg": "C.jpg-HASH.txt",
+        "d.png": "d.png-HASH.txt",
+        "d.gif": "d.gif.txt",
+        "d.png.jpg": "d.png.jpg-HASH.txt",
+        "x" * 247 + ".jpg": "x" * 247 + ".jpg.txt",
+        "x" * 247 + ".png": "x" * 247 + ".png.txt",
+        "y" * 251 + ".jpg": "y" * 225 + "%-HASH.txt",
+        "y" * 251 + ".png": "y" * 225 + "%-HASH.txt",
+    }
+    rows = [row(image_id, image_id) for image_id in names]
 
-    with pytest.raises(InputError) as refused:
-        export(write_captions(tmp_path / "captions", rows), tmp_path / "out", "sidecar", existing=existing)
+    summary = export(write_captions(tmp_path / "captions", rows[::2], rows[1::2]), tmp_path / "out", "sidecar")
 
-    assert "'sub/b.jpg' and 'sub/b.png' would have the same sidecar, 'sub/b.txt'" in str(refused.value)
-    assert not (tmp_path / "out").exists()
+    sidecars = {content.decode().strip(): name for name, content in files_below(tmp_path / "out").items()}
+    hash = re.compile("(?<=%-)[0-9a-f]{24}|(?<=-)[0-9a-f]{8}(?=.txt)")
+    assert {image_id: hash.sub("HASH", name) for image_id, name in sidecars.items()} == names
+    assert (summary.num_exported, summary.num_renamed) == (17, 15)
+    assert set(summary.renamed) == set(sidecars.values()) - {"a.txt", "b.txt"}
+    assert "15 with a longer name" in summary.describe()
+
+
+@given(
+    stems=st.lists(st.text("aA\u00e9e\u0301.", min_size=1, max_size=4), max_size=12),
+    extensions=st.lists(st.sampled_from(["", ".jpg", ".png"]), min_size=12, max_size=12),
+)
+def test_sidecars_are_different_files_on_any_file_system(stems: list[str], extensions: list[str]) -> None:
+    ids = list({f"{stem.strip('.') or 'a'}{extension}" for stem, extension in zip(stems, extensions, strict=False)})
+    with ImageNames() as names:
+        names.add(ids, [portable_sidecar_name(image_id) for image_id in ids])
+        sidecars = SidecarNames(names)
+
+    assert len({portable_sidecar_name(image_id, sidecars.form(image_id)) for image_id in ids}) == len(ids)
+
+
+def test_any_number_of_sidecars_can_get_longer_names() -> None:
+    """More than are read from the database at a time, while it is changed."""
+    ids = [f"{number}.{extension}" for extension in ("jpg", "heic") for number in range(20_000)]
+    with ImageNames() as names:
+        names.add([*ids, "a.jpg"], [portable_sidecar_name(image_id) for image_id in [*ids, "a.jpg"]])
+        sidecars = SidecarNames(names)
+
+    assert {sidecars.form(image_id) for image_id in ids} == {1}
+    assert sidecars.form("a.jpg") == 0
+
+
+def test_exported_sidecars_are_read_as_the_captions_of_their_images(tmp_path: Path) -> None:
+    rows = write_images(tmp_path / "images", ["a.jpg", "a.png", "b.jpg", "A.gif"])
+    for number, exported in enumerate(rows):
+        exported["caption"] = f"caption {number}"
+
+    export(write_captions(tmp_path / "captions", rows), tmp_path / "images", "sidecar")
+
+    dataset = load_dataset(str(tmp_path / "images"), refuse_leaks=False)
+    captions = {one["image_id"]: one["captions"] for one in dataset.table.to_pylist()}
+    assert captions == {one["image_id"]: [one["caption"]] for one in rows}
 
 
 @pytest.mark.parametrize(
