@@ -337,8 +337,14 @@ class CaptioningConfig:
     """Start again; the old rows are removed when the new ones are complete."""
     retry_failed: bool = False
     """Caption images again that failed in an earlier run."""
+    prune: bool = False
+    """Remove the rows of images that are no longer in the input; not with `limit`, which leaves images out."""
     max_failure_rate: float = 0.1
     """Share of images that may fail before the run ends with exit code 3."""
+
+    def __post_init__(self) -> None:
+        if self.prune and self.limit is not None:
+            raise ConfigError("--prune cannot be given with --limit, which leaves images out")
 
     @property
     def model_name(self) -> str:

@@ -58,6 +58,7 @@ imcap caption one.jpg two.jpg"""
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Images an actor takes at a time.")
 @click.option("--overwrite", is_flag=True, help="Start again; old rows stay until the end.")
 @click.option("--retry-failed", is_flag=True, help="Caption images again that failed before.")
+@click.option("--prune", is_flag=True, help="Remove rows of images that left INPUT.")
 @click.option(
     "--max-failure-rate",
     type=click.FloatRange(0, 1),
@@ -72,7 +73,7 @@ imcap caption one.jpg two.jpg"""
 @cluster_options
 @output_options
 def caption(input: str, output: str | None, more_images: tuple[str, ...], **options: Any) -> None:
-    """Caption the images of INPUT into Parquet in OUTPUT, or print the captions of images."""
+    """Caption the images of INPUT into Parquet in OUTPUT, or print captions."""
     if output and (more_images or _is_image(output)):
         images, output = [input, output, *more_images], None
         if others := [path for path in images if not _is_image(path)]:

@@ -41,7 +41,8 @@ class KnownImages:
     """
 
     def __init__(self, folder: str) -> None:
-        self.num_images = 0
+        self.next_id = 0
+        """The first number that no image has. The numbers below have gaps where images were removed."""
         self.id_source: str | None = None
         """See `ID_SOURCE_KEY`; None if there are no Parquet tables."""
         self.id_column: str | None = None
@@ -51,11 +52,17 @@ class KnownImages:
         self._parts: list[tuple[str, tuple[str, str] | None]] = []
         for part in storage.list_parquet(folder):
             metadata = read_metadata(part)
-            self.num_images += metadata.num_rows
+            if numbers := range_of(metadata, "manifest_id"):
+                self.next_id = max(self.next_id, numbers[1] + 1)
             self.id_source = ((metadata.metadata or {}).get(ID_SOURCE_KEY) or b"").decode() or self.id_source
             self.id_column = ((metadata.metadata or {}).get(ID_COLUMN_KEY) or b"").decode() or self.id_column
             self.image_columns = list(dict.fromkeys([*self.image_columns, *parse_image_columns(metadata.metadata)]))
             self._parts.append((part, range_of(metadata, "image_id")))
+
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The numbers of all images, sorted."""
+        numbers = [read_table(part, ["manifest_id"])["manifest_id"].to_numpy() for part, _ in self._parts]
+        return np.sort(np.concatenate(numbers)) if numbers else np.empty(0, np.int64)
 
     @property
     def is_by_type(self) -> bool:

@@ -77,6 +77,8 @@ class InputSummary:
     """Column of Parquet tables that ids are read from; None if ids are paths, names or row numbers."""
     changed: pa.Table = field(default_factory=MANIFEST_SCHEMA.empty_table, compare=False)
     """Current rows of `MANIFEST_SCHEMA` for images whose file has changed since the manifest was written."""
+    removed: npt.NDArray[np.int64] | None = field(default=None, compare=False)
+    """Numbers of images in the manifest that the input no longer has; None: unknown, because a limit was reached."""
 
 
 def build_manifest(
@@ -113,12 +115,14 @@ def build_manifest(
         raise InputError(f"no such input: {location}")
     known = KnownImages(known_from or folder)
     images = _InputImages(location, options, output=output, known=known)
-    next_id, num_images, changed = known.num_images, 0, [MANIFEST_SCHEMA.empty_table()]
+    next_id, num_images, changed = known.next_id, 0, [MANIFEST_SCHEMA.empty_table()]
+    is_listed = np.zeros(known.next_id, bool)
     entries = islice(images.entries(), options.limit)
     while chunk := list(islice(entries, rows_per_part)):
         num_images += len(chunk)
         rows = pa.Table.from_pylist(chunk, schema=MANIFEST_SCHEMA.remove(0))
         ids, is_changed, is_moved = known.find(rows)
+        is_listed[ids[ids >= 0]] = True
         changed.append(_with_ids(rows.filter(is_changed), ids[is_changed]))
         if is_moved.any():
             check()
@@ -136,7 +140,9 @@ def build_manifest(
             f"{images.num_ignored:,} other file{'s' * (images.num_ignored != 1)}" if images.num_ignored else "nothing"
         )
         raise InputError(f"no images in {location}: found {others}; expected files with names like .jpg or .png")
-    return images.summary(num_images, changed=pa.concat_tables(changed))
+    known_ids = known.ids()
+    removed = None if num_images == options.limit else known_ids[~is_listed[known_ids]]
+    return images.summary(num_images, changed=pa.concat_tables(changed), removed=removed)
 
 
 def manifest_part(first_id: int) -> str:
@@ -165,7 +171,7 @@ class _InputImages:
         folder = location if self._is_folder else storage.parent(location)
         self._paths = TablePaths(folder, options.allow_outside_paths, self._columns)
 
-    def summary(self, num_images: int, *, changed: pa.Table) -> InputSummary:
+    def summary(self, num_images: int, *, changed: pa.Table, removed: npt.NDArray[np.int64] | None) -> InputSummary:
         """The summary of a listing with this number of images."""
         return InputSummary(
             num_images=num_images,
@@ -175,6 +181,7 @@ class _InputImages:
             image_column=self.image_column,
             id_column=self.id_column,
             changed=changed.replace_schema_metadata(self.metadata),
+            removed=removed,
         )
 
     @property

@@ -35,7 +35,13 @@ from imcap_ray.distributed.pipeline.image_pipeline import (
 from imcap_ray.distributed.pipeline.progress import Progress
 from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import Caption, ImageCaptioner, compute_batch_size, no_memory
-from imcap_ray.runs.captioning_run import CaptioningRun, CaptioningSummary, input_options, run_identity
+from imcap_ray.runs.captioning_run import (
+    CaptioningRun,
+    CaptioningSummary,
+    describe_removed,
+    input_options,
+    run_identity,
+)
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
@@ -170,6 +176,8 @@ class CaptioningPlan:
     """Speed of the last run into this output, if there was one."""
     seconds: float | None
     """Duration at that speed."""
+    num_not_in_input: int = 0
+    """Images with rows that the input no longer has."""
     notes: tuple[str, ...] = ()
     """See `InputSummary`."""
     image_column: str | None = None
@@ -217,10 +225,15 @@ def plan_captioning(
             known_from=known_from,
         )
     run = folder.read_run() or {}
-    num_images, num_done = summary.num_images, 0
+    num_images, num_done, num_removed, notes = summary.num_images, 0, 0, summary.notes
     if run and keeps_rows:  # then all images of its manifest were counted
-        num_images = max(num_images, folder.count_manifest())
+        num_removed = 0 if summary.removed is None else summary.removed.size
+        num_images = max(num_images + num_removed, folder.count_manifest())
         num_done = sum(folder.count_rows()[0].values())
+        if num_removed:
+            notes += (describe_removed(num_removed, config),)
+        if config.prune:
+            num_images, num_done = num_images - num_removed, num_done - num_removed
     num_new = max(0, num_images - num_done)
     rate = run.get("images_per_second") or folder.read_heartbeat().get("images_per_second")
     return CaptioningPlan(
@@ -234,7 +247,8 @@ def plan_captioning(
         gpus_per_actor=gpus,
         images_per_second=rate,
         seconds=num_new / rate if rate else None,
-        notes=summary.notes,
+        num_not_in_input=num_removed,
+        notes=notes,
         image_column=summary.image_column,
         id_column=summary.id_column,
     )

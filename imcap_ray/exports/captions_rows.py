@@ -14,7 +14,7 @@ import pyarrow.dataset as pads
 
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, OK, CaptionRow
 from imcap_ray.errors import InputError, translate_errors
-from imcap_ray.runs.captions_table import open_captions
+from imcap_ray.runs.captions_table import open_captions, read_removed_ids
 
 COLUMNS: Final = tuple(name for name in CAPTIONS_SCHEMA.names if not name.startswith("error_"))
 """Columns in JSON and CSV. Exported rows have no error."""
@@ -44,6 +44,8 @@ class ExportSummary:
     left_out_by_status: dict[str, int] = field(default_factory=dict)
     """Rows without a caption, by status: `failed`, or a `duplicate` that is not resolved yet."""
     left_out_by_confidence: int = 0
+    left_out_not_in_input: int = 0
+    """Rows of images that were no longer in the input of the last run."""
     left_out_without_image: int = 0
     """Rows whose image is missing, may not be read, or has changed since it was captioned."""
     images_without: list[str] = field(default_factory=list)
@@ -65,6 +67,8 @@ class ExportSummary:
         reasons = [f"{count:,} {status}" for status, count in sorted(self.left_out_by_status.items())]
         if self.left_out_by_confidence:
             reasons.append(f"{self.left_out_by_confidence:,} below --min-confidence")
+        if self.left_out_not_in_input:
+            reasons.append(f"{self.left_out_not_in_input:,} no longer in the input")
         if self.left_out_without_image:
             reasons.append(f"{self.left_out_without_image:,} without an image")
         return ", ".join(reasons)
@@ -76,6 +80,7 @@ class LeftOut:
 
     by_status: Counter[str] = field(default_factory=Counter)
     by_confidence: int = 0
+    removed: int = 0
 
 
 class CaptionsTable:
@@ -89,6 +94,7 @@ class CaptionsTable:
         self.location = location
         self._min_confidence = None if min_confidence is None else pa.scalar(min_confidence, pa.float32())
         self._dataset: pads.Dataset = open_captions(location)
+        self._removed_ids = read_removed_ids(location)
         missing = [name for name in COLUMNS if name not in self._dataset.schema.names]
         if missing:
             raise InputError(
@@ -111,7 +117,9 @@ class CaptionsTable:
         """At least these columns of the rows to be exported, some thousand rows at a time; the number of the others."""
         wanted = dict.fromkeys([*columns, "image_id", "status", "caption", "confidence"])
         for batch in self._read(list(wanted)):
-            left_out = LeftOut()
+            is_removed = pc.is_in(batch["image_id"], value_set=self._removed_ids)
+            left_out = LeftOut(removed=pc.sum(is_removed).as_py() or 0)
+            batch = batch.filter(pc.invert(is_removed))
             is_captioned = pc.and_(
                 pc.is_in(batch["status"], value_set=pa.array([OK, DUPLICATE])),
                 pc.not_equal(pc.utf8_trim_whitespace(batch["caption"]), ""),

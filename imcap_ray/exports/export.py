@@ -153,6 +153,7 @@ def _check_rows(table: CaptionsTable, names: ImageNames, summary: ExportSummary,
         total += batch.num_rows
         by_status.update(left_out.by_status)
         summary.left_out_by_confidence += left_out.by_confidence
+        summary.left_out_not_in_input += left_out.removed
         if summary.format in SHARD_FILE_NAMES:
             _require_images(batch, summary.format, images)
         image_ids = batch["image_id"].to_pylist()

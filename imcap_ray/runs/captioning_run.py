@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
@@ -55,6 +57,8 @@ class CaptioningSummary:
     """Speed of this run, from its start to its end."""
     bound: str
     """One sentence: what limited the speed."""
+    num_not_in_input: int = 0
+    """Rows of images that the input no longer has."""
 
     def require_few_failures(self, max_failure_rate: float) -> None:
         """Raise FailureBudgetError if a greater share of the images failed."""
@@ -75,6 +79,13 @@ def run_identity(input: str, *, fingerprint: str, search: SearchConfig) -> dict[
         "search": to_mapping(search),
         "schema_version": SCHEMA_VERSION,
     }
+
+
+def describe_removed(num_images: int, config: CaptioningConfig) -> str:
+    """One line on images that the input no longer has."""
+    images = "1 image is" if num_images == 1 else f"{num_images:,} images are"
+    rows = "rows are removed" if config.prune else "rows are kept, and left out of exports; --prune removes them"
+    return f"{images} no longer in {config.input}: the {rows}"
 
 
 def input_options(config: CaptioningConfig) -> InputOptions:
@@ -108,6 +119,8 @@ class CaptioningRun:
         """Images that have a row."""
         self.num_new = 0
         """Images that had no row when they were listed."""
+        self.num_not_in_input = 0
+        """Images with a row that the input no longer has, as far as this run knows."""
         self._reporter = reporter
         self._start = start
         self._before = folder.read_run()
@@ -214,7 +227,20 @@ class CaptioningRun:
         for number, reason in ((num_changed, "changed since"), (num_failed, "failed before")):
             if number:
                 self._reporter.report(f"{number:,} image{'s' * (number != 1)} {reason}: to be captioned again")
-        return num_changed + num_failed
+        return num_changed + num_failed + self._prune(summary.removed)
+
+    def _prune(self, removed: npt.NDArray[np.int64] | None) -> int:
+        """Report images that the input no longer has, and record or remove them; how many were removed."""
+        if removed is None:  # a limit leaves images out
+            return 0
+        if removed.size:
+            self._reporter.report(describe_removed(removed.size, self.config))
+        if removed.size and self.config.prune:
+            self.folder.prune(removed)
+            return removed.size
+        self.folder.record_removed(removed)
+        self.num_not_in_input = removed.size
+        return 0
 
     def recover(self) -> None:
         """Finish or undo what processes left behind that this run has lost sight of."""
@@ -264,6 +290,7 @@ class CaptioningRun:
             # If there was nothing to do, the speed of an earlier run, for the next plan.
             images_per_second=self.num_new / seconds if self.num_new else last_speed,
             bound=bound,
+            num_not_in_input=self.num_not_in_input,
         )
         self.folder.write_run(self._record | asdict(summary) | {"state": COMPLETE, "ended": now()})
         return summary

@@ -7,6 +7,7 @@
                   manifest/   every image of the input with its number
                   done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
                   owner       the run that holds the lease
+                  removed     ids of images with rows that INPUT no longer has, in Parquet; missing if there are none
                   forget.parquet  images that are being deleted from parts and from done/; missing otherwise
                   next/       the new rows of `--overwrite`, until they replace all this
 
@@ -37,7 +38,7 @@ from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.errors import ImcapError, OutputError, translate_errors
-from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REPLACING, is_part, parse_run_file
+from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REMOVED_FILE, REPLACING, is_part, parse_run_file
 from imcap_ray.runs.lease import Lease, has_foreign_files
 
 RUN_FILE: Final = "run.json"
@@ -81,6 +82,7 @@ class CaptionsFolder:
         self.manifest = storage.join(self.work, "manifest")
         self.done = storage.join(self.work, "done")
         self._journal = storage.join(self.work, "forget.parquet")
+        self._removed = storage.join(self.work, REMOVED_FILE)
 
     # --- which run made it ---
 
@@ -297,6 +299,20 @@ class CaptionsFolder:
         update_manifest(self.manifest, changed)
         return count
 
+    def record_removed(self, ids: npt.NDArray[np.int64]) -> None:
+        """Record which images the input no longer has, given by their numbers, so that exports leave them out."""
+        if ids.size:
+            write_table(self._removed, self._manifest_rows(ids).select(["image_id"]))
+        else:
+            storage.remove(self._removed)
+
+    def prune(self, ids: npt.NDArray[np.int64]) -> None:
+        """Remove images, given by their numbers, from the manifest, and their rows."""
+        self._delete_rows(self._manifest_rows(ids))
+        for part in storage.list_parquet(self.manifest):
+            _delete_values(part, "manifest_id", pa.chunked_array([ids]))
+        storage.remove(self._removed)
+
     def resolve_duplicates(self) -> int:
         """Give images of the same bytes the same caption. Returns how many rows were deleted because none has one.
 
@@ -417,6 +433,10 @@ class CaptionsFolder:
                 require_lease()
                 storage.remove(storage.join(folder, name))
         require_lease()
+        if storage.exists(new._removed):
+            storage.write_bytes(self._removed, storage.read_bytes(new._removed))
+        else:
+            storage.remove(self._removed)
         self.write_run(run | {"output": self.location})
         storage.remove(storage.join(new.work, RUN_FILE))  # from here on there is nothing left to replace
         storage.remove(new.location)

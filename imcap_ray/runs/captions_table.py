@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from imcap_ray import storage
+from imcap_ray.data.parquet_files import read_table
 from imcap_ray.data.parquet_images import refuse_pickles
 from imcap_ray.errors import InputError, translate_errors
 
@@ -21,6 +22,9 @@ REPLACING: Final = "replacing"
 
 NEXT_FOLDER: Final = "next"
 """Name, below `_imcap`, of the folder of the new rows of `--overwrite` until they replace the old ones."""
+
+REMOVED_FILE: Final = "removed"
+"""Name, below `_imcap`, of the file with the ids of images that the run's input no longer has."""
 
 
 def is_part(path: str) -> bool:
@@ -84,6 +88,14 @@ def read_run(captions: str) -> dict[str, Any] | None:
         InputError: it is corrupt.
     """
     return read_run_file(storage.join(folder_of(captions), "_imcap", "run.json"))
+
+
+def read_removed_ids(captions: str) -> pa.ChunkedArray:
+    """The ids of images with rows that the input no longer has, as the last run has recorded them."""
+    location = storage.join(folder_of(captions), "_imcap", REMOVED_FILE)
+    if not storage.exists(location):
+        return pa.chunked_array([], pa.string())
+    return read_table(location, ["image_id"])["image_id"]
 
 
 def read_run_file(location: str) -> dict[str, Any] | None:

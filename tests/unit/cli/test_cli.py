@@ -656,6 +656,7 @@ def test_an_export_summary_as_json_is_the_only_output_on_stdout(captioned: Path,
         "left_out_by_confidence": 0,
         "left_out_without_image": 1,
         "images_without": ["1.jpg (missing)"],
+        "left_out_not_in_input": 0,
         "num_renamed": 0,
         "renamed": [],
     }

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from imcap_ray import storage
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import build_manifest
+from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError, OutputError
 from imcap_ray.exports.captions_rows import COLUMNS, ExportSummary
@@ -253,6 +254,22 @@ def test_every_row_is_exported_or_counted_as_skipped(format: str, captions: Path
     assert summary.left_out_without_image == num_gone
     expected = {f"{number}{'.txt' if format == 'sidecar' else '.jpg'}" for number in range(num_gone, 5)}
     assert set(READERS[format](tmp_path / "out", tmp_path / "cache")) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_leaves_out_images_that_are_no_longer_in_the_input(
+    format: str, captions: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "images" / "0.jpg").unlink()
+    removed = pa.table({"image_id": ["0.jpg", "never captioned.jpg"]})
+    write_table(str(captions / "_imcap" / "removed"), removed)  # as the next captioning run records it
+
+    summary = export(captions, tmp_path / "out", format)
+
+    assert (summary.left_out_not_in_input, summary.left_out_without_image) == (1, 0)
+    assert "1 no longer in the input" in summary.describe_left_out()
+    names = set(READERS[format](tmp_path / "out", tmp_path / "cache"))
+    assert names == {f"{number}{'.txt' if format == 'sidecar' else '.jpg'}" for number in range(1, 7)}
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -621,6 +638,7 @@ def test_images_that_would_have_the_same_sidecar_get_longer_names(tmp_path: Path
     assert "15 with a longer name" in summary.describe()
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     stems=st.lists(st.text("aA\u00e9e\u0301.", min_size=1, max_size=4), max_size=12),
     extensions=st.lists(st.sampled_from(["", ".jpg", ".png"]), min_size=12, max_size=12),

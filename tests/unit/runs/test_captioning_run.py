@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from imcap_ray import storage
 from imcap_ray.config import CaptioningConfig, SearchConfig
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
-from imcap_ray.errors import FailureBudgetError, ImcapError, InputError, OutputError
+from imcap_ray.errors import ConfigError, FailureBudgetError, ImcapError, InputError, OutputError
 from imcap_ray.runs.captioning_run import CaptioningRun, CaptioningSummary, run_identity
+from imcap_ray.runs.captions_table import open_captions, read_removed_ids
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.small_data import jpeg
@@ -177,3 +179,102 @@ def test_more_failures_than_the_budget_are_an_error(config: CaptioningConfig) ->
     summary.require_few_failures(1.0)
     with pytest.raises(FailureBudgetError, match="4 of 4 images failed.*4 internal"):
         summary.require_few_failures(0.9)
+
+
+# ---- images that the input no longer has
+
+
+def image_ids(config: CaptioningConfig) -> dict[str, str]:
+    """Return the images that have a row, and of which one each is a duplicate."""
+    rows = open_captions(config.output).to_table(["image_id", "duplicate_of"]).to_pylist()
+    assert len({row["image_id"] for row in rows}) == len(rows)
+    return {row["image_id"]: row["duplicate_of"] for row in rows}
+
+
+def test_rows_of_images_that_left_the_input_are_kept_and_reported(config: CaptioningConfig) -> None:
+    lines: list[str] = []
+    caption(config)
+    for name in "13":
+        (Path(config.input) / f"{name}.jpg").rename(Path(config.output).parent / f"{name}.jpg")
+
+    summary = caption(config, reporter=ProgressReporter(lines.append))
+
+    kept = f"2 images are no longer in {config.input}: the rows are kept, and left out of exports; --prune removes them"
+    assert kept in lines
+    assert (summary.num_images, summary.num_not_in_input) == (4, 2)
+    assert read_removed_ids(config.output).to_pylist() == ["1.jpg", "3.jpg"]
+
+    (Path(config.output).parent / "1.jpg").rename(Path(config.input) / "1.jpg")
+    assert caption(config).num_not_in_input == 1
+    assert read_removed_ids(config.output).to_pylist() == ["3.jpg"]
+
+    caption(replace(config, overwrite=True))
+    assert set(image_ids(config)) == {"0.jpg", "1.jpg", "2.jpg"}
+    assert read_removed_ids(config.output).to_pylist() == []
+
+
+def test_prune_removes_the_rows_of_images_that_left_the_input(config: CaptioningConfig) -> None:
+    lines: list[str] = []
+    caption(config)
+    for name in "13":
+        (Path(config.input) / f"{name}.jpg").unlink()
+    caption(config)
+    (Path(config.input) / "4.jpg").write_bytes(jpeg(4))
+
+    summary = caption(replace(config, prune=True), reporter=ProgressReporter(lines.append))
+
+    assert f"2 images are no longer in {config.input}: the rows are removed" in lines
+    assert (summary.num_images, summary.num_new, summary.num_not_in_input) == (3, 1, 0)
+    assert set(image_ids(config)) == {"0.jpg", "2.jpg", "4.jpg"}
+    assert read_removed_ids(config.output).to_pylist() == []
+    (Path(config.input) / "1.jpg").write_bytes(jpeg(1))  # its number must not be one that another image has
+    (Path(config.input) / "2.jpg").write_bytes(jpeg(9) + b" ")
+    assert caption(config).num_new == 2
+    assert set(image_ids(config)) == {"0.jpg", "1.jpg", "2.jpg", "4.jpg"}
+
+
+def test_duplicates_of_a_pruned_image_get_another_original(config: CaptioningConfig) -> None:
+    with open_run(config) as run:
+        run.list_images()
+        write_rows(run, content="x")
+        run.resolve_duplicates()
+        run.finish("by nothing")
+    assert image_ids(config) == {"0.jpg": "", "1.jpg": "0.jpg", "2.jpg": "0.jpg", "3.jpg": "0.jpg"}
+    (Path(config.input) / "0.jpg").unlink()
+
+    caption(replace(config, prune=True))
+
+    assert image_ids(config) == {"1.jpg": "", "2.jpg": "1.jpg", "3.jpg": "1.jpg"}
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_kill_while_rows_are_pruned_is_undone_by_the_same_command(
+    config: CaptioningConfig, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption(config)
+    (Path(config.input) / "1.jpg").unlink()
+    (Path(config.input) / "new.jpg").write_bytes(jpeg(7))
+    caption(config)
+    calls = iter(range(100))
+
+    def killed(location: str, table: pa.Table) -> None:
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        write_table(location, table)
+
+    monkeypatch.setattr("imcap_ray.runs.captions_folder.write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        caption(replace(config, prune=True))
+    monkeypatch.undo()
+
+    caption(replace(config, prune=True))
+    assert set(image_ids(config)) == {"0.jpg", "2.jpg", "3.jpg", "new.jpg"}
+
+
+def test_a_limit_removes_no_image_from_the_input(config: CaptioningConfig) -> None:
+    caption(config)
+
+    assert caption(replace(config, limit=2)).num_not_in_input == 0
+    assert caption(replace(config, limit=9)).num_not_in_input == 0
+    with pytest.raises(ConfigError, match="--prune cannot be given with --limit, which leaves images out"):
+        replace(config, limit=2, prune=True)

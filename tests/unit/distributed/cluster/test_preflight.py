@@ -28,11 +28,13 @@ from imcap_ray.distributed.cluster.connection import ClusterResources, require
 from imcap_ray.distributed.cluster.preflight import ADVICE, Marks, find_problem, require_visible
 from imcap_ray.distributed.training.training_plan import PreparedTraining, TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
-from imcap_ray.runs.captioning_run import run_identity
+from imcap_ray.runs.captioning_run import CaptioningRun, run_identity
 from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import write_metrics
 from tests import small_data
 from tests.fakes import EchoCaptioner
+from tests.unit.runs.test_captioning_run import write_rows
 
 RESOURCES = ClusterResources(is_local=False, cpus=6, gpus=0, nodes=1, physical_cores=6)
 
@@ -223,6 +225,23 @@ def test_a_plan_uses_the_speed_of_the_last_run(tmp_path: Path, photographs: Path
     plan = plan_of(photographs, folder.location)
 
     assert (plan.images_per_second, plan.seconds) == (13.0, 10.0)
+
+
+def test_a_plan_counts_images_that_left_the_input(tmp_path: Path, photographs: Path) -> None:
+    config = CaptioningConfig(input=str(photographs), output=str(tmp_path / "out"))
+    with CaptioningRun.open(config, identity_of(photographs), reporter=ProgressReporter(None)) as run:
+        run.list_images()
+        write_rows(run)
+    for number in range(30):
+        (photographs / f"{number}.jpg").unlink()
+        (photographs / f"new {number}.jpg").write_bytes(small_data.jpeg(1))
+
+    kept, pruned = (plan_of(photographs, config.output, prune=prune) for prune in (False, True))
+
+    assert (kept.num_images, kept.num_done, kept.num_blocks, kept.num_not_in_input) == (160, 130, 1, 30)
+    assert (pruned.num_images, pruned.num_done, pruned.num_blocks, pruned.num_not_in_input) == (130, 100, 1, 30)
+    assert pruned.notes == (f"30 images are no longer in {photographs}: the rows are removed",)
+    assert "--prune removes them" in kept.notes[0]
 
 
 def test_a_plan_names_the_columns_of_tables(tmp_path: Path) -> None:
