@@ -84,8 +84,8 @@ def run_identity(input: str, *, fingerprint: str, search: SearchConfig) -> dict[
 def describe_removed(num_images: int, config: CaptioningConfig) -> str:
     """One line on images that the input no longer has."""
     images = "1 image is" if num_images == 1 else f"{num_images:,} images are"
-    rows = "rows are removed" if config.prune else "rows are kept, and left out of exports; --prune removes them"
-    return f"{images} no longer in {config.input}: the {rows}"
+    kept = "" if config.prune else "the rows are kept and left out of exports; "
+    return f"{images} no longer in {config.input}: {kept}--prune removes the rows"
 
 
 def input_options(config: CaptioningConfig) -> InputOptions:
