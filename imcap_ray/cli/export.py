@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from imcap_ray.cli.console import progress_reporter
 from imcap_ray.cli.options import output_options, outside_option
 from imcap_ray.errors import InputError
+from imcap_ray.runs.progress_reporter import ProgressReporter
+
+if TYPE_CHECKING:
+    from imcap_ray.exports.captions_rows import ExportSummary
 
 
 @click.command()
@@ -88,6 +92,10 @@ def export(captions: str, output: str, **options: Any) -> None:
     if options["as_json"]:
         click.echo(json.dumps(asdict(summary)))
         return
+    _report(summary, reporter)
+
+
+def _report(summary: ExportSummary, reporter: ProgressReporter) -> None:
     for image in summary.images_without:
         reporter.report(f"left out: {image}")
     if summary.left_out_without_image > len(summary.images_without):

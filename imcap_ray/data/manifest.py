@@ -136,10 +136,7 @@ def build_manifest(
             write_table(part, new.replace_schema_metadata(images.metadata))
             next_id += rows.num_rows
     if not num_images:
-        others = (
-            f"{images.num_ignored:,} other file{'s' * (images.num_ignored != 1)}" if images.num_ignored else "nothing"
-        )
-        raise InputError(f"no images in {location}: found {others}; expected files with names like .jpg or .png")
+        raise images.no_images_error()
     known_ids = known.ids()
     removed = None if num_images == options.limit else known_ids[~is_listed[known_ids]]
     return images.summary(num_images, changed=pa.concat_tables(changed), removed=removed)
@@ -183,6 +180,12 @@ class _InputImages:
             changed=changed.replace_schema_metadata(self.metadata),
             removed=removed,
         )
+
+    def no_images_error(self) -> InputError:
+        """The error of an input without images."""
+        number = self.num_ignored
+        others = f"{number:,} other file{'s' * (number != 1)}" if number else "nothing"
+        return InputError(f"no images in {self._location}: found {others}; expected files with names like .jpg or .png")
 
     @property
     def num_ignored(self) -> int:
