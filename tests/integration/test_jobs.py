@@ -134,7 +134,7 @@ def test_the_exit_code_is_that_of_the_command(head):
 def test_the_package_is_sent_to_the_workers_too(head):
     result = head.submit("connect", RAY_AUTH_TOKEN=TOKEN)
     assert result["exit_code"] == 0
-    assert "py_modules_files" in json.loads(result["lines"][-1])
+    assert any("py_modules_files" in line for line in result["lines"])  # Ray may print more while the job ends
 
 
 def test_ctrl_c_stops_the_job(head):
