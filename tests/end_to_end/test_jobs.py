@@ -62,6 +62,7 @@ def flickr8k(tmp_path: Path) -> Path:
     return small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3, num_test=0)
 
 
+@pytest.mark.slow
 def test_the_documented_commands_that_name_a_bucket_run_one_after_the_other(
     head: Head, s3_endpoint: str, tmp_path: Path
 ) -> None:

@@ -243,6 +243,7 @@ def epochs_of(model: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (model / "_training" / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_images_that_disappear_between_phases_are_named_and_validation_does_not_shrink(
     run: Callable[..., TrainingResult], tiny_flickr8k: Path, tmp_path: Path
 ) -> None:
