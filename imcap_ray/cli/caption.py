@@ -27,7 +27,7 @@ from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig, S
 from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 from imcap_ray.errors import InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
-from imcap_ray.runs.rate import format_duration
+from imcap_ray.runs.rate import MIN_IMAGES, format_duration
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningPlan
@@ -238,7 +238,7 @@ def _print_plan(plan: CaptioningPlan, *, as_json: bool) -> None:
     if plan.gpus_per_actor:
         work += f" with {plan.gpus_per_actor:g} GPU each"
     if plan.seconds is None:
-        print_line(f"{work}; the speed is known after a first run, for example with --limit 1000")
+        print_line(f"{work}; the speed is known after a first run of {MIN_IMAGES} images or more, such as --limit 1000")
     else:
         speed = f"{plan.images_per_second:.1f} images/s, as the last run there"
         print_line(f"{work}; about {format_duration(plan.seconds)}{more} at {speed}")
@@ -254,7 +254,9 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
         return
     counts = describe_counts(summary.counts, summary.error_counts)
     if summary.num_new:
-        speed = f"{summary.images_per_second:.1f} images/s in {format_duration(summary.seconds)}; {summary.bound}"
+        rate = summary.images_per_second
+        speed = "" if rate is None else f"{rate:.1f} images/s once the model was loaded, "
+        speed += f"{format_duration(summary.seconds)} in all; {summary.bound}"
     else:
         speed = "nothing to do, all were done before"
     print_line(f"{summary.output}: {counts}; {speed}", err=True)

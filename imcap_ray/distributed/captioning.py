@@ -44,6 +44,7 @@ from imcap_ray.runs.captioning_run import (
 )
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
+from imcap_ray.runs.rate import MIN_IMAGES
 
 MAX_COUNTED: Final = 100_000
 """Maximum number of images that a plan counts, because a plan is to take seconds."""
@@ -173,7 +174,7 @@ class CaptioningPlan:
     num_actors: int
     gpus_per_actor: float
     images_per_second: float | None
-    """Speed of the last run into this output, if there was one."""
+    """Speed of the last run into this output that was long enough to measure it."""
     seconds: float | None
     """Duration at that speed."""
     num_not_in_input: int = 0
@@ -405,7 +406,7 @@ def _count(num_actors: int) -> str:
 def describe_bound(progress: Progress, cluster: ClusterResources, num_actors: int, gpus_per_actor: float) -> str:
     """One sentence: what limited the speed, by how long the actors waited, and what would help."""
     total = progress.busy_seconds + progress.waiting_seconds
-    if not total or not progress.num_images:
+    if not total or progress.num_images < MIN_IMAGES:
         return "the run was too short to know what limits its speed"
     waited = progress.waiting_seconds / total
     most_actors = min(default_num_actors(cluster, gpus_per_actor), num_blocks(progress.num_images))
@@ -420,7 +421,7 @@ def describe_bound(progress: Progress, cluster: ClusterResources, num_actors: in
         elif gpus_per_actor:
             bound += f"more GPUs would help, or more actors on each: --gpus-per-worker {gpus_per_actor / 2:g}"
         else:
-            bound += "more CPUs would help, or GPUs: --gpus-per-worker 1"
+            bound += "more CPUs would help" + ", or the GPUs: --gpus-per-worker 1" * cluster.expects_gpus
     full = compute_batch_size(on_gpu=gpus_per_actor > 0)
     if 0 < progress.batch_size < full:
         remedy = f"--num-actors {num_actors - 1}" if num_actors > 1 else "more of it"

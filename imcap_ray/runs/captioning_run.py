@@ -34,6 +34,7 @@ from imcap_ray.runs.captions_table import COMPLETE
 from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, CaptioningHeartbeat, now, repeating
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
+from imcap_ray.runs.rate import MIN_IMAGES
 
 RUNNING: Final = "running"
 
@@ -53,8 +54,8 @@ class CaptioningSummary:
     error_counts: dict[str, int]
     """Failed rows by error code."""
     seconds: float
-    images_per_second: float
-    """Speed of this run, from its start to its end."""
+    images_per_second: float | None
+    """Speed without the start of Ray and the loading of models; None if this run was too short to measure it."""
     bound: str
     """One sentence: what limited the speed."""
     num_not_in_input: int = 0
@@ -278,7 +279,8 @@ class CaptioningRun:
         self.folder.verify_row_counts()
         counts, error_counts = self.folder.count_rows()
         seconds = time.time() - self._start
-        last_speed = (self._before or {}).get("images_per_second", 0.0)
+        speed = self._reporter.mean_rate() if self.num_new >= MIN_IMAGES else None
+        last_speed = (self._before or {}).get("images_per_second")
         summary = CaptioningSummary(
             input=self.config.input,
             output=self.config.output,
@@ -287,12 +289,13 @@ class CaptioningRun:
             counts=counts,
             error_counts=error_counts,
             seconds=seconds,
-            # If there was nothing to do, the speed of an earlier run, for the next plan.
-            images_per_second=self.num_new / seconds if self.num_new else last_speed,
+            images_per_second=speed,
             bound=bound,
             num_not_in_input=self.num_not_in_input,
         )
-        self.folder.write_run(self._record | asdict(summary) | {"state": COMPLETE, "ended": now()})
+        # If this run was too short to measure its speed, that of an earlier run is kept for the next plan.
+        known_speed = {"images_per_second": last_speed if speed is None else speed}
+        self.folder.write_run(self._record | asdict(summary) | known_speed | {"state": COMPLETE, "ended": now()})
         return summary
 
     # --- what others see of the run ---

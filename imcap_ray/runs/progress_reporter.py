@@ -69,6 +69,10 @@ class ProgressReporter:
         """Images per second; None while that is unknown."""
         return self._paces[task].rate(self._clock())
 
+    def mean_rate(self, task: str = "") -> float | None:
+        """Images per second between the first results and the last; None if that time is too short."""
+        return self._paces[task].mean_rate()
+
     def report_epoch(self, line: str) -> None:
         """Report the end of an epoch: every one on a terminal, and those that are due in a log."""
         if self._rewrite or self._epoch_lines.is_due(self._clock()):

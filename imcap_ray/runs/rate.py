@@ -12,6 +12,9 @@ from typing import Final
 RATE_SECONDS: Final = 120
 """Time over which the speed is measured: long enough for batches that take seconds, short enough to follow a change."""
 
+MIN_IMAGES: Final = 200
+"""Images without which the mean speed of a run, and what limits it, are chance."""
+
 _MIN_CHANGES: Final = 8  # kept however old they are: a slow machine's batches may take half a minute each
 
 _MIN_SECONDS: Final = 3  # a speed over less time is chance
@@ -41,7 +44,7 @@ class LineSchedule:
 
 
 class Pace:
-    """The current speed of something that is counted.
+    """The speed of something that is counted: the current one, and the mean of the whole run.
 
     Measuring begins with the first results, because the start of Ray and the loading of models before them have nothing
     to do with the speed. Results come in batches, and several actors may finish theirs together, so the rate is the
@@ -50,12 +53,17 @@ class Pace:
 
     def __init__(self) -> None:
         self._changes: deque[tuple[float, int]] = deque()
+        self._counted = 0
+        self._seconds = 0.0
 
     def note(self, now: float, done: int) -> None:
         """Record how many are done at this moment, in seconds of any clock. A count that falls starts again."""
         if self._changes and done < self._changes[-1][1]:
             self._changes.clear()
         if done and (not self._changes or done > self._changes[-1][1]):
+            if self._changes:
+                self._counted += done - self._changes[-1][1]
+                self._seconds += now - self._changes[-1][0]
             self._changes.append((now, done))
         while len(self._changes) > _MIN_CHANGES and self._changes[0][0] < now - RATE_SECONDS:
             self._changes.popleft()
@@ -70,6 +78,10 @@ class Pace:
         if len(points) < 3 or points[-1][0] - points[0][0] < _MIN_SECONDS:
             return None
         return max(0.0, linear_regression(*zip(*points, strict=True)).slope)
+
+    def mean_rate(self) -> float | None:
+        """How many were done per second between the first results and the last; None if that time is too short."""
+        return self._counted / self._seconds if self._seconds >= _MIN_SECONDS else None
 
     def seconds_left(self, now: float, total: int) -> float | None:
         """Seconds until `total` are done; None while that is unknown."""

@@ -50,7 +50,7 @@ class CaptioningStatus:
     error_counts: dict[str, int]
     """Failed rows by error code."""
     images_per_second: float | None
-    """Speed of the last two minutes while it runs, of the whole run when it is complete."""
+    """Speed of the last two minutes while it runs; when it is complete, of the last run long enough to measure it."""
     seconds_left: float | None
     started: str
     last_sign_seconds: float | None

@@ -25,12 +25,7 @@ from imcap_ray.distributed.pipeline.progress import Progress
         (50.0, 1, 0, "decode-bound: the model waited 50% of the time; more CPUs would help"),
         (50.0, 2, 1, "decode-bound: the model waited 50% of the time; more CPUs would help"),
         (5.0, 1, 0, "model-bound: the model was busy 95% of the time; --num-actors 4 would help"),
-        (
-            5.0,
-            4,
-            0,
-            "model-bound: the model was busy 95% of the time; more CPUs would help, or GPUs: --gpus-per-worker 1",
-        ),
+        (5.0, 4, 0, "model-bound: the model was busy 95% of the time; more CPUs would help"),
         (5.0, 1, 1, "model-bound: the model was busy 95% of the time; --num-actors 2 would help"),
         (
             *(5.0, 2, 1),
@@ -49,16 +44,30 @@ def test_the_bottleneck_is_reported_with_the_option_that_would_help(
 
 
 def test_more_actors_than_there_are_tasks_would_not_help() -> None:
+    resources = ClusterResources(is_local=True, cpus=10, gpus=0, nodes=1, physical_cores=8)
+    progress = Progress({"ok": 250}, busy_seconds=10)
+
+    assert "--num-actors" not in describe_bound(progress, resources, 4, 0)
+
+
+def test_gpus_are_suggested_only_where_there_are_some() -> None:
+    progress = Progress({"ok": 1000}, busy_seconds=100)
+    bounds = [
+        describe_bound(progress, ClusterResources(is_local=True, cpus=6, gpus=gpus, nodes=1, physical_cores=4), 4, 0)
+        for gpus in (0, 1)
+    ]
+
+    assert [bound.partition("; ")[2] for bound in bounds] == [
+        "more CPUs would help",
+        "more CPUs would help, or the GPUs: --gpus-per-worker 1",
+    ]
+
+
+@pytest.mark.parametrize("num_images", [0, 5, 199])
+def test_a_run_too_short_for_a_bottleneck_is_reported_as_such(num_images: int) -> None:
     resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
-    progress = Progress({"ok": 100}, busy_seconds=10)
 
-    assert "--num-actors" not in describe_bound(progress, resources, 2, 0)
-
-
-def test_a_run_too_short_for_a_bottleneck_is_reported_as_such() -> None:
-    resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
-
-    assert "too short" in describe_bound(Progress(), resources, 1, 0)
+    assert "too short" in describe_bound(Progress({"ok": num_images}, busy_seconds=10), resources, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,34 @@ def test_a_run_lists_captions_and_ends_complete(config: CaptioningConfig) -> Non
 
     assert (summary.num_images, summary.num_new, summary.counts) == (4, 4, {"ok": 4})
     assert (record(config)["state"], record(config)["num_images"]) == ("complete", 4)
-    again = caption(config)
-    assert (again.num_new, again.images_per_second) == (0, summary.images_per_second)
+    assert caption(config).num_new == 0
+
+
+def test_the_speed_leaves_out_the_start_and_a_short_run_keeps_that_of_the_last_long_one(
+    config: CaptioningConfig,
+) -> None:
+    def caption_in(seconds: int, *, num_images: int) -> CaptioningSummary:
+        clock = Clock()
+        with open_run(config, reporter=ProgressReporter(None, clock=clock)) as run:
+            run.list_images()
+            clock.now += 60  # Ray starts
+            for second in range(seconds):
+                clock.now += 1
+                run.report_progress(num_images * (second + 1) // seconds)
+            write_rows(run)
+            run.resolve_duplicates()
+            return run.finish("by nothing")
+
+    short = caption_in(5, num_images=4)
+    assert (short.images_per_second, record(config)["images_per_second"]) == (None, None)
+    for number in range(200):
+        (Path(config.input) / f"more{number}.jpg").write_bytes(jpeg(number % 7) + bytes([number]))
+    long = caption_in(20, num_images=200)
+    assert long.images_per_second == pytest.approx(10)
+    (Path(config.input) / "last.jpg").write_bytes(jpeg(9))
+
+    assert caption_in(5, num_images=1).images_per_second is None
+    assert record(config)["images_per_second"] == pytest.approx(10)
 
 
 def test_images_that_are_new_or_have_changed_are_pending_again(config: CaptioningConfig) -> None:

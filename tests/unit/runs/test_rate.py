@@ -109,3 +109,21 @@ def test_a_decreasing_count_restarts_the_estimate() -> None:
         pace.note(second, second - 60)
 
     assert pace.rate(80.0) == pytest.approx(1.0)
+
+
+def test_the_mean_speed_leaves_out_the_start_and_the_time_after_the_last_result() -> None:
+    pace = Pace()
+    for second in range(100):
+        pace.note(second, 0 if second < 40 else min(300, 10 * (second - 39)))
+
+    assert pace.mean_rate() == pytest.approx(10)
+
+
+def test_the_mean_speed_includes_the_counts_before_a_lost_counter_started_again() -> None:
+    pace = Pace()
+    for second in range(10):
+        pace.note(second, 10 * (second + 1))
+    for second in range(50, 60):
+        pace.note(second, 20 * (second - 49))
+
+    assert pace.mean_rate() == pytest.approx(15)
