@@ -15,6 +15,7 @@ import click
 from imcap_ray import storage
 from imcap_ray.cli.console import COLOURS, print_line
 from imcap_ray.cli.options import resources_config
+from imcap_ray.config import DEFAULT_MODEL
 from imcap_ray.errors import ImcapError, InputError
 
 
@@ -59,6 +60,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
         with parent.command.commands[command[0]].make_context(command[0], list(arguments), parent=parent) as context:
             parameters = dict(context.params)
         _refuse_missing_inputs(command[0], parameters)
+        _refuse_relative_paths(command[0], parameters)
         need = _required_resources(command[0], parameters)
     from imcap_ray.distributed.cluster import jobs
 
@@ -82,6 +84,15 @@ _INPUTS = {
 }
 """Parameters of a command that name its inputs, by the name that the user knows."""
 
+_OUTPUTS = {
+    "caption": {"OUTPUT": "output"},
+    "train": {"MODEL": "model", "--features": "features"},
+    "evaluate": {"--save": "save"},
+    "report": {"--output": "output"},
+    "demo": {"OUT": "out"},
+}
+"""Parameters of a command that name what it writes, by the name that the user knows."""
+
 _OPTIONS_WITHOUT_PATHS = (
     *("--set", "--split", "--tokenizer"),
     *("--image-column", "--caption-column", "--id-column"),
@@ -96,18 +107,35 @@ def _refuse_missing_inputs(command: str, parameters: Mapping[str, Any]) -> None:
 
     A URI that this machine may not read, or that does not answer in time, is left to the job, as are paths.
     """
-    for name, parameter in _INPUTS.get(command, {}).items():
-        value = parameters[parameter] or ()
-        for location in (value,) if isinstance(value, str) else value:
-            if not storage.is_uri(location):
-                continue
-            exists = _exists(location)
-            if exists is False:
-                raise InputError(f"no such {name}: {location}")
-            if exists and name in ("--model", "--start-from"):
-                from imcap_ray.models.model_folder import read_model_folder
+    for name, location in _locations(_INPUTS.get(command, {}), parameters):
+        if not storage.is_uri(location):
+            continue
+        exists = _exists(location)
+        if exists is False:
+            raise InputError(f"no such {name}: {location}")
+        if exists and name in ("--model", "--start-from"):
+            from imcap_ray.models.model_folder import read_model_folder
 
-                read_model_folder(location)
+            read_model_folder(location)
+
+
+def _refuse_relative_paths(command: str, parameters: Mapping[str, Any]) -> None:
+    """Raise InputError for a path that is still relative, because the job runs in another folder, which is not kept."""
+    names = _INPUTS.get(command, {}) | {"--encoder-weights": "encoder_weights"} | _OUTPUTS[command]
+    for name, location in _locations(names, parameters):
+        if not (storage.is_uri(location) or os.path.isabs(location) or location == DEFAULT_MODEL):
+            raise InputError(
+                f"{name} of a job must be an absolute path on the cluster or a URI, got {location}: the job runs in "
+                "another folder, which is not kept"
+            )
+
+
+def _locations(names: Mapping[str, str], parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The name of each path or URI that the user has given for one of these parameters, and the location."""
+    for name, parameter in names.items():
+        value = parameters.get(parameter) or ()
+        for location in (value,) if isinstance(value, str) else value:
+            yield name, location
 
 
 def _exists(location: str) -> bool | None:
@@ -151,4 +179,4 @@ def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:
         ):
             yield word
         else:
-            yield f"{option}{separator}{os.path.abspath(value)}"
+            yield f"{option}{separator}{os.path.abspath(os.path.expanduser(value))}"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow.dataset as pads
 import pytest
+import yaml
 
 from imcap_ray import storage
 from imcap_ray.models.model_folder import read_model_folder
@@ -158,6 +159,20 @@ def test_imcap_submit_returns_the_exit_code_of_the_command(head: Head, flickr8k:
 
     assert done.returncode == 2, done.stdout + done.stderr
     assert "no such input" in done.stdout
+
+
+def test_a_kubernetes_job_with_a_wrong_input_is_stopped_and_has_not_failed(head: Head, tmp_path: Path) -> None:
+    """KubeRay starts a new cluster for a job whose status is FAILED, and none for STOPPED."""
+    spec = yaml.safe_load((ROOT / "jobs" / "rayjob.yaml").read_text())["spec"]
+    entrypoint = spec["entrypoint"].replace("s3://bucket/images", str(tmp_path / "nowhere"))
+    entrypoint = entrypoint.replace("s3://bucket/captions", str(tmp_path / "out"))
+    words = ["job", "submit", "--address", head.dashboard, "--submission-id", spec["jobId"], "--"]
+
+    submitted = head.run("ray", *words, *shlex.split(entrypoint))
+    status = head.run("ray", "job", "status", "--address", head.dashboard, spec["jobId"])
+
+    assert "exit code 2: not retried" in submitted.stdout, submitted.stdout + submitted.stderr
+    assert "STOPPED" in status.stdout.upper(), status.stdout + status.stderr
 
 
 def test_ray_job_submit_trains(head: Head, flickr8k: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import re
 import shlex
+import subprocess
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -168,10 +169,32 @@ def test_the_kubernetes_cluster_requires_a_token_and_is_deleted_with_its_job():
     assert not {name for name in names if re.search("TOKEN|SECRET|KEY|AUTH", name)}
 
 
+@pytest.mark.parametrize(("exit_code", "stops"), [(0, False), (1, False), (2, True), (3, True), (137, False)])
+def test_a_kubernetes_job_stops_itself_where_a_retry_would_end_the_same(
+    tmp_path: Path, exit_code: int, stops: bool
+) -> None:
+    for name, script in {"imcap": f"exit {exit_code}", "ray": f'echo "$@" > {tmp_path}/called', "sleep": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    spec = rayjob()["spec"]
+
+    done = subprocess.run(
+        spec["entrypoint"], shell=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, check=False
+    )
+
+    assert done.returncode == exit_code
+    called = tmp_path / "called"
+    assert (called.read_text().split() if called.exists() else []) == (
+        ["job", "stop", "--no-wait", spec["jobId"]] if stops else []
+    )
+
+
 @pytest.mark.parametrize("file", ["cluster.yaml", "rayjob.yaml"])
 def test_the_commands_are_accepted_by_the_command_line(file):
     if file == "rayjob.yaml":
-        commands = [rayjob()["spec"]["entrypoint"]]
+        shell, option, script = shlex.split(rayjob()["spec"]["entrypoint"])  # KubeRay passes it through a shell
+        assert (shell, option) == ("sh", "-c")
+        commands = [script.partition(";")[0]]
         commands += re.findall(r"^#   (imcap .*?)(?:  +#.*)?$", RAYJOB_FILE.read_text(), re.MULTILINE)
     else:
         commands = re.findall(r"\bimcap (?:submit|caption|train) .*", CLUSTER_FILE.read_text())

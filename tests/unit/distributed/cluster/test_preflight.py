@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -169,6 +170,43 @@ def test_missing_store_objects_are_reported_before_contacting_the_cluster(
 
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["caption", "s3://bucket/in", "captions"], "OUTPUT of a job must be an absolute path on the cluster or a URI"),
+        (["caption", "photographs", "s3://bucket/out"], "INPUT of a job must be an absolute path .*got photographs"),
+        (["caption", "/in", "/out", "--model", "mine"], "--model of a job must be an absolute path .*got mine"),
+        (["train", "/data", "mine"], "MODEL of a job must be an absolute path .*got mine"),
+        (
+            ["train", "/data", "/mine", "--features", "cache"],
+            "--features of a job must be .*got cache",
+        ),
+        (["evaluate", "/captions", "/data", "--save=scores"], "--save of a job must be an absolute path .*got scores"),
+        (["report", "/captions", "--output", "a.html"], "--output of a job must be an absolute path .*got a.html"),
+        (["demo"], "OUT of a job must be an absolute path .*got imcap-demo"),
+    ],
+)
+def test_relative_paths_are_refused_before_contacting_the_cluster(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submit, "_exists", lambda location: None)
+    monkeypatch.setattr(jobs, "_connect", lambda *_: pytest.fail("a cluster was contacted"))
+
+    result = CliRunner().invoke(main.main, ["submit", *words])
+
+    assert result.exit_code == 2
+    assert re.search(message, result.stderr)
+
+
+def test_the_bundled_model_is_not_a_relative_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "submit", lambda command, **_: 0)
+
+    result = CliRunner().invoke(main.main, ["submit", "caption", "/in", "/out", "--model", "flickr8k-lite2"])
+
+    assert result.exit_code == 0, result.stderr
 
 
 def test_an_unreachable_store_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
