@@ -32,7 +32,6 @@ class ProgressReporter:
         self._rewrite = rewrite if write else None
         self._clock = clock
         self._image_lines = LineSchedule(clock())
-        self._epoch_lines = LineSchedule(clock())
         self._paces: dict[str, Pace] = defaultdict(Pace)
         self._finished: set[str] = set()
 
@@ -72,8 +71,3 @@ class ProgressReporter:
     def mean_rate(self, task: str = "") -> float | None:
         """Images per second between the first results and the last; None if that time is too short."""
         return self._paces[task].mean_rate()
-
-    def report_epoch(self, line: str) -> None:
-        """Report the end of an epoch: every one on a terminal, and those that are due in a log."""
-        if self._rewrite or self._epoch_lines.is_due(self._clock()):
-            self.report(line)

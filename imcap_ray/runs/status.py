@@ -14,9 +14,17 @@ from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.runs.captions_folder import RUN_FILE, CaptionsFolder
 from imcap_ray.runs.captions_table import COMPLETE, REPLACING, read_run_file
 from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, SILENT_SECONDS
-from imcap_ray.runs.training_run import HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE, WORK_FOLDER, read_metrics
-
-RUNNING: Final = "running"
+from imcap_ray.runs.training_run import (
+    FAILED,
+    HEARTBEAT_FILE,
+    INTERRUPTED,
+    METRICS_FILE,
+    RUNNING,
+    SETTINGS_FILE,
+    WORK_FOLDER,
+    read_metrics,
+    read_state,
+)
 
 SILENT: Final = "silent"
 """Recorded as running, but without a recent heartbeat: it was killed, or its machine is lost."""
@@ -65,7 +73,7 @@ class TrainingStatus:
 
     model: str
     state: str
-    """running, silent or complete; starting until the first epoch has ended."""
+    """running, silent, interrupted, failed or complete; starting until the first epoch has ended."""
     phase: str
     """Phase of the newest epoch; "" before the first."""
     num_epochs: int
@@ -156,7 +164,10 @@ def _training_status(model: str, work: str) -> TrainingStatus:
     heartbeats = [storage.join(work, name) for name in (HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE)]
     newest_ns = max((storage.describe_file(path).modified_ns for path in heartbeats if storage.exists(path)), default=0)
     last_sign = max(0.0, time.time() - newest_ns / 1e9) if newest_ns else None
-    if storage.exists(storage.join(model, "config.json")):
+    recorded = read_state(work)
+    if recorded in (INTERRUPTED, FAILED):
+        state = recorded
+    elif recorded != RUNNING and storage.exists(storage.join(model, "config.json")):
         state = COMPLETE
     elif last_sign is None or last_sign >= SILENT_SECONDS:
         state = SILENT

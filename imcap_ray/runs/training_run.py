@@ -5,7 +5,7 @@
                     metrics.jsonl   a line for each finished epoch
                     validation.json the images that every epoch is scored on
                     stopped.json    why the workers stopped, if another attempt would stop again
-                    heartbeat       rewritten every half minute while the training is alive
+                    heartbeat       the state, rewritten every half minute while the training is alive
                     tensorboard/    the metrics as event files
                     mlflow.json     the MLflow run that has them, if any
                     ray/            Ray Train's folder with the checkpoints, from which a training resumes
@@ -36,6 +36,15 @@ SETTINGS_FILE: Final = "settings.json"
 METRICS_FILE: Final = "metrics.jsonl"
 
 HEARTBEAT_FILE: Final = "heartbeat"
+
+# States in the heartbeat. Earlier versions wrote "alive", and nothing at the end.
+RUNNING: Final = "running"
+
+COMPLETE: Final = "complete"
+
+INTERRUPTED: Final = "interrupted"
+
+FAILED: Final = "failed"
 
 VALIDATION_FILE: Final = "validation.json"
 
@@ -94,10 +103,32 @@ History = Sequence[EpochMetrics]
 """The metrics of all epochs so far."""
 
 
-def write_heartbeat(work: str) -> None:
-    """Write the heartbeat, whose time is that of the file. An error is ignored: it is no reason to stop."""
+def write_state(lease: Lease, state: str) -> None:
+    """Write the heartbeat, whose time is that of the file, unless another run has acquired the lease.
+
+    An error is ignored: it is no reason to stop.
+    """
     with suppress(OSError, ImcapError):
-        storage.write_bytes(storage.join(work, HEARTBEAT_FILE), b"alive\n")
+        lease.require()
+        storage.write_bytes(storage.join(lease.work, HEARTBEAT_FILE), f"{state}\n".encode())
+
+
+def read_state(work: str) -> str:
+    """The state in the heartbeat; "" if there is none."""
+    location = storage.join(work, HEARTBEAT_FILE)
+    return storage.read_bytes(location).decode(errors="replace").strip() if storage.exists(location) else ""
+
+
+@contextmanager
+def recorded_end(lease: Lease) -> Iterator[None]:
+    """Record that the training runs, and how the block ended."""
+    write_state(lease, RUNNING)
+    try:
+        yield
+    except BaseException as error:
+        write_state(lease, FAILED if isinstance(error, Exception) else INTERRUPTED)
+        raise
+    write_state(lease, COMPLETE)
 
 
 @contextmanager
@@ -115,9 +146,7 @@ def keep_alive(
     def beat() -> None:
         for folder in tuple(feature_folders):
             folder.try_to_beat()
-        with suppress(OSError, ImcapError):
-            lease.require()
-            write_heartbeat(lease.work)
+        write_state(lease, RUNNING)
 
     beat()
     with repeating(beat, seconds=seconds):

@@ -55,8 +55,11 @@ class EpochReporter(ProgressReporter):
         super().__init__(write)
         self._on_epoch = on_epoch
 
-    def report_epoch(self, line: str) -> None:
-        self._on_epoch(line)
+    def report(self, line: str) -> None:
+        if line.startswith("epoch "):
+            self._on_epoch(line)
+        else:
+            super().report(line)
 
 
 @pytest.fixture

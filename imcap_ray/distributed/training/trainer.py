@@ -54,6 +54,7 @@ from imcap_ray.runs.training_run import (
     EpochMetrics,
     keep_alive,
     read_metrics,
+    recorded_end,
     write_metrics,
 )
 from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
@@ -99,12 +100,13 @@ def train(
     if prepared.workers.gpus:
         require_gpus(prepared.workers.gpus)
     training = _Training.begin(prepared, cluster, reporter or ProgressReporter(print))
-    caches = training.cache_features()
-    training.write_inputs(caches)
-    training.run_phases(caches)
-    best, newest = choose_best(training.checkpoints, report=training.report)
-    training.save_model(best, newest)
-    training.leave()
+    with recorded_end(training.lease):
+        caches = training.cache_features()
+        training.write_inputs(caches)
+        training.run_phases(caches)
+        best, newest = choose_best(training.checkpoints, report=training.report)
+        training.save_model(best, newest)
+        training.leave()
     seconds = time.time() - start
     return TrainingResult(model=prepared.model, metrics=best.history[-1], num_epochs=newest.epoch, seconds=seconds)
 
@@ -243,7 +245,7 @@ class _Training:
             needs_gpu=workers.gpus > 0,
         )
         watchers = [
-            watch_epochs(self.lease, self.reporter.report_epoch, trackers),
+            watch_epochs(self.lease, self.report, trackers),
             watch_room(workers, self.report),
         ]
         failure = None
@@ -310,7 +312,7 @@ class _Training:
             folder.leave()
 
 
-def watch_epochs(lease: Lease, report_epoch: Callable[[str], None], trackers: Trackers) -> Callable[[], None]:
+def watch_epochs(lease: Lease, report: Callable[[str], None], trackers: Trackers) -> Callable[[], None]:
     """Return a function that reports and logs the epochs that the workers have finished since its last call."""
     num_reported = len(read_metrics(lease.work))
     num_logged: int | None = None
@@ -323,7 +325,7 @@ def watch_epochs(lease: Lease, report_epoch: Callable[[str], None], trackers: Tr
         except (OSError, ImcapError):  # the training does not depend on it, and the next call may reach the store
             return
         for row in rows[num_reported:]:
-            report_epoch(
+            report(
                 f"epoch {row['epoch']}: {_describe_learning(row)}, validation CIDEr-D {row['cider_d']:.3f}, "
                 f"BLEU-4 {100 * row['bleu_4']:.1f}, {row['seconds']:.0f} s"
             )

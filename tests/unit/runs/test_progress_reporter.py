@@ -87,23 +87,5 @@ def test_without_a_writer_nothing_is_reported(clock: Clock) -> None:
 
     report_captioning(reporter, clock, seconds=60, startup=10)
     reporter.report("a line")
-    reporter.report_epoch("epoch 1")
 
     assert rewritten == []
-
-
-def test_a_log_gets_some_of_a_hundred_short_epochs(reporter: ProgressReporter, clock: Clock, lines: list[str]) -> None:
-    for epoch in range(1, 101):
-        clock.now += 36  # an hour in all
-        reporter.report_epoch(f"epoch {epoch}")
-
-    assert lines[:3] == ["epoch 1", "epoch 2", "epoch 4"]
-    assert len(lines) < 31
-
-
-def test_a_log_gets_each_of_some_long_epochs(reporter: ProgressReporter, clock: Clock, lines: list[str]) -> None:
-    for epoch in range(1, 19):
-        clock.now += 199
-        reporter.report_epoch(f"epoch {epoch}")
-
-    assert len(lines) == 18

@@ -19,10 +19,11 @@ from imcap_ray import storage
 from imcap_ray.cli.main import main
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.errors import InputError
+from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.status import CaptioningStatus, TrainingStatus, read_status
-from imcap_ray.runs.training_run import METRICS_FILE, WORK_FOLDER, write_heartbeat
+from imcap_ray.runs.training_run import METRICS_FILE, RUNNING, WORK_FOLDER, recorded_end, write_state
 
 PART = "0123456789abcdef" * 2
 
@@ -201,9 +202,32 @@ def test_a_training_is_running_as_long_as_it_has_a_heartbeat(tmp_path: Path) -> 
         os.utime(path, (long_ago, long_ago))
     assert training(tmp_path).state == "silent"
 
-    write_heartbeat(str(work))
+    write_state(Lease.acquire(str(work)), RUNNING)
 
     assert training(tmp_path).state == "running"
+
+
+@pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt(), "interrupted"), (ImcapError("out"), "failed")])
+def test_an_interrupted_or_failed_training_is_reported_at_once(
+    tmp_path: Path, error: BaseException, state: str
+) -> None:
+    write_training(tmp_path, 0.3)
+
+    with pytest.raises(type(error)), recorded_end(Lease.acquire(str(tmp_path / WORK_FOLDER))):
+        raise error
+
+    assert training(tmp_path).state == state
+    assert CliRunner().invoke(main, ["status", str(tmp_path)]).output.count("the same command resumes") == 1
+
+
+def test_a_finished_training_that_runs_again_is_running(tmp_path: Path) -> None:
+    write_training(tmp_path, 0.3)
+    (tmp_path / "config.json").touch()
+
+    with recorded_end(Lease.acquire(str(tmp_path / WORK_FOLDER))):
+        assert training(tmp_path).state == "running"
+
+    assert training(tmp_path).state == "complete"
 
 
 # ---- the command
