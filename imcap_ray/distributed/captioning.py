@@ -405,23 +405,7 @@ def _count(num_actors: int) -> str:
 
 def describe_bound(progress: Progress, cluster: ClusterResources, num_actors: int, gpus_per_actor: float) -> str:
     """One sentence: what limited the speed, by how long the actors waited, and what would help."""
-    total = progress.busy_seconds + progress.waiting_seconds
-    if not total or progress.num_images < MIN_IMAGES:
-        return "the run was too short to know what limits its speed"
-    waited = progress.waiting_seconds / total
-    most_actors = min(default_num_actors(cluster, gpus_per_actor), num_blocks(progress.num_images))
-    if waited > 0.25:
-        bound = f"decode-bound: the model waited {waited:.0%} of the time; more CPUs would help"
-        if not gpus_per_actor and num_actors > 1:
-            bound += f", or on these --num-actors {num_actors - 1}"
-    else:
-        bound = f"model-bound: the model was busy {1 - waited:.0%} of the time; "
-        if num_actors < most_actors:
-            bound += f"--num-actors {most_actors} would help"
-        elif gpus_per_actor:
-            bound += f"more GPUs would help, or more actors on each: --gpus-per-worker {gpus_per_actor / 2:g}"
-        else:
-            bound += "more CPUs would help" + ", or the GPUs: --gpus-per-worker 1" * cluster.expects_gpus
+    bound = _describe_bottleneck(progress, cluster, num_actors, gpus_per_actor)
     full = compute_batch_size(on_gpu=gpus_per_actor > 0)
     if 0 < progress.batch_size < full:
         remedy = f"--num-actors {num_actors - 1}" if num_actors > 1 else "more of it"
@@ -430,3 +414,22 @@ def describe_bound(progress: Progress, cluster: ClusterResources, num_actors: in
             f"{remedy} would help"
         )
     return bound
+
+
+def _describe_bottleneck(progress: Progress, cluster: ClusterResources, num_actors: int, gpus_per_actor: float) -> str:
+    total = progress.busy_seconds + progress.waiting_seconds
+    if not total or progress.num_images < MIN_IMAGES:
+        return "the run was too short to know what limits its speed"
+    waited = progress.waiting_seconds / total
+    if waited > 0.25:
+        bound = f"decode-bound: the model waited {waited:.0%} of the time; more CPUs would help"
+        if not gpus_per_actor and num_actors > 1:
+            bound += f", or on these --num-actors {num_actors - 1}"
+        return bound
+    bound = f"model-bound: the model was busy {1 - waited:.0%} of the time; "
+    most_actors = min(default_num_actors(cluster, gpus_per_actor), num_blocks(progress.num_images))
+    if num_actors < most_actors:
+        return f"{bound}--num-actors {most_actors} would help"
+    if gpus_per_actor:
+        return f"{bound}more GPUs would help, or more actors on each: --gpus-per-worker {gpus_per_actor / 2:g}"
+    return bound + "more CPUs would help" + ", or the GPUs: --gpus-per-worker 1" * cluster.expects_gpus

@@ -70,6 +70,12 @@ def test_a_run_too_short_for_a_bottleneck_is_reported_as_such(num_images: int) -
     assert "too short" in describe_bound(Progress({"ok": num_images}, busy_seconds=10), resources, 1, 0)
 
 
+def test_memory_that_ran_out_is_reported_however_short_the_run_was() -> None:
+    resources = ClusterResources(is_local=True, cpus=8, gpus=0, nodes=1, physical_cores=4)
+
+    assert "; memory ran out: 8 images" in describe_bound(Progress({"ok": 90}, batch_size=8), resources, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("num_images", "row_group", "expected"),
     [
