@@ -161,7 +161,7 @@ def curve_of_epochs(history: Sequence[Mapping[str, Any]], name: str) -> EpochCha
     """A number of a training by epoch, one line for each phase. None if fewer than two epochs have the number.
 
     Losses of different phases measure different things, so each phase has its own scale, and its first and last epoch
-    are labelled. Scores share one scale, and the highest is labelled.
+    are labelled. Scores share one scale, and the highest is labelled, of equal ones the last, whose epoch is kept.
     """
     rows = [(number, row) for number, row in enumerate(history, start=1) if _is_number(row.get(name))]
     if len(rows) < 2:
@@ -178,7 +178,8 @@ def curve_of_epochs(history: Sequence[Mapping[str, Any]], name: str) -> EpochCha
         scale = own if is_loss else all_values
         low, high = min(scale), max(scale)
         span = high - low or 1.0
-        labelled = {0, len(own) - 1} if is_loss else {own.index(max(own))} if max(own) == high else set()
+        highest = {max(position for position, value in enumerate(own) if value == high)} if high in own else set()
+        labelled = {0, len(own) - 1} if is_loss else highest
         drawn = [
             EpochPoint(
                 epoch=number,

@@ -22,6 +22,7 @@ from imcap_ray.runs.training_run import (
     RUNNING,
     SETTINGS_FILE,
     WORK_FOLDER,
+    epoch_rank,
     read_metrics,
     read_state,
 )
@@ -160,7 +161,7 @@ def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int]]
 def _training_status(model: str, work: str) -> TrainingStatus:
     rows = read_metrics(work)
     num_epochs = _num_epochs(storage.join(work, SETTINGS_FILE))
-    best = max(rows, key=lambda row: row["cider_d"], default=None)
+    best = max(rows, key=epoch_rank, default=None)
     heartbeats = [storage.join(work, name) for name in (HEARTBEAT_FILE, METRICS_FILE, SETTINGS_FILE)]
     newest_ns = max((storage.describe_file(path).modified_ns for path in heartbeats if storage.exists(path)), default=0)
     last_sign = max(0.0, time.time() - newest_ns / 1e9) if newest_ns else None

@@ -103,6 +103,11 @@ History = Sequence[EpochMetrics]
 """The metrics of all epochs so far."""
 
 
+def epoch_rank(metrics: EpochMetrics) -> tuple[float, int]:
+    """Sort key by which an epoch is better than another: its CIDEr-D, and for equal scores the later epoch."""
+    return metrics["cider_d"], metrics["epoch"]
+
+
 def write_state(lease: Lease, state: str) -> None:
     """Write the heartbeat, whose time is that of the file, unless another run has acquired the lease.
 

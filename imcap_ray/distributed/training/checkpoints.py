@@ -18,7 +18,7 @@ from imcap_ray import storage
 from imcap_ray.distributed.ray_internals import train_snapshot_file
 from imcap_ray.errors import ImcapError
 from imcap_ray.runs.checksums import find_corrupt_files
-from imcap_ray.runs.training_run import EpochMetrics
+from imcap_ray.runs.training_run import EpochMetrics, epoch_rank
 from imcap_ray.training.phases import SCORE
 
 HISTORY_FILE: Final = "history.json"
@@ -47,8 +47,8 @@ class EpochCheckpoint:
 
     @property
     def rank(self) -> tuple[float, int]:
-        """Sort key: the score, and for equal scores the epoch."""
-        return self.history[-1][SCORE], self.epoch
+        """Sort key, see `epoch_rank`."""
+        return epoch_rank(self.history[-1])
 
 
 class CorruptCheckpointError(ImcapError):
@@ -87,7 +87,7 @@ def choose_best(
         raise ImcapError(f"the training left no complete checkpoint: {corrupt[-1] if corrupt else f'{run} has none'}")
     best, newest = max(complete, key=lambda checkpoint: checkpoint.rank), complete[-1]
     epochs = [metrics for metrics in newest.history if phase in (None, metrics["phase"])]
-    best_epoch = max(epochs, key=lambda metrics: metrics[SCORE])
+    best_epoch = max(epochs, key=epoch_rank)
     if best_epoch[SCORE] > best.history[-1][SCORE]:
         report(
             f"the checkpoint of the best epoch, {best_epoch['epoch']} with CIDEr-D {best_epoch[SCORE]:.3f}, is lost: "

@@ -11,7 +11,10 @@ import pytest
 from imcap_ray import storage
 from imcap_ray.distributed.training.checkpoints import checkpoint_name, choose_best, newest_checkpoint, recover
 from imcap_ray.errors import ImcapError
+from imcap_ray.reports.charts import curve_of_epochs
 from imcap_ray.runs.checksums import CHECKSUM_FILE, write_checksums
+from imcap_ray.runs.status import TrainingStatus, read_status
+from imcap_ray.runs.training_run import RUN_FOLDER, WORK_FOLDER, write_metrics
 
 STATE = "state.bin"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
@@ -28,7 +31,7 @@ def write_checkpoint(run: str, scores: list[float], phases: Sequence[str] = ()) 
     """Write the checkpoint after as many epochs as there are scores, without a decoder."""
     folder = storage.join(run, checkpoint_name(len(scores)))
     history = [
-        {"epoch": number, "phase": phase, "cider_d": score}
+        {"epoch": number, "phase": phase, "cider_d": score, "seconds": 1.0}
         for number, (score, phase) in enumerate(zip(scores, phases or repeat("cross_entropy"), strict=False), start=1)
     ]
     storage.write_bytes(storage.join(folder, STATE), bytes(range(256)) * len(scores))
@@ -39,6 +42,24 @@ def write_checkpoint(run: str, scores: list[float], phases: Sequence[str] = ()) 
 
 def write_epochs(run: str, *scores: float, phases: Sequence[str] = ()) -> list[str]:
     return [write_checkpoint(run, list(scores[: epoch + 1]), phases) for epoch in range(len(scores))]
+
+
+@pytest.mark.parametrize("scores", [(0.5, 0.5, 0.4), (0.0, 0.0), (0.1, 0.5, 0.5)])
+def test_status_report_and_training_agree_on_the_best_of_epochs_with_equal_scores(
+    tmp_path: Path, scores: tuple[float, ...]
+) -> None:
+    work = tmp_path / "model" / WORK_FOLDER
+    write_epochs(str(work / RUN_FOLDER), *scores)
+    (work / "settings.json").write_text(json.dumps({"recipe": {"training": {"epochs": 4}}}))
+    best, newest = choose_best(str(work / RUN_FOLDER), report=print)
+    write_metrics(str(work), newest.history)
+
+    status = read_status(str(tmp_path / "model"))
+    chart = curve_of_epochs(newest.history, "cider_d")
+
+    assert isinstance(status, TrainingStatus) and chart
+    assert status.best_epoch == best.epoch
+    assert [point.epoch for line in chart.lines for point in line.points if point.is_labelled] == [best.epoch]
 
 
 def truncate(location: str) -> None:
