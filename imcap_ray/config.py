@@ -380,6 +380,8 @@ class TrainingRunConfig:
     """Column of Parquet data that holds the image ids; None: recognised by its name."""
     allow_outside_paths: bool = False
     """Whether paths in a table may point outside the folder of the data."""
+    allow_unusable: bool = False
+    """Whether to train on data that `imcap check` calls unusable, for example because many images are missing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

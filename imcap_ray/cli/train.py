@@ -50,7 +50,10 @@ if TYPE_CHECKING:
 )
 @click.option("--encoder-weights", type=click.Path(), help="File with the CNN's weights, if they cannot be downloaded.")
 @click.option("--features", help="Folder for cached features. Default: _features next to MODEL.")
-@click.option("--dry-run", is_flag=True, help="Check everything and print the plan. Nothing is written.")
+@click.option("--allow-unusable", is_flag=True, help="Train on data that `imcap check` calls unusable.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check everything, also every image, and print the plan. Nothing is written."
+)
 @dataset_column_options
 @outside_option
 @cluster_options
@@ -97,6 +100,7 @@ def _build_configs(data: str, model: str, options: dict[str, Any]) -> tuple[Trai
         caption_column=options["caption_column"],
         id_column=options["id_column"],
         allow_outside_paths=options["allow_outside_paths"],
+        allow_unusable=options["allow_unusable"],
     )
     resources = ResourcesConfig(
         address=options["address"],
@@ -118,8 +122,8 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
 
     written = {"MODEL": config.model} | ({"--features": resources.features} if resources.features else {})
     refuse_relative_paths_in_job(written)
-    dataset = load_data(config)
     reporter = progress_reporter(quiet=options["quiet"])
+    dataset = load_data(config, decode=options["dry_run"], on_progress=reporter.report_images)
     reporter.report(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}")
     if dataset.columns_note:
         reporter.report(f"{dataset.location}: {dataset.columns_note}")
@@ -133,6 +137,8 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
             writes={name: storage.absolute(location) for name, location in written.items()},
         )
         if options["dry_run"]:
+            for note in dataset.notes:
+                reporter.report(f"{dataset.location}: {note}")
             plan = prepare_training(config, resources, data=dataset, cluster=cluster).plan()
         else:
             result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)

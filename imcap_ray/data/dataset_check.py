@@ -36,7 +36,7 @@ from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import image_columns_of
 from imcap_ray.data.near_duplicates import Fingerprint, find_near_duplicates, fingerprint
 from imcap_ray.data.schemas import ManifestRow
-from imcap_ray.errors import ImageError, InputError
+from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import ENCODING_FAULTS
 from imcap_ray.text.tokenizers import tokenize
@@ -217,6 +217,32 @@ def check_dataset(
         findings=sorted(findings, key=_severity),
         columns=dataset.columns_note,
     )
+
+
+def require_usable(
+    dataset: CaptionedImages,
+    *,
+    recipe: Recipe,
+    decode: bool,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Raise DatasetError if `check_dataset` finds that the data set is unusable for training."""
+    check = check_dataset(dataset, recipe=recipe, decode=decode, on_progress=on_progress)
+    if check.spoils:
+        problems = [f"{finding.count:,} {_with_examples(finding)}" for finding in check.findings if finding.spoils]
+        raise DatasetError(
+            f"{dataset.location} is unusable for training, see `imcap check`: {'; '.join(problems)}; "
+            "--allow-unusable trains anyway"
+        )
+
+
+def require_readable(location: str, *, num_failed: int, num_images: int) -> None:
+    """Raise DatasetError if too many of a data set's images cannot be read."""
+    if num_failed > MAX_BAD_IMAGES * num_images:
+        raise DatasetError(
+            f"{location}: {num_failed:,} of {num_images:,} images are missing or cannot be read, more than "
+            f"{MAX_BAD_IMAGES:.0%}: --allow-unusable trains on the others"
+        )
 
 
 def _severity(finding: Finding) -> tuple[bool, int, int]:

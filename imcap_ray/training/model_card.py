@@ -7,7 +7,7 @@ import shlex
 import jinja2
 
 from imcap_ray.config import TrainingRunConfig
-from imcap_ray.data.datasets import TRAIN, CaptionedImages
+from imcap_ray.data.datasets import CaptionedImages
 from imcap_ray.models.decoders import find_decoder
 from imcap_ray.runs.training_run import EpochMetrics
 from imcap_ray.scoring.evaluation_report import HALF
@@ -71,6 +71,7 @@ def write_card(
     data: CaptionedImages,
     *,
     name: str,
+    num_images: int,
     num_captions: int,
     vocabulary_size: int,
     encoder_weights: str,
@@ -79,7 +80,8 @@ def write_card(
     """Write the card of a model folder.
 
     Args:
-        num_captions: captions of the training split.
+        num_images: readable images of the training split.
+        num_captions: their captions.
         encoder_weights: where the CNN's weights come from.
         metrics: those of the epoch that was kept.
     """
@@ -97,7 +99,7 @@ def write_card(
         data=data,
         name=name,
         data_name=data.location.rstrip("/").rpartition("/")[2],
-        num_images=data.split(TRAIN).num_rows,
+        num_images=num_images,
         num_captions=num_captions,
         started_from="the average of " * (len(start_from) > 1) + " and ".join(start_from),
         decoder=find_decoder(recipe.decoder).description,

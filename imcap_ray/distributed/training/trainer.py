@@ -14,6 +14,7 @@ import safetensors.torch
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
+from imcap_ray.data.dataset_check import require_readable
 from imcap_ray.data.datasets import DATASET_SCHEMA, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.distributed.cluster.connection import ClusterResources
@@ -34,6 +35,7 @@ from imcap_ray.distributed.training.training_inputs import (
     feature_folder,
     fix_validation,
     input_shape,
+    readable_images,
     report_unreadable,
     write_readable_images,
 )
@@ -122,6 +124,8 @@ class _Training:
     history: list[EpochMetrics] = field(default_factory=list)
     feature_folders: list[FeatureFolder] = field(default_factory=list)
     """Folders of cached features, which have to be kept alive."""
+    train_images: pa.Table = field(default_factory=DATASET_SCHEMA.empty_table)
+    """The training images that can be read; known when their features are cached."""
 
     @classmethod
     def begin(cls, prepared: PreparedTraining, cluster: ClusterResources, reporter: ProgressReporter) -> _Training:
@@ -183,6 +187,13 @@ class _Training:
                 )
         self.lease.require()
         report_unreadable(caches, self.reporter)
+        if not self.history and not self.prepared.config.allow_unusable:
+            require_readable(
+                self.prepared.data.location,
+                num_failed=sum(len(cache.failures) for cache in caches.values()),
+                num_images=sum(cache.num_images for cache in caches.values()),
+            )
+        self.train_images = readable_images(self.prepared.data, TRAIN, caches[TRAIN])
         return caches
 
     def write_inputs(self, caches: dict[str, FeatureCache]) -> None:
@@ -191,10 +202,9 @@ class _Training:
         fix_validation(prepared.data, caches[VALIDATION], self.work, self.history, report=self.report)
         write_table(storage.join(self.work, CAPTIONS_FILE), prepared.data.table.cast(DATASET_SCHEMA))
         storage.write_bytes(storage.join(self.work, VOCABULARY_FILE), vocabulary.to_json().encode())
-        train_images = prepared.data.split(TRAIN)
         self.report(
-            f"training {self.recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on {train_images.num_rows:,} "
-            f"images, {prepared.workers}, {num_epochs(self.recipe)} epochs at most"
+            f"training {self.recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on "
+            f"{self.train_images.num_rows:,} images, {prepared.workers}, {num_epochs(self.recipe)} epochs at most"
         )
         if start_model := prepared.start_model:
             first_phase = next(iter(phases(self.recipe)))
@@ -203,7 +213,7 @@ class _Training:
         if self.history:
             self.report(f"resuming after epoch {len(self.history)}")
         elif start_model:
-            share = _share_of_unknown_words(train_images, vocabulary, self.recipe)
+            share = _share_of_unknown_words(self.train_images, vocabulary, self.recipe)
             self.report(
                 f"starting from {start_model.location}; {share:.1%} of the words in the training captions are not in "
                 "its vocabulary"
@@ -278,7 +288,8 @@ class _Training:
             config,
             prepared.data,
             name=self.name,
-            num_captions=count_captions(prepared.data.split(TRAIN)),
+            num_images=self.train_images.num_rows,
+            num_captions=count_captions(self.train_images),
             vocabulary_size=len(prepared.vocabulary),
             encoder_weights=prepared.encoder.weights.source + ", fine-tuned" * is_finetuned,
             metrics=best.history[-1],

@@ -118,6 +118,13 @@ def report_unreadable(caches: Mapping[str, FeatureCache], reporter: ProgressRepo
             )
 
 
+def readable_images(data: CaptionedImages, split: str, cache: FeatureCache) -> pa.Table:
+    """The rows of a split whose images can be read."""
+    rows = data.split(split)
+    unreadable = pa.array([failure["image_id"] for failure in cache.failures], pa.string())
+    return rows.filter(pa.compute.invert(pa.compute.is_in(rows["image_id"], unreadable)))
+
+
 def fix_validation(
     data: CaptionedImages, cache: FeatureCache, work: str, history: History, *, report: Callable[[str], None]
 ) -> None:
@@ -151,9 +158,7 @@ def write_readable_images(
     """Write a manifest of the readable images of each split."""
     images = {}
     for split, cache in caches.items():
-        unreadable = pa.array([failure["image_id"] for failure in cache.failures], pa.string())
-        rows = data.manifest(data.split(split))
-        rows = rows.filter(pa.compute.invert(pa.compute.is_in(rows["image_id"], unreadable)))
+        rows = data.manifest(readable_images(data, split, cache))
         manifest = storage.join(folder, split)
         write_table(storage.join(manifest, "part-0.parquet"), rows)
         images[split] = ReadableImages(manifest, root_of(rows), rows.num_rows)

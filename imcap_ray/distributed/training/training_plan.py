@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
+from imcap_ray.data.dataset_check import require_usable
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
 from imcap_ray.distributed.cluster.connection import ClusterResources, require
 from imcap_ray.distributed.training.phase_start import with_cnn_weights
-from imcap_ray.errors import DatasetError, InputError, OutputError
+from imcap_ray.errors import InputError, OutputError
 from imcap_ray.models.decoders import find_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
@@ -151,12 +152,28 @@ class PreparedTraining:
         )
 
 
-def load_data(config: TrainingRunConfig) -> CaptionedImages:
-    """Read the data set of a training; DatasetError if it lacks a training or a validation split."""
+def load_data(
+    config: TrainingRunConfig,
+    *,
+    decode: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> CaptionedImages:
+    """Read the data set of a training, and check it like `imcap check` unless the training has finished an epoch.
+
+    Args:
+        decode: whether the check reads every image. A training itself finds out which images cannot be read.
+        on_progress: see `check_dataset`.
+
+    Raises:
+        DatasetError: it has no training or no validation split, or is unusable and the config does not allow that.
+    """
     columns = ColumnOptions(image=config.image_column, caption=config.caption_column, id=config.id_column)
     data = load_dataset(config.data, columns=columns, allow_outside_paths=config.allow_outside_paths)
     for split in (TRAIN, VALIDATION):
         data.split(split)
+    has_begun = bool(read_metrics(storage.join(storage.absolute(config.model), WORK_FOLDER)))
+    if not (config.allow_unusable or has_begun):
+        require_usable(data, recipe=config.recipe, decode=decode, on_progress=on_progress)
     return data
 
 
@@ -171,7 +188,6 @@ def prepare_training(
     workers = Workers.choose(resources, cluster)
     workers.require(cluster, config.recipe.training.batch_size)
     train_images, _ = data.split(TRAIN), data.split(VALIDATION)  # raises if a split is missing
-    _require_first_image(data)
     start_model, recipe = _read_start(config)
     encoder = _build_encoder(recipe, start_model, config.encoder_weights)
     require_layer(encoder, recipe.finetune.first_layer)
@@ -196,16 +212,6 @@ def prepare_training(
         vocabulary=start_model.vocabulary if start_model else _build_vocabulary(train_images, recipe),
         settings=settings,
     )
-
-
-def _require_first_image(data: CaptionedImages) -> None:
-    """Raise DatasetError if the first training image does not exist."""
-    [first] = data.manifest(data.split(TRAIN).slice(0, 1)).to_pylist()
-    location = first["image_path"] or first["table_path"]
-    if not storage.exists(location):
-        raise DatasetError(
-            f"{data.location}: its images are not where they should be, the first is missing: {location}"
-        )
 
 
 def _read_start(config: TrainingRunConfig) -> tuple[ModelFolder | None, Recipe]:

@@ -7,11 +7,10 @@ import shlex
 from typing import Any
 
 import jinja2
-import pyarrow as pa
 import pytest
 
 from imcap_ray.config import Recipe, TrainingRunConfig, load_recipe, recipe_names
-from imcap_ray.data.datasets import CaptionedImages
+from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages
 from imcap_ray.models.decoders import DECODERS
 from imcap_ray.training.model_card import write_card
 
@@ -36,13 +35,13 @@ def card(
     metrics: dict[str, Any] = METRICS,
     **config: Any,
 ) -> str:
-    rows = pa.table({"image_id": [str(number) for number in range(6000)], "split": ["train"] * 6000})
     facts = {"location": "data/flickr8k/", "format": "Flickr8k as distributed", "terms": "for research"} | (data or {})
     defaults = {"data": "", "model": "", "recipe": Recipe(), "seed": 3}
     return write_card(
         TrainingRunConfig(**defaults | config),
-        CaptionedImages(table=rows, **facts),
+        CaptionedImages(table=DATASET_SCHEMA.empty_table(), **facts),
         name=name,
+        num_images=6000,
         num_captions=30000,
         vocabulary_size=2984,
         encoder_weights=weights,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +27,11 @@ from imcap_ray.distributed.training.trainer import _Training
 from imcap_ray.distributed.training.training_inputs import feature_folder, fix_validation
 from imcap_ray.distributed.training.training_plan import PreparedTraining, Workers, load_data, prepare_training
 from imcap_ray.distributed.training.worker_group import watch_room
-from imcap_ray.errors import ImcapError, InputError, OutputError
+from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
-from imcap_ray.runs.training_run import read_validation_ids
+from imcap_ray.runs.training_run import read_validation_ids, write_metrics
 from tests import small_data
 
 CLUSTER = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
@@ -353,6 +355,60 @@ def test_a_training_uses_both_feature_folders_before_it_encodes_and_until_it_end
     assert in_use(training.prepared.features) == sorted([train, validation])
     training.leave()
     assert in_use(training.prepared.features) == []
+
+
+# ---- unusable data
+
+
+def test_a_training_refuses_data_that_check_calls_unusable(tmp_path: Path) -> None:
+    flickr8k = small_data.write_flickr8k(tmp_path / "data", num_train=4, num_validation=2)
+    first, second = sorted((flickr8k / "Flicker8k_Dataset").iterdir())[:2]
+    config = TrainingRunConfig(data=str(flickr8k), model=str(tmp_path / "model"), recipe=Recipe())
+    assert load_data(config, decode=True).table.num_rows == 8
+    first.unlink()
+
+    with pytest.raises(DatasetError, match=r"unusable for training.*: 2 captioned images have no file .*0000_photo"):
+        load_data(config)
+    assert load_data(replace(config, allow_unusable=True)).table.num_rows == 8
+    first.write_bytes(small_data.jpeg(1))
+    second.write_bytes(b"no image")
+    assert load_data(config).table.num_rows == 8, "only the dry run reads every image before the training does"
+    with pytest.raises(DatasetError, match="1 image cannot be read"):
+        load_data(config, decode=True)
+
+
+def test_a_training_that_has_finished_an_epoch_resumes_although_images_are_missing(tmp_path: Path) -> None:
+    flickr8k = small_data.write_flickr8k(tmp_path / "data", num_train=4, num_validation=2)
+    for path in (flickr8k / "Flicker8k_Dataset").iterdir():
+        path.unlink()
+    config = TrainingRunConfig(data=str(flickr8k), model=str(tmp_path / "model"), recipe=Recipe())
+    (tmp_path / "model" / "_training").mkdir(parents=True)
+    write_metrics(str(tmp_path / "model" / "_training"), [{"epoch": 1, "cider_d": 0.5}])
+
+    assert load_data(config).table.num_rows == 8
+
+
+@pytest.mark.parametrize("allow_unusable", [False, True])
+def test_images_that_cannot_be_read_count_neither_as_usable_nor_as_trained_on(
+    flickr8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allow_unusable: bool
+) -> None:
+    def complete(manifest: pa.Table, use: FeatureFolder, **options: Any) -> FeatureCache:
+        """A cache in which the first image of the split could not be read."""
+        failure = {"image_id": manifest["image_id"][0].as_py(), "error_code": "truncated", "error_message": "half"}
+        return FeatureCache(use.location, (1, 1, 1), manifest.num_rows, [failure], use=use)
+
+    monkeypatch.setattr(features, "complete_cache", complete)
+    lines: list[str] = []
+    prepared = prepare(flickr8k, tmp_path / "model")
+    prepared = replace(prepared, config=replace(prepared.config, allow_unusable=allow_unusable))
+    training = _Training.begin(prepared, CLUSTER, ProgressReporter(lines.append))
+
+    if not allow_unusable:
+        with pytest.raises(DatasetError, match=r"2 of 6 images .* cannot be read, more than 10%: --allow-unusable"):
+            training.cache_features()
+        return
+    training.write_inputs(training.cache_features())
+    assert re.search(r"on 3 images,", lines[-1])
 
 
 def in_use(folder: str) -> list[str]:
