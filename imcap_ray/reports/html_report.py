@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import pyarrow as pa
@@ -23,21 +23,10 @@ from imcap_ray.reports.charts import curve_of_confidence, curve_of_epochs, histo
 from imcap_ray.reports.model_section import ModelOfRun
 from imcap_ray.reports.summary import ByImage, choose_cards, fill_null_texts, summarize, unambiguous_names
 from imcap_ray.scoring.evaluation_report import EvaluationReport
-from imcap_ray.scoring.metrics import Scores
+from imcap_ray.scoring.metrics import SCORE_FORMATS, Scores
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
-
-# Name in metrics.Scores: label, factor and format, as `imcap evaluate` prints them.
-_SCORES: Final = {
-    "bleu_1": ("BLEU-1", 100, ".1f"),
-    "bleu_2": ("BLEU-2", 100, ".1f"),
-    "bleu_3": ("BLEU-3", 100, ".1f"),
-    "bleu_4": ("BLEU-4", 100, ".1f"),
-    "rouge_l": ("ROUGE-L", 100, ".1f"),
-    "cider_d": ("CIDEr-D", 1, ".3f"),
-    "length_ratio": ("length ratio", 1, ".2f"),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +105,7 @@ def write_report(
         model_name=run.get("model"),
         images_per_second=run.get("images_per_second"),
         run=_flatten(run),
-        score_labels=[label for label, _, _ in _SCORES.values()],
+        score_labels=[label for label, _, _ in SCORE_FORMATS.values()],
         score_rows=_score_rows(evaluation) if evaluation else [],
         protocol=_protocol(evaluation) if evaluation else [],
         confidence=curve_of_confidence(evaluation.confidence_curve if evaluation else ()),
@@ -157,13 +146,13 @@ def _by_image(human: HumanCaptions, captions: pa.Table | ds.Dataset) -> HumanCap
 
 def _score_rows(evaluation: EvaluationReport) -> Iterator[ScoreRow]:
     own = []
-    for name in _SCORES:
+    for name in SCORE_FORMATS:
         low, high = evaluation.intervals.get(name, (None, None))
         own.append(ScoreCell(_score(name, evaluation.scores), _format_score(name, low), _format_score(name, high)))
     yield ScoreRow("this model", own)
-    yield ScoreRow("constant-caption baseline", [ScoreCell(_score(name, evaluation.floor)) for name in _SCORES])
+    yield ScoreRow("constant-caption baseline", [ScoreCell(_score(name, evaluation.floor)) for name in SCORE_FORMATS])
     if evaluation.human:
-        yield ScoreRow("human agreement", [ScoreCell(_score(name, evaluation.human)) for name in _SCORES])
+        yield ScoreRow("human agreement", [ScoreCell(_score(name, evaluation.human)) for name in SCORE_FORMATS])
 
 
 def _score(name: str, scores: Scores) -> str:
@@ -171,7 +160,7 @@ def _score(name: str, scores: Scores) -> str:
 
 
 def _format_score(name: str, value: float | None) -> str:
-    _, factor, form = _SCORES[name]
+    _, factor, form = SCORE_FORMATS[name]
     return "" if value is None else format(factor * value, form)
 
 

@@ -26,6 +26,17 @@ from imcap_ray.text.tokenizers import tokenize
 
 SEED: Final = "seed"  # name of a tokenizer; its start and end markers count as tokens
 
+SCORE_FORMATS: Final = {
+    "bleu_1": ("BLEU-1", 100, ".1f"),
+    "bleu_2": ("BLEU-2", 100, ".1f"),
+    "bleu_3": ("BLEU-3", 100, ".1f"),
+    "bleu_4": ("BLEU-4", 100, ".1f"),
+    "rouge_l": ("ROUGE-L", 100, ".1f"),
+    "cider_d": ("CIDEr-D", 1, ".3f"),
+    "length_ratio": ("length ratio", 1, ".2f"),
+}
+"""Name in `Scores`: label, factor and format, for people."""
+
 SCORE_NAMES: Final = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 
 

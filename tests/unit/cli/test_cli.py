@@ -489,6 +489,16 @@ def test_a_model_is_described(model_dir: Path, captioner: Captioner) -> None:
     assert "timm:test_efficientnet" in lines["encoder"]
     assert "beam_size 3" in lines["search"]
     assert "cider_d 0.5" in lines["metrics"]
+    assert lines["size_bytes"].strip() == f"{(model_dir / 'model.safetensors').stat().st_size:,}"
+    assert lines["scores"].strip() == "unknown"
+
+
+def test_the_scores_of_a_model_are_shown_with_the_reason_why_evaluate_may_give_others() -> None:
+    *_, scores, reason = imcap("model").stdout.splitlines()
+
+    assert scores.startswith("scores: ") and "BLEU-4 26.0" in scores
+    assert "CIDEr-D 0.642" in scores and scores.endswith("on 1000 validation images")
+    assert "float32" in reason and "rounded" in reason and "imcap evaluate" in reason
 
 
 def test_a_model_is_described_as_json(model_dir: Path) -> None:
