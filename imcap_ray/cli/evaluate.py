@@ -48,8 +48,9 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
 
     from imcap_ray.data.datasets import load_dataset
     from imcap_ray.data.parquet_files import write_table
-    from imcap_ray.scoring.evaluate import evaluate_captions
+    from imcap_ray.scoring.evaluate import evaluate_captions, refuse_swapped
 
+    refuse_swapped(captions, references)
     dataset = load_dataset(
         references, columns=column_options(options), allow_outside_paths=options["allow_outside_paths"]
     )

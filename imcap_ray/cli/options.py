@@ -111,7 +111,9 @@ output_options = _options(
 )
 
 split_option = click.option(
-    "--split", type=click.Choice(["train", "validation", "test"]), help="Default: the split that was captioned."
+    "--split",
+    type=click.Choice(["train", "validation", "test", "all"]),
+    help="Default: the split that was captioned; test if several were.",
 )
 
 tokenizer_option = click.option(

@@ -39,7 +39,7 @@ from imcap_ray.data.schemas import ManifestRow
 from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import ENCODING_FAULTS
-from imcap_ray.text.tokenizers import tokenize
+from imcap_ray.text.tokenizers import tokenize_words
 
 MAX_BAD_IMAGES: Final = 0.1
 """Share of images that may be missing or unreadable; also the default of `imcap caption --max-failure-rate`."""
@@ -484,7 +484,7 @@ def _count_tokens(rows: Sequence[DatasetRow], tokenizer: str) -> _Tokens:
     by_split: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         for caption in row["captions"]:
-            tokens = tokenize(caption, tokenizer)
+            tokens = tokenize_words(caption, tokenizer)
             lengths.append(len(tokens))
             by_split[row["split"]].update(tokens)
     return _Tokens(lengths, by_split)

@@ -30,7 +30,7 @@ from imcap_ray.models.devices import choose_device, require_cuda
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder, describe_difference
 from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.models.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_model_folder, select_tensors
-from imcap_ray.text.tokenizers import tokenize
+from imcap_ray.text.tokenizers import tokenize_words
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
 
 _log = logging.getLogger(__name__)
@@ -297,7 +297,7 @@ class Captioner:
         side = math.isqrt(len(features))
         if side * side != len(features):
             raise ModelError(f"attention needs a square grid of regions, got {len(features)} regions")
-        words = tokenize(caption, self.vocabulary.tokenizer)
+        words = tokenize_words(caption, self.vocabulary.tokenizer)
         ids = torch.tensor(self.vocabulary.to_ids(caption, max_length=len(words)), device=self.device)
         weights = decoder.attention(features.to(self.device), ids[:-1]).reshape(-1, side, side).cpu().numpy()
         return [

@@ -5,19 +5,24 @@ Texts stay in Arrow tables; only a few thousand at a time become Python strings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imcap_ray.data.datasets import SPLITS, TRAIN, CaptionedImages
+from imcap_ray.data.datasets import TEST, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
 from imcap_ray.runs.captions_table import open_captions, read_run
 from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate_texts
 
 ROWS_PER_SLICE: Final = 10_000
+
+ALL_SPLITS: Final = "all"
+
+FEW_IMAGES: Final = 100
+"""Below this number of images a remark says how little CIDEr-D means."""
 
 
 def read_captions(location: str) -> pa.Table:
@@ -65,21 +70,27 @@ def evaluate_captions(
     matches, they are matched by file name, as long as the name is unique in both tables. Captions of images that have
     no references in the data set are ignored, and the notes count them.
 
-    With a split, captions of other images are ignored too. Without one, every captioned image must be in the data set,
-    and the captions must cover one split or all images.
+    With a split, captions of other images are ignored too. Without one, every image that has a caption must be in the
+    data set, and the captions must cover one split or all images. If they cover the official test split and others, the
+    test split is scored.
 
     Args:
+        split: a split, or `ALL_SPLITS`.
         against: another captions table of the same images, to compare with.
 
     Raises:
         DatasetError: the captions are of other images, or some images of the split have no caption.
     """
     captions = _match(location, read_captions(location), references)
+    is_chosen = split is None
     if split is None:
         _refuse_unknown_images(location, captions, references)
         split = _find_split(captions, references)
+    elif split == ALL_SPLITS:
+        split = None
     num_without_references = _ids_without_references(captions, references).length()
     images = references.split(split) if split else references.table
+    counts = _count_captioned(captions, references)
     captions = _select(captions, images, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
@@ -94,13 +105,19 @@ def evaluate_captions(
         image_ids=images["image_id"].to_pylist(),
         split=split or "",
         tokenizer=tokenizer,
-        notes="; ".join(_notes(location, split, num_without_references)),
+        notes="; ".join(
+            [
+                *_notes(location, num_without_references),
+                *_warnings(split, counts, is_chosen=is_chosen, is_official=references.has_official_splits),
+                *_remark_on_few(images.num_rows),
+            ]
+        ),
         confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
         against=other,
     )
 
 
-def _notes(location: str, split: str | None, num_without_references: int) -> Iterator[str]:
+def _notes(location: str, num_without_references: int) -> Iterator[str]:
     """Yield facts that the scores depend on: the search, the model and the images."""
     if num_without_references:
         verb = "has" if num_without_references == 1 else "have"
@@ -110,8 +127,39 @@ def _notes(location: str, split: str | None, num_without_references: int) -> Ite
         yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
     if fingerprint := run.get("model_fingerprint"):
         yield f"model {str(fingerprint)[:12]}"
-    if split == TRAIN:
+
+
+def _warnings(split: str | None, counts: Mapping[str, int], *, is_chosen: bool, is_official: bool) -> Iterator[str]:
+    """Yield the reasons why the scores may mislead.
+
+    Args:
+        counts: number of captioned images by split.
+        is_chosen: whether the split was chosen here, and not by the user.
+        is_official: whether the data name the splits.
+    """
+    training = f"{counts.get(TRAIN, 0):,} of {sum(counts.values()):,} are training images"
+    if is_chosen and split and len(counts) > 1:
+        yield f"of the captioned images, {training}; only the {split} split is scored, see --split"
+    elif split == TRAIN:
         yield "images of the training split, so the scores are no measure of quality"
+    elif split is None and TRAIN in counts and is_official:
+        yield f"{training}, so the scores are no measure of quality"
+    elif split is None and TRAIN in counts:
+        yield f"{training} of a model that was trained on these data; --split test leaves them out"
+
+
+def _remark_on_few(num_images: int) -> Iterator[str]:
+    if num_images < FEW_IMAGES:
+        yield f"CIDEr-D of {num_images:,} images depends much on which they are, because they determine its weights"
+
+
+def refuse_swapped(captions: str, references: str) -> None:
+    """Raise DatasetError if the references are an output of `imcap caption`, and the captions are not."""
+    if read_run(references) is not None and read_run(captions) is None:
+        raise DatasetError(
+            f"{references} holds captions by imcap, not references: the order is CAPTIONS REFERENCES, "
+            f"imcap evaluate {references} {captions}"
+        )
 
 
 @dataclass(frozen=True)
@@ -185,8 +233,8 @@ def _ids_without_references(captions: pa.Table, references: CaptionedImages) -> 
 
 
 def _refuse_unknown_images(location: str, captions: pa.Table, references: CaptionedImages) -> None:
-    """Raise DatasetError if a captioned image is not in the data set, not even without a caption."""
-    ids = _ids_without_references(captions, references)
+    """Raise DatasetError if an image that has a caption is not in the data set, not even without references."""
+    ids = _ids_without_references(captions.filter(pc.not_equal(captions["caption"], "")), references)
     is_known = pc.is_in(ids, value_set=pa.array(sorted(references.without_captions), pa.string()))
     unknown = ids.filter(pc.invert(is_known))
     if len(unknown):
@@ -198,7 +246,14 @@ def _refuse_unknown_images(location: str, captions: pa.Table, references: Captio
 
 
 def _find_split(captions: pa.Table, references: CaptionedImages) -> str | None:
-    """The split that contains all captioned images; None if they are in several."""
+    """The split of all captioned images. If they are in several: the official test split, or None if it has none."""
+    counts = _count_captioned(captions, references)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return TEST if TEST in counts and references.has_official_splits else None
+
+
+def _count_captioned(captions: pa.Table, references: CaptionedImages) -> dict[str, int]:
+    """Number of captioned images by split."""
     is_captioned = pc.is_in(references.table["image_id"], value_set=captions["image_id"])
-    splits = set(references.table["split"].filter(is_captioned).unique().to_pylist())
-    return splits.pop() if len(splits) == 1 and splits <= set(SPLITS) else None
+    return replace(references, table=references.table.filter(is_captioned)).count_splits()

@@ -1,6 +1,6 @@
 """Text of a caption -> tokens, by named tokenizers, and back. Knows nothing of vocabularies or scores.
 
-ptb      the tokens captions are scored on: lower case, split like the Penn Treebank, no punctuation
+ptb      the tokens captions are scored on: lower case, split like the Penn Treebank, no punctuation but brackets
 unicode  for languages other than English: runs of letters and digits; one token per character in scripts
          without spaces between words
 seed     the cleaning of the Keras tutorials, for comparison with scores that are based on it
@@ -17,7 +17,15 @@ from typing import Final, Protocol
 from imcap_ray.errors import ConfigError
 
 # Punctuation that coco-caption drops, unlike "#" and "&". A comma or a colon between digits is part of the number.
-_PUNCTUATION: Final = re.compile(r"""["`?!;()\[\]{}]|''+|--+|\.\.\.|[,:](?!\d)|(?<!\d)[,:]""")
+_PUNCTUATION: Final = re.compile(r"""["`?!;]|''+|--+|\.\.\.|[,:](?!\d)|(?<!\d)[,:]""")
+
+# coco-caption keeps brackets by these names: it drops them in capitals, after its tokenizer has made them lower case.
+_BRACKETS: Final = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+
+_SPACED_BRACKETS: Final = str.maketrans({bracket: f" {name} " for bracket, name in _BRACKETS.items()})
+
+# The quotation mark of 'stop', but not the apostrophe of 's, 'tis or '90s.
+_OPENING_QUOTE: Final = re.compile(r"'(?!(?:s|m|d|t|n|ye|ll|re|ve|em|tis|twas|cause|til|bout)\b)(?=[^\W\d_])")
 
 # Dropped only as separate tokens, because mostly they are part of a word.
 PUNCTUATION_ALONE: Final = frozenset(["'", "-", "."])
@@ -52,6 +60,11 @@ def tokenize(text: str, tokenizer: str = "ptb") -> list[str]:
     return TOKENIZERS[tokenizer](text)
 
 
+def tokenize_words(text: str, tokenizer: str) -> list[str]:
+    """Tokens of the text without brackets: those that a captioner learns."""
+    return [token for token in tokenize(text, tokenizer) if token not in _BRACKETS.values()]
+
+
 def scoring_tokenizer(tokenizer: str) -> str:
     """The tokenizer for scoring captions with these tokens: `unicode` for itself, `ptb` for all others."""
     return tokenizer if tokenizer == "unicode" else "ptb"
@@ -68,7 +81,7 @@ def detokenize(tokens: Sequence[str]) -> str:
 
 
 def tokenize_ptb(text: str) -> list[str]:
-    """Lower-case Penn Treebank tokens ("do n't", "dog 's", "can not") without coco-caption's punctuation."""
+    """Lower-case Penn Treebank tokens ("do n't", "dog 's", "can not", "-lrb-") without coco-caption's punctuation."""
     tokens: list[str] = []
     for word in split_words(text):
         if word.isalnum() and word not in _RUN_TOGETHER:
@@ -79,11 +92,12 @@ def tokenize_ptb(text: str) -> list[str]:
 
 
 def split_words(text: str) -> list[str]:
-    """Lower-case words of the text, without coco-caption's punctuation and the periods that end sentences."""
-    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower())
+    """Lower-case words and brackets of the text, without coco-caption's punctuation, opening quotation marks and the
+    periods that end sentences."""
+    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC).lower()).translate(_SPACED_BRACKETS)
     if not text.isascii():
         text = _unspaced_character().sub(r" \g<0> ", text)
-    return [word if word.isalnum() else _without_sentence_end(word) for word in _PUNCTUATION.sub(" ", text).split()]
+    return [word if word.isalnum() else _clean(word) for word in _PUNCTUATION.sub(" ", text).split()]
 
 
 def tokenize_unicode(text: str) -> list[str]:
@@ -114,7 +128,9 @@ def _is_joined(previous: str, token: str) -> bool:
     return character.fullmatch(previous) is not None and character.fullmatch(token) is not None
 
 
-def _without_sentence_end(word: str) -> str:
+def _clean(word: str) -> str:
+    """The word without an opening quotation mark and the period that ends a sentence."""
+    word = word[1:] if _OPENING_QUOTE.match(word) else word
     stem = word.rstrip(".")
     is_abbreviation = len(stem) == 1 or "." in stem or word in ABBREVIATIONS
     return word if is_abbreviation else stem

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from imcap_ray.config import parse_json
 from imcap_ray.errors import ModelError
-from imcap_ray.text.tokenizers import TOKENIZERS, detokenize, tokenize
+from imcap_ray.text.tokenizers import TOKENIZERS, detokenize, tokenize_words
 
 SPECIAL_TOKENS = ("<padding>", "<start>", "<end>", "<unknown>")
 
@@ -37,7 +37,7 @@ class Vocabulary:
     @classmethod
     def build(cls, captions: Iterable[str], *, tokenizer: str = "ptb", min_count: int = 1) -> Vocabulary:
         """A vocabulary of the tokens that occur at least `min_count` times, the most frequent first."""
-        counts = Counter(token for caption in captions for token in tokenize(caption, tokenizer))
+        counts = Counter(token for caption in captions for token in tokenize_words(caption, tokenizer))
         kept = sorted((token for token, count in counts.items() if count >= min_count), key=lambda t: (-counts[t], t))
         return cls([token for token in kept if token not in SPECIAL_TOKENS], tokenizer=tokenizer)
 
@@ -46,7 +46,7 @@ class Vocabulary:
 
     def to_ids(self, caption: str, *, max_length: int) -> list[int]:
         """Token ids of at most `max_length` words, with start and end; words outside the vocabulary become unknown."""
-        words = tokenize(caption, self.tokenizer)[:max_length]
+        words = tokenize_words(caption, self.tokenizer)[:max_length]
         return [START_ID, *(self._ids.get(word, UNKNOWN_ID) for word in words), END_ID]
 
     def to_text(self, token_ids: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from imcap_ray.models.beam_search import sample
 from imcap_ray.models.decoders import Decoder
 from imcap_ray.scoring.cider import CiderD
-from imcap_ray.text.tokenizers import tokenize
+from imcap_ray.text.tokenizers import tokenize_words
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
 from imcap_ray.training.optimization import prefers_bfloat16
 
@@ -34,7 +34,7 @@ class CaptionReward:
         self._tokens = vocabulary.tokens
         self._indices = {image_id: number for number, image_id in enumerate(captions)}
         self._references = [
-            [[*tokenize(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()
+            [[*tokenize_words(text, vocabulary.tokenizer), end] for text in texts] for texts in captions.values()
         ]
         self._cider_d = CiderD(self._references)
         self._bleu_weight = bleu_weight

@@ -120,6 +120,8 @@ class CaptionedImages:
     """Columns of Parquet tables that the user named."""
     image_columns: tuple[str, ...] = ()
     """Columns of Parquet tables that packed images are read from, see `columns.ImageColumns.names`."""
+    has_official_splits: bool = True
+    """Whether the data name the splits; otherwise they are `split_of` the names."""
     columns_note: str = ""
     """Description of the columns of Parquet tables that the data were read from."""
 
@@ -407,6 +409,7 @@ class Collector:
             tables=tables or {},
             leaks=leaks,
             without_captions=frozenset(self.without_captions - self.captions.keys()),
+            has_official_splits=has_splits,
         )
 
     def _rows(self, image_ids: list[str], splits: Mapping[str, str], folder: str) -> pa.Table:

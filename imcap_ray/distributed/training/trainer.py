@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import ray
@@ -139,6 +139,11 @@ class _Training:
             reporter.report(f"{prepared.data.location}: {note}")
         checkpoint = training.recover()
         training.history = checkpoint.history if checkpoint else []
+        vocabulary = storage.join(work, VOCABULARY_FILE)
+        if training.history and storage.exists(
+            vocabulary
+        ):  # that of the weights; an earlier version may cut other words
+            training.prepared = replace(prepared, vocabulary=Vocabulary.from_json(storage.read_bytes(vocabulary)))
         write_metrics(work, training.history)
         return training
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from imcap_ray.cli.main import main
 from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages, load_dataset
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.scoring.evaluate import evaluate_captions, read_captions
-from tests.small_data import jpeg, write_tar
+from tests.small_data import jpeg, write_flickr8k, write_tar
 
 REFERENCES = {
     "train/a.jpg": ("train", ["a dog runs in the grass", "the dog runs"]),
@@ -48,7 +50,7 @@ def test_captions_of_one_split_are_scored_against_it(tmp_path: Path, references:
     report = evaluate_captions(write(tmp_path / "a.parquet", of_split("test")), references)
 
     assert (report.protocol.split, report.protocol.num_images) == ("test", 2)
-    assert report.protocol.notes == ""
+    assert report.protocol.notes.startswith("CIDEr-D of 2 images depends much on which they are")
     assert report.scores.bleu_4 == pytest.approx(1.0)
 
 
@@ -79,10 +81,67 @@ def test_a_score_on_training_images_has_a_note(tmp_path: Path, references: Capti
     assert "training split" in report.protocol.notes
 
 
-def test_captions_of_all_images_are_scored_together(tmp_path: Path, references: CaptionedImages) -> None:
-    report = evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references)
+def test_the_test_split_is_scored_if_training_images_were_captioned_too(
+    tmp_path: Path, references: CaptionedImages
+) -> None:
+    captions = write(tmp_path / "a.parquet", PERFECT)
+
+    report = evaluate_captions(captions, references)
+    all_images = evaluate_captions(captions, references, split="all")
+
+    assert (report.protocol.split, report.protocol.num_images) == ("test", 2)
+    assert "of the captioned images, 2 of 4 are training images; only the test split is scored" in report.to_text()
+    assert (all_images.protocol.split, all_images.protocol.num_images) == ("", 4)
+    assert "2 of 4 are training images, so the scores are no measure" in all_images.protocol.notes
+
+
+def test_all_images_are_scored_if_the_splits_are_only_ours(tmp_path: Path, references: CaptionedImages) -> None:
+    ours = replace(references, has_official_splits=False)
+
+    report = evaluate_captions(write(tmp_path / "a.parquet", PERFECT), ours)
 
     assert (report.protocol.split, report.protocol.num_images) == ("", 4)
+    assert "2 of 4 are training images of a model that was trained on these data" in report.protocol.notes
+
+
+def test_many_images_have_no_remark_on_their_number(tmp_path: Path) -> None:
+    texts = {f"{number}.jpg": [f"a dog {number}", f"the dog {number}"] for number in range(100)}
+    rows = [
+        {"image_id": image_id, "image_path": "", "split": "test", "captions": captions}
+        for image_id, captions in texts.items()
+    ]
+    data = CaptionedImages("the data set", "Parquet", pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
+
+    report = evaluate_captions(write(tmp_path / "a.parquet", {name: both[0] for name, both in texts.items()}), data)
+
+    assert report.protocol.notes == ""
+
+
+def test_failed_images_without_references_do_not_stop_the_evaluation(
+    tmp_path: Path, references: CaptionedImages
+) -> None:
+    captions = write(tmp_path / "a.parquet", of_split("test") | {"broken.jpg": None, "notes.heic": ""})
+
+    report = evaluate_captions(captions, references)
+
+    assert report.protocol.num_images == 2
+    assert "2 captioned images have no references" in report.protocol.notes
+
+
+def test_captions_and_references_in_the_wrong_order_are_recognised(tmp_path: Path) -> None:
+    data = write_flickr8k(tmp_path / "data", num_train=2, num_validation=1, num_test=1)
+    (tmp_path / "captions" / "_imcap").mkdir(parents=True)
+    (tmp_path / "captions" / "_imcap" / "run.json").write_text("{}")
+    captions = tmp_path / "captions"
+    table = {"image_id": ["0003_photo.jpg"], "caption": ["a dog"], "image_path": [str(data / "a.jpg")]}
+    pq.write_table(pa.table(table), captions / "a.parquet")
+
+    result = CliRunner().invoke(main, ["evaluate", str(data), str(captions)])
+
+    assert result.exit_code == 2
+    [line] = result.stderr.splitlines()
+    assert f"imcap evaluate {captions} {data}" in line
+    assert CliRunner().invoke(main, ["evaluate", str(captions), str(data)]).exit_code == 0
 
 
 def test_a_split_can_be_chosen_from_captions_of_all(tmp_path: Path, references: CaptionedImages) -> None:

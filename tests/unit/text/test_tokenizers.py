@@ -8,8 +8,9 @@ from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from imcap_ray.errors import ConfigError
 from imcap_ray.text.tokenizers import PUNCTUATION_ALONE, TOKENIZERS, detokenize, split_words, tokenize
+from imcap_ray.text.vocabulary import Vocabulary
 
-COCO_PUNCTUATION = "'' ' `` ` ( ) { } . ? ! , : - -- ... ; \""
+COCO_PUNCTUATION = "'' ' `` ` . ? ! , : - -- ... ; \""
 
 # In the style of Flickr8k.token.txt, whose captions are tokenized already.
 TOKENIZED_CAPTIONS = [
@@ -29,7 +30,9 @@ WORDS = (
 
 @pytest.mark.parametrize("caption", TOKENIZED_CAPTIONS)
 def test_tokenized_captions_keep_their_tokens_and_lose_their_punctuation(caption: str):
-    expected = [token for token in caption.lower().split() if token not in COCO_PUNCTUATION.split()]
+    brackets = {"(": "-lrb-", ")": "-rrb-"}
+    tokens = [brackets.get(token, token) for token in caption.lower().split()]
+    expected = [token for token in tokens if token not in COCO_PUNCTUATION.split()]
 
     assert tokenize(caption) == expected
 
@@ -43,7 +46,12 @@ def test_tokenized_captions_keep_their_tokens_and_lose_their_punctuation(caption
         ("A dog runs. Two cats don't.", ["a", "dog", "runs", "two", "cats", "do", "n't"]),
         ("Mr. Brown of the U.S.", ["mr.", "brown", "of", "the", "u.s."]),
         ("#1 & 1,000 others at 3:30", ["#", "1", "&", "1,000", "others", "at", "3:30"]),
-        ("(a) [b] {c}; d:e,f", ["a", "b", "c", "d", "e", "f"]),
+        ("(a) [b]; d:e,f", ["-lrb-", "a", "-rrb-", "-lsb-", "b", "-rsb-", "d", "e", "f"]),
+        ("{c}", ["-lcb-", "c", "-rcb-"]),
+        ("a 'stop' sign, 'do not enter'", ["a", "stop", "sign", "do", "not", "enter"]),
+        ("‘Stop’ 'I'm a 'dog's' 'red", ["stop", "i", "'m", "a", "dog", "'s", "red"]),
+        ("'tis a dog of the '90s, 'cause", ["'t", "is", "a", "dog", "of", "the", "'90s", "'cause"]),
+        ("the boys' ball", ["the", "boys", "ball"]),
         ("Une tête-à-tête\u00a0d'été", ["une", "tête-à-tête", "d'été"]),
         ("...", []),
         ("", []),
@@ -51,6 +59,10 @@ def test_tokenized_captions_keep_their_tokens_and_lose_their_punctuation(caption
 )
 def test_ptb_tokens_of_free_text(text: str, tokens: list[str]):
     assert tokenize(text, "ptb") == tokens
+
+
+def test_a_captioner_learns_no_brackets():
+    assert Vocabulary.build(["a dog (x) [runs]"]).tokens[4:] == ["a", "dog", "runs", "x"]
 
 
 def words_of_a_whole_sentence(text: str) -> list[str]:

@@ -32,6 +32,7 @@ from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import read_validation_ids, write_metrics
+from imcap_ray.text.vocabulary import Vocabulary
 from tests import small_data
 
 CLUSTER = ClusterResources(is_local=False, cpus=6, gpus=2, nodes=1, physical_cores=6)
@@ -355,6 +356,17 @@ def test_a_training_uses_both_feature_folders_before_it_encodes_and_until_it_end
     assert in_use(training.prepared.features) == sorted([train, validation])
     training.leave()
     assert in_use(training.prepared.features) == []
+
+
+def test_a_training_that_resumes_keeps_the_vocabulary_of_its_weights(flickr8k: Path, tmp_path: Path) -> None:
+    prepared = prepare(flickr8k, tmp_path / "model")
+    write_epochs(prepared.work, 0.5)
+    earlier = Vocabulary(["'stop", "dog"])
+    storage.write_bytes(storage.join(prepared.work, "vocabulary.json"), earlier.to_json().encode())
+
+    training = _Training.begin(prepared, CLUSTER, ProgressReporter(None))
+
+    assert training.prepared.vocabulary.tokens == earlier.tokens != prepared.vocabulary.tokens
 
 
 # ---- unusable data
