@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from imcap_ray.cli.options import (
 )
 from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig, SearchConfig
 from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
-from imcap_ray.errors import InputError
+from imcap_ray.errors import ConfigError, InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import MIN_IMAGES, format_duration
 
@@ -146,7 +147,12 @@ def _search(config: CaptioningConfig) -> SearchConfig | None:
     overrides = {name: getattr(config, name) for name in names}
     if all(value is None for value in overrides.values()):
         return None
-    return override_search(read_model_folder(config.models[0] if config.models else None).search, **overrides)
+    search = read_model_folder(config.models[0] if config.models else None).search
+    try:
+        return override_search(search, **overrides)
+    except ConfigError as error:
+        message = re.sub("|".join(names), lambda match: f"--{match[0].replace('_', '-')}", str(error))
+        raise ConfigError(message) from error
 
 
 def run_captioning(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from imcap_ray.config import DEFAULT_MODEL, SearchConfig
 from imcap_ray.data.image_inputs import ImageInput, is_image_input, read_image_input
-from imcap_ray.errors import ImageError, InputError, ModelError
+from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.beam_search import State, beam_search
 from imcap_ray.models.caption import Caption, no_memory, not_finite
@@ -383,5 +383,12 @@ def _have_same_features(first: Encoder, second: Encoder) -> bool:
 
 
 def override_search(search: SearchConfig, **overrides: Any) -> SearchConfig:
-    """Replace the settings for which `overrides` has a value other than None."""
-    return replace(search, **{name: value for name, value in overrides.items() if value is not None})
+    """Replace the settings for which `overrides` has a value other than None.
+
+    Raises:
+        ConfigError: a value is out of range. The message names the settings as the overrides do.
+    """
+    try:
+        return replace(search, **{name: value for name, value in overrides.items() if value is not None})
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("search.", "")) from error

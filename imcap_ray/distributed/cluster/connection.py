@@ -139,15 +139,17 @@ def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str)
     `what` is the setting that needs them.
     """
     holder, advice = ("this machine", "") if resources.is_local else ("the cluster", ", or add nodes")
-    for unit, needed, available, maximum in (
-        ("CPU", cpus, resources.cpus, resources.max_cpus),
-        ("GPU", gpus, resources.gpus, resources.max_gpus),
+    # A private Ray counts more CPUs than this machine has cores.
+    shown_cpus = resources.physical_cores if resources.is_local else resources.cpus
+    for unit, needed, available, shown, maximum in (
+        ("CPU", cpus, resources.cpus, shown_cpus, resources.max_cpus),
+        ("GPU", gpus, resources.gpus, resources.gpus, resources.max_gpus),
     ):
         if needed > max(available, maximum):
             growth = f" and grows to {maximum:g}" if maximum > available else ""
             raise ClusterError(
                 f"{what} needs {needed:g} {unit}{'' if needed == 1 else 's'}, "
-                f"{holder} has {available:g}{growth}: ask for less{advice}"
+                f"{holder} has {shown:g}{growth}: ask for less{advice}"
             )
 
 

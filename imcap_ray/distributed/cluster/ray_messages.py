@@ -20,9 +20,24 @@ _ACTOR_WITHOUT_OWNER: Final = "all references to the actor were removed"
 """Also Ray's reason if a process with a token starts an actor on a cluster without: the cluster cannot ask after it."""
 
 
+_OUT_OF_MEMORY: Final = re.compile(r"running low on memory|NODE_OUT_OF_MEMORY|Top \d+ memory users")
+"""Parts of the pages, with the command lines of the node's processes, that Ray writes when a node's memory is full."""
+
+_NODE_MEMORY: Final = re.compile(r"Memory on the node \(IP: ([^,)]+).*? was ([\d.]+) ?\w+(?: used)? / ([\d.]+) ?(\w+)")
+
+
 def without_ray_advice(text: str) -> str:
-    """The text in one line, without the sentences in which Ray advises programmers what to set or to read."""
+    """The text in one line, without the sentences in which Ray advises programmers what to set or to read.
+
+    One sentence replaces all that Ray writes about a node whose memory is full.
+    """
     line = " ".join(text.split())
+    if _OUT_OF_MEMORY.search(line):
+        match = _NODE_MEMORY.search(line)
+        node = "a node ran out of memory"
+        if match:
+            node = f"the node {match[1]} ran out of memory ({match[2]} of {match[3]} {match[4]} used)"
+        return f"{node}, and Ray ended processes there: run fewer at a time, or give it more memory"
     return " ".join(sentence for sentence in _SENTENCE_END.split(line) if not _ADVICE.search(sentence)) or line
 
 
@@ -44,6 +59,8 @@ def describe_error(error: BaseException) -> str:
     """The cause of an error of Ray in one line, from the tracebacks of its processes."""
     # A chain of exceptions from other processes arrives as text, the first cause on top; the last indented line of a
     # traceback is code, what follows is the exception.
+    if _OUT_OF_MEMORY.search(str(error)):
+        return without_ray_advice(str(error))
     lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
     last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
     text = without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__

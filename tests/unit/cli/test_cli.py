@@ -185,7 +185,7 @@ def test_a_folder_that_is_not_a_model_is_a_one_line_error(photograph: Path, tmp_
 def test_incompatible_settings_are_a_one_line_error(photograph: Path, model_dir: Path) -> None:
     line = mistake("caption", photograph, "--model", model_dir, "--num-captions", "9")
 
-    assert line == "search.num_captions must be 1 to search.beam_size (3), got 9"
+    assert line == "--num-captions must be 1 to --beam-size (3), got 9"
 
 
 def test_missing_captions_and_references_are_a_one_line_error(flickr8k: Path, tmp_path: Path) -> None:

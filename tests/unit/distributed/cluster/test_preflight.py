@@ -221,6 +221,13 @@ def test_an_unreachable_store_is_left_to_the_job(monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0
 
 
+def test_the_cpus_of_this_machine_are_its_cores_and_not_those_that_a_private_ray_counts() -> None:
+    machine = replace(RESOURCES, is_local=True, cpus=4, physical_cores=2)
+
+    with pytest.raises(ClusterError, match="^--num-workers 8 needs 9 CPUs, this machine has 2: ask for less$"):
+        require(machine, cpus=9, gpus=0, what="--num-workers 8")
+
+
 def test_missing_dependencies_are_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
         raise ModuleNotFoundError("No module named 'timm'", name="timm")
