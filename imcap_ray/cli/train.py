@@ -63,7 +63,8 @@ def train(data: str, model: str, **options: Any) -> None:
 
     The format of DATA is recognised: Flickr8k or Flickr30k as distributed or from Kaggle, Karpathy's or COCO's JSON,
     Hugging Face's metadata.jsonl, images with .txt files next to them, WebDataset tars, or Parquet with captions and
-    images or their paths. If a training is interrupted, the same command resumes after its last finished epoch.
+    images or their paths. If a training is interrupted, the same command resumes after its last finished epoch. With a
+    larger training.epochs it continues a finished training.
 
     MODEL/_training contains the metrics of every epoch, in metrics.jsonl and for `tensorboard --logdir MODEL`. If
     mlflow is installed and MLFLOW_TRACKING_URI is set, they are logged there too, in one run even if the training

@@ -40,6 +40,7 @@ from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_
 from imcap_ray.errors import ImcapError, OutputError, translate_errors
 from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REMOVED_FILE, REPLACING, is_part, parse_run_file
 from imcap_ray.runs.lease import Lease, has_foreign_files
+from imcap_ray.text.escaping import short_value
 
 RUN_FILE: Final = "run.json"
 
@@ -127,8 +128,8 @@ class CaptionsFolder:
         for key, name in IDENTITY.items():
             if run.get(key) != identity[key]:
                 raise OutputError(
-                    f"{self.location} was made with another {name} ({_short(run.get(key))}, now "
-                    f"{_short(identity[key])}): choose another OUTPUT, or give --overwrite to start again"
+                    f"{self.location} was made with another {name} ({short_value(run.get(key))}, now "
+                    f"{short_value(identity[key])}): choose another OUTPUT, or give --overwrite to start again"
                 )
 
     def is_of(self, identity: Mapping[str, Any]) -> bool:
@@ -539,9 +540,3 @@ def _num_rows(path: str) -> int:
 
 def _name(path: str) -> str:
     return path.rpartition("/")[2]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
-    return f"{text[:12]}..." if is_digest else text

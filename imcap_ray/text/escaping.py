@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final
+from typing import Any, Final
 
 # Control characters, lone surrogates, other line ends, and marks that change the direction of text.
 _CONTROL: Final = re.compile(
@@ -29,3 +30,10 @@ def markdown_code(text: str) -> str:
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
     padding = " " if "`" in text else ""
     return f"{fence}{padding}{text}{padding}{fence}".replace("|", "\\|")
+
+
+def short_value(value: Any) -> str:
+    """A setting as text, for a message; of a hash, the beginning."""
+    text = "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+    is_digest = len(text) == 64 and set(text) <= set("0123456789abcdef")
+    return f"{text[:12]}..." if is_digest else text

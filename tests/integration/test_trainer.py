@@ -214,14 +214,26 @@ def test_the_same_command_keeps_finished_work_and_another_command_is_refused(
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
 
     again = run(seed=3)
-    with pytest.raises(OutputError, match="another recipe.training.epochs, seed"):
-        run(recipe=small_recipe(epochs=3), seed=4)
+    with pytest.raises(OutputError, match=r"another training.batch_size \(.*, now 5\), seed \(3, now 4\): choose"):
+        run(recipe=small_recipe(epochs=2, batch_size=5), seed=4)
     os.truncate(tmp_path / "model" / "_training" / "settings.json", 100)
     with pytest.raises(OutputError, match=r"settings\.json is corrupt"):
         run(seed=3)
 
     assert again.metrics == first.metrics
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_finished_training_continues_with_more_epochs(run: Callable[..., TrainingResult], tmp_path: Path) -> None:
+    metrics = tmp_path / "model" / "_training" / "metrics.jsonl"
+    run(recipe=small_recipe(epochs=1, patience=0))
+    first = metrics.read_text()
+
+    result = run(recipe=small_recipe(epochs=3, patience=0))
+
+    assert result.num_epochs == 3
+    assert metrics.read_text().startswith(first)
+    assert len(read_model_folder(tmp_path / "model").metrics["history"]) == 3
 
 
 def test_a_training_that_lost_its_lease_stops_and_writes_no_more(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -23,10 +24,11 @@ from imcap_ray.models.decoders import find_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
 from imcap_ray.runs.lease import has_foreign_files
-from imcap_ray.runs.training_run import SETTINGS_FILE, WORK_FOLDER, read_metrics
+from imcap_ray.runs.training_run import SETTINGS_FILE, WORK_FOLDER, History, read_metrics
+from imcap_ray.text.escaping import short_value
 from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.loop import require_layer
-from imcap_ray.training.phases import next_phase, num_epochs, phases
+from imcap_ray.training.phases import CROSS_ENTROPY, kind_of, next_phase, num_epochs, phases
 
 CPUS_FOR_READING: Final = 1
 """CPUs in addition to the workers', with which Ray Data reads their images."""
@@ -196,7 +198,7 @@ def prepare_training(
     settings = _build_settings(data, recipe, encoder, config.seed)
     if start_model:
         settings["start_from"] = start_model.fingerprint
-    _refuse_other_contents(model, work, settings, data)
+    _refuse_other_contents(model, work, settings, data, recipe)
     features = resources.features or storage.join(storage.parent(model), "_features")
     if storage.is_file(features := storage.absolute(features)):
         raise InputError(f"--features must be a folder, got a file: {features}")
@@ -278,8 +280,10 @@ def _build_settings(data: CaptionedImages, recipe: Recipe, encoder: Encoder, see
     return settings
 
 
-def _refuse_other_contents(model: str, work: str, settings: Mapping[str, Any], data: CaptionedImages) -> None:
-    """Raise OutputError if the model's folder contains anything but this training."""
+def _refuse_other_contents(
+    model: str, work: str, settings: Mapping[str, Any], data: CaptionedImages, recipe: Recipe
+) -> None:
+    """Raise OutputError if the model's folder contains anything but this training, or a shorter one to continue."""
     location = storage.join(work, SETTINGS_FILE)
     if storage.exists(location):
         before = _read_settings(location, model)
@@ -289,10 +293,15 @@ def _refuse_other_contents(model: str, work: str, settings: Mapping[str, Any], d
             else:
                 _refuse_other_column(model, data)
                 before["image_columns"] = settings["image_columns"]
-        if different := sorted(_differences(before, settings)):
+        different = list(_differences(before, settings))
+        longer = [difference for difference in different if _is_longer(*difference)]
+        if others := [difference for difference in different if difference not in longer]:
             raise OutputError(
-                f"{model} holds a training with another {', '.join(different)}: choose another folder or remove it"
+                f"{model} holds a training with another {_describe_differences(others)}: choose another folder or "
+                "remove it"
             )
+        if longer:
+            _require_lengthening(model, read_metrics(work), recipe, _describe_differences(longer))
     elif storage.exists(storage.join(model, CONFIG_FILE)):
         raise OutputError(f"{model} is a finished model: choose another folder or remove it")
     elif storage.is_file(model) or (storage.is_folder(model) and has_foreign_files(model, {f"{WORK_FOLDER}/owner"})):
@@ -333,10 +342,50 @@ def _refuse_other_column(model: str, data: CaptionedImages) -> None:
             )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _is_longer(name: str, before: Any, now: Any) -> bool:
+    """Whether a setting differs only in that a training takes more epochs."""
+    _, _, setting = name.rpartition(".")
+    if setting not in ("epochs", "patience") or not isinstance(before, int) or not isinstance(now, int):
+        return False
+    if setting == "patience":  # 0: without limit
+        before, now = before or sys.maxsize, now or sys.maxsize
+    return bool(now > before)
+
+
+def _require_lengthening(model: str, history: History, recipe: Recipe, change: str) -> None:
+    """Raise OutputError unless the training can continue with more epochs than it was begun with."""
+    if not history:
+        return
+    last, following = history[-1]["phase"], next_phase(history, recipe)
+    order = list(phases(recipe))
+    if following is None:
+        raise OutputError(
+            f"{model}: {change} adds no epoch, because the training stopped after {len(history)} epochs without a "
+            f"better score: set {'training' if last == CROSS_ENTROPY else kind_of(last)}.patience=0 too"
+        )
+    if order.index(following) < order.index(last):
+        raise OutputError(
+            f"{model}: {change} comes too late, because the {last} phase has begun: choose another folder, perhaps "
+            f"with --start-from {model}"
+        )
+
+
+def _describe_differences(differences: Iterable[tuple[str, Any, Any]]) -> str:
+    """Settings as the user writes them, with the values before and now."""
+    return ", ".join(
+        f"{_SETTING_NAMES.get(name, name.removeprefix('recipe.'))} ({short_value(before)}, now {short_value(now)})"
+        for name, before, now in differences
+    )
+
+
+_SETTING_NAMES: Final = {"data_sha256": "set of images, splits or captions"}
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The name of each setting that differs, and both values."""
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             yield from _differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", old, new

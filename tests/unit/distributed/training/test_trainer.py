@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +31,7 @@ from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
-from imcap_ray.runs.training_run import read_validation_ids, write_metrics
+from imcap_ray.runs.training_run import EpochMetrics, read_validation_ids, write_metrics
 from imcap_ray.text.vocabulary import Vocabulary
 from tests import small_data
 
@@ -252,6 +252,59 @@ def test_the_error_for_corrupt_settings_names_them_and_a_remedy(flickr8k: Path, 
         prepare(flickr8k, place.parent.parent)
 
 
+def begun(data: Path, model: Path, *epochs: tuple[str, float], **settings: Any) -> Recipe:
+    """Write what a training with these epochs, as pairs of phase and score, leaves; return its recipe."""
+    recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING | settings)
+    write_settings(model, prepare(data, model, recipe=recipe).settings)
+    history = [
+        {"epoch": number, "phase": phase, "cider_d": score, "seconds": 1.0}
+        for number, (phase, score) in enumerate(epochs, start=1)
+    ]
+    write_metrics(str(model / "_training"), cast("list[EpochMetrics]", history))
+    return recipe
+
+
+def longer(recipe: Recipe, **settings: int) -> Recipe:
+    return replace(recipe, training=replace(recipe.training, **settings))
+
+
+@pytest.mark.parametrize("num_done", [0, 1, 2])
+def test_a_training_may_get_more_epochs_and_nothing_less(flickr8k: Path, tmp_path: Path, num_done: int) -> None:
+    done = [("cross_entropy", 0.1 * number) for number in range(num_done)]
+    recipe = begun(flickr8k, tmp_path / "model", *done, **{"training.epochs": 2})
+    (tmp_path / "model" / "config.json").touch()
+
+    plan = prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, epochs=5)).plan()
+
+    assert (plan.num_epochs, plan.num_epochs_done) == ({"cross_entropy": 5}, num_done)
+    with pytest.raises(OutputError, match=r"another training.epochs \(2, now 1\): choose another folder"):
+        prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, epochs=1))
+    with pytest.raises(OutputError, match=r"another training.batch_size \(\d+, now 3\): choose another folder"):
+        prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, epochs=5, batch_size=3))
+
+
+def test_a_phase_that_is_over_gets_no_more_epochs(flickr8k: Path, tmp_path: Path) -> None:
+    settings = {"training.epochs": 1, "finetune.epochs": 2, "finetune.first_layer": "cnn.blocks.5"}
+    done = [("cross_entropy", 0.1), ("finetune", 0.2)]
+    recipe = begun(flickr8k, tmp_path / "model", *done, **settings)
+
+    prepare(flickr8k, tmp_path / "model", recipe=replace(recipe, finetune=replace(recipe.finetune, epochs=9)))
+    with pytest.raises(OutputError, match=r"training.epochs \(1, now 2\) comes too late, because the finetune phase"):
+        prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, epochs=2))
+
+
+def test_more_epochs_need_more_patience_if_the_score_no_longer_improved(flickr8k: Path, tmp_path: Path) -> None:
+    done = [("cross_entropy", score) for score in (0.3, 0.2, 0.1)]
+    recipe = begun(flickr8k, tmp_path / "model", *done, **{"training.epochs": 9, "training.patience": 2})
+
+    with pytest.raises(OutputError, match=r"stopped after 3 epochs without a better score: set training.patience=0"):
+        prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, epochs=20))
+    prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, epochs=20, patience=0))
+    prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, patience=4))
+    with pytest.raises(OutputError, match=r"another training.patience \(2, now 1\)"):
+        prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, patience=1))
+
+
 # ---- the columns of images, and the caches
 
 
@@ -281,7 +334,9 @@ def test_a_training_resumes_only_with_the_same_image_column(two_columns: Path, t
 
     prepare(two_columns, model)
     prepare(two_columns, model, column="image_path")
-    with pytest.raises(OutputError, match="a training with another image_columns"):
+    with pytest.raises(
+        OutputError, match=r"with another image_columns \(.*image_path.*, now .*thumbnail.*\): choose"
+    ):
         prepare(two_columns, model, column="thumbnail")
 
 
