@@ -25,7 +25,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -128,7 +128,13 @@ def decode_image(data: bytes, *, image_size: int, max_pixels: int = MAX_PIXELS) 
     if not data:
         raise ImageError("empty_file", "expected an image, got zero bytes")
     with _decoding():
-        return _decode(data, image_size=image_size, max_pixels=max_pixels)
+        try:
+            return _decode(data, image_size=image_size, max_pixels=max_pixels)
+        except ImageError as error:
+            if error.code != "not_an_image" or (intact := _without_damaged_metadata(data)) == data:
+                raise
+        decoded = _decode(intact, image_size=image_size, max_pixels=max_pixels)
+        return replace(decoded, sha256=hashlib.sha256(data).hexdigest())
 
 
 def decode_picture(picture: Image.Image, *, image_size: int) -> npt.NDArray[np.uint8]:
@@ -232,6 +238,27 @@ class _CountedFile(io.BytesIO):
         if self.reads_left < 0:
             raise ImageError("too_large", f"its metadata have more than {_MAX_HEADER_READS:,} parts")
         return super().read(size)
+
+
+def _without_damaged_metadata(data: bytes) -> bytes:
+    """A PNG without its ancillary chunks, such as texts, whose checksum is wrong; other data are returned unchanged.
+
+    The picture is in critical chunks, which begin with a capital letter. libpng leaves out damaged ancillary chunks
+    too, while Pillow refuses the file.
+    """
+    if not data.startswith(b"\x89PNG"):
+        return data
+    kept, position = [data[:8]], 8
+    for _ in range(_MAX_HEADER_READS):
+        content = position + 4
+        end = content + 4 + int.from_bytes(data[position:content], "big")
+        is_correct = zlib.crc32(data[content:end]) == int.from_bytes(data[end : end + 4], "big")
+        if is_correct or not data[content : content + 1].islower():
+            kept.append(data[position : end + 4])
+        position = end + 4
+        if position >= len(data):
+            break
+    return b"".join([*kept, data[position:]])
 
 
 def _check_parts(data: bytes) -> None:
@@ -363,18 +390,20 @@ def _to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Grey pixels of more than 8 bits, scaled to 8 bits by the range they are stored in.
 
     The range is 16 bits, or the number of bits in a TIFF's header, or 8 bits in wider numbers, or 0 to 1 for floats.
-    Where the values fit none of these, it is that from the darkest to the lightest pixel. A TIFF may count from white
-    to black.
+    Sensors write 10 or 12 bits into 16, where all pixels would be almost black: up to 4,095, the range ends at the
+    lightest pixel. Where the values fit none of these, it is that from the darkest to the lightest pixel. A TIFF may
+    count from white to black.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
     darkest, lightest = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        bits = _tiff_tag(image, ExifTags.Base.BitsPerSample)
-        darkest, lightest = 0.0, 4095.0 if bits == 12 else 65535.0
+    if image.mode.startswith("I;16") and _tiff_tag(image, ExifTags.Base.BitsPerSample) == 12:
+        darkest, lightest = 0.0, 4095.0
     elif image.mode == "F" and darkest >= 0 and lightest <= 1:
         darkest, lightest = 0.0, 1.0
     elif darkest >= 0 and lightest <= 255:
         darkest, lightest = 0.0, 255.0
+    elif darkest >= 0 and lightest <= 4095:
+        darkest = 0.0
     elif darkest >= 0 and lightest <= 65535:
         darkest, lightest = 0.0, 65535.0
     scaled = (values - darkest) * (255.0 / max(lightest - darkest, 1e-30))

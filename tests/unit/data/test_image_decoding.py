@@ -31,6 +31,7 @@ from tests.malformed_images import (
     jpeg_of_scans,
     malformed_images,
     photo,
+    png_chunk,
     png_header,
 )
 
@@ -219,6 +220,31 @@ def test_an_opaque_alpha_channel_changes_nothing() -> None:
     np.testing.assert_array_equal(decode(encode(opaque, "PNG")).pixels, channels_first(photo(SIZE, SIZE)))
 
 
+def damaged_chunk(kind: bytes) -> bytes:
+    return png_chunk(kind, b"Comment\0somewhere else")[:-1] + b"?"
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"iCCP", b"pHYs", b"eXIf", b"tIME", b"prVt"])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_png_with_damaged_metadata_has_all_its_pixels(kind: bytes, is_first: bool) -> None:
+    png = encode(photo(SIZE, SIZE), "PNG")
+    position = 33 if is_first else len(png) - 12  # after the header, or before the end
+    data = png[:position] + damaged_chunk(kind) + png[position:]
+
+    decoded = decode(data)
+
+    np.testing.assert_array_equal(decoded.pixels, channels_first(photo(SIZE, SIZE)))
+    assert decoded.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_a_png_with_damaged_metadata_and_damaged_pixels_is_refused() -> None:
+    png = encode(photo(SIZE, SIZE), "PNG")
+    pixels = png.index(b"IDAT")
+    data = png[:33] + damaged_chunk(b"tEXt") + png[33:pixels] + b"IDAT" + bytes(40) + png[pixels + 44 :]
+
+    assert error_of(data).code == "not_an_image"
+
+
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_mid_grey_of_16_bits_is_mid_grey(format: str) -> None:
     pixels = decode(encode(Image.new("I;16", (SIZE, SIZE), 32768), format)).pixels
@@ -250,6 +276,23 @@ def test_grey_levels_of_a_tiff_are_right_or_it_is_refused(order: str, bits: int,
         assert error_of(data).code == "unsupported_format"
     else:
         assert np.abs(decode(data).pixels - 255 * levels).max() <= 0.51
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "PPM"])
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_ten_or_twelve_bits_in_sixteen_are_not_black(format: str, dtype: type) -> None:
+    levels = np.add.outer(np.arange(SIZE), np.arange(SIZE)) / (2 * SIZE - 2)
+    if format != "TIFF" and dtype is not np.uint16:
+        pytest.skip("the format has no such numbers")
+
+    pixels = decode(encode(Image.fromarray(np.rint(694 * levels).astype(dtype)), format)).pixels
+
+    assert np.abs(pixels - 255 * levels).max() <= 0.75
+
+
+def test_a_dark_picture_of_sixteen_bits_stays_dark() -> None:
+    grey = np.full((SIZE, SIZE), 20 * 257, np.uint16)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey), "PNG")).pixels, 20)
 
 
 def test_values_beyond_any_known_range_are_stretched() -> None:

@@ -334,9 +334,7 @@ def test_a_training_resumes_only_with_the_same_image_column(two_columns: Path, t
 
     prepare(two_columns, model)
     prepare(two_columns, model, column="image_path")
-    with pytest.raises(
-        OutputError, match=r"with another image_columns \(.*image_path.*, now .*thumbnail.*\): choose"
-    ):
+    with pytest.raises(OutputError, match=r"with another image_columns \(.*image_path.*, now .*thumbnail.*\): choose"):
         prepare(two_columns, model, column="thumbnail")
 
 
