@@ -210,7 +210,7 @@ class Captioner:
         Args:
             images: paths, URIs, bytes of files, open binary files, PIL images, or uint8 arrays (H, W, 3). They are read
                 a batch at a time.
-            num_captions: return a list of so many captions for each image, the best first.
+            num_captions: return a list of this many captions for each image, the best first.
             beam_size: beam size to use instead of the captioner's.
 
         Raises:

@@ -5,7 +5,6 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
 from imcap_ray.data.image_decoding import decode_image
@@ -21,7 +21,6 @@ from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.distributed.captioning import caption_images
-from imcap_ray.distributed.cluster import connection as cluster
 from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.pipeline import image_pipeline
 from imcap_ray.distributed.pipeline.image_loading import LoadImages
@@ -501,8 +500,8 @@ def test_overwriting_removes_the_old_rows_only_after_the_new_ones_are_complete(
 def test_an_actor_without_a_gpu_sees_no_gpu_of_its_node(
     run: Run, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_gpu = replace(cluster._resources(), gpus=1.0)
-    monkeypatch.setattr(cluster, "_resources", lambda: with_gpu)
+    with_gpu = ray.cluster_resources() | {"GPU": 1.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: with_gpu)
 
     run(str(photographs), str(tmp_path / "out"), load_captioner=SaysItsGpus, limit=3)
 
