@@ -54,6 +54,9 @@ class KnownImages:
             metadata = read_metadata(part)
             if numbers := range_of(metadata, "manifest_id"):
                 self.next_id = max(self.next_id, numbers[1] + 1)
+            elif metadata.num_rows:  # written without statistics
+                last = pc.max(read_table(part, ["manifest_id"])["manifest_id"]).as_py()
+                self.next_id = max(self.next_id, last + 1)
             self.id_source = ((metadata.metadata or {}).get(ID_SOURCE_KEY) or b"").decode() or self.id_source
             self.id_column = ((metadata.metadata or {}).get(ID_COLUMN_KEY) or b"").decode() or self.id_column
             self.image_columns = list(dict.fromkeys([*self.image_columns, *parse_image_columns(metadata.metadata)]))
