@@ -33,17 +33,24 @@ node = ray.nodes()[0]
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 ended, scrapes, names = threading.Event(), [], set()
 
-def watch():
-    while not ended.wait(0.5):
-        try:
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
+def list_processes():
+    while not ended.wait(0.05):  # a decoding task is short
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
                 if os.getsid(int(path.parent.name)) == os.getsid(0):  # of this run
                     names.add(path.read_text(errors="replace").strip("\\0"))
+            except OSError:
+                pass  # the process has ended
+
+def scrape_metrics():
+    while not ended.wait(0.5):
+        try:
             scrapes.append(urllib.request.urlopen(url, timeout=5).read().decode())
         except OSError:
             pass
 
-threading.Thread(target=watch, daemon=True).start()
+threading.Thread(target=list_processes, daemon=True).start()
+threading.Thread(target=scrape_metrics, daemon=True).start()
 photographs, output = sys.argv[1:]
 config = CaptioningConfig(input=photographs, output=output, max_failure_rate=1.0)
 resources = ResourcesConfig(num_actors=2, batch_size=8)

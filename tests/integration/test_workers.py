@@ -25,13 +25,24 @@ from imcap_ray.training.team import Team
 
 team = Team(rank, 2, device)
 """
+# As Ray Train does; without it, the exit of the process races gloo's threads and may abort.
+DISCONNECT = """
+torch.distributed.destroy_process_group()
+"""
 
 
 def run_workers(tmp_path: Path, script: str, *arguments: Any) -> list[Any]:
     """Run two workers, each with one of the arguments, and return what they print."""
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", CONNECT + script, str(rank), str(tmp_path / "store"), json.dumps(argument)],
+            [
+                sys.executable,
+                "-c",
+                CONNECT + script + DISCONNECT,
+                str(rank),
+                str(tmp_path / "store"),
+                json.dumps(argument),
+            ],
             stdout=subprocess.PIPE,
             text=True,
         )
