@@ -36,7 +36,8 @@ def check(data: str, **options: Any) -> None:
 
     Exit code 3 means that the data are unusable for training: there are no training or validation images; more than
     10 % of the images are missing or unreadable; the same image is in two splits, or more than 1 % of a split are near
-    duplicates of images in another; more than 1 % of the captions were read in the wrong encoding.
+    duplicates of images in another; more than 1 % of the captions were read in the wrong encoding. If the data do not
+    name the splits, near duplicates are put into one split.
 
     \b
     imcap check flickr8k/

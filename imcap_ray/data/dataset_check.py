@@ -6,7 +6,8 @@ These problems make a data set unusable for training, and give `imcap check` exi
     missing         more than 10 % of the captioned images have no file
     unreadable      more than 10 % of the files cannot be read or are not images
     leak            an image in two splits, by its name, its file or its bytes
-    near_leak       more than 1 % of the validation or test images are near duplicates of images in another split
+    near_leak       more than 1 % of the validation or test images are near duplicates of images in another split, and
+                    the data name the splits; otherwise near duplicates are put into one split
     encoding        more than 1 % of the captions show that a text was read in the wrong encoding
 
 All other problems are warnings.
@@ -19,7 +20,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from statistics import median
 from typing import Final, TypedDict
@@ -29,7 +30,7 @@ import pyarrow as pa
 from imcap_ray import storage
 from imcap_ray.config import Recipe
 from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
-from imcap_ray.data.datasets.dataset import DatasetRow
+from imcap_ray.data.datasets.dataset import DatasetRow, examples
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_formats import is_image_name
 from imcap_ray.data.image_reading import read_rows, root_of
@@ -52,6 +53,21 @@ MAX_BAD_CAPTIONS: Final = 0.01
 MAX_UNKNOWN_TOKENS: Final = 0.1
 """Share of a split's tokens that may be missing from the training vocabulary without a warning."""
 
+FEW_VALIDATION_IMAGES: Final = 50
+"""Scores on fewer validation images depend so much on chance that the choice of the best epoch does too."""
+
+# Common in English captions, where a fifth of the words are these, and rare in other languages.
+_ENGLISH_WORDS: Final = frozenset(["the", "with", "of", "and", "on", "to", "at", "by", "from", "his", "her", "are"])
+
+MIN_ENGLISH_WORDS: Final = 0.05
+"""Share of the captions' words that are among `_ENGLISH_WORDS`, below which they do not seem to be English."""
+
+MAX_COMPARED_IMAGES: Final = 50_000
+"""Among more images, near duplicates are not put into one split, because one process would have to read all images."""
+
+MAX_MOVED_IMAGES: Final = 0.5
+"""Share of the training images that may move to the splits of their near duplicates."""
+
 SMALLEST_SIDE: Final = 64
 """An image with fewer pixels on a side shows little of what a caption describes."""
 
@@ -61,7 +77,17 @@ _NO_CAPTION: Final = re.compile("images? ha(s|ve) no caption")
 # Codes of findings, the most severe first. A `note` is a problem that the reader of the data set found.
 _SEVERITY: Final = (
     *("no_split", "missing", "unreadable", "leak", "near_leak", "encoding", "note", "without_captions", "odd_names"),
-    *("num_captions", "unknown_words", "repeated", "repeated_captions", "short", "small", "long"),
+    *(
+        "few_validation",
+        "language",
+        "num_captions",
+        "unknown_words",
+        "repeated",
+        "repeated_captions",
+        "short",
+        "small",
+        "long",
+    ),
 )
 
 _NUM_EXAMPLES: Final = 3
@@ -191,15 +217,15 @@ def check_dataset(
             one.
         on_progress: called with the number of images done and the number of all images.
     """
-    rows: list[DatasetRow] = dataset.table.to_pylist()
     files = _list_files(dataset)
+    inspected = _inspect_existing(dataset, files, on_progress) if decode else []
+    dataset, inspected = _keep_duplicates_together(dataset, inspected)
+    rows: list[DatasetRow] = dataset.table.to_pylist()
     tokens = _count_tokens(rows, recipe.vocabulary.tokenizer)
     images: ImageFacts = {}
     findings = [*_check_splits(dataset), *_check_files(dataset, rows, files), *_check_captions(rows, tokens, recipe)]
-    if decode:
-        existing = [row for row in rows if row["image_path"] and _exists(dataset, row["image_path"], files)]
-        inspected = list(_inspect_all(dataset, existing, on_progress))
-        images = _measure_images(inspected) if inspected else {}
+    if inspected:
+        images = _measure_images(inspected)
         findings += _check_images(inspected)
     findings += map(_from_note, dataset.notes)
     # Images without captions are counted twice: by the reader, those that the data name, and here, those in the same
@@ -234,6 +260,58 @@ def require_usable(
             f"{dataset.location} is unusable for training, see `imcap check`: {'; '.join(problems)}; "
             "--allow-unusable trains anyway"
         )
+
+
+def keep_duplicates_together(
+    dataset: CaptionedImages, *, on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> CaptionedImages:
+    """Put near duplicates into one split, if the data do not name the splits.
+
+    It is the test split if one of them is there, otherwise the validation split. So an image that is for testing by its
+    name, as `imcap evaluate` sees it, is never trained on. Nothing changes if there are too many images to compare, or
+    if too many would move.
+    """
+    if dataset.has_official_splits or dataset.table.num_rows > MAX_COMPARED_IMAGES:
+        return dataset
+    return _keep_duplicates_together(dataset, _inspect_existing(dataset, _list_files(dataset), on_progress))[0]
+
+
+def _keep_duplicates_together(
+    dataset: CaptionedImages, images: list[_InspectedImage]
+) -> tuple[CaptionedImages, list[_InspectedImage]]:
+    if dataset.has_official_splits or dataset.table.num_rows > MAX_COMPARED_IMAGES:
+        return dataset, images
+    moved: dict[str, str] = {}
+    num_from_train = 0
+    for group in _group_duplicates(images):
+        split = max((image.split for image in group), key=SPLITS.index)
+        moved |= {image.image_id: split for image in group if image.split != split}
+        num_from_train += sum(image.split == TRAIN != split for image in group)
+    if not moved or num_from_train > MAX_MOVED_IMAGES * dataset.count_splits().get(TRAIN, 0):
+        return dataset, images
+    table = dataset.table
+    ids, splits = table["image_id"].to_pylist(), table["split"].to_pylist()
+    number = table.schema.get_field_index("split")
+    column = pa.array([moved.get(image_id, split) for image_id, split in zip(ids, splits, strict=True)], pa.string())
+    subject = "images are" if len(moved) > 1 else "image is"
+    note = f"{len(moved):,} {subject} in the split of a near duplicate: {examples(moved, len(moved))}"
+    return (
+        replace(dataset, table=table.set_column(number, "split", column), notes=[*dataset.notes, note]),
+        [replace(image, split=moved.get(image.image_id, image.split)) for image in images],
+    )
+
+
+def _group_duplicates(images: Sequence[_InspectedImage]) -> Iterator[list[_InspectedImage]]:
+    """Groups of two or more images that are the same, byte for byte or visually."""
+    by_hash: dict[str, list[_InspectedImage]] = defaultdict(list)
+    for image in images:
+        if not image.error_code:
+            by_hash[image.sha256].append(image)
+    same = [*by_hash.values()]
+    near = find_near_duplicates([group[0].fingerprint for group in same])
+    yield from ([image for number in group for image in same[number]] for group in near)
+    in_near = {number for group in near for number in group}
+    yield from (group for number, group in enumerate(same) if len(group) > 1 and number not in in_near)
 
 
 def require_readable(location: str, *, num_failed: int, num_images: int) -> None:
@@ -280,6 +358,9 @@ def _check_splits(dataset: CaptionedImages) -> Iterator[Finding]:
     for split in (TRAIN, VALIDATION):
         if split not in counts:
             yield Finding(code="no_split", count=0, text=f"{split} images, which a training needs", spoils=True)
+    if 0 < (number := counts.get(VALIDATION, 0)) < FEW_VALIDATION_IMAGES:
+        text = f"validation images, fewer than {FEW_VALIDATION_IMAGES}: which epoch is the best depends on chance"
+        yield from _findings("few_validation", [], text.replace("images", "image", 1), text, count=number)
 
 
 def _check_files(
@@ -334,6 +415,14 @@ class _InspectedImage:
     width: int = 0
     height: int = 0
     format: str = ""
+
+
+def _inspect_existing(
+    dataset: CaptionedImages, files: Mapping[str, set[str]], on_progress: Callable[[int, int], None]
+) -> list[_InspectedImage]:
+    rows: list[DatasetRow] = dataset.table.to_pylist()
+    existing = [row for row in rows if row["image_path"] and _exists(dataset, row["image_path"], files)]
+    return list(_inspect_all(dataset, existing, on_progress))
 
 
 def _inspect_all(
@@ -534,6 +623,7 @@ def _check_captions(rows: Sequence[DatasetRow], tokens: _Tokens, recipe: Recipe)
         yield from _findings(
             "encoding", cases, f"caption has {fault.name}", f"captions have {fault.name}", spoils=spoils
         )
+    yield from _check_language(tokens, recipe.vocabulary.tokenizer)
     known = _training_vocabulary(tokens, recipe)
     for split, counts in tokens.by_split.items():
         unknown = Counter({token: count for token, count in counts.items() if token not in known})
@@ -556,6 +646,17 @@ def _check_captions(rows: Sequence[DatasetRow], tokens: _Tokens, recipe: Recipe)
     repeated = [row["image_id"] for row in rows if len(set(row["captions"])) < len(row["captions"])]
     twice = "the same caption twice"
     yield from _findings("repeated_captions", repeated, f"image has {twice}", f"images have {twice}")
+
+
+def _check_language(tokens: _Tokens, tokenizer: str) -> Iterator[Finding]:
+    """Suggest the tokenizer for other languages if common English words are rare."""
+    all_tokens = sum(tokens.by_split.values(), Counter())
+    num_english = sum(all_tokens[word] for word in _ENGLISH_WORDS)
+    if tokenizer == "ptb" and num_english < MIN_ENGLISH_WORDS * all_tokens.total():
+        rest = "to be in another language than English: --set vocabulary.tokenizer=unicode is made for those"
+        yield from _findings(
+            "language", [], f"caption seems {rest}", f"captions seem {rest}", count=len(tokens.lengths)
+        )
 
 
 def _describe_captions(captions: CaptionFacts) -> str:

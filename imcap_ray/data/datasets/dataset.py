@@ -383,7 +383,7 @@ class Collector:
         location = self.source.location
         _refuse_rewritten(tables or {})
         has_splits = bool(self.splits)
-        splits = self.splits if has_splits else {image_id: split_of(image_id) for image_id in self.captions}
+        splits = self.splits if has_splits else self._hashed_splits()
         chosen = [image_id for image_id in splits if image_id in self.captions]
         left_out = [image_id for image_id in self.captions if image_id not in splits]
         for image_id in left_out:
@@ -411,6 +411,14 @@ class Collector:
             without_captions=frozenset(self.without_captions - self.captions.keys()),
             has_official_splits=has_splits,
         )
+
+    def _hashed_splits(self) -> dict[str, str]:
+        """The split of each image by a hash; of several names of one file by that of the first."""
+        firsts: dict[str, str] = {}
+        return {
+            image_id: split_of(firsts.setdefault(self._paths.get(image_id, image_id), image_id))
+            for image_id in self.captions
+        }
 
     def _rows(self, image_ids: list[str], splits: Mapping[str, str], folder: str) -> pa.Table:
         return pa.table(

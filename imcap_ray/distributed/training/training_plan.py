@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
-from imcap_ray.data.dataset_check import require_usable
+from imcap_ray.data.dataset_check import keep_duplicates_together, require_usable
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
+from imcap_ray.data.parquet_files import read_table
 from imcap_ray.distributed.cluster.connection import ClusterResources, require
 from imcap_ray.distributed.training.phase_start import with_cnn_weights
 from imcap_ray.errors import InputError, OutputError
@@ -24,7 +25,7 @@ from imcap_ray.models.decoders import find_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
 from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
 from imcap_ray.runs.lease import has_foreign_files
-from imcap_ray.runs.training_run import SETTINGS_FILE, WORK_FOLDER, History, read_metrics
+from imcap_ray.runs.training_run import CAPTIONS_FILE, SETTINGS_FILE, WORK_FOLDER, History, read_metrics
 from imcap_ray.text.escaping import short_value
 from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.loop import require_layer
@@ -173,10 +174,24 @@ def load_data(
     data = load_dataset(config.data, columns=columns, allow_outside_paths=config.allow_outside_paths)
     for split in (TRAIN, VALIDATION):
         data.split(split)
-    has_begun = bool(read_metrics(storage.join(storage.absolute(config.model), WORK_FOLDER)))
-    if not (config.allow_unusable or has_begun):
+    work = storage.join(storage.absolute(config.model), WORK_FOLDER)
+    if storage.exists(recorded := storage.join(work, CAPTIONS_FILE)):
+        data = _with_recorded_splits(data, recorded)
+    else:
+        data = keep_duplicates_together(data, on_progress=on_progress)
+    if not (config.allow_unusable or read_metrics(work)):
         require_usable(data, recipe=config.recipe, decode=decode, on_progress=on_progress)
     return data
+
+
+def _with_recorded_splits(data: CaptionedImages, captions: str) -> CaptionedImages:
+    """The data set with the splits with which its training began, if the data do not name the splits."""
+    if data.has_official_splits:
+        return data
+    recorded = read_table(captions, ["image_id", "split"])
+    positions = pa.compute.index_in(data.table["image_id"], value_set=recorded["image_id"])
+    splits = pa.compute.coalesce(recorded["split"].take(positions), data.table["split"])
+    return replace(data, table=data.table.set_column(data.table.schema.get_field_index("split"), "split", splits))
 
 
 def prepare_training(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from imcap_ray.cli.main import main
 from imcap_ray.config import Recipe, load_recipe
-from imcap_ray.data.dataset_check import DataCheck, Finding, check_dataset
+from imcap_ray.data.dataset_check import DataCheck, Finding, check_dataset, keep_duplicates_together
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.text.mojibake import find_mojibake
 from tests.malformed_images import photo
@@ -86,7 +86,7 @@ def test_a_valid_data_set_is_described_and_passes(flickr8k: Path) -> None:
         "median": [80, 60],
         "largest": [80, 60],
     }
-    assert {finding.code for finding in checked.findings} == {"missing", "odd_names", "note", "small"}
+    assert {finding.code for finding in checked.findings} == {"missing", "odd_names", "note", "small", "few_validation"}
 
 
 def test_coverage_is_the_share_of_tokens_frequent_enough_in_training(flickr8k: Path) -> None:
@@ -161,6 +161,57 @@ def test_images_listed_in_two_splits_are_counted(tmp_path: Path) -> None:
     assert leak.examples == ["a (train and validation)", "b (test and train)"]
     assert imcap("check", tmp_path / "a.parquet").exit_code == 3
     assert "(the first of 2; `imcap check` counts them)" in imcap("train", tmp_path, tmp_path / "model").stderr
+
+
+def folder_of_pairs(folder: Path, *, num_pairs: int) -> Path:
+    """Write captioned photographs without official splits, each with a smaller grey copy of it."""
+    folder.mkdir()
+    for number in range(num_pairs):
+        picture = Image.open(io.BytesIO(jpeg(number, width=320, height=240)))
+        picture.save(folder / f"{number}.png")
+        picture.resize((160, 120)).save(folder / f"copy of {number}.jpg", quality=80)
+        for name in (f"{number}", f"copy of {number}"):
+            (folder / f"{name}.txt").write_text("a dog runs on the grass")
+    return folder
+
+
+def test_near_duplicates_are_in_one_split_if_the_data_name_no_splits(tmp_path: Path) -> None:
+    data = folder_of_pairs(tmp_path / "data", num_pairs=40)
+    dataset = load_dataset(str(data))
+    before = dict(zip(dataset.table["image_id"].to_pylist(), dataset.table["split"].to_pylist(), strict=True))
+    separated = sum(before[f"{number}.png"] != before[f"copy of {number}.jpg"] for number in range(40))
+    assert separated > 2, "otherwise the test shows nothing"
+
+    checked = check(data)
+    together = keep_duplicates_together(dataset)
+
+    assert not checked.spoils
+    assert not [finding for finding in checked.findings if finding.code in ("leak", "near_leak")]
+    assert [one for one in checked.findings if one.count == separated and "split of a near duplicate" in one.text]
+    after = dict(zip(together.table["image_id"].to_pylist(), together.table["split"].to_pylist(), strict=True))
+    assert checked.splits == together.count_splits()
+    assert all(after[f"{number}.png"] == after[f"copy of {number}.jpg"] for number in range(40))
+    assert all(after[image_id] == "test" for image_id, split in before.items() if split == "test")
+
+
+def test_near_duplicates_in_official_splits_stay_there(flickr8k: Path) -> None:
+    dataset = load_dataset(str(flickr8k))
+    shutil.copy(image(flickr8k, 3), image(flickr8k, 12))
+
+    assert keep_duplicates_together(dataset) is dataset
+
+
+def test_two_names_of_one_file_are_in_one_split_if_the_data_name_no_splits(tmp_path: Path) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    rows = [
+        {"image_id": f"{name}{number}", "image_path": f"{number}.jpg", "caption": "a dog"}
+        for number in range(30)
+        for name in ("x", "y")
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+
+    assert load_dataset(str(tmp_path / "a.parquet")).leaks == []
 
 
 def test_different_pictures_are_not_a_leak(flickr8k: Path) -> None:
@@ -278,6 +329,43 @@ def test_captions_in_the_wrong_encoding_are_found(
     assert fault in checked.text
     assert checked.examples == [f"{example} in 0003_photo.jpg", f"{example} in 0004_photo.jpg"]
     assert checked.spoils == spoils  # 2 of 102 are more than 1 %
+
+
+@pytest.mark.parametrize(
+    ("caption", "is_english"),
+    [
+        ("Ein Hund läuft in einem Park und ein Mann steht an der Wand", False),
+        ("een man is aan het fietsen in de stad", False),
+        ("犬が走る", False),
+        ("A dog runs on the grass", True),
+    ],
+)
+def test_captions_in_other_languages_get_the_advice_to_use_another_tokenizer(
+    tmp_path: Path, caption: str, is_english: bool
+) -> None:
+    splits = ["train", "train", "validation"]
+    pq.write_table(
+        pa.table({"image_id": ["a", "b", "c"], "caption": [caption] * 3, "split": splits}), tmp_path / "a.parquet"
+    )
+    dataset = load_dataset(str(tmp_path / "a.parquet"))
+    unicode = load_recipe("lite2-attention", {"vocabulary.tokenizer": "unicode"})
+
+    advice = [one.text for one in check(tmp_path / "a.parquet").findings if one.code == "language"]
+
+    assert is_english == (not advice)
+    assert all("--set vocabulary.tokenizer=unicode" in text for text in advice)
+    assert "language" not in [one.code for one in check_dataset(dataset, recipe=unicode).findings]
+
+
+def test_few_validation_images_are_a_warning(
+    flickr8k: Path, tmp_path: Path, make_flickr8k: Callable[..., Path]
+) -> None:
+    few = find(check(flickr8k, decode=False), "few_validation")
+
+    assert (few.count, few.spoils) == (4, False)
+    assert few.text.startswith("validation images, fewer than 50")
+    many = make_flickr8k(tmp_path / "many", num_train=1, num_validation=50, num_test=0)
+    assert "few_validation" not in [one.code for one in check(many, decode=False).findings]
 
 
 def test_unusual_captions_are_counted(flickr8k: Path) -> None:

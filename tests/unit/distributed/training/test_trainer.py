@@ -18,6 +18,7 @@ import torch
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, load_recipe
 from imcap_ray.data.datasets import CaptionedImages, load_dataset
+from imcap_ray.data.parquet_files import write_table
 from imcap_ray.distributed import features
 from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.features import FeatureCache
@@ -451,6 +452,23 @@ def test_a_training_that_has_finished_an_epoch_resumes_although_images_are_missi
     write_metrics(str(tmp_path / "model" / "_training"), [{"epoch": 1, "cider_d": 0.5}])
 
     assert load_data(config).table.num_rows == 8
+
+
+def test_a_training_keeps_the_splits_with_which_it_began(tmp_path: Path) -> None:
+    """Those of an earlier version are by the names alone, without regard to near duplicates."""
+    for number in range(60):
+        (tmp_path / "data" / f"{number}.jpg").parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{number}.jpg").write_bytes(small_data.jpeg(number // 2))
+        (tmp_path / "data" / f"{number}.txt").write_text("a dog runs on the grass")
+    config = TrainingRunConfig(data=str(tmp_path / "data"), model=str(tmp_path / "model"), recipe=Recipe())
+    by_name = load_dataset(config.data).table
+
+    new = load_data(config).table
+    write_table(str(tmp_path / "model" / "_training" / "captions.parquet"), by_name)
+    resumed = load_data(replace(config, allow_unusable=True)).table
+
+    assert new["split"].to_pylist() != by_name["split"].to_pylist()
+    assert resumed.equals(by_name)
 
 
 @pytest.mark.parametrize("allow_unusable", [False, True])
