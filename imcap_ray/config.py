@@ -373,9 +373,9 @@ class TrainingRunConfig:
     encoder_weights: str | None = None
     """File with the CNN's weights; None: they are in the model folder or are downloaded."""
     image_column: str | None = None
-    """Column of Parquet data that holds the images; None: recognised by its name and values."""
+    """Column of tables that holds the images; None: recognised by its name and values."""
     caption_column: str | None = None
-    """Column of Parquet data that holds the captions; None: recognised by its name."""
+    """Column of tables that holds the captions; None: recognised by its name."""
     id_column: str | None = None
     """Column of Parquet data that holds the image ids; None: recognised by its name."""
     allow_outside_paths: bool = False

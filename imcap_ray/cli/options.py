@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig
+from imcap_ray.data.field_names import CAPTION_NAMES, IMAGE_NAMES
 
 if TYPE_CHECKING:
     from imcap_ray.data.columns import ColumnOptions
@@ -76,11 +77,21 @@ outside_option = click.option("--allow-outside-paths", is_flag=True, help="Table
 
 image_column_option = click.option("--image-column", metavar="NAME", help="Parquet column with the images.")
 
-_caption_column_option = click.option("--caption-column", metavar="NAME", help="Parquet column with the captions.")
-
 id_column_option = click.option("--id-column", metavar="NAME", help="Parquet column with the image ids.")
 
-dataset_column_options = _options(image_column_option, _caption_column_option, id_column_option)
+dataset_column_options = _options(
+    click.option(
+        "--image-column",
+        metavar="NAME",
+        help=f"Column of a Parquet, CSV or TSV table with the images. Usual names in CSV and TSV: {IMAGE_NAMES}.",
+    ),
+    click.option(
+        "--caption-column",
+        metavar="NAME",
+        help=f"Column of such a table with the captions. Usual names: {CAPTION_NAMES}.",
+    ),
+    id_column_option,
+)
 
 
 def column_options(options: Mapping[str, Any]) -> ColumnOptions:

@@ -72,7 +72,7 @@ class ImageColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnOptions:
-    """Columns of Parquet tables that the user names; None: the column is recognised by its name."""
+    """Columns of tables that the user names; None: the column is recognised by its name."""
 
     image: str | None = None
     caption: str | None = None

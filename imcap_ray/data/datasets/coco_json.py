@@ -16,7 +16,8 @@ from imcap_ray.data.datasets.dataset import (
     find_image_folder,
     split_in_name,
 )
-from imcap_ray.data.datasets.fields import IMAGE_FIELDS, Record, add_record, has_caption_field
+from imcap_ray.data.datasets.fields import Record, add_record, has_caption_field
+from imcap_ray.data.field_names import IMAGE_FIELDS
 from imcap_ray.errors import DatasetError
 
 _KARPATHY: Final = "Karpathy's JSON"

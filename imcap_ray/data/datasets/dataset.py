@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,13 +117,13 @@ class CaptionedImages:
     without_captions: frozenset[str] = frozenset()
     """Ids of images that exist and have no caption, as far as the format shows them."""
     columns: ColumnOptions = BY_NAME
-    """Columns of Parquet tables that the user named."""
+    """Columns of tables that the user named."""
     image_columns: tuple[str, ...] = ()
     """Columns of Parquet tables that packed images are read from, see `columns.ImageColumns.names`."""
     has_official_splits: bool = True
     """Whether the data name the splits; otherwise they are `split_of` the names."""
     columns_note: str = ""
-    """Description of the columns of Parquet tables that the data were read from."""
+    """Description of the columns of tables that the data were read from."""
 
     def split(self, name: str) -> pa.Table:
         """The rows of one split; DatasetError if it has none."""
@@ -222,7 +222,7 @@ class Source:
     files: tuple[str, ...]
     """Names of the files directly in the folder; the name of a single file."""
     columns: ColumnOptions = BY_NAME
-    """Columns of Parquet tables that the user names."""
+    """Columns of tables that the user names."""
     is_deep: bool = False
     """Whether tars and tables are searched in all folders below, and not only in the usual ones."""
     contents: FolderContents | None = None
@@ -485,13 +485,23 @@ IMAGE_FOLDERS: Final = (
 def find_image_folder(base: str, names: Iterable[str], image_ids: Iterable[str]) -> str:
     """The first of these folders below `base`, the usual ones, and `base` that holds one of the images; otherwise the
     first that exists."""
-    plain = (name for name in image_ids if not re.search(r"(^|/)\.\.(/|$)|^/|^[A-Za-z][\w+.-]*:|[\0]", name))
-    some = list(islice(plain, 5))
-    folders = [folder for name in (*names, *IMAGE_FOLDERS) if storage.is_folder(folder := storage.join(base, name))]
-    for folder in (*folders, base):
+    some = list(islice(plain_names(image_ids), 5))
+    folders = image_folders(base, names)
+    for folder in folders:
         if any(storage.is_file(storage.join(folder, image_id)) for image_id in some):
             return folder
-    return (*folders, base)[0]
+    return folders[0]
+
+
+def image_folders(base: str, names: Iterable[str] = ()) -> list[str]:
+    """Those of these folders below `base`, and of the usual ones, that exist; then `base`."""
+    folders = (storage.join(base, name) for name in (*names, *IMAGE_FOLDERS))
+    return [*filter(storage.is_folder, folders), base]
+
+
+def plain_names(names: Iterable[str]) -> Iterator[str]:
+    """The names of files below a folder: no URIs, no absolute paths, and none that leave the folder."""
+    return (name for name in names if not re.search(r"(^|/)\.\.(/|$)|^/|^[A-Za-z][\w+.-]*:|[\0]", name))
 
 
 def examples(names: Iterable[str], total: int) -> str:

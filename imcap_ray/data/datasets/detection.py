@@ -6,28 +6,28 @@ import os
 import unicodedata
 from collections import defaultdict
 from dataclasses import replace
-from importlib import import_module
 from typing import Final
 
 import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
+from imcap_ray.data.datasets import coco_json, hugging_face, parquet, sidecars, text_tables, webdataset
 from imcap_ray.data.datasets.dataset import CaptionedImages, DatasetFormat, FolderContents, Source, examples
-from imcap_ray.data.datasets.sidecars import find_captioned_images
 from imcap_ray.errors import DatasetError, InputError
 
-# The formats: modules of this package with a `FORMAT`. The first one that recognises the data reads them.
-_MODULES: Final = (
-    "text_tables",
-    "hugging_face",
-    "webdataset",  # before the tables that img2dataset writes next to tars
-    "parquet",
-    "coco_json",
-    "sidecars",  # last, because it takes any folder of images and texts
+# The first format that recognises the data reads them.
+FORMATS: Final[tuple[DatasetFormat, ...]] = (
+    text_tables.FORMAT,
+    hugging_face.FORMAT,
+    webdataset.FORMAT,  # before the tables that img2dataset writes next to tars
+    parquet.FORMAT,
+    coco_json.FORMAT,
+    sidecars.FORMAT,  # last, because it takes any folder of images and texts
 )
 
-FORMATS: Final[tuple[DatasetFormat, ...]] = tuple(import_module(f"{__package__}.{name}").FORMAT for name in _MODULES)
+# Tried after tars and tables in all folders below too, because the only CSV of a folder may be anything.
+_LAST: Final = text_tables.ONLY_TABLE
 
 
 def load_dataset(
@@ -41,7 +41,7 @@ def load_dataset(
     """The captioned images of a folder or file.
 
     Args:
-        columns: columns of Parquet tables that the user names; an error if the data are in another format.
+        columns: columns of tables that the user names; an error if the data are in another format.
         allow_outside_paths: whether the data may name images that are not below `location`, or a single file's folder.
         count_missing_files: whether to note how many of the images have no file, if they are on a local disk.
         refuse_leaks: whether an image in two splits is an error.
@@ -55,10 +55,7 @@ def load_dataset(
         raise DatasetError(f"no such data set: {location}")
     source = replace(_open(location), columns=columns)
     dataset = _read(source)
-    if columns.given() and dataset.columns != columns:
-        raise DatasetError(
-            f"{', '.join(columns.given())} applies only to Parquet tables, and {location} is {dataset.format}"
-        )
+    _refuse_unused(columns, dataset)
     _check_paths(dataset, source.base, allow_outside_paths)
     if dataset.leaks and refuse_leaks:
         raise _leak_error(dataset)
@@ -66,15 +63,23 @@ def load_dataset(
     return replace(dataset, notes=[*dataset.notes, *_describe_missing(dataset)]) if count_missing_files else dataset
 
 
+def _refuse_unused(columns: ColumnOptions, dataset: CaptionedImages) -> None:
+    """Raise DatasetError if the user names a column of data that have no such columns."""
+    unused = [option for option in columns.given() if option not in dataset.columns.given()]
+    if unused:
+        tables = "Parquet tables" if dataset.columns.given() or dataset.columns_note else "tables (Parquet, CSV, TSV)"
+        raise DatasetError(f"{', '.join(unused)} applies only to {tables}, and {dataset.location} is {dataset.format}")
+
+
 def _read(source: Source) -> CaptionedImages:
     in_all_folders = [(one, replace(source, is_deep=True)) for one in FORMATS if one.is_packed and source.contents]
-    for format, searched in (*((one, source) for one in FORMATS), *in_all_folders):
+    for format, searched in (*((one, source) for one in FORMATS), *in_all_folders, (_LAST, source)):
         dataset = format.read(searched)
         if dataset is not None:
             if source.contents and format.covers_folder:
                 return _with_other_images(dataset, source.contents)
             return dataset
-    expected = "; ".join(format.description for format in FORMATS)
+    expected = "; ".join(format.description for format in (*FORMATS, _LAST))
     raise DatasetError(f"{source.location} holds no captioned images: expected one of: {expected}")
 
 
@@ -105,7 +110,7 @@ def _with_other_images(dataset: CaptionedImages, contents: FolderContents) -> Ca
         packed = []  # the table that was read names images elsewhere
     paths = {*dataset.table["image_path"].to_pylist(), *dataset.left_out["image_path"].to_pylist()}
     others = [file for file in contents.images if file.location not in paths]
-    captioned = find_captioned_images(contents.location) if packed and contents.images else []
+    captioned = sidecars.find_captioned_images(contents.location) if packed and contents.images else []
     if captioned:
         raise DatasetError(
             f"{dataset.location} holds captioned images of two kinds: {len(captioned):,} with a caption file next to "

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeAlias
 
+from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets.dataset import Collector
-
-IMAGE_FIELDS: Final = ("file_name", "filename", "image_path", "file_path", "filepath", "path", "image_name", "image")
-
-ID_FIELDS: Final = ("image_id", "id")
-
-CAPTION_FIELDS: Final = ("captions", "caption", "text", "comment", "raw")
+from imcap_ray.data.field_names import (
+    CAPTION_FIELDS,
+    ID_FIELDS,
+    IMAGE_FIELDS,
+    SPLIT_FIELD,
+    TABLE_CAPTION_FIELDS,
+    TABLE_IMAGE_FIELDS,
+)
 
 _NUMBERED_CAPTION: Final = re.compile(r"caption_?\d+")
-
-SPLIT_FIELD: Final = "split"
 
 Record: TypeAlias = Mapping[str, object]
 """An image and its captions as a file describes them; neither fields nor values are known to be valid."""
@@ -45,6 +46,37 @@ def add_record(
     image_id, path, split = locate(name) if name else (number, "", "")
     own_split = fields.get(SPLIT_FIELD)
     collector.add(image_id, captions, where=where, path=path, split=own_split if isinstance(own_split, str) else split)
+
+
+def fields_of_columns(names: Sequence[str], columns: ColumnOptions) -> list[str]:
+    """The field that each column of a text table holds, by the column's name without case, spaces and punctuation.
+
+    A usual column is "" if the user names another one for the same purpose.
+    """
+    usual = {_letters(name): name for name in (*IMAGE_FIELDS, *ID_FIELDS, *CAPTION_FIELDS, SPLIT_FIELD)}
+    letters = [_letters(name) for name in names]
+    fields = [usual.get(name, name) for name in letters]
+    for field, named, is_usual, others in (
+        ("image", columns.image, is_image_field, TABLE_IMAGE_FIELDS),
+        ("caption", columns.caption, is_caption_field, TABLE_CAPTION_FIELDS),
+    ):
+        if named is not None:
+            fields, others = ["" if is_usual(name) else name for name in fields], (named,)
+        elif any(map(is_usual, fields)):
+            continue
+        number = next((letters.index(name) for name in map(_letters, others) if name in letters), None)
+        if number is not None:
+            fields[number] = field
+    return fields
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+def is_image_field(name: str) -> bool:
+    """Whether a field holds the name of an image, by the field's name."""
+    return name.strip().lower() in IMAGE_FIELDS
 
 
 def has_caption_field(names: Iterable[object]) -> bool:

@@ -6,10 +6,12 @@ import csv
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from imcap_ray import storage
+from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.datasets.dataset import (
     SPLIT_NAMES,
     CaptionedImages,
@@ -18,7 +20,8 @@ from imcap_ray.data.datasets.dataset import (
     Source,
     split_in_path,
 )
-from imcap_ray.data.datasets.fields import Record, add_record, has_caption_field
+from imcap_ray.data.datasets.fields import Record, add_record, fields_of_columns, has_caption_field
+from imcap_ray.data.field_names import CAPTION_NAMES
 from imcap_ray.errors import DatasetError, translate_errors
 from imcap_ray.text.encodings import split_lines
 
@@ -41,12 +44,15 @@ def read_hugging_face(source: Source) -> CaptionedImages | None:
                 continue
             fields.update(dict.fromkeys(map(str, record)))
             add_record(collector, record, where=where, locate=locate)
+    are_tables = all(name.endswith(".csv") for name in files)
     if fields and not has_caption_field(fields):
+        names = f"{CAPTION_NAMES}, or one given with --caption-column," if are_tables else "text, caption or captions"
         raise DatasetError(
-            f"{source.location}: {files[0]} has no captions: expected a column text, caption or captions next to "
-            f"file_name, got {', '.join(fields)}"
+            f"{source.location}: {files[0]} has no captions: expected a column {names} next to file_name, got "
+            f"{', '.join(fields)}"
         )
-    return collector.to_dataset()
+    dataset = collector.to_dataset()
+    return replace(dataset, columns=replace(source.columns, id=None)) if are_tables else dataset
 
 
 def _metadata_files(source: Source) -> list[str]:
@@ -72,11 +78,13 @@ def _records(collector: Collector, name: str) -> Iterator[tuple[int, Record | No
     text = collector.read_text(name)
     location = storage.join(collector.source.base, name)
     with translate_errors(csv.Error, to=DatasetError, message=f"{location} is not valid CSV"):
-        yield from _rows(text) if name.endswith(".csv") else _objects(text)
+        yield from _rows(text, collector.source.columns) if name.endswith(".csv") else _objects(text)
 
 
-def _rows(text: str) -> Iterator[tuple[int, Record | None]]:
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+def _rows(text: str, columns: ColumnOptions) -> Iterator[tuple[int, Record | None]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader.fieldnames = fields_of_columns(reader.fieldnames or [], columns)
+    for number, row in enumerate(reader, 2):
         yield number, {key: value for key, value in row.items() if key}
 
 

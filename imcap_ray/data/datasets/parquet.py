@@ -23,13 +23,12 @@ from imcap_ray.data.datasets.dataset import (
     split_in_path,
 )
 from imcap_ray.data.datasets.fields import (
-    CAPTION_FIELDS,
-    SPLIT_FIELD,
     Record,
     captions_in,
     has_caption_field,
     is_caption_field,
 )
+from imcap_ray.data.field_names import CAPTION_FIELDS, SPLIT_FIELD
 from imcap_ray.data.parquet_files import open_parquet, read_schema
 from imcap_ray.data.parquet_images import refuse_pickles
 from imcap_ray.data.schemas import ManifestEntry

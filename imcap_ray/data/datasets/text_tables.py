@@ -1,14 +1,18 @@
-"""Text files of names and captions -> captioned images: Flickr8k, Flickr30k, Kaggle's versions, any such CSV."""
+"""Text files of names and captions -> captioned images: Flickr8k, Flickr30k, Kaggle's versions, any such CSV or TSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
-from typing import Final
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, NamedTuple
 
 from imcap_ray import storage
+from imcap_ray.data.columns import BY_NAME, ColumnOptions
 from imcap_ray.data.datasets.dataset import (
     SPLIT_NAMES,
     SPLITS,
@@ -17,9 +21,13 @@ from imcap_ray.data.datasets.dataset import (
     DatasetFormat,
     Source,
     find_image_folder,
+    image_folders,
+    plain_names,
 )
-from imcap_ray.data.datasets.fields import ID_FIELDS, IMAGE_FIELDS, add_record, has_caption_field
-from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, extension_of
+from imcap_ray.data.datasets.fields import add_record, fields_of_columns, is_caption_field, is_image_field
+from imcap_ray.data.field_names import CAPTION_FIELDS, CAPTION_NAMES, ID_FIELDS, IMAGE_FIELDS, IMAGE_NAMES
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, extension_of, is_image_name
+from imcap_ray.errors import DatasetError
 from imcap_ray.text.encodings import split_lines
 
 _FLICKR8K: Final = "Flickr8k as distributed"
@@ -37,7 +45,13 @@ _NAMES: Final = {
     "captions.csv": "CSV",
 }
 
-_EXTENSIONS: Final = (".txt", ".csv", ".tsv", ".token")
+_TABLE_EXTENSIONS: Final = (".csv", ".tsv")
+
+_EXTENSIONS: Final = (*_TABLE_EXTENSIONS, ".txt", ".token")
+
+_SEPARATORS: Final = ("|", "\t", ",", ";")
+
+_LONGEST_SHOWN: Final = 80
 
 _TERMS_8K: Final = (
     "M. Hodosh, P. Young, J. Hockenmaier (2013), Framing Image Description as a Ranking Task, JAIR 47, 853-899. The "
@@ -56,6 +70,29 @@ _TOKEN_LINE: Final = re.compile(r"[^\t|]*#\d+\t")
 _SPLIT_LIST: Final = re.compile(r"(?:[\w-]*\.)?(train|validation|valid|val|dev|test)(?:_?images)?\.txt", re.IGNORECASE)
 
 
+class _Header(NamedTuple):
+    """Columns of a text table."""
+
+    separator: str
+    names: list[str]
+    """As the first line names them; the usual ones if it names none."""
+    fields: list[str]
+    """The field that each column holds, see `fields_of_columns`."""
+    is_first_line: bool
+
+    def number_of_captions(self) -> int:
+        """Number of the first column of captions."""
+        return next(number for number, field in enumerate(self.fields) if is_caption_field(field))
+
+    def describe(self) -> str:
+        """For people, the columns that the data are read from."""
+        by_field = dict(zip(self.fields, self.names, strict=True))
+        image = next(by_field[field] for field in IMAGE_FIELDS if field in by_field)
+        numbered = [name for field, name in by_field.items() if is_caption_field(field)]
+        captions = [by_field[field] for field in CAPTION_FIELDS if field in by_field][:1] or numbered
+        return f"images from column {image}, captions from column {', '.join(captions)}"
+
+
 def read_text_files(source: Source) -> CaptionedImages | None:
     """Read lines `name#number<TAB>caption`, or a table with `,` `|` `;` or tabs between image and caption.
 
@@ -63,10 +100,36 @@ def read_text_files(source: Source) -> CaptionedImages | None:
     `split`.
     """
     name = next((name for name in _NAMES if name in source.files), "")
-    if source.is_file and source.location.endswith(_EXTENSIONS):
+    if source.is_file and source.location.lower().endswith(_EXTENSIONS):
         name = source.files[0]
-    if not name:
-        return None
+    return _read_file(source, name) if name else None
+
+
+def read_only_table(source: Source) -> CaptionedImages | None:
+    """Read the only CSV or TSV of a folder, or the only one with captions. Its name may be any.
+
+    Raises:
+        DatasetError: several have captions.
+    """
+    names = [name for name in source.files if name.lower().endswith(_TABLE_EXTENSIONS) and not name.startswith(".")]
+    if len(names) > 1:
+        names = [name for name in names if _names_columns(source, name)]
+    if len(names) > 1:
+        raise DatasetError(
+            f"{source.location} holds several tables of captions, {', '.join(sorted(names))}: give one of these files"
+        )
+    return _read_file(source, names[0]) if names else None
+
+
+def _names_columns(source: Source, name: str) -> bool:
+    """Whether the first line of a file names a column of images and one of captions."""
+    lines = split_lines(Collector(source, "").read_text(name))
+    line = next((line for line in lines if line.strip()), "")
+    return _find_header(line, source.columns).is_first_line
+
+
+def _read_file(source: Source, name: str) -> CaptionedImages:
+    columns_note = ""
     format_name = _NAMES.get(name.rpartition("/")[2], "a text file of captions")
     collector = Collector(source, format_name, terms=_TERMS.get(format_name, ""))
     text = collector.read_text(name)
@@ -74,9 +137,11 @@ def read_text_files(source: Source) -> CaptionedImages | None:
     if name.endswith(("token.txt", ".token")) or any(_TOKEN_LINE.match(line) for line in lines[:100]):
         _read_token_lines(collector, lines)
     else:
-        _read_table(collector, text, lines)
+        columns_note = _read_table(collector, text, lines, storage.join(source.base, name))
     _read_split_lists(collector)
-    return collector.to_dataset(folder=find_image_folder(source.base, (), collector.captions))
+    dataset = collector.to_dataset(folder=find_image_folder(source.base, (), collector.captions))
+    columns = replace(source.columns, id=None) if columns_note else BY_NAME
+    return replace(dataset, columns=columns, columns_note=columns_note)
 
 
 def _read_token_lines(collector: Collector, lines: Sequence[str]) -> None:
@@ -93,37 +158,89 @@ def _read_token_lines(collector: Collector, lines: Sequence[str]) -> None:
             )
 
 
-def _read_table(collector: Collector, text: str, lines: Sequence[str]) -> None:
+def _read_table(collector: Collector, text: str, lines: Sequence[str], location: str) -> str:
+    """Read a table; returns a description of the columns, "" if the first line does not name them.
+
+    Raises:
+        DatasetError: the first line does not name the columns, and no line is an image's name and a caption.
+    """
     first_number, first_line = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
-    separator, header, has_header = _find_header(first_line)
-    caption_column = next(number for number, name in enumerate(header) if has_caption_field([name]))
-    expected = separator.join(header)
-    for number, fields in _records(text, lines, separator, len(header)):
-        if not any(field.strip() for field in fields) or (has_header and number == first_number):
+    header = _find_header(first_line, collector.source.columns)
+    caption_column = header.number_of_captions()
+    expected = header.separator.join(header.names)
+    records: list[tuple[str, dict[str, str]]] = []
+    for number, fields in _records(text, lines, header.separator, len(header.names)):
+        if not any(field.strip() for field in fields) or (header.is_first_line and number == first_number):
             continue
-        num_extra = len(fields) - len(header)
+        num_extra = len(fields) - len(header.names)
         if num_extra > 0:  # a separator without quotes belongs to the caption
             end = caption_column + num_extra + 1
-            fields = [*fields[:caption_column], separator.join(fields[caption_column:end]), *fields[end:]]
+            fields = [*fields[:caption_column], header.separator.join(fields[caption_column:end]), *fields[end:]]
         fields = [field.strip() for field in fields]
         # Without a header, this alone distinguishes a name and a caption from a line of any text.
-        is_name = has_header or extension_of(fields[0]) in IMAGE_EXTENSIONS
+        is_name = header.is_first_line or extension_of(fields[0]) in IMAGE_EXTENSIONS
         if num_extra < 0 or not fields[caption_column] or not is_name:
             collector.add_problem(f"line is not `{expected}`", f"lines are not `{expected}`", f"line {number}")
             continue
-        record = {name: field for name, field in zip(header, fields, strict=True) if field}
-        add_record(collector, record, where=f"line {number}", locate=lambda name: (name, None, ""))
+        values = {name: value for name, value in zip(header.fields, fields, strict=True) if value}
+        records.append((f"line {number}", values))
+    if not header.is_first_line and (not records or collector.source.columns.given()):
+        raise _header_error(location, collector.source.columns, first_line)
+    images = (value for _, record in records for field, value in record.items() if is_image_field(field))
+    names = _complete_names(collector, images)
+    for where, record in records:
+        add_record(collector, record, where=where, locate=lambda name: (names.get(name, name), None, ""))
+    return header.describe() if header.is_first_line else ""
 
 
-def _find_header(line: str) -> tuple[str, list[str], bool]:
-    """Separator and names of the columns, and whether the names are those in the first line or the usual ones."""
-    for separator in ("|", "\t", ",", ";"):
-        names = [name.strip().strip('"').lower() for name in line.split(separator)]
-        names = ["image" if name in ID_FIELDS and not set(IMAGE_FIELDS) & set(names) else name for name in names]
-        if len(names) > 1 and has_caption_field(names) and set(IMAGE_FIELDS) & set(names):
-            return separator, names, True
+def _find_header(line: str, columns: ColumnOptions) -> _Header:
+    """The columns by the names in the first line, or the usual columns if it does not name images and captions."""
+    for separator in _SEPARATORS:
+        names = [name.strip() for name in _split(line, separator)]
+        fields = fields_of_columns(names, columns)
+        if columns.image is None and not any(map(is_image_field, fields)):
+            fields = ["image" if field in ID_FIELDS else field for field in fields]
+        if any(map(is_image_field, fields)) and any(map(is_caption_field, fields)):
+            return _Header(separator, names, fields, True)
     separator = next((mark for mark in ("|", "\t") if mark in line), ",")
-    return separator, ["image", "number", "caption"] if separator == "|" else ["image", "caption"], False
+    names = ["image", "number", "caption"] if separator == "|" else ["image", "caption"]
+    return _Header(separator, names, names, False)
+
+
+def _split(line: str, separator: str) -> list[str]:
+    if separator == "|":  # never quoted
+        return line.split("|")
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:  # longer than a field may be, or with a zero byte
+        return line.split(separator)
+
+
+def _header_error(location: str, columns: ColumnOptions, line: str) -> DatasetError:
+    image = f"--image-column {columns.image}" if columns.image else f"{IMAGE_NAMES}, or give --image-column"
+    caption = f"--caption-column {columns.caption}" if columns.caption else f"{CAPTION_NAMES}, or give --caption-column"
+    return DatasetError(
+        f"{location} is not a table of captions: expected a first line that names a column of images ({image}) and one "
+        f"of captions ({caption}), or lines `image,caption`; the first line is {line[:_LONGEST_SHOWN].strip()!r}"
+    )
+
+
+def _complete_names(collector: Collector, names: Iterable[str]) -> dict[str, str]:
+    """The file names of images that a table names without their extension; ambiguous ones are counted."""
+    incomplete = {unicodedata.normalize("NFC", name): name for name in plain_names(names) if not is_image_name(name)}
+    folders = {name[: name.rfind("/") + 1] for name in incomplete}
+    for base in image_folders(collector.source.base) if folders else ():
+        matches: dict[str, list[str]] = defaultdict(list)
+        for folder in sorted(name for name in folders if storage.is_folder(storage.join(base, name))):
+            for file in storage.list_files(storage.join(base, folder), recursive=False):
+                name = incomplete.get(unicodedata.normalize("NFC", folder + file.name.rpartition(".")[0]))
+                if name is not None and is_image_name(file.name):
+                    matches[name].append(folder + file.name)
+        for name in (name for name, files in matches.items() if len(files) > 1):
+            collector.add_problem("name matches several image files", "names match several image files", name)
+        if matches:
+            return {name: files[0] for name, files in matches.items() if len(files) == 1}
+    return {}
 
 
 def _records(text: str, lines: Sequence[str], separator: str, num_columns: int) -> Iterator[tuple[int, list[str]]]:
@@ -132,8 +249,8 @@ def _records(text: str, lines: Sequence[str], separator: str, num_columns: int) 
     If the file is not valid CSV with the same number of fields throughout, each line is read separately, so that an
     unclosed quote costs one line and not the rest of the file.
     """
-    if separator == "|":  # never quoted
-        yield from ((number, line.split("|")) for number, line in enumerate(lines, 1))
+    if separator == "|":
+        yield from ((number, _split(line, separator)) for number, line in enumerate(lines, 1))
         return
     try:
         records = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True))
@@ -142,11 +259,7 @@ def _records(text: str, lines: Sequence[str], separator: str, num_columns: int) 
     if records and all(len(fields) in (0, num_columns) for fields in records):
         yield from enumerate(records, 1)
         return
-    for number, line in enumerate(lines, 1):
-        try:
-            yield number, next(csv.reader([line], delimiter=separator), [])
-        except csv.Error:  # longer than a field may be, or with a zero byte
-            yield number, line.split(separator)
+    yield from ((number, _split(line, separator)) for number, line in enumerate(lines, 1))
 
 
 def _read_split_lists(collector: Collector) -> None:
@@ -175,4 +288,10 @@ FORMAT: Final = DatasetFormat(
     description="Flickr8k as distributed (Flickr8k.token.txt next to the image folder), Kaggle's version (captions.txt "
     "next to Images/), Flickr30k (results.csv or results_20130124.token)",
     read=read_text_files,
+)
+
+ONLY_TABLE: Final = DatasetFormat(
+    description=f"a single CSV or TSV whose first line names a column of images ({IMAGE_NAMES}; another with "
+    f"--image-column) and one of captions ({CAPTION_NAMES}; another with --caption-column)",
+    read=read_only_table,
 )

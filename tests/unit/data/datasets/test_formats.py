@@ -400,7 +400,11 @@ def test_one_of_several_caption_sets_must_be_named(tmp_path: Path, names: list[s
             '{"file_name": "a.jpg", "label": 1}\n',
             "metadata.jsonl has no captions: .*got file_name, label",
         ),
-        ("notes.txt", "Dear all,\nthis is no data set, I fear.\n", "without a single caption; 2 lines are not"),
+        (
+            "notes.txt",
+            "Dear all,\nthis is no data set, I fear.\n",
+            "notes.txt is not a table of captions: expected .* is 'Dear all,'",
+        ),
         ("broken.tar", "no tar", "without a single caption; 1 tar is damaged or ends early: broken.tar"),
         ("photo.xyz", "x", "holds no captioned images: expected one of: Flickr8k"),
     ],
@@ -699,7 +703,7 @@ def test_column_options_require_tables(tmp_path: Path) -> None:
     write_sidecars(tmp_path)
 
     with pytest.raises(
-        DatasetError, match="--caption-column title applies only to Parquet tables, and .* is a folder of images"
+        DatasetError, match=r"--caption-column title applies only to tables \(.*\), and .* is a folder of images"
     ):
         load_dataset(str(tmp_path), columns=ColumnOptions(caption="title"))
 
@@ -806,6 +810,128 @@ def test_images_in_tars_and_in_tables_are_refused_in_every_command(tmp_path: Pat
         load_dataset(str(tmp_path / "data"))
     with pytest.raises(InputError, match="3 tars .*and in 3 Parquet tables"):
         build_manifest(str(tmp_path / "data"), str(tmp_path / "manifest"))
+
+
+# ---- text tables
+
+
+def write_table(
+    path: Path, image: str, caption: str, *others: str, separator: str = ",", extensions: bool = True
+) -> None:
+    """Write one line per caption; the other columns hold numbers."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerow([*others, image, caption])
+        for name, captions in REFERENCES.items():
+            shown = name if extensions else stem(name)
+            writer.writerows([*"123456"[: len(others)], shown, text] for text in captions)
+
+
+@pytest.mark.parametrize(
+    ("image", "caption", "others"),
+    [
+        ("filename", "description", []),
+        ("img", "label", []),
+        ("Image Path", "Caption Text", []),
+        ("filename", "title", ["id"]),
+        ("FileName", "TITLE", ["", "ID"]),
+        ("image_id", "Sentence", ["number"]),
+        ("photo", "caption", ["title", "id"]),
+    ],
+)
+@pytest.mark.parametrize(("separator", "ending"), [(",", "csv"), (";", "csv"), ("\t", "TSV")])
+@pytest.mark.parametrize("extensions", [True, False])
+def test_a_csv_or_tsv_with_any_name_and_common_column_names_is_a_data_set(
+    tmp_path: Path, image: str, caption: str, others: list[str], separator: str, ending: str, extensions: bool
+) -> None:
+    put_images(tmp_path / "images")
+    path = tmp_path / f"my table.{ending}"
+    write_table(path, image, caption, *others, separator=separator, extensions=extensions)
+
+    for location in (tmp_path, path):
+        dataset = load_dataset(str(location))
+
+        assert dataset.references() == REFERENCES
+        assert images_of(dataset) == [jpeg(number) for number in (3, 2, 1, 0)]
+        assert dataset.notes == ["no official splits: each image's split is a hash of its name"]
+        assert dataset.columns_note == f"images from column {image}, captions from column {caption}"
+
+
+def test_usual_column_names_come_before_less_certain_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("title,label,img,image,caption\nno,no,no.jpg,a.jpg,yes\n")
+
+    assert load_dataset(str(tmp_path)).references() == {"a.jpg": ["yes"]}
+
+
+def test_the_columns_of_a_text_table_can_be_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,caption,Second Image,legend\na.jpg,no,b.jpg,yes\n")
+
+    for location in (tmp_path, tmp_path / "a.csv"):
+        dataset = load_dataset(str(location), columns=ColumnOptions(image="Second Image", caption="legend"))
+
+        assert dataset.references() == {"b.jpg": ["yes"]}
+        assert load_dataset(str(location), columns=ColumnOptions(caption="legend")).references() == {"a.jpg": ["yes"]}
+        for options, message in (
+            (
+                ColumnOptions(caption="words"),
+                r"a column of images \(file_name.* one of captions \(--caption-column words",
+            ),
+            (ColumnOptions(id="legend"), "--id-column legend applies only to Parquet tables, and .* a text file"),
+        ):
+            with pytest.raises(DatasetError, match=message):
+                load_dataset(str(location), columns=options)
+
+
+def test_metadata_csv_can_have_the_column_names_of_any_csv(tmp_path: Path) -> None:
+    put_images(tmp_path)
+    write_table(tmp_path / "metadata.csv", "File Name", "description", "legend")
+
+    assert load_dataset(str(tmp_path)).references() == REFERENCES
+    assert load_dataset(str(tmp_path), columns=ColumnOptions(caption="legend")).references()["cat.jpg"] == ["1"]
+
+
+@pytest.mark.parametrize("name", ["table.csv", "captions.txt"])
+def test_a_text_table_without_known_columns_is_refused_with_the_names_that_are_known(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("key,legend\n1,a dog\n")
+
+    with pytest.raises(
+        DatasetError, match="img.*--image-column.*caption_text.*--caption-column.*'key,legend'"
+    ) as error:
+        load_dataset(str(tmp_path))
+    assert str(error.value).startswith(f"{tmp_path}/{name} is not a table of captions")
+
+
+def test_one_of_several_text_tables_of_captions_must_be_named(tmp_path: Path) -> None:
+    put_images(tmp_path)
+    write_table(tmp_path / "a.csv", "filename", "title")
+    (tmp_path / "log.csv").write_text("epoch,loss\n1,2\n")
+    (tmp_path / "._a.csv").write_bytes(b"\0\5\7")
+
+    assert load_dataset(str(tmp_path)).references() == REFERENCES
+    write_table(tmp_path / "b.tsv", "img", "label", separator="\t")
+    with pytest.raises(DatasetError, match=r"several tables of captions, a\.csv, b\.tsv: give one of these files"):
+        load_dataset(str(tmp_path))
+
+
+@pytest.mark.parametrize("write", [write_sidecars, tars_in_other_folders, tables_in_other_folders])
+def test_a_text_table_next_to_captioned_images_changes_nothing(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    write(tmp_path)
+    before = load_dataset(str(tmp_path)).references()
+
+    (tmp_path / "classes.csv").write_text("filename,label\ndog.jpg,animal\n")
+
+    assert load_dataset(str(tmp_path)).references() == before
+
+
+def test_a_name_without_extension_that_matches_several_images_is_counted(tmp_path: Path) -> None:
+    put_images(tmp_path, ["a.jpg", "a.png", "b.jpg"])
+    (tmp_path / "a.csv").write_text("id,caption\na,x\nb,y\n")
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.references() == {"a": ["x"], "b.jpg": ["y"]}
+    assert "1 name matches several image files: a" in dataset.notes
 
 
 # ---- files of any content
