@@ -50,6 +50,9 @@ _ROW_GROUPS_SEARCHED: Final = 4
 
 _READ_BYTES: Final = 2**20
 
+_MAX_HASH_BYTES: Final = 64
+"""As many as SHA-512 has."""
+
 _KINDS: Final = {"bytes": "bytes", "path": "paths", "struct": "bytes or paths"}
 
 
@@ -228,8 +231,8 @@ def find_image_column_by_type(schema: pa.Schema, location: str) -> ImageColumn:
     Raises:
         InputError: there is none.
     """
-    structs = [f.name for f in schema if pa.types.is_struct(f.type) and is_binary(field_type(f.type, "bytes"))]
-    binaries = [f.name for f in schema if is_binary(f.type)]
+    structs = [f.name for f in schema if pa.types.is_struct(f.type) and _can_be_image(field_type(f.type, "bytes"))]
+    binaries = [f.name for f in schema if _can_be_image(f.type)]
     strings = [f.name for f in schema if is_string(f.type)]
     for kind, columns, usual in (
         ("struct", structs, BYTES_COLUMNS),
@@ -281,9 +284,9 @@ def _column(schema: pa.Schema, name: str) -> ImageColumn | None:
     """The column of this name, if its type can hold images."""
     number = schema.get_field_index(name)  # -1 if there are several of this name
     kind = schema.field(number).type if number >= 0 else pa.null()
-    if pa.types.is_struct(kind) and is_binary(field_type(kind, "bytes")):
+    if pa.types.is_struct(kind) and _can_be_image(field_type(kind, "bytes")):
         return ImageColumn(name, "struct")
-    if is_binary(kind):
+    if _can_be_image(kind):
         return ImageColumn(name, "bytes")
     return ImageColumn(name, "path") if is_string(kind) else None
 
@@ -321,13 +324,18 @@ def _describe(schema: pa.Schema) -> str:
 
 
 def is_binary(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds bytes."""
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    """Whether a column of this plain type holds bytes."""
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def is_string(kind: pa.DataType) -> bool:
-    """Whether a column of this type holds text."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    """Whether a column of this plain type holds text."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _can_be_image(kind: pa.DataType) -> bool:
+    """Whether bytes of this type can be images; short ones of a fixed length are hashes or ids."""
+    return is_binary(kind) and not (pa.types.is_fixed_size_binary(kind) and kind.byte_width <= _MAX_HASH_BYTES)
 
 
 def field_type(struct: Any, name: str) -> pa.DataType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,15 +12,53 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 
 
+class PlainParquetFile(pq.ParquetFile):  # type: ignore[misc]
+    """A Parquet file whose columns have the types of `_plain_type`, whatever types its writer used for the values."""
+
+    @property
+    def schema_arrow(self) -> pa.Schema:
+        schema = super().schema_arrow
+        fields = [field.with_type(_plain_type(field.type)) for field in schema]
+        return pa.schema(fields, metadata=schema.metadata)
+
+    def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
+        return _plain(super().read_row_group(*args, **options))
+
+    def iter_batches(self, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        return map(_plain, super().iter_batches(*args, **options))
+
+
+def _plain(rows: Any) -> Any:
+    columns = [values.cast(_plain_type(values.type)) for values in rows.columns]
+    return type(rows).from_arrays(columns, names=rows.schema.names)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries (pandas' and polars' categoricals), views and fixed lengths of lists."""
+    if pa.types.is_dictionary(kind):
+        return _plain_type(kind.value_type)
+    if pa.types.is_string_view(kind):
+        return pa.large_string()
+    if pa.types.is_binary_view(kind):
+        return pa.large_binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_plain_type(kind.value_type)))
+    return kind
+
+
 @contextmanager
 def open_parquet(location: str, *, buffer_bytes: int = 0) -> Iterator[pq.ParquetFile]:
-    """An open Parquet file.
+    """An open Parquet file, with columns of plain types: no dictionaries, views, or lists of a fixed length.
 
     Args:
         buffer_bytes: read this much of a column at a time; 0: read the entire column of a row group.
     """
     filesystem, path = storage.resolve(location)
-    with filesystem.open_input_file(path) as stream, pq.ParquetFile(stream, buffer_size=buffer_bytes) as file:
+    with filesystem.open_input_file(path) as stream, PlainParquetFile(stream, buffer_size=buffer_bytes) as file:
         yield file
 
 
@@ -30,7 +69,7 @@ def read_metadata(location: str) -> pq.FileMetaData:
 
 
 def read_schema(location: str) -> pa.Schema:
-    """The schema of a Parquet file."""
+    """The schema of a Parquet file, with plain types, see `open_parquet`."""
     with open_parquet(location) as file:
         return file.schema_arrow
 

@@ -185,8 +185,6 @@ def can_be_id(kind: pa.DataType) -> bool:
     """Whether values of this type can be ids of images; lists and structs cannot."""
     if isinstance(kind, pa.BaseExtensionType):
         kind = kind.storage_type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
     return not pa.types.is_nested(kind)
 
 

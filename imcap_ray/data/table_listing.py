@@ -240,12 +240,10 @@ def id_texts(values: pa.Array) -> pa.Array:
     are text if they are printable UTF-8, otherwise hexadecimal, as those of UUIDs are. Null stays null."""
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
     kind = values.type
     if kind == pa.binary(_UUID_BYTES):
         return pa.array([value and value.hex() for value in values.to_pylist()], pa.string())
-    if _is_bytes(kind):
+    if is_binary(kind):
         return pa.array([value and _text_or_hex(value) for value in values.to_pylist()], pa.string())
     return valid_text_array(values) if is_string(kind) else values.cast(pa.string())
 
@@ -255,10 +253,6 @@ def describe_unused_ids(schema: pa.Schema) -> str:
     if find_id_column(schema) is not None:
         return ""
     return ", ".join(f"{name} ({schema.field(name).type})" for name in ID_COLUMNS if name in schema.names)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return is_binary(kind) or bool(pa.types.is_fixed_size_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def _text_or_hex(value: bytes) -> str:

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.data.columns import ColumnOptions, ImageColumn, ImageColumns, require_column
+from imcap_ray.data.columns import ColumnOptions, ImageColumn, ImageColumns, is_string, require_column
 from imcap_ray.data.datasets.dataset import (
     CaptionedImages,
     Collector,
@@ -257,9 +257,7 @@ def _read_rows(table: _Table, captions: Mapping[str, str], id_column: str | None
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return is_string(kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind)
 
 
 def _translate_errors(location: str) -> AbstractContextManager[None]:

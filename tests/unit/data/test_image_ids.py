@@ -1,4 +1,4 @@
-"""Images can be listed repeatedly with ids of any type and length."""
+"""Images can be listed repeatedly with ids, paths, bytes and captions of any type and length."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def write_ids(folder: Path, ids: pa.Array, *, column: str = "id", **columns: Any
 BYTES = [one.bytes for one in UUIDS]
 TEXTS = ["a.jpg", "caf\u00e9.jpg", "c", "d"]
 NUMBERS = [30, 10, 20, 40]
+FIXED_BYTES = max(map(len, IMAGES))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,73 @@ def test_captions_without_images_can_have_byte_ids_but_not_structs(tmp_path: Pat
     pq.write_table(pa.table({"image_id": [{"a": 1}], "caption": ["a dog"]}), path)
     with pytest.raises(DatasetError, match="expected a column of images .* or image_id"):
         load_dataset(str(path))
+
+
+# ---- types of columns
+
+
+@pytest.mark.parametrize(
+    ("image_type", "text_type", "captions_type"),
+    [
+        (pa.binary_view(), pa.string_view(), pa.list_(pa.string_view())),
+        (pa.large_binary(), pa.large_string(), pa.large_list(pa.large_string())),
+        (pa.binary(), pa.dictionary(pa.int8(), pa.string()), pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+        (pa.dictionary(pa.int32(), pa.binary()), pa.dictionary(pa.uint32(), pa.string()), pa.list_(pa.string(), 2)),
+        (pa.binary(FIXED_BYTES), pa.string_view(), pa.list_(pa.string_view(), 2)),
+    ],
+    ids=["views", "large", "categoricals", "categorical bytes", "fixed sizes"],
+)
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path"])
+def test_images_ids_paths_and_captions_have_any_arrow_type(
+    tmp_path: Path, image_type: pa.DataType, text_type: pa.DataType, captions_type: pa.DataType, kind: str
+) -> None:
+    images = [data.ljust(FIXED_BYTES, b"\0") for data in IMAGES]
+    names = [f"{number}.jpg" for number in range(4)]
+    for name, data in zip(names, images, strict=True):
+        (tmp_path / name).write_bytes(data)
+    struct = pa.struct([("bytes", image_type), ("path", text_type)])
+    image = {
+        "bytes": pa.array(images, image_type),
+        "struct": pa.array([{"bytes": images[0], "path": "0.jpg"}, *({"path": name} for name in names[1:])], struct),
+        "path": pa.array(names, text_type),
+    }[kind]
+    table = {
+        "id": pa.array(TEXTS, text_type),
+        "image": image,
+        "split": pa.array(["train"] * 3 + ["test"], text_type),
+        "captions": pa.array([captions_of(number)[:2] for number in range(4)], captions_type),
+    }
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+
+    build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest"))
+    dataset = load_dataset(str(tmp_path / "t.parquet"))
+
+    rows = manifest_rows(tmp_path / "manifest")
+    assert [row["image_id"] for row in rows] == TEXTS
+    read = {row["image_id"]: data for row, data in read_rows(rows, None, image_columns=["image"])}
+    assert read == dict(zip(TEXTS, images, strict=True))
+    assert dataset.references() == {name: captions_of(number)[:2] for number, name in enumerate(TEXTS)}
+    assert dataset.describe_splits() == "3 train, 1 test"
+    of_dataset = read_rows(dataset.manifest(dataset.table).to_pylist(), None, image_columns=dataset.image_columns)
+    assert {row["image_id"]: data for row, data in of_dataset} == read
+
+
+def test_one_caption_per_row_can_be_a_categorical(tmp_path: Path) -> None:
+    table = {"id": TEXTS, "image": IMAGES, "caption": pa.array(["a dog", "a cat"] * 2).dictionary_encode()}
+    pq.write_table(pa.table(table), tmp_path / "t.parquet")
+
+    assert load_dataset(str(tmp_path)).references()["d"] == ["a cat"]
+
+
+def test_hashes_of_a_fixed_length_are_not_images(tmp_path: Path) -> None:
+    write_ids(tmp_path, pa.array(TEXTS), data=pa.array(BYTES, pa.binary(16)), content=pa.array(IMAGES, pa.binary()))
+    table = read_table(str(tmp_path / "t.parquet")).drop_columns(["image"])
+    pq.write_table(table, tmp_path / "t.parquet")
+
+    build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest"))
+
+    rows = manifest_rows(tmp_path / "manifest")
+    assert [data for _, data in read_rows(rows, None, image_columns=["content"])] == IMAGES
 
 
 # ---- long ids

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.data import manifest
+from imcap_ray.data import manifest, parquet_files
 from imcap_ray.data.datasets import load_dataset, parquet
 from imcap_ray.data.datasets.dataset import Collector
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import InputOptions, build_manifest, update_manifest
-from imcap_ray.data.parquet_files import read_table, write_table
+from imcap_ray.data.parquet_files import PlainParquetFile, read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA, ManifestEntry, ManifestRow
 from imcap_ray.data.table_listing import choose_ids, list_table_images
 from imcap_ray.errors import DatasetError, ImageError, ImcapError
@@ -270,7 +270,7 @@ def test_a_table_is_described_twice_and_opened_once_for_any_number_of_row_groups
 
         return counted
 
-    monkeypatch.setattr(pq, "ParquetFile", counting("opened", pq.ParquetFile))
+    monkeypatch.setattr(parquet_files, "PlainParquetFile", counting("opened", PlainParquetFile))
     monkeypatch.setattr(storage, "describe_regular_file", counting("described", storage.describe_regular_file))
 
     assert read_contents(manifest_rows(str(tmp_path / "manifest"))) == [CONTENTS["a"]] * 60
