@@ -292,7 +292,7 @@ def _column(schema: pa.Schema, name: str) -> ImageColumn | None:
 
 
 def _named_column(schema: pa.Schema, name: str, location: str) -> ImageColumn:
-    require_column(schema, name, location, option="--image-column")
+    name = find_column(schema, name, location, option="--image-column")
     column = _column(schema, name)
     if column is None:
         raise InputError(
@@ -302,11 +302,20 @@ def _named_column(schema: pa.Schema, name: str, location: str) -> ImageColumn:
     return column
 
 
-def require_column(schema: pa.Schema, name: str, location: str, *, option: str) -> None:
-    """Raise InputError unless a table has exactly one column of the name that the user gives with `option`."""
-    if schema.names.count(name) != 1:
-        problem = "no such column" if name not in schema.names else "several columns of this name"
+def find_column(schema: pa.Schema, name: str, location: str, *, option: str) -> str:
+    """The column of the name that the user gives with `option`; InputError unless there is exactly one."""
+    matches = columns_named(schema, name)
+    if len(matches) != 1:
+        problem = "several columns of this name" if matches else "no such column"
         raise InputError(f"{option} {name}: {location} has {problem}; its columns are {_describe(schema)}")
+    return matches[0]
+
+
+def columns_named(schema: pa.Schema, name: str) -> list[str]:
+    """The columns of this name; if there is none, those of this name in another case."""
+    return [column for column in schema.names if column == name] or [
+        column for column in schema.names if column.strip().lower() == name.strip().lower()
+    ]
 
 
 def _no_images(schema: pa.Schema, location: str) -> InputError:

@@ -27,6 +27,10 @@ Earlier versions did not write it."""
 ID_COLUMN_KEY: Final = b"imcap_ray.id_column"
 """Key in the metadata of a manifest: the column of ids that the user named, if any."""
 
+ID_CASE_KEY: Final = b"imcap_ray.id_case"
+"""Key in the metadata of a manifest: `any` if a column of ids was recognised by its name in any case. Earlier versions
+recognised only lower case."""
+
 
 def parse_image_columns(metadata: Mapping[bytes, bytes] | None) -> list[str]:
     """The image columns that a manifest part records in its metadata."""
@@ -47,6 +51,8 @@ class KnownImages:
         """See `ID_SOURCE_KEY`; None if there are no Parquet tables."""
         self.id_column: str | None = None
         """The column of ids that the user named."""
+        self.has_ids_in_any_case = False
+        """See `ID_CASE_KEY`."""
         self.image_columns: list[str] = []
         """See `ImageColumns.names`."""
         self._parts: list[tuple[str, tuple[str, str] | None]] = []
@@ -59,6 +65,7 @@ class KnownImages:
                 self.next_id = max(self.next_id, last + 1)
             self.id_source = ((metadata.metadata or {}).get(ID_SOURCE_KEY) or b"").decode() or self.id_source
             self.id_column = ((metadata.metadata or {}).get(ID_COLUMN_KEY) or b"").decode() or self.id_column
+            self.has_ids_in_any_case |= ID_CASE_KEY in (metadata.metadata or {})
             self.image_columns = list(dict.fromkeys([*self.image_columns, *parse_image_columns(metadata.metadata)]))
             self._parts.append((part, range_of(metadata, "image_id")))
 

@@ -19,6 +19,7 @@ from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
 from imcap_ray.data.image_formats import extension_of, is_image_name
 from imcap_ray.data.input_listing import Listing, count_files
 from imcap_ray.data.known_images import (
+    ID_CASE_KEY,
     ID_COLUMN_KEY,
     ID_SOURCE_KEY,
     IMAGE_COLUMNS_KEY,
@@ -240,6 +241,8 @@ class _InputImages:
         self.metadata[ID_SOURCE_KEY] = IDS_FROM_POSITION.encode() if ids is None else IDS_FROM_TABLE.encode()
         if self._options.columns.id:
             self.metadata[ID_COLUMN_KEY] = self._options.columns.id.encode()
+        if id_columns.in_any_case:
+            self.metadata[ID_CASE_KEY] = b"any"
         if self._columns.names:
             self.metadata[IMAGE_COLUMNS_KEY] = json.dumps(self._columns.names).encode()
         if not self._options.columns.id:

@@ -17,14 +17,17 @@ class PlainParquetFile(pq.ParquetFile):  # type: ignore[misc]
 
     @property
     def schema_arrow(self) -> pa.Schema:
+        """The schema with plain types."""
         schema = super().schema_arrow
         fields = [field.with_type(_plain_type(field.type)) for field in schema]
         return pa.schema(fields, metadata=schema.metadata)
 
     def read_row_group(self, *args: Any, **options: Any) -> pa.Table:
+        """The rows of a row group with plain types."""
         return _plain(super().read_row_group(*args, **options))
 
     def iter_batches(self, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        """The rows in batches with plain types."""
         return map(_plain, super().iter_batches(*args, **options))
 
 

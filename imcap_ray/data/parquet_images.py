@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Final, NamedTuple
 
 import pyarrow as pa
@@ -31,10 +32,16 @@ _PICKLES: Final = "arrow_pickled_object"
 ID_COLUMNS: Final = ("image_id", "__key__", "key", "id")
 
 
-def find_id_column(schema: pa.Schema) -> str | None:
-    """The column of a Parquet table with a usual name for ids of images, see `can_be_id`; None if it has none."""
-    types = dict(zip(schema.names, schema.types, strict=True))
-    return next((name for name in ID_COLUMNS if name in types and can_be_id(types[name])), None)
+def find_id_column(schema: pa.Schema, *, in_any_case: bool = True) -> str | None:
+    """The column of a Parquet table with a usual name for ids of images, see `can_be_id`; None if it has none.
+
+    Args:
+        in_any_case: whether `ID` counts, too, if no column has exactly a usual name.
+    """
+    names = [name for name, kind in zip(schema.names, schema.types, strict=True) if can_be_id(kind)]
+    exact = (usual for usual in ID_COLUMNS if usual in names)
+    others = (name for usual in ID_COLUMNS for name in names if in_any_case and name.strip().lower() == usual)
+    return next(chain(exact, others), None)
 
 
 def read_table_images(

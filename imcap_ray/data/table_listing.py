@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from imcap_ray import storage
-from imcap_ray.data.columns import ImageColumns, is_binary, is_string, require_column
+from imcap_ray.data.columns import ImageColumns, columns_named, find_column, is_binary, is_string
 from imcap_ray.data.known_images import KnownImages
 from imcap_ray.data.parquet_images import (
     ID_COLUMNS,
@@ -49,6 +49,8 @@ class IdColumns:
         self.chosen: dict[str, None] = {}
         self._name = name
         self._known = known if known and known.id_source is not None else None
+        self.in_any_case = self._known is None or self._known.has_ids_in_any_case
+        """Whether a usual name in another case counts; it does not for the ids of manifests that ignored it."""
         if self._known and name and self._known.id_source == IDS_FROM_POSITION:
             raise InputError(
                 f"--id-column {name}: the ids of the images listed so far are table names and row numbers: omit the "
@@ -61,14 +63,16 @@ class IdColumns:
         Raises:
             InputError: the ids came from another column so far, or the column that the user names cannot hold ids.
         """
-        name = self._name or find_id_column(schema)
+        usual = find_id_column(schema, in_any_case=self.in_any_case)
+        name = usual
         if self._name is not None:
-            require_column(schema, self._name, location, option="--id-column")
-            kind = schema.field(self._name).type
+            name = find_column(schema, self._name, location, option="--id-column")
+            kind = schema.field(name).type
             if not can_be_id(kind):
                 raise InputError(f"--id-column {name}: expected text, numbers or bytes, got {kind} in {location}")
         if self._known:
-            before = self._known.id_column or find_id_column(schema)
+            before = self._known.id_column
+            before = next(iter(columns_named(schema, before)), before) if before else usual
             if before != name:
                 raise InputError(
                     f"{location}: the ids of the images listed so far came from {_column_or_none(before)}, and would "
@@ -252,7 +256,7 @@ def describe_unused_ids(schema: pa.Schema) -> str:
     """Columns that are named like ids and cannot hold ids, with their types; "" if the table has a column of ids."""
     if find_id_column(schema) is not None:
         return ""
-    return ", ".join(f"{name} ({schema.field(name).type})" for name in ID_COLUMNS if name in schema.names)
+    return ", ".join(f"{field.name} ({field.type})" for field in schema if field.name.strip().lower() in ID_COLUMNS)
 
 
 def _text_or_hex(value: bytes) -> str:

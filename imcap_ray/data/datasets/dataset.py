@@ -470,8 +470,9 @@ def split_in_name(name: str) -> str:
 
 
 def split_in_path(path: str) -> str:
-    """The split that one of a file's folders is named after; "" if there is none."""
-    folders = path.lower().split("/")[:-1]
+    """The split that one of a file's folders is named after, such as `train` or Hive's `split=train`; "" if there is
+    none."""
+    folders = [folder.removeprefix("split=") for folder in path.lower().split("/")[:-1]]
     return next((SPLIT_NAMES[folder] for folder in folders if folder in SPLIT_NAMES), "")
 
 

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.data.columns import ColumnOptions, ImageColumn, ImageColumns, is_string, require_column
+from imcap_ray.data.columns import ColumnOptions, ImageColumn, ImageColumns, columns_named, find_column, is_string
 from imcap_ray.data.datasets.dataset import (
     CaptionedImages,
     Collector,
@@ -215,7 +215,7 @@ def _find_image_column(columns: ImageColumns, location: str) -> ImageColumn | No
 
 
 def _has_captions(schema: pa.Schema, caption_column: str | None) -> bool:
-    return caption_column in schema.names if caption_column else has_caption_field(schema.names)
+    return bool(columns_named(schema, caption_column)) if caption_column else has_caption_field(schema.names)
 
 
 def _caption_columns(name: str | None, schema: pa.Schema, location: str) -> dict[str, str]:
@@ -223,7 +223,7 @@ def _caption_columns(name: str | None, schema: pa.Schema, location: str) -> dict
     if name is None:
         fields = [field for field in schema if is_caption_field(field.name) and _is_text(field.type)]
         return {field.name.strip().lower(): field.name for field in fields}
-    require_column(schema, name, location, option="--caption-column")
+    name = find_column(schema, name, location, option="--caption-column")
     if not _is_text(schema.field(name).type):
         kind = schema.field(name).type
         raise DatasetError(f"--caption-column {name}: expected text or lists of text, got {kind} in {location}")

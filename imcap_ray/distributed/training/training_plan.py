@@ -10,14 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
 from imcap_ray.data.dataset_check import keep_duplicates_together, require_usable
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
-from imcap_ray.data.parquet_files import read_table
+from imcap_ray.data.parquet_files import read_schema, read_table
 from imcap_ray.distributed.cluster.connection import ClusterResources, require
 from imcap_ray.distributed.training.phase_start import with_cnn_weights
 from imcap_ray.errors import InputError, OutputError
@@ -339,9 +338,8 @@ def _read_settings(location: str, model: str) -> dict[str, Any]:
 def _refuse_other_column(model: str, data: CaptionedImages) -> None:
     """Raise OutputError if the training was begun by an earlier version that read images from another column."""
     for location in data.tables:
-        filesystem, path = storage.resolve(location)
         try:
-            schema = pq.read_schema(path, filesystem=filesystem)
+            schema = read_schema(location)
             before = find_image_column_by_type(schema, location).name
             now = read_image_column(schema, location, data.image_columns).name
         except (

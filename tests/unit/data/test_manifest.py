@@ -549,6 +549,41 @@ def test_ids_come_from_the_named_column(source: Path, target: str) -> None:
     assert summary.id_column == "sku"
 
 
+def test_columns_are_found_in_any_case(source: Path, target: str) -> None:
+    columns = {"Image": IMAGES[:2], "Image_ID": ["a", "b"], "Photo": THUMBNAILS[:2], "SKU": ["x", "y"]}
+    table = str(write_table(source / "a.parquet", columns))
+    named = InputOptions(columns=ColumnOptions(image="photo", id="sku"))
+
+    for _ in range(2):  # a run and its resumption
+        assert build_manifest(table, target).id_column == "Image_ID"
+        assert build_manifest(table, f"{target}-named", named).id_column == "SKU"
+
+    assert ids(target) == ["a", "b"]
+    assert captured_bytes(read(target), target) == IMAGES[:2]
+    assert ids(f"{target}-named") == ["x", "y"]
+    assert captured_bytes(read(f"{target}-named"), f"{target}-named") == THUMBNAILS[:2]
+    assert build_manifest(table, f"{target}-named", InputOptions(columns=ColumnOptions(image="Photo", id="SKU")))
+
+
+def test_a_column_with_exactly_the_given_name_takes_precedence_over_its_other_case(source: Path, target: str) -> None:
+    table = str(write_table(source / "a.parquet", {"image": IMAGES[:2], "ID": ["x", "y"], "id": ["a", "b"]}))
+
+    build_manifest(table, target)
+    assert ids(target) == ["a", "b"]
+    with pytest.raises(InputError, match="--id-column Id: .* has several columns of this name"):
+        build_manifest(table, f"{target}2", InputOptions(columns=ColumnOptions(id="Id")))
+
+
+def test_a_manifest_of_a_version_that_ignored_ids_in_upper_case_keeps_its_ids(source: Path, target: str) -> None:
+    table = str(write_table(source / "a.parquet", {"image": hugging_face(IMAGES[:2], ["a.jpg", "b.jpg"])}))
+    build_manifest(table, target)
+    without_columns(target)
+    write_table(source / "a.parquet", {"image": hugging_face(IMAGES[:2], ["a.jpg", "b.jpg"]), "ID": ["x", "y"]})
+
+    assert build_manifest(table, target).num_images == 2
+    assert ids(target) == ["a.jpg", "b.jpg"]
+
+
 def test_the_columns_of_an_input_do_not_change(source: Path, target: str) -> None:
     columns = {"image": IMAGES[:3], "photo": THUMBNAILS[:3], "id": list("abc"), "sku": list("xyz")}
     table = str(write_table(source / "a.parquet", columns))

@@ -417,6 +417,35 @@ def test_a_file_without_captions_is_refused_in_one_line(tmp_path: Path, name: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["parquet", "sidecars", "webdataset"])
+def test_hive_partitions_name_the_splits(tmp_path: Path, kind: str) -> None:
+    for number, split in enumerate(("train", "val", "Test")):
+        folder = tmp_path / f"split={split}" / "year=2024"
+        folder.mkdir(parents=True)
+        if kind == "parquet":
+            table = {"Image": [jpeg(number)], "ID": [split], "Caption": ["a dog"]}
+            pq.write_table(pa.table(table), folder / "part-0.parquet")
+        elif kind == "sidecars":
+            (folder / f"{split}.jpg").write_bytes(jpeg(number))
+            (folder / f"{split}.txt").write_text("a dog")
+        else:
+            written_tar(folder / "0.tar", f"{split}.jpg", f"{split}.txt")
+
+    dataset = load_dataset(str(tmp_path))
+
+    assert dataset.describe_splits() == "1 train, 1 validation, 1 test"
+    if kind == "parquet":
+        assert sorted(dataset.references()) == ["Test", "train", "val"]
+
+
+def test_the_caption_column_is_found_in_any_case(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"Image": [jpeg(1)], "ID": ["a"], "My_Words": ["a dog"]}), tmp_path / "t.parquet")
+
+    dataset = load_dataset(str(tmp_path), columns=ColumnOptions(caption="my_words"))
+
+    assert dataset.references() == {"a": ["a dog"]}
+
+
 def test_names_in_split_folders_do_not_clash(tmp_path: Path) -> None:
     for split in ("train", "test"):
         put_images(tmp_path / split, ["1.jpg"])
