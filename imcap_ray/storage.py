@@ -12,7 +12,7 @@ import stat
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
@@ -346,15 +346,20 @@ class ListedFile(NamedTuple):
     """Time of the last change since 1970; 0 if unknown."""
 
 
-def list_files(folder: str, *, recursive: bool = True) -> Iterator[ListedFile]:
+def list_files(
+    folder: str, *, recursive: bool = True, is_skipped: Callable[[str], bool] = lambda name: False
+) -> Iterator[ListedFile]:
     """The files below a folder, sorted within each folder.
 
     One folder at a time is in memory. Links are followed, but not into a folder that contains them. A broken link is
     listed, because it is an image whose row gets the error `missing`. A folder that cannot be read raises InputError.
+
+    Args:
+        is_skipped: whether the folders of this name are left out.
     """
     folder = absolute(folder)
     filesystem, root = resolve(folder)
-    yield from _walk(filesystem, root, folder, "", recursive, ancestors=())
+    yield from _walk(filesystem, root, folder, "", lambda name: recursive and not is_skipped(name), ancestors=())
 
 
 def describe_file(location: str) -> ListedFile:
@@ -530,7 +535,12 @@ def list_parquet(folder: str) -> list[str]:
 
 
 def _walk(
-    filesystem: fs.FileSystem, path: str, location: str, name: str, recursive: bool, ancestors: tuple[str, ...]
+    filesystem: fs.FileSystem,
+    path: str,
+    location: str,
+    name: str,
+    enters: Callable[[str], bool],
+    ancestors: tuple[str, ...],
 ) -> Iterator[ListedFile]:
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     real_path = os.path.realpath(path) if is_local else path
@@ -544,9 +554,9 @@ def _walk(
         if not is_folder:
             yield ListedFile(join(location, _printable(entry)), name + _printable(entry), size, modified_ns)
     for entry, is_folder, *_ in entries:
-        if is_folder and recursive:
+        if is_folder and enters(entry):
             below = (join(path, entry), join(location, _printable(entry)), f"{name}{_printable(entry)}/")
-            yield from _walk(filesystem, *below, recursive, (*ancestors, real_path))
+            yield from _walk(filesystem, *below, enters, (*ancestors, real_path))
 
 
 def _list_local(path: str) -> list[tuple[str, bool, int, int]]:
@@ -603,8 +613,32 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
     if isinstance(filesystem, fs.LocalFileSystem):
         # Not through pyarrow: this is twice as fast, and its errors have types.
         return Path(path).read_bytes() if max_bytes is None else _read_regular(path, location, max_bytes)
-    try:
+    with _translate_read_errors(location):
         return _read_remote(filesystem, path, max_bytes)
+
+
+def read_beginning(location: str, num_bytes: int) -> bytes:
+    """The first bytes of a file, or all of a smaller one. A store is not asked for more.
+
+    Raises:
+        OSError: as `read_bytes`.
+    """
+    filesystem, path = resolve(location)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with open(path, "rb", buffering=0) as file:
+            return file.read(num_bytes)
+    with _translate_read_errors(location):
+        if isinstance(filesystem, fs.PyFileSystem):  # a file of fsspec reads megabytes ahead
+            return bytes(filesystem.handler.fs.cat_file(path, start=0, end=num_bytes))
+        with filesystem.open_input_file(path) as stored:
+            return bytes(stored.read(num_bytes))
+
+
+@contextmanager
+def _translate_read_errors(location: str) -> Iterator[None]:
+    """Raise OSError, without secrets, for an error of any type while a file of a store is read."""
+    try:
+        yield
     except (OSError, MemoryError) as error:
         if _is_forbidden(error):
             raise PermissionError(errno.EACCES, "not allowed to read", location) from error

@@ -6,6 +6,7 @@ A format is added with one `ImageFormat` in `FORMATS`. Knows neither pixels nor 
 from __future__ import annotations
 
 import importlib
+import mimetypes
 import re
 import struct
 from collections.abc import Callable
@@ -38,7 +39,8 @@ class ImageFormat:
     matches_text: Callable[[bytes], bool] | None = None
     """Recognises a text format, which has no signature."""
     extensions: tuple[str, ...] = ()
-    """Extensions by which files of a folder or tar are recognised as images; the first one is used for exports."""
+    """Extensions by which files of a folder or tar are recognised as images; the first one is used for exports. Without
+    any, files of this format are documents or data rather than images, and are not listed."""
     other_names: tuple[str, ...] = ()
     """Pillow's names of variants that have the same file extension."""
     has_variants: bool = False
@@ -109,7 +111,7 @@ FORMATS: Final[tuple[ImageFormat, ...]] = (
         name="jpeg",
         reader="JPEG",
         signatures=((0, b"\xff\xd8\xff"),),
-        extensions=("jpg", "jpeg", "jpe", "jfif"),
+        extensions=("jpg", "jpeg", "jpe", "jfif", "jif", "mpo"),
         other_names=("mpo",),
         ends_early=_jpeg_ends_early,
     ),
@@ -117,7 +119,7 @@ FORMATS: Final[tuple[ImageFormat, ...]] = (
         name="png",
         reader="PNG",
         signatures=((0, b"\x89PNG"),),
-        extensions=("png",),
+        extensions=("png", "apng"),
         ends_early=lambda data: b"IEND" not in data,
     ),
     ImageFormat(
@@ -154,7 +156,7 @@ FORMATS: Final[tuple[ImageFormat, ...]] = (
         name="avif",
         reader="AVIF",
         signatures=((4, b"ftypavif"), (4, b"ftypavis")),
-        extensions=("avif",),
+        extensions=("avif", "avifs"),
         has_variants=True,
         ends_early=_boxes_end_early,
     ),
@@ -162,36 +164,37 @@ FORMATS: Final[tuple[ImageFormat, ...]] = (
         name="jpeg2000",
         reader="JPEG2000",
         signatures=((0, b"\0\0\0\x0cjP  "), (0, b"\xff\x4f\xff\x51")),
-        extensions=("jp2", "j2k"),
+        extensions=("jp2", "j2k", "jpf", "jpx", "j2c", "jpc"),
         has_variants=True,
         ends_early=_jpeg2000_ends_early,
     ),
     ImageFormat(
         name="ico", reader="ICO", signatures=((0, b"\0\0\1\0"),), extensions=("ico",), ends_early=_ico_ends_early
     ),
-    ImageFormat(name="ppm", reader="PPM", extensions=("ppm", "pgm", "pbm", "pnm")),
+    ImageFormat(name="ppm", reader="PPM", extensions=("ppm", "pgm", "pbm", "pnm", "pfm")),
     ImageFormat(name="psd", reader="PSD", signatures=((0, b"8BPS\0\1"),), extensions=("psd",), has_variants=True),
     ImageFormat(name="qoi", reader="QOI", signatures=((0, b"qoif"),), extensions=("qoi",)),
     ImageFormat(
         name="icns",
         reader="ICNS",
         signatures=((0, b"icns"),),
+        extensions=("icns",),
         ends_early=lambda data: int.from_bytes(data[4:8], "big") > len(data),
     ),
-    ImageFormat(name="cur", reader="CUR"),
-    ImageFormat(name="dds", reader="DDS", signatures=((0, b"DDS "),), has_variants=True),
+    ImageFormat(name="cur", reader="CUR", extensions=("cur",)),
+    ImageFormat(name="dds", reader="DDS", signatures=((0, b"DDS "),), extensions=("dds",), has_variants=True),
     ImageFormat(name="pcx", reader="PCX", extensions=("pcx",)),
-    ImageFormat(name="sgi", reader="SGI"),
-    ImageFormat(name="sun", reader="SUN"),
-    ImageFormat(name="xbm", reader="XBM"),
-    ImageFormat(name="xpm", reader="XPM"),
+    ImageFormat(name="sgi", reader="SGI", extensions=("sgi",)),
+    ImageFormat(name="sun", reader="SUN", extensions=("ras",)),
+    ImageFormat(name="xbm", reader="XBM", extensions=("xbm",)),
+    ImageFormat(name="xpm", reader="XPM", extensions=("xpm",)),
     ImageFormat(
         name="heif",
         reader="HEIF",
         unreadable="a HEIC image",
         package="pillow_heif",
         signatures=((4, b"ftyphe"), (4, b"ftypmif1"), (4, b"ftypmsf1")),
-        extensions=("heif", "heic"),
+        extensions=("heif", "heic", "hif", "heifs", "heics"),
         has_variants=True,
         ends_early=_boxes_end_early,
     ),
@@ -199,21 +202,52 @@ FORMATS: Final[tuple[ImageFormat, ...]] = (
     # Formats that are not read, because Pillow has no reader for them or reads only a preview of them.
     ImageFormat(name="pdf", unreadable="a PDF document", signatures=((0, b"%PDF"),)),
     ImageFormat(name="eps", unreadable="a PostScript drawing", signatures=((0, b"%!PS"), (0, b"\xc5\xd0\xd3\xc6"))),
-    ImageFormat(name="cr2", unreadable="a Canon camera raw file", signatures=((8, b"CR\x02"), (4, b"ftypcrx "))),
-    ImageFormat(name="raf", unreadable="a Fujifilm camera raw file", signatures=((0, b"FUJIFILMCCD-RAW"),)),
+    ImageFormat(
+        name="cr2",
+        unreadable="a Canon camera raw file",
+        signatures=((8, b"CR\x02"), (4, b"ftypcrx "), (6, b"HEAPCCDR")),
+        extensions=("cr2", "cr3", "crw"),
+    ),
+    ImageFormat(
+        name="raf",
+        unreadable="a Fujifilm camera raw file",
+        signatures=((0, b"FUJIFILMCCD-RAW"),),
+        extensions=("raf",),
+    ),
     ImageFormat(
         name="orf",
         unreadable="an Olympus camera raw file",
         signatures=((0, b"IIRO"), (0, b"IIRS"), (0, b"MMOR")),
+        extensions=("orf",),
     ),
-    ImageFormat(name="rw2", unreadable="a Panasonic camera raw file", signatures=((0, b"IIU\0"),)),
-    ImageFormat(name="x3f", unreadable="a Sigma camera raw file", signatures=((0, b"FOVb"),)),
-    ImageFormat(name="jxl", unreadable="a JPEG XL image", signatures=((0, b"\xff\x0a"), (0, b"\0\0\0\x0cJXL "))),
-    ImageFormat(name="jxr", unreadable="a JPEG XR image", signatures=((0, b"II\xbc"),)),
-    ImageFormat(name="psb", unreadable="a large Photoshop document (PSB)", signatures=((0, b"8BPS\0\2"),)),
-    ImageFormat(name="xcf", unreadable="a GIMP document", signatures=((0, b"gimp xcf"),)),
-    ImageFormat(name="exr", unreadable="an OpenEXR image", signatures=((0, b"v/1\1"),)),
-    ImageFormat(name="hdr", unreadable="a Radiance image", signatures=((0, b"#?RADIANCE"),)),
+    ImageFormat(name="rw2", unreadable="a Panasonic camera raw file", signatures=((0, b"IIU\0"),), extensions=("rw2",)),
+    ImageFormat(name="x3f", unreadable="a Sigma camera raw file", signatures=((0, b"FOVb"),), extensions=("x3f",)),
+    ImageFormat(name="mrw", unreadable="a Minolta camera raw file", signatures=((0, b"\0MRM"),), extensions=("mrw",)),
+    # Other camera raw files are TIFFs, recognised by the preview that is their first picture.
+    ImageFormat(
+        name="raw",
+        unreadable="a camera raw file",
+        extensions=(
+            *("dng", "nef", "nrw", "arw", "srf", "sr2", "pef", "srw", "rwl", "3fr", "fff", "iiq", "mef", "mos", "erf"),
+            *("kdc", "dcr", "gpr"),
+        ),
+    ),
+    ImageFormat(
+        name="jxl",
+        unreadable="a JPEG XL image",
+        signatures=((0, b"\xff\x0a"), (0, b"\0\0\0\x0cJXL ")),
+        extensions=("jxl",),
+    ),
+    ImageFormat(
+        name="jxr", unreadable="a JPEG XR image", signatures=((0, b"II\xbc"),), extensions=("jxr", "wdp", "hdp")
+    ),
+    ImageFormat(
+        name="psb", unreadable="a large Photoshop document (PSB)", signatures=((0, b"8BPS\0\2"),), extensions=("psb",)
+    ),
+    ImageFormat(name="xcf", unreadable="a GIMP document", signatures=((0, b"gimp xcf"),), extensions=("xcf",)),
+    ImageFormat(name="exr", unreadable="an OpenEXR image", signatures=((0, b"v/1\1"),), extensions=("exr",)),
+    # The first bytes decide on .hdr, which is also the extension of other data's headers.
+    ImageFormat(name="hdr", unreadable="a Radiance image", signatures=((0, b"#?RADIANCE"),), extensions=("rgbe",)),
     ImageFormat(name="djvu", unreadable="a DjVu document", signatures=((0, b"AT&TFORM"),)),
     ImageFormat(name="fits", unreadable="a FITS image", signatures=((0, b"SIMPLE  ="),)),
     ImageFormat(name="hdf5", unreadable="an HDF5 file", signatures=((0, b"\x89HDF"),)),
@@ -223,6 +257,22 @@ FORMATS: Final[tuple[ImageFormat, ...]] = (
 
 IMAGE_EXTENSIONS: Final = frozenset(extension for one in FORMATS for extension in one.extensions)
 """Files with these extensions are listed as images; what a file really holds shows when it is decoded."""
+
+_UNREADABLE_EXTENSIONS: Final = IMAGE_EXTENSIONS.difference(*(one.extensions for one in FORMATS if one.reader))
+
+# Extensions of files that are not images. The machine's own list of types is left out, because machines differ.
+_OTHER_EXTENSIONS: Final = frozenset(
+    extension[1:]
+    for extension, kind in mimetypes.MimeTypes().types_map[True].items()
+    if not kind.startswith("image/") and kind != "application/octet-stream"
+) | {
+    *("caption", "md", "log", "yaml", "yml", "toml", "jsonl", "ndjson", "xmp", "aae", "ipynb", "db"),
+    *("parquet", "pq", "arrow", "npy", "npz", "pkl", "pt", "pth", "safetensors"),
+    *("gz", "tgz", "bz2", "xz", "zst", "7z", "rar", "mkv", "m4v", "mts", "m2ts", "m4a", "flac", "ogg"),
+}
+
+_NAS_THUMBNAILS: Final = "@eaDir"
+"""Name of the folders in which a Synology NAS keeps thumbnails."""
 
 _BY_NAME: Final = {name: one for one in FORMATS for name in (one.name, *one.other_names)}
 
@@ -239,13 +289,37 @@ _UNREADABLE_TEXTS: Final = tuple((one.matches_text, one) for one in FORMATS if n
 
 
 def extension_of(path: str) -> str:
-    """The part of a path behind its last dot, in lower case; "" without a dot."""
-    return path.rpartition(".")[2].lower() if "." in path else ""
+    """The part of a file's name behind its last dot, in lower case; "" without a dot."""
+    name = path.rpartition("/")[2]
+    return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def is_image_name(path: str) -> bool:
     """Whether a file is listed as an image, by its name. Hidden files are not."""
     return extension_of(path) in IMAGE_EXTENSIONS and not path.rpartition("/")[2].startswith(".")
+
+
+def may_be_image(path: str) -> bool:
+    """Whether only its content tells if a file is an image, because its extension is missing or unknown."""
+    extension = extension_of(path)
+    is_known = extension in IMAGE_EXTENSIONS or extension in _OTHER_EXTENSIONS
+    return not is_known and not path.rpartition("/")[2].startswith(".")
+
+
+def is_hidden_folder(name: str) -> bool:
+    """Whether the folders of this name are left out of listings, like hidden files."""
+    return name == _NAS_THUMBNAILS or (name.startswith(".") and name not in (".", ".."))
+
+
+def is_in_hidden_folder(name: str) -> bool:
+    """Whether a file is in a hidden folder, by its name relative to the listed folder or in a tar."""
+    return any(map(is_hidden_folder, name.split("/")[:-1]))
+
+
+def readable_names(names: list[str]) -> list[str]:
+    """The names of images that share a caption, without camera raw files next to their JPEG and other formats that are
+    not read; all names if there are only such."""
+    return [name for name in names if extension_of(name) not in _UNREADABLE_EXTENSIONS] or names
 
 
 def file_extension(format_name: str) -> str:
@@ -270,6 +344,14 @@ def identify_unreadable(data: bytes) -> ImageFormat | None:
 def has_image_signature(data: bytes) -> bool:
     """Whether data begin like an image of a format that is read."""
     return len(data) >= SHORTEST_HEADER and identify(data) is not None
+
+
+def begins_like_image(data: bytes) -> bool:
+    """Whether data begin like an image of any format, read or not, rather than like a document."""
+    if data.startswith(b"BM") and data[6:10] != bytes(4):  # a text; a bitmap has zeros there
+        return False
+    known = identify(data) or identify_unreadable(data)
+    return len(data) >= SHORTEST_HEADER and known is not None and bool(known.extensions)
 
 
 def ends_early(data: bytes) -> bool:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -11,13 +15,32 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data.columns import ImageColumns, holds_image_bytes
-from imcap_ray.data.image_formats import extension_of, has_image_signature, is_image_name
+from imcap_ray.data.image_formats import (
+    begins_like_image,
+    extension_of,
+    is_hidden_folder,
+    is_image_name,
+    is_in_hidden_folder,
+    may_be_image,
+)
 from imcap_ray.data.parquet_files import read_metadata
 from imcap_ray.data.parquet_images import TablePaths, open_table
 from imcap_ray.errors import InputError
 from imcap_ray.storage import ListedFile
 
 _SIGNATURE_BYTES: Final = 64
+
+_FILES_PER_CHECK: Final = 256
+"""Number of files that are recognised together, because a store takes a few hundredths of a second for each."""
+
+_CONCURRENT_READS: Final = 16
+
+_MAX_EXTENSIONS: Final = 100
+"""Maximum number of extensions by which ignored files are counted: numbered files have a different one each."""
+
+_DESCRIBED_EXTENSIONS: Final = 12
+
+_OTHER_EXTENSIONS: Final = "other extensions"
 
 _MAX_OBJECT_REQUESTS: Final = 8
 """Maximum number of objects of a store, named by a table next to image files, that are asked for one by one."""
@@ -35,7 +58,7 @@ class Listing:
         self._recursive = recursive
         self._output = output
         self._packed: dict[str, list[ListedFile]] = {"tar": [], "parquet": []}
-        self._num_others = 0
+        self._others: Counter[str] = Counter()
         self._run_folders: set[str] = set()
         self.unreadable: list[str] = []
         """Names of the tables that `find_image_tables` could not read."""
@@ -49,10 +72,10 @@ class Listing:
                 return
             files: Iterable[ListedFile] = [file]
         else:
-            files = storage.list_files(self._location, recursive=self._recursive)
-        for file in files:
+            files = storage.list_files(self._location, recursive=self._recursive, is_skipped=is_hidden_folder)
+        for file, is_image in _recognise_images(files):
             folder, _, name = file.name.rpartition("/")
-            if is_image_name(file.name):
+            if is_image:
                 self.num_images += 1
                 yield file
             elif (
@@ -62,7 +85,9 @@ class Listing:
             ):
                 self._packed[extension_of(name)].append(file)
             else:
-                self._num_others += 1
+                kind = ignored_kind(name)
+                is_counted = kind in self._others or len(self._others) < _MAX_EXTENSIONS
+                self._others[kind if is_counted else _OTHER_EXTENSIONS] += 1
             before, work, _ = f"/{folder}/".partition("/_imcap/")
             if work and before:  # the location itself may be a captions folder, whose table names images
                 self._run_folders.add(before[1:])
@@ -75,16 +100,17 @@ class Listing:
         """The Parquet tables."""
         return self._without_runs("parquet")
 
-    def num_others(self) -> int:
-        """Number of files of other kinds."""
-        return self._num_others + sum(
-            len(files) - len(self._without_runs(kind)) for kind, files in self._packed.items()
+    def others(self) -> Counter[str]:
+        """Number of files of other kinds, by `ignored_kind`."""
+        return self._others + Counter(
+            ignored_kind(file.name) for files in self._packed.values() for file in files if self._is_of_run(file)
         )
 
     def _without_runs(self, kind: str) -> list[ListedFile]:
-        return [file for file in self._packed[kind] if not self._is_of_run(file.name.rpartition("/")[0])]
+        return [file for file in self._packed[kind] if not self._is_of_run(file)]
 
-    def _is_of_run(self, folder: str) -> bool:
+    def _is_of_run(self, file: ListedFile) -> bool:
+        folder = file.name.rpartition("/")[0]
         return folder in self._run_folders or "/_imcap/" in f"/{folder}/"
 
     def find_image_tables(self, columns: ImageColumns) -> list[ListedFile]:
@@ -138,9 +164,16 @@ class Listing:
         return False
 
     def _is_listed(self, path: str) -> bool:
-        """Whether a file that a table names would be among the image files, if it exists."""
+        """Whether a file that a table names would be among the image files, if it exists; an object of a store whose
+        name leaves that open, if it is an image."""
         is_below = storage.is_inside(self._location, path)
-        return is_image_name(path) and (is_below if self._recursive else storage.parent(path) == self._location)
+        if not (is_below if self._recursive else storage.parent(path) == self._location):
+            return False
+        if is_in_hidden_folder(path.removeprefix(f"{self._location}/")):
+            return False
+        if is_image_name(path) or not may_be_image(path):
+            return is_image_name(path)
+        return storage.is_uri(path) or (os.path.isfile(path) and _begins_like_image(path))
 
 
 def _first_rows(paths: Iterable[str | None], first_row: int) -> Iterator[tuple[str, int]]:
@@ -150,6 +183,44 @@ def _first_rows(paths: Iterable[str | None], first_row: int) -> Iterator[tuple[s
         if path:
             rows.setdefault(path, row)
     return iter(rows.items())
+
+
+def _recognise_images(files: Iterable[ListedFile]) -> Iterator[tuple[ListedFile, bool]]:
+    """Each file and whether it is an image: by its name, or by its first bytes if the name leaves that open."""
+    remaining = iter(files)
+    with ThreadPoolExecutor(_CONCURRENT_READS) as threads:
+        while chunk := list(islice(remaining, _FILES_PER_CHECK)):
+            unknown = [file.location for file in chunk if file.size > 0 and may_be_image(file.name)]
+            images = dict(zip(unknown, threads.map(_begins_like_image, unknown), strict=True))
+            for file in chunk:
+                yield file, images.get(file.location, is_image_name(file.name))
+
+
+def _begins_like_image(location: str) -> bool:
+    """Whether a file begins like an image. One that cannot be read may be an image, and gets a row with the reason."""
+    try:
+        return begins_like_image(storage.read_beginning(location, _SIGNATURE_BYTES))
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def ignored_kind(name: str) -> str:
+    """What a file that is not an image is counted as: its extension with the dot, "hidden" or "no extension"."""
+    if name.rpartition("/")[2].startswith("."):
+        return "hidden"
+    extension = extension_of(name)
+    return f".{extension}" if re.fullmatch(r"[\w-]{1,12}", extension) else "no extension"
+
+
+def describe_kinds(counts: Mapping[str, int]) -> str:
+    """Numbers of ignored files by `ignored_kind`, the most frequent first: ".txt 9, .mov 2"."""
+    kinds = Counter(counts)
+    most = Counter(dict(kinds.most_common(_DESCRIBED_EXTENSIONS)))
+    if len(most) < len(kinds):
+        most[_OTHER_EXTENSIONS] += kinds.total() - most.total()
+    return ", ".join(f"{kind} {count:,}" for kind, count in most.items())
 
 
 class _NamedFiles:
@@ -194,15 +265,6 @@ class _NamedFiles:
             return os.path.isfile(path)
         self._num_asked += 1
         return self._num_asked <= _MAX_OBJECT_REQUESTS and storage.is_file(path)
-
-
-def _begins_like_image(path: str) -> bool:
-    filesystem, inner = storage.resolve(path)
-    try:
-        with filesystem.open_input_file(inner) as file:
-            return has_image_signature(file.read(_SIGNATURE_BYTES))
-    except OSError:
-        return True  # it exists, and may be an image
 
 
 def count_files(files: Sequence[ListedFile], noun: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -16,8 +17,8 @@ import pyarrow.compute as pc
 from imcap_ray import storage
 from imcap_ray.data import tar_images
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
-from imcap_ray.data.image_formats import extension_of, is_image_name
-from imcap_ray.data.input_listing import Listing, count_files
+from imcap_ray.data.image_formats import extension_of, is_image_name, is_in_hidden_folder
+from imcap_ray.data.input_listing import Listing, count_files, describe_kinds, ignored_kind
 from imcap_ray.data.known_images import (
     ID_CASE_KEY,
     ID_COLUMN_KEY,
@@ -68,7 +69,7 @@ class InputSummary:
 
     num_images: int
     num_ignored: int
-    """Number of files without an image extension."""
+    """Number of files that are not images."""
     description: str
     notes: tuple[str, ...] = field(default=(), compare=False)
     """Remarks on how images are found and named."""
@@ -80,6 +81,8 @@ class InputSummary:
     """Current rows of `MANIFEST_SCHEMA` for images whose file has changed since the manifest was written."""
     removed: npt.NDArray[np.int64] | None = field(default=None, compare=False)
     """Numbers of images in the manifest that the input no longer has; None: unknown, because a limit was reached."""
+    ignored: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Number of files that are not images, by extension (".txt"), the most frequent first; see `ignored_kind`."""
 
 
 def build_manifest(
@@ -160,7 +163,7 @@ class _InputImages:
         self._location = location
         self._is_folder = storage.is_folder(location)
         self.description = "folder" if self._is_folder else "image"
-        self._num_ignored_tables = 0
+        self._ignored_tables: Counter[str] = Counter()
         self._listing = Listing(location, recursive=options.recursive, output=output)
         self._options = options
         self._output = output
@@ -173,25 +176,26 @@ class _InputImages:
         """The summary of a listing with this number of images."""
         return InputSummary(
             num_images=num_images,
-            num_ignored=self.num_ignored,
+            num_ignored=self._ignored().total(),
             description=self.description,
             notes=tuple(self.notes),
             image_column=self.image_column,
             id_column=self.id_column,
             changed=changed.replace_schema_metadata(self.metadata),
             removed=removed,
+            ignored=dict(self._ignored().most_common()),
         )
 
     def no_images_error(self) -> InputError:
         """The error of an input without images."""
-        number = self.num_ignored
-        others = f"{number:,} other file{'s' * (number != 1)}" if number else "nothing"
+        kinds = self._ignored()
+        number = kinds.total()
+        others = f"{number:,} other file{'s' * (number != 1)} ({describe_kinds(kinds)})" if number else "nothing"
         return InputError(f"no images in {self._location}: found {others}; expected files with names like .jpg or .png")
 
-    @property
-    def num_ignored(self) -> int:
-        """Number of files that were listed and are not part of the input."""
-        return self._listing.num_others() + self._num_ignored_tables
+    def _ignored(self) -> Counter[str]:
+        """Number of files that were listed and are not part of the input, by `ignored_kind`."""
+        return self._listing.others() + self._ignored_tables
 
     def entries(self) -> Iterator[ManifestEntry]:
         """Entries of a manifest: first of image files, then of images in tars and tables."""
@@ -231,7 +235,7 @@ class _InputImages:
             if names:
                 first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
                 self.notes.append(f"{self._location}: {len(names):,} of the tables {problem} and are ignored: {first}")
-        self._num_ignored_tables = len(tables) - len(chosen)
+        self._ignored_tables = Counter(ignored_kind(table.name) for table in tables if table not in chosen)
         return chosen
 
     def _entries_of_tables(self, tables: list[ListedFile]) -> Iterator[ManifestEntry]:
@@ -345,7 +349,7 @@ def _tar_entries(tars: list[ListedFile]) -> Iterator[ManifestEntry]:
         try:
             with tar_images.open_tar(tar.location) as opened:
                 for member in tar_images.list_files(opened):
-                    if is_image_name(member.name):
+                    if is_image_name(member.name) and not is_in_hidden_folder(member.name):
                         block = tar_images.block_of(member)
                         yield manifest_entry(
                             ids.choose(tar.name, member), "", tar, table_path=tar.location, row_group=block, row=0

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
@@ -38,6 +38,7 @@ from imcap_ray.models.caption import Caption, ImageCaptioner, compute_batch_size
 from imcap_ray.runs.captioning_run import (
     CaptioningRun,
     CaptioningSummary,
+    describe_ignored,
     describe_removed,
     input_options,
     run_identity,
@@ -179,6 +180,8 @@ class CaptioningPlan:
     """Duration at that speed."""
     num_not_in_input: int = 0
     """Images with rows that the input no longer has."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """See `InputSummary`."""
     notes: tuple[str, ...] = ()
     """See `InputSummary`."""
     image_column: str | None = None
@@ -227,6 +230,8 @@ def plan_captioning(
         )
     run = folder.read_run() or {}
     num_images, num_done, num_removed, notes = summary.num_images, 0, 0, summary.notes
+    if summary.ignored:
+        notes = (describe_ignored(config.input, summary.ignored), *notes)
     if run and keeps_rows:  # then all images of its manifest were counted
         num_removed = 0 if summary.removed is None else summary.removed.size
         num_images = max(num_images + num_removed, folder.count_manifest())
@@ -249,6 +254,7 @@ def plan_captioning(
         images_per_second=rate,
         seconds=num_new / rate if rate else None,
         num_not_in_input=num_removed,
+        ignored=summary.ignored,
         notes=notes,
         image_column=summary.image_column,
         id_column=summary.id_column,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ import pyarrow as pa
 from imcap_ray import __version__, storage
 from imcap_ray.config import CaptioningConfig, SearchConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions
+from imcap_ray.data.input_listing import describe_kinds
 from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.data.schemas import FAILED, SCHEMA_VERSION
 from imcap_ray.errors import FailureBudgetError, ImcapError, InputChangedError, InputError
@@ -60,6 +61,8 @@ class CaptioningSummary:
     """One sentence: what limited the speed."""
     num_not_in_input: int = 0
     """Rows of images that the input no longer has."""
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Number of files of the input that are not images, by extension (".txt")."""
 
     def require_few_failures(self, max_failure_rate: float) -> None:
         """Raise FailureBudgetError if a greater share of the images failed."""
@@ -87,6 +90,13 @@ def describe_removed(num_images: int, config: CaptioningConfig) -> str:
     images = "1 image is" if num_images == 1 else f"{num_images:,} images are"
     kept = "" if config.prune else "the rows are kept and left out of exports; "
     return f"{images} no longer in {config.input}: {kept}--prune removes the rows"
+
+
+def describe_ignored(input: str, ignored: Mapping[str, int]) -> str:
+    """One line on files of the input that are not images."""
+    count = sum(ignored.values())
+    files = "1 file that is not an image" if count == 1 else f"{count:,} files that are not images"
+    return f"{input}: ignored {files} ({describe_kinds(ignored)})"
 
 
 def input_options(config: CaptioningConfig) -> InputOptions:
@@ -122,6 +132,7 @@ class CaptioningRun:
         """Images that had no row when they were listed."""
         self.num_not_in_input = 0
         """Images with a row that the input no longer has, as far as this run knows."""
+        self._ignored: Mapping[str, int] = {}
         self._reporter = reporter
         self._start = start
         self._before = folder.read_run()
@@ -216,8 +227,8 @@ class CaptioningRun:
             raise
         self.lease.require()
         if summary.num_ignored:
-            files = "1 file" if summary.num_ignored == 1 else f"{summary.num_ignored:,} files"
-            self._reporter.report(f"{self.config.input}: ignored {files} without an image extension")
+            self._reporter.report(describe_ignored(self.config.input, summary.ignored))
+        self._ignored = summary.ignored
         for note in summary.notes:
             self._reporter.report(note)
         if summary.image_column:
@@ -292,6 +303,7 @@ class CaptioningRun:
             images_per_second=speed,
             bound=bound,
             num_not_in_input=self.num_not_in_input,
+            ignored=self._ignored,
         )
         # If this run was too short to measure its speed, that of an earlier run is kept for the next plan.
         known_speed = {"images_per_second": last_speed if speed is None else speed}

@@ -110,7 +110,7 @@ def _with_other_images(dataset: CaptionedImages, contents: FolderContents) -> Ca
         packed = []  # the table that was read names images elsewhere
     paths = {*dataset.table["image_path"].to_pylist(), *dataset.left_out["image_path"].to_pylist()}
     others = [file for file in contents.images if file.location not in paths]
-    captioned = sidecars.find_captioned_images(contents.location) if packed and contents.images else []
+    captioned = sidecars.find_captioned_images(contents) if packed and contents.images else []
     if captioned:
         raise DatasetError(
             f"{dataset.location} holds captioned images of two kinds: {len(captioned):,} with a caption file next to "

@@ -9,9 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from imcap_ray import storage
-from imcap_ray.data.datasets.dataset import CaptionedImages, Collector, DatasetFormat, Source, split_in_path
+from imcap_ray.data.datasets.dataset import (
+    CaptionedImages,
+    Collector,
+    DatasetFormat,
+    FolderContents,
+    Source,
+    split_in_path,
+)
 from imcap_ray.data.datasets.fields import captions_in
-from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
+from imcap_ray.data.image_formats import extension_of, is_hidden_folder, readable_names
 from imcap_ray.text.encodings import split_lines
 
 CAPTION_EXTENSIONS: Final = ("txt", "caption", "json")
@@ -24,9 +31,9 @@ _CONCURRENT_READS: Final = 16
 def read_sidecars(source: Source) -> CaptionedImages | None:
     """Read images and caption files of all folders below, one caption a line. Folders named after splits are the
     splits."""
-    if source.is_file:
+    if source.contents is None:
         return None
-    images, captions, uncaptioned = _list_by_stem(source.base)
+    images, captions, uncaptioned = _list_by_stem(source.contents)
     if not images:
         return None
     collector = Collector(source, "a folder of images with their captions next to them")
@@ -53,36 +60,38 @@ def read_sidecars(source: Source) -> CaptionedImages | None:
     return collector.to_dataset()
 
 
-def find_captioned_images(folder: str) -> list[str]:
+def find_captioned_images(contents: FolderContents) -> list[str]:
     """Names of the images below a folder that have a caption file next to them."""
-    images, _, _ = _list_by_stem(folder)
+    images, _, _ = _list_by_stem(contents)
     return [name for names in images.values() for name in names]
 
 
-def _list_by_stem(folder: str) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
+def _list_by_stem(contents: FolderContents) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
     """The images and the caption files below a folder, by the caption files' names without extension.
 
     This is the image's complete name (`photo.jpg.txt`) if there is such a file, otherwise the name without extension
     (`photo.txt`). The third list has the images without a caption file.
     """
     images: dict[str, list[str]] = defaultdict(list)
-    names: list[tuple[str, str]] = []
     captions: dict[str, list[str]] = defaultdict(list)
-    for file in storage.list_files(folder):
-        stem, _, extension = file.name.rpartition(".")
-        if not stem or stem.endswith("/") or file.name.rpartition("/")[2].startswith("."):
-            continue
-        if extension.lower() in IMAGE_EXTENSIONS:
-            names.append((stem, file.name))
-        elif extension.lower() in CAPTION_EXTENSIONS:
-            captions[stem].append(file.name)
     uncaptioned = []
-    for stem, name in names:
-        if name in captions or stem in captions:
-            images[name if name in captions else stem].append(name)
+    for file in storage.list_files(contents.location, is_skipped=is_hidden_folder):
+        is_hidden = file.name.rpartition("/")[2].startswith(".")
+        if extension_of(file.name) in CAPTION_EXTENSIONS and not is_hidden:
+            captions[_stem(file.name)].append(file.name)
+    for name in (file.name for file in contents.images):
+        stem = name if name in captions else _stem(name)
+        if stem in captions:
+            images[stem].append(name)
         else:
             uncaptioned.append(name)
-    return images, captions, uncaptioned
+    return {stem: readable_names(names) for stem, names in images.items()}, captions, uncaptioned
+
+
+def _stem(name: str) -> str:
+    """The name without the extension of the file, if it has one."""
+    stem, dot, extension = name.rpartition(".")
+    return stem if dot and "/" not in extension else name
 
 
 def _read_all(source: Source, pairs: dict[str, list[str]]) -> Iterator[dict[str, bytes | None]]:

@@ -26,7 +26,7 @@ from imcap_ray.data.datasets.dataset import (
 )
 from imcap_ray.data.datasets.fields import add_record, fields_of_columns, is_caption_field, is_image_field
 from imcap_ray.data.field_names import CAPTION_FIELDS, CAPTION_NAMES, ID_FIELDS, IMAGE_FIELDS, IMAGE_NAMES
-from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, extension_of, is_image_name
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, extension_of, is_image_name, readable_names
 from imcap_ray.errors import DatasetError
 from imcap_ray.text.encodings import split_lines
 
@@ -236,10 +236,11 @@ def _complete_names(collector: Collector, names: Iterable[str]) -> dict[str, str
                 name = incomplete.get(unicodedata.normalize("NFC", folder + file.name.rpartition(".")[0]))
                 if name is not None and is_image_name(file.name):
                     matches[name].append(folder + file.name)
-        for name in (name for name, files in matches.items() if len(files) > 1):
+        choices = {name: readable_names(files) for name, files in matches.items()}
+        for name in (name for name, files in choices.items() if len(files) > 1):
             collector.add_problem("name matches several image files", "names match several image files", name)
-        if matches:
-            return {name: files[0] for name, files in matches.items() if len(files) == 1}
+        if choices:
+            return {name: files[0] for name, files in choices.items() if len(files) == 1}
     return {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -19,7 +19,7 @@ from imcap_ray.data.datasets.dataset import (
     split_in_path,
 )
 from imcap_ray.data.datasets.sidecars import CAPTION_EXTENSIONS, caption_texts
-from imcap_ray.data.image_formats import IMAGE_EXTENSIONS
+from imcap_ray.data.image_formats import IMAGE_EXTENSIONS, is_in_hidden_folder, readable_names
 
 MAX_CAPTION_BYTES: Final = 2**20
 """Longer members are not captions."""
@@ -111,7 +111,7 @@ def _read_tar(collector: Collector, name: str, ids: tar_images.ImageIds) -> _Mem
         with tar_images.open_tar(storage.join(collector.source.base, name)) as tar:
             for member in tar_images.list_files(tar):
                 key, extensions = tar_images.split_name(member.name)
-                if not key:
+                if not key or is_in_hidden_folder(member.name):
                     continue
                 kind = extensions.rpartition(".")[2]
                 text = tar_images.printable_name(member)
@@ -122,6 +122,11 @@ def _read_tar(collector: Collector, name: str, ids: tar_images.ImageIds) -> _Mem
                     members.texts.append((text, content.read() if content else b""))
     except tar_images.DAMAGED as error:
         collector.add_problem("tar is damaged or ends early", "tars are damaged or end early", f"{name} ({error})")
+    names: dict[str, list[str]] = defaultdict(list)
+    for image in members.images:
+        names[image.name.rpartition(".")[0]].append(image.name)
+    kept = {name for same in names.values() for name in readable_names(same)}
+    members.images = [image for image in members.images if image.name in kept]
     return members
 
 

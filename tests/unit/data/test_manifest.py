@@ -7,11 +7,14 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest.mock import Mock
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from imcap_ray import storage
 from imcap_ray.data.columns import ColumnOptions, ImageColumns
@@ -111,6 +114,133 @@ def test_hidden_files_are_not_images(source: Path, target: str) -> None:
 
     assert build_manifest(str(source), target) == InputSummary(num_images=1, num_ignored=2, description="folder")
     assert ids(target) == ["a.jpg"]
+
+
+def test_every_photograph_is_listed_by_its_name(source: Path, target: str) -> None:
+    names = ["a.mpo", "b.jpf", "c.avifs", "d.cur", "e.dds", "f.jxl", "g.CR2", "h.nef", "i.dng", "j.raf"]
+    touch(source, *names)
+
+    build_manifest(str(source), target)
+
+    assert ids(target) == names
+
+
+def test_a_photograph_with_an_unknown_name_is_listed_by_its_content(source: Path, target: str) -> None:
+    for name in ("IMG_0001", "b.jpg_large", "c.bin", "d.xyz"):
+        (source / name).write_bytes(IMAGES[0])
+    for name, content in (("README", b"BMW and other cars " * 9), ("NOTES", b"text " * 99), ("paper", b"%PDF-1.7" * 9)):
+        (source / name).write_bytes(content)
+
+    summary = build_manifest(str(source), target)
+
+    assert ids(target) == ["IMG_0001", "b.jpg_large", "c.bin", "d.xyz"]
+    assert summary.ignored == {"no extension": 3}
+
+
+def test_photographs_with_unknown_names_are_listed_in_a_store_too(target: str) -> None:
+    storage.write_bytes("memory://unknown-names/4f2a", IMAGES[0])
+    storage.write_bytes("memory://unknown-names/notes", b"text " * 99)
+
+    build_manifest("memory://unknown-names", target)
+
+    assert ids(target) == ["4f2a"]
+
+
+class _CountingStore(MemoryFileSystem):  # type: ignore[misc]
+    """A store that records which parts of its files are read."""
+
+    protocol = "counting"
+    ranges: ClassVar[list[tuple[str, int | None, int | None]]] = []
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self.ranges.append((path.rpartition("/")[2], start, end))
+        return super().cat_file(path, start=start, end=end, **options)  # type: ignore[no-any-return]
+
+
+def test_a_store_is_asked_only_for_the_first_bytes_of_files_with_unknown_names(target: str) -> None:
+    fsspec.register_implementation("counting", _CountingStore, clobber=True)
+    for name in ("4f2a", "notes", "a.jpg", "a.txt", "a.json", "clip.mov", "weights.safetensors"):
+        storage.write_bytes(f"counting://first-bytes/{name}", IMAGES[0] + bytes(2**20))
+
+    build_manifest("counting://first-bytes", target)
+
+    assert sorted(_CountingStore.ranges) == [("4f2a", 0, 64), ("notes", 0, 64)]
+
+
+def test_files_whose_extension_is_that_of_other_data_are_not_opened(source: Path, target: str) -> None:
+    touch(source, "a.jpg")
+    for name in ("b.json", "c.txt", "d.mp4", "e.caption", "f.npy"):
+        (source / name).write_bytes(IMAGES[0])
+
+    build_manifest(str(source), target)
+
+    assert ids(target) == ["a.jpg"]
+
+
+def test_a_photograph_with_an_unknown_name_that_may_not_be_read_is_listed(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("counting", _CountingStore, clobber=True)
+    storage.write_bytes("counting://refused/4f2a", IMAGES[0])
+    monkeypatch.setattr(_CountingStore, "cat_file", Mock(side_effect=RuntimeError("HTTP status 403")))
+
+    build_manifest("counting://refused", target)
+
+    assert ids(target) == ["4f2a"]
+
+
+def test_ignored_files_are_counted_by_their_extensions(source: Path, target: str) -> None:
+    touch(source, "a.jpg", *(f"{number}.txt" for number in range(9)), "b.mov", "deep/c.MOV", ".d.jpg", "unknown")
+
+    summary = build_manifest(str(source), target)
+
+    assert summary.ignored == {".txt": 9, ".mov": 2, "hidden": 1, "no extension": 1}
+    assert summary.num_ignored == 13
+
+
+def test_many_different_extensions_are_counted_together(source: Path, target: str) -> None:
+    touch(source, "a.jpg", *(f"frame.{number:05d}" for number in range(150)))
+
+    summary = build_manifest(str(source), target)
+
+    assert len(summary.ignored) <= 101 and summary.ignored["other extensions"] == 50
+
+
+def test_hidden_folders_are_skipped_like_hidden_files(source: Path, target: str) -> None:
+    touch(source, "a.jpg", ".thumbnails/a.jpg", "deep/@eaDir/a.jpg", "deep/.git/b.png", "deep/c.jpg")
+
+    summary = build_manifest(str(source), target)
+
+    assert ids(target) == ["a.jpg", "deep/c.jpg"]
+    assert summary.ignored == {}
+
+
+def test_hidden_folders_of_a_tar_are_skipped_too(source: Path, target: str) -> None:
+    names = ["./a.jpg", "./.thumbnails/a.jpg", "deep/@eaDir/b.jpg", "deep/c.jpg"]
+    write_tar(source / "a.tar", {name: IMAGES[0] for name in names})
+
+    build_manifest(str(source), target)
+
+    assert ids(target) == ["a", "deep/c"]
+
+
+def test_a_table_that_names_photographs_without_extensions_next_to_it_is_ignored(source: Path, target: str) -> None:
+    for number in range(3):
+        (source / f"{number}").write_bytes(IMAGES[number])
+    write_table(source / "names.parquet", {"path": ["0", "1", "2"]})
+
+    summary = build_manifest(str(source), target)
+
+    assert (ids(target), summary.ignored) == (["0", "1", "2"], {".parquet": 1})
+
+
+def test_a_table_that_names_a_file_that_is_not_recognised_next_to_images_is_refused(source: Path, target: str) -> None:
+    touch(source, "a.jpg", "b.jpg")
+    (source / "photo").write_bytes(b"no known format " * 9)
+    write_table(source / "names.parquet", {"path": ["a.jpg", "b.jpg", "photo"]})
+
+    with pytest.raises(InputError, match=r"names images that are not among them \(row 2: .*photo"):
+        build_manifest(str(source), target)
 
 
 def test_a_single_image_is_an_input_too(source: Path, target: str) -> None:
@@ -766,11 +896,12 @@ def test_a_table_next_to_image_files_that_names_no_other_image_is_ignored(
 
 
 @pytest.mark.parametrize(
-    "value", ["../other/c.jpg", "{outside}/c.jpg", "photo", "s3://bucket/c.jpg", "s3://b/c", "https://host/c.jpg?w=20"]
+    "value",
+    ["../other/c.jpg", "{outside}/c.jpg", "photo.txt", "s3://bucket/c.jpg", "s3://b/c", "https://host/c.jpg?w=20"],
 )
 def test_an_image_that_only_a_table_names_is_never_missing_silently(source: Path, target: str, value: str) -> None:
     touch(source, "a.jpg")
-    (source / "photo").write_bytes(IMAGES[0])
+    (source / "photo.txt").write_bytes(IMAGES[0])
     touch(source.parent, "other/c.jpg")
     paths = ["train.py"] * 30 + [value.format(outside=source.parent / "other")]
     write_table(source / "log.parquet", {"path": paths})
@@ -784,12 +915,12 @@ def test_an_unrelated_table_in_a_store_is_ignored(target: str) -> None:
     storage.write_bytes(f"{place}/a.jpg", IMAGES[0])
     storage.write_bytes(f"{place}/train.py", b"import torch" * 9)
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"path": ["train.py", "1", "lost.py"]}), sink)
+    pq.write_table(pa.table({"path": ["train.py", "1.txt", "lost.py"]}), sink)
     storage.write_bytes(f"{place}/log.parquet", sink.getvalue().to_pybytes())
 
     assert build_manifest(place, target).num_images == 1
 
-    storage.write_bytes(f"{place}/1", IMAGES[1])
+    storage.write_bytes(f"{place}/1.txt", IMAGES[1])
     with pytest.raises(InputError, match=r"names images that are not among them \(row 1: "):
         build_manifest(place, target)
 
@@ -844,7 +975,7 @@ def test_an_empty_folder_is_refused(source: Path, target: str) -> None:
 def test_the_error_for_a_folder_without_images_has_the_number_of_its_files(source: Path, target: str) -> None:
     touch(source, "a.txt", "b.pdf", "deep/.c.jpg")
 
-    with pytest.raises(InputError, match="found 3 other files; expected files with names like .jpg"):
+    with pytest.raises(InputError, match=r"found 3 other files \(.*\.txt 1.*\); expected files with names like .jpg"):
         build_manifest(str(source), target)
     assert not Path(target).exists()
 

@@ -207,6 +207,22 @@ def test_more_failures_than_the_budget_are_an_error(config: CaptioningConfig) ->
         summary.require_few_failures(0.9)
 
 
+def test_images_of_unsupported_formats_count_as_failures(config: CaptioningConfig) -> None:
+    summary = replace(caption(config), counts={"ok": 2, "failed": 2}, error_counts={"unsupported_format": 2})
+
+    summary.require_few_failures(0.5)
+    with pytest.raises(FailureBudgetError, match="2 of 4 images failed.* 2 unsupported_format"):
+        summary.require_few_failures(0.4)
+
+
+def test_files_that_are_not_images_are_reported_by_their_extensions(config: CaptioningConfig) -> None:
+    for name in ("notes.txt", "more.TXT", "film.mov"):
+        Path(config.input, name).write_text("no image")
+
+    assert caption(config).ignored == {".txt": 2, ".mov": 1}
+    assert record(config)["ignored"] == {".txt": 2, ".mov": 1}
+
+
 # ---- images that the input no longer has
 
 

@@ -471,6 +471,49 @@ def test_images_without_captions_and_captions_without_images_are_counted(tmp_pat
     assert "1 file has no image next to it: README.txt" in dataset.notes
 
 
+@pytest.mark.parametrize("caption_file", ["a.txt", "a.txt in a tar", "captions.csv"])
+def test_a_camera_raw_file_next_to_its_jpeg_is_not_a_second_image(tmp_path: Path, caption_file: str) -> None:
+    name, _, is_packed = caption_file.partition(" ")
+    text = b"A dog ." if name == "a.txt" else b"image,caption\na,A dog ."
+    members = {"a.jpg": jpeg(1), "a.nef": b"raw " * 20, name: text}
+    if is_packed:
+        write_tar(tmp_path / "a.tar", members)
+    else:
+        for name, content in members.items():
+            (tmp_path / name).write_bytes(content)
+
+    dataset = load_dataset(str(tmp_path))
+    assert list(dataset.references()) == (["a"] if is_packed else ["a.jpg"])
+    assert not any("several" in note for note in dataset.notes)
+
+
+def test_images_with_unknown_names_are_read_with_their_captions(tmp_path: Path) -> None:
+    for name in ("IMG_0001", "b.jpg_large", "v1.2/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(jpeg(1))
+    for name in ("IMG_0001", "b", "v1.2/c"):
+        (tmp_path / f"{name}.txt").write_text("A dog .")
+
+    assert sorted(load_dataset(str(tmp_path)).references()) == ["IMG_0001", "b.jpg_large", "v1.2/c"]
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_thumbnails_in_hidden_folders_are_not_images_of_a_data_set(tmp_path: Path, is_packed: bool) -> None:
+    members = {
+        f"{folder}a.{extension}": data
+        for folder in ("", "@eaDir/", ".cache/")
+        for extension, data in {"jpg": jpeg(1), "txt": b"A dog ."}.items()
+    }
+    if is_packed:
+        write_tar(tmp_path / "a.tar", members)
+    else:
+        for name, content in members.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+
+    assert len(load_dataset(str(tmp_path)).references()) == 1
+
+
 def test_an_image_whose_name_starts_with_an_underscore_is_an_image_in_every_command(tmp_path: Path) -> None:
     write_sidecars(tmp_path / "data")
     put_images(tmp_path / "data", ["_MG_1.jpg", "_MG_2.jpg"])
