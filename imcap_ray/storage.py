@@ -525,13 +525,29 @@ def list_parquet(folder: str) -> list[str]:
     Raises:
         OSError: the folder cannot be listed.
     """
+    return _list_matching(folder, re.compile(r"[^._].*\.parquet"))
+
+
+def list_work_tables(folder: str) -> list[str]:
+    """The Parquet files that a run keeps for itself directly in a folder; none if the folder does not exist.
+
+    Their names have no ending, so that readers that collect `**/*.parquet` pass them by. Earlier versions ended them in
+    `.parquet`.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    return _list_matching(folder, re.compile(r"[^._][^.]*(\.parquet)?"))
+
+
+def _list_matching(folder: str, pattern: re.Pattern[str]) -> list[str]:
     if not is_folder(folder):
         return []
     filesystem, path = resolve(folder)
     is_local = isinstance(filesystem, fs.LocalFileSystem)
     entries = _list_local(path) if is_local else _list_remote(filesystem, path)
     names = sorted(name for name, is_folder, *_ in entries if not is_folder)
-    return [join(absolute(folder), name) for name in names if re.fullmatch(r"[^._].*\.parquet", name)]
+    return [join(absolute(folder), name) for name in names if pattern.fullmatch(name)]
 
 
 def _walk(

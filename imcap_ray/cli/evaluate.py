@@ -32,7 +32,7 @@ from imcap_ray.cli.options import (
 @click.option(
     "--save",
     help="Folder for scores.json, scores.md and scores.parquet (scores of each image). Default: _imcap in CAPTIONS if "
-    "that is a folder.",
+    "that is a folder; the table is image_scores there.",
 )
 @dataset_column_options
 @outside_option
@@ -63,7 +63,9 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     if folder:
         storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
         storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
-        write_table(storage.join(folder, "scores.parquet"), pa.table(dict(report.image_scores)))
+        # In CAPTIONS without an ending: readers that take every Parquet file below a folder would take it for captions.
+        table = "scores.parquet" if options["save"] else "image_scores"
+        write_table(storage.join(folder, table), pa.table(dict(report.image_scores)))
     if options["as_json"]:
         click.echo(json.dumps(json.loads(report.to_json()), indent=2))  # escapes control characters
     elif not options["quiet"]:

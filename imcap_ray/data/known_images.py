@@ -56,7 +56,7 @@ class KnownImages:
         self.image_columns: list[str] = []
         """See `ImageColumns.names`."""
         self._parts: list[tuple[str, tuple[str, str] | None]] = []
-        for part in storage.list_parquet(folder):
+        for part in storage.list_work_tables(folder):
             metadata = read_metadata(part)
             if numbers := range_of(metadata, "manifest_id"):
                 self.next_id = max(self.next_id, numbers[1] + 1)

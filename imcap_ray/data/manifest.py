@@ -148,7 +148,7 @@ def build_manifest(
 
 def manifest_part(first_id: int) -> str:
     """Name of the manifest's part whose first image has this number."""
-    return f"part-{first_id:012d}.parquet"
+    return f"part-{first_id:012d}"
 
 
 class _InputImages:
@@ -287,7 +287,7 @@ def update_manifest(folder: str, changed: pa.Table) -> None:
     """Replace the rows of a manifest that have the same `manifest_id`, and add the metadata of the new rows."""
     changed = changed.sort_by("manifest_id")
     changed_ids = changed["manifest_id"].to_numpy()
-    for part in storage.list_parquet(folder):
+    for part in storage.list_work_tables(folder):
         ids = read_table(part, ["manifest_id"])["manifest_id"].to_numpy()  # consecutive numbers
         first, end = np.searchsorted(changed_ids, [ids[0], ids[-1] + 1])
         if first < end:
@@ -302,7 +302,7 @@ def read_image_columns(manifest: str) -> list[str]:
     """The image columns of a manifest's tables, see `ImageColumns.names`; none in a manifest of earlier versions, or
     without tables."""
     names: dict[str, None] = {}
-    for part in storage.list_parquet(manifest):
+    for part in storage.list_work_tables(manifest):
         names |= dict.fromkeys(parse_image_columns(read_metadata(part).metadata))
     return list(names)
 
@@ -325,7 +325,7 @@ def is_tar(table_path: str) -> bool:
 def largest_row_group(manifest: str) -> int:
     """Number of rows of the largest row group in a manifest, or fewer if it is not listed to its end; 0 for files."""
     largest = 0
-    for part in storage.list_parquet(manifest):
+    for part in storage.list_work_tables(manifest):
         rows = range_of(read_metadata(part), "row")
         greatest = rows[1] if rows else pc.max(read_table(part, ["row"])["row"]).as_py()
         largest = max(largest, -1 if greatest is None else greatest + 1)

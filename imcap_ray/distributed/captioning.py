@@ -367,6 +367,7 @@ def _pipeline_files(run: CaptioningRun, captioner: ImageCaptioner) -> PipelineFi
         manifest=run.folder.manifest,
         root=run.config.input,
         output=run.folder.location,
+        ending=run.folder.part_ending,
         work=run.folder.work,
         schema=CAPTIONS_SCHEMA.with_metadata(
             {

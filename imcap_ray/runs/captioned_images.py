@@ -62,7 +62,7 @@ class CaptionedImageSource:
         ]
 
     def _find_packed(self, image_ids: list[str]) -> dict[str, ManifestRow]:
-        parts = storage.list_parquet(self._manifest) if image_ids else []
+        parts = storage.list_work_tables(self._manifest) if image_ids else []
         if not parts:
             return {}
         filesystem = storage.resolve(self._manifest)[0]

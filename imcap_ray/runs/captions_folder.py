@@ -3,13 +3,17 @@
     OUTPUT/*.parquet          the parts: rows of `CAPTIONS_SCHEMA`
     OUTPUT/_imcap/run.json    settings, versions, counts, state: running, failed, interrupted, complete; replacing while
                               the rows of next/ replace the old ones
-                  heartbeat.json  when the run was last alive, and how fast it was
+                  heartbeat   when the run was last alive, and how fast it was
                   manifest/   every image of the input with its number
-                  done/       for each part, under its name, the numbers of its images: Ray Data's checkpoint
+                  done/       for each part, under its name without `.parquet`, the numbers of its images: Ray Data's
+                              checkpoint
                   owner       the run that holds the lease
                   removed     ids of images with rows that INPUT no longer has, in Parquet; missing if there are none
-                  forget.parquet  images that are being deleted from parts and from done/; missing otherwise
+                  forget      images that are being deleted from parts and from done/; missing otherwise
                   next/       the new rows of `--overwrite`, until they replace all this
+
+What is not for users has names without an ending, because many readers take every `.parquet`, or the files with the
+commonest ending, below a folder. Earlier versions ended tables in `.parquet`, and `recover` renames them.
 
 A part counts if its file in done/ exists. Everything here can be repeated after a crash at any line: `recover` finishes
 or undoes what is half done. Of Ray, this module knows only how it names parts and the files in done/.
@@ -44,15 +48,19 @@ from imcap_ray.text.escaping import short_value
 
 RUN_FILE: Final = "run.json"
 
-HEARTBEAT_FILE: Final = "heartbeat.json"
+HEARTBEAT_FILE: Final = "heartbeat"
+_EARLIER_HEARTBEAT_FILE: Final = "heartbeat.json"
 
 WORK_FOLDER: Final = "_imcap"
 
-_FIRST_FILES: Final = (f"{WORK_FOLDER}/owner", f"{WORK_FOLDER}/{HEARTBEAT_FILE}")
+_FIRST_FILES: Final = tuple(f"{WORK_FOLDER}/{name}" for name in ("owner", HEARTBEAT_FILE, _EARLIER_HEARTBEAT_FILE))
 
 _ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
 
-PENDING_SUFFIX: Final = ".pending.parquet"  # Ray's, of a file in done/ before the part is complete
+_PENDING: Final = ".pending"
+"""Ray's ending for a file in done/ whose part is not complete yet."""
+
+_ENDING: Final = ".parquet"
 
 IDENTITY: Final = {
     "input": "input",
@@ -82,7 +90,7 @@ class CaptionsFolder:
         self.work = storage.join(location, WORK_FOLDER)
         self.manifest = storage.join(self.work, "manifest")
         self.done = storage.join(self.work, "done")
-        self._journal = storage.join(self.work, "forget.parquet")
+        self._journal = storage.join(self.work, "forget")
         self._removed = storage.join(self.work, REMOVED_FILE)
 
     # --- which run made it ---
@@ -106,6 +114,8 @@ class CaptionsFolder:
     def read_heartbeat(self) -> dict[str, Any]:
         """The last heartbeat: its `time`, when its run `started`, `images_per_second`; empty if there is none."""
         path = storage.join(self.work, HEARTBEAT_FILE)
+        if not storage.exists(path):
+            path = storage.join(self.work, _EARLIER_HEARTBEAT_FILE)
         try:
             heartbeat = json.loads(storage.read_bytes(path)) if storage.exists(path) else {}
         except (ValueError, FileNotFoundError):
@@ -113,7 +123,7 @@ class CaptionsFolder:
         return heartbeat if isinstance(heartbeat, dict) else {}
 
     def write_heartbeat(self, heartbeat: Mapping[str, Any]) -> None:
-        """Replace heartbeat.json."""
+        """Replace the heartbeat file."""
         storage.write_bytes(storage.join(self.work, HEARTBEAT_FILE), json.dumps(heartbeat).encode())
 
     def require_identity(self, identity: Mapping[str, Any]) -> None:
@@ -155,7 +165,12 @@ class CaptionsFolder:
         return [path for path in parts if _name(path) in recorded]
 
     def _own_parts(self) -> list[str]:
-        return [path for path in storage.list_parquet(self.location) if is_part(path)]
+        return [path for path in storage.list_work_tables(self.location) if is_part(path)]
+
+    @property
+    def part_ending(self) -> str:
+        """How the names of new parts end: those of `next` are not for readers yet."""
+        return "" if self._moving_to else _ENDING
 
     def read_parts(self, columns: list[str], where: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
         """These columns of the rows that are recorded as done, in batches, in any order."""
@@ -170,7 +185,7 @@ class CaptionsFolder:
 
     def count_manifest(self) -> int:
         """Number of images of the input."""
-        return sum(_num_rows(path) for path in storage.list_parquet(self.manifest))
+        return sum(_num_rows(path) for path in storage.list_work_tables(self.manifest))
 
     def count_rows(self) -> tuple[dict[str, int], dict[str, int]]:
         """Number of rows that are recorded as done by status, and of failed ones by error code, the highest first."""
@@ -214,9 +229,11 @@ class CaptionsFolder:
         self.finish_replacement()
         for folder in (self.location, self.work, self.manifest, self.done):
             storage.remove_temporary(folder)
-        for path in storage.list_parquet(self.done):
-            if path.endswith(PENDING_SUFFIX):
-                storage.remove(path)
+        self._remove_endings()
+        if storage.is_folder(self.done):
+            for file in list(storage.list_files(self.done, recursive=False)):
+                if file.name.endswith(_PENDING):
+                    storage.remove(file.location)
         parts = {_name(path): path for path in self._own_parts()}
         records = {_name(path): path for path in self._done_files()}
         for name in parts.keys() | records.keys():
@@ -267,7 +284,7 @@ class CaptionsFolder:
 
     def _manifest_rows(self, ids: npt.NDArray[np.int64]) -> pa.Table:
         """The manifest_id and image_id of these images."""
-        manifest = _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA)
+        manifest = _dataset(storage.list_work_tables(self.manifest), MANIFEST_SCHEMA)
         return manifest.to_table(
             columns=["manifest_id", "image_id"], filter=pc.field("manifest_id").isin(pa.array(ids))
         )
@@ -275,10 +292,10 @@ class CaptionsFolder:
     def _remove_copied_manifests(self) -> None:
         """Remove copies of manifest files: those under a name that `build_manifest` does not give, whose original
         exists."""
-        paths = storage.list_parquet(self.manifest)
+        paths = storage.list_work_tables(self.manifest)
         names = {_name(path) for path in paths}
         for path in paths:
-            if not re.fullmatch(r"part-\d{12}\.parquet", _name(path)):
+            if not re.fullmatch(r"part-\d{12}", _name(path)):
                 first = pc.min(read_table(path, ["manifest_id"])["manifest_id"]).as_py()
                 if first is not None and manifest_part(first) in names:
                     storage.remove(path)
@@ -310,7 +327,7 @@ class CaptionsFolder:
     def prune(self, ids: npt.NDArray[np.int64]) -> None:
         """Remove images, given by their numbers, from the manifest, and their rows."""
         self._delete_rows(self._manifest_rows(ids))
-        for part in storage.list_parquet(self.manifest):
+        for part in storage.list_work_tables(self.manifest):
             _delete_values(part, "manifest_id", pa.chunked_array([ids]))
         storage.remove(self._removed)
 
@@ -419,18 +436,19 @@ class CaptionsFolder:
         self.write_run(run | {"output": self.location, "state": REPLACING})
         for path in new._own_parts():
             require_lease()
-            storage.move(path, storage.join(self.location, _name(path)))
+            storage.move(path, storage.join(self.location, _name(path) + _ENDING))
         for path in self._own_parts():
             if _name(path) not in kept:
                 require_lease()
                 storage.remove(path)
         # No new file is removed on the way, because a step that stalls may end after a second process has finished.
+        self._remove_endings()
         for folder, source in ((self.manifest, new.manifest), (self.done, new.done)):
-            sources = storage.list_parquet(source)
+            sources = storage.list_work_tables(source)
             for path in sources:
                 require_lease()
                 storage.write_bytes(storage.join(folder, _name(path)), storage.read_bytes(path))
-            for name in {_name(path) for path in storage.list_parquet(folder)} - {_name(path) for path in sources}:
+            for name in {_name(path) for path in storage.list_work_tables(folder)} - {_name(path) for path in sources}:
                 require_lease()
                 storage.remove(storage.join(folder, name))
         require_lease()
@@ -447,7 +465,16 @@ class CaptionsFolder:
         return run is not None and run.get("state") == COMPLETE
 
     def _done_files(self) -> list[str]:
-        return [path for path in storage.list_parquet(self.done) if not path.endswith(PENDING_SUFFIX)]
+        return storage.list_work_tables(self.done)
+
+    def _remove_endings(self) -> None:
+        """Rename the tables of earlier versions, whose names ended in `.parquet`."""
+        for path in [self._journal + _ENDING, *storage.list_parquet(self.manifest), *storage.list_parquet(self.done)]:
+            if storage.exists(path):
+                storage.move(path, path.removesuffix(_ENDING))
+        heartbeat = storage.join(self.work, _EARLIER_HEARTBEAT_FILE)
+        if storage.exists(heartbeat):
+            storage.remove(heartbeat)
 
     @contextmanager
     def _database(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -460,7 +487,7 @@ class CaptionsFolder:
             database.execute(f"SET memory_limit = '{QUERY_MEMORY}'; SET preserve_insertion_order = false")
             database.execute("SET temp_directory = ?", [folder])
             database.register("captions", _dataset(self.parts(), CAPTIONS_SCHEMA))
-            database.register("manifest", _dataset(storage.list_parquet(self.manifest), MANIFEST_SCHEMA))
+            database.register("manifest", _dataset(storage.list_work_tables(self.manifest), MANIFEST_SCHEMA))
             yield database
 
 
@@ -539,4 +566,5 @@ def _num_rows(path: str) -> int:
 
 
 def _name(path: str) -> str:
-    return path.rpartition("/")[2]
+    """The name that a part and its file in done/ have in common."""
+    return path.rpartition("/")[2].removesuffix(_ENDING)

@@ -29,7 +29,7 @@ REMOVED_FILE: Final = "removed"
 
 def is_part(path: str) -> bool:
     """Whether the file has the name of a part that a run wrote, as Ray names them."""
-    return re.fullmatch(r"[0-9a-f]{32}_[0-9]{6,}\.parquet", path.rpartition("/")[2]) is not None
+    return re.fullmatch(r"[0-9a-f]{32}_[0-9]{6,}(\.parquet)?", path.rpartition("/")[2]) is not None
 
 
 def open_captions(location: str) -> pads.Dataset:

@@ -37,7 +37,7 @@ def repeating(function: Callable[[], None], *, seconds: float) -> Iterator[None]
 
 @dataclass(slots=True, kw_only=True)
 class CaptioningHeartbeat:
-    """What a captioning run writes to heartbeat.json."""
+    """What a captioning run writes to its heartbeat file."""
 
     started: str
     num_images: int = 0

@@ -248,7 +248,7 @@ def _wait_for_end(process: subprocess.Popen[bytes], output: Path) -> int | None:
     """The exit code; None if the run hangs, which is to compute and record nothing for `HANG_SECONDS`."""
     before, deadline = None, 0.0
     while process.poll() is None:
-        progress = _count_computed(output), len(list(Path(output, "_imcap", "done").glob("*.parquet")))
+        progress = _count_computed(output), len(list(Path(output, "_imcap", "done").glob("*_??????")))
         if progress != before:
             before, deadline = progress, time.monotonic() + HANG_SECONDS
         elif time.monotonic() > deadline:
@@ -293,7 +293,7 @@ def _make_fault(kind: str, run: int, output: Path, killed: int, kill: Callable[[
     The records of finished parts are listed just before, which is quick, and the parts are read afterwards. A part that
     is recorded in between counts as in flight, and so it was.
     """
-    records = [path.name for path in Path(output, "_imcap", "done").glob("*.parquet")]
+    records = [path.name for path in Path(output, "_imcap", "done").glob("*_??????")]
     start = time.monotonic()
     kill()
     done: set[str] = set()

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
@@ -349,7 +352,7 @@ def test_rows_of_a_table_rewritten_since_listing_are_not_read(tmp_path: Path) ->
         pq.write_table(pa.table({"image": [data] * num_rows}), tmp_path / "in.parquet")
         if num_rows == 5:
             build_manifest(str(tmp_path / "in.parquet"), str(tmp_path / "manifest"))
-    (part,) = (tmp_path / "manifest").glob("*.parquet")
+    (part,) = (tmp_path / "manifest").iterdir()
 
     actual = [answer for _, answer in read_rows(pq.read_table(part).to_pylist(), str(tmp_path))]
 
@@ -512,10 +515,10 @@ def test_a_manifest_with_repeated_numbers_ends_the_run_with_an_error(
     run: Run, photographs: Path, tmp_path: Path
 ) -> None:
     run(str(photographs), str(tmp_path / "out"), limit=3)
-    (part,) = (tmp_path / "out" / "_imcap" / "manifest").glob("*.parquet")
+    (part,) = (tmp_path / "out" / "_imcap" / "manifest").iterdir()
     first = pq.read_table(part).slice(0, 1)
     again = first.set_column(1, "image_id", pa.array(["even/another.jpg"]))
-    pq.write_table(again, part.with_name("part-000000000003.parquet"))
+    pq.write_table(again, part.with_name("part-000000000003"))
 
     with pytest.raises(ImcapError, match="1 of 4 images were not captioned.*give --overwrite"):
         run(str(photographs), str(tmp_path / "out"), limit=3)
@@ -606,8 +609,9 @@ def test_copies_of_parts_and_their_done_records_do_not_affect_the_next_run(
     rows = read(output)
     for part in list(output.glob("*.parquet")):
         copy = part.name.replace(part.name[:32], "f" * 32)
-        for path in (part, output / "_imcap" / "done" / part.name):
-            path.with_name(copy).write_bytes(path.read_bytes())
+        part.with_name(copy).write_bytes(part.read_bytes())
+        record = output / "_imcap" / "done" / part.stem
+        record.with_name(Path(copy).stem).write_bytes(record.read_bytes())
 
     summary = run(str(photographs), str(output), reporter=ProgressReporter(lines.append))
 
@@ -615,6 +619,49 @@ def test_copies_of_parts_and_their_done_records_do_not_affect_the_next_run(
     assert (summary.num_images, summary.num_new, summary.counts) == (100, 0, {"ok": 100})
     assert not [line for line in lines if line.startswith("captioning")]
     assert any("that repeated images of other parts" in line for line in lines)
+
+
+def test_readers_of_all_parquet_files_below_an_output_see_captions_only(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    output, ended, seen = tmp_path / "out", threading.Event(), set[Path]()
+    run(str(photographs), str(output), limit=40)
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            with contextlib.suppress(FileNotFoundError):  # files come and go
+                seen.update((output / "_imcap").rglob("*"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run(str(photographs), str(output), overwrite=True)
+    finally:
+        ended.set()
+        watcher.join()
+
+    new_parts = {path for path in seen if path.parent.name == "next" and not path.name.startswith(("_", "."))}
+    assert {path.name for path in new_parts} == {path.stem for path in output.glob("*.parquet")}
+    assert {path.name for path in seen if path.parent.name == "done"} > {path.name for path in new_parts}
+    assert not [path for path in seen if path.suffix == ".parquet"]
+    assert duckdb.sql(f"SELECT count(*) FROM '{output}/**/*.parquet'").fetchall() == [(100,)]
+
+
+def test_an_output_of_an_earlier_version_resumes(run: Run, photographs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    run(str(photographs), str(output), limit=60)
+    before = read(output)
+    for kind in ("manifest", "done"):
+        for path in list((output / "_imcap" / kind).iterdir()):
+            path.rename(f"{path}.parquet")
+    (output / "_imcap" / "heartbeat").rename(output / "_imcap" / "heartbeat.json")
+
+    summary = run(str(photographs), str(output))
+
+    rows = read(output)
+    assert (summary.num_images, summary.num_new, summary.counts) == (100, 40, {"ok": 100})
+    assert [row for row in rows if row in before] == before
+    assert sorted(output.rglob("*.parquet")) == sorted(output.glob("*.parquet"))
 
 
 def test_a_folder_without_images_creates_no_output(run: Run, tmp_path: Path) -> None:

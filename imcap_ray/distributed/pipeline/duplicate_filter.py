@@ -35,7 +35,7 @@ class ImageIndex:
     def __init__(self, output: str, num_images: int) -> None:
         self._hashes = Bloom(max(num_images, 1), FALSE_POSITIVE_RATE, hash_func=_to_int)
         self._answers: OrderedDict[int, bool] = OrderedDict()
-        if storage.list_parquet(output):
+        if storage.list_work_tables(output):
             self._hashes.update(_read_digests(output))
 
     def are_repeated(self, manifest_ids: list[int], hashes: list[str]) -> list[bool]:

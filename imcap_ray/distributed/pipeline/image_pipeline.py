@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+from pyarrow import fs
 from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import RayError
@@ -26,6 +27,7 @@ from imcap_ray.distributed.cluster.connection import ClusterResources, own_cores
 from imcap_ray.distributed.cluster.free_resources import FreeResources
 from imcap_ray.distributed.cluster.ray_messages import describe_error
 from imcap_ray.distributed.cluster.ray_versions import ExecutionTimeoutError
+from imcap_ray.distributed.pipeline.checkpoint_files import WithoutEnding
 from imcap_ray.distributed.pipeline.contention import (
     RELEASE_PENDING_SECONDS,
     RELEASE_SECONDS,
@@ -123,6 +125,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
             ray.data.read_parquet(
                 storage.resolve(manifest)[1],
                 filesystem=storage.resolve(manifest)[0],
+                file_extensions=None,
                 # Ray itself makes a few blocks per CPU, however many images are computed together. For many images it
                 # does not matter, because they are divided again.
                 override_num_blocks=blocks if 0 < blocks <= MOST_BLOCKS_READ else None,
@@ -154,6 +157,8 @@ class PipelineFiles:
     """Where the images are. If it is missing too, a missing image is not that image's own fault."""
     output: str
     """Folder for the parts."""
+    ending: str = ".parquet"
+    """Ending of the parts' names."""
     schema: pa.Schema
     """Columns of the parts. The actors return them, and `manifest_id`."""
     work: str
@@ -171,7 +176,7 @@ class PipelineFiles:
             id_column="manifest_id",
             checkpoint_path=storage.join(self.work, "done"),
             delete_checkpoint_on_success=False,
-            override_filesystem=storage.resolve(self.work)[0] if storage.is_uri(self.work) else None,
+            override_filesystem=fs.PyFileSystem(WithoutEnding(storage.resolve(self.work)[0])),
         )
         return context
 
@@ -179,6 +184,7 @@ class PipelineFiles:
         """Where the rows of this many images are written."""
         return ParquetParts(
             self.output,
+            ending=self.ending,
             schema=self.schema,
             min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
             check=self.require_lease,

@@ -533,7 +533,7 @@ def test_captions_are_scored_and_the_scores_are_stored_next_to_them(captions: Pa
     assert "BLEU-4" in result.stdout
     assert json.loads((captions / "_imcap" / "scores.json").read_text())
     assert "BLEU-4" in (captions / "_imcap" / "scores.md").read_text()
-    assert "cider_d" in pq.read_schema(captions / "_imcap" / "scores.parquet").names
+    assert "cider_d" in pq.read_schema(captions / "_imcap" / "image_scores").names
 
 
 def test_scores_name_the_search_and_the_model(captions: Path, flickr8k: Path) -> None:

@@ -27,7 +27,7 @@ POSITIONS = [f"t.parquet#{number}" for number in range(4)]
 
 
 def manifest_rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for part in storage.list_parquet(str(folder)) for row in read_table(part).to_pylist()]
+    return [row for part in storage.list_work_tables(str(folder)) for row in read_table(part).to_pylist()]
 
 
 def write_ids(folder: Path, ids: pa.Array, *, column: str = "id", **columns: Any) -> Path:
@@ -191,7 +191,7 @@ def test_an_id_of_any_length_is_recognised(tmp_path: Path) -> None:
 def test_a_manifest_without_statistics_is_read_like_one_with_them(tmp_path: Path) -> None:
     path = write_ids(tmp_path, pa.array(TEXTS))
     build_manifest(str(path), str(tmp_path / "manifest"))
-    [part] = storage.list_parquet(str(tmp_path / "manifest"))
+    [part] = storage.list_work_tables(str(tmp_path / "manifest"))
     pq.write_table(read_table(part), part, write_statistics=False)
 
     assert build_manifest(str(path), str(tmp_path / "manifest")).changed.num_rows == 0
@@ -253,7 +253,7 @@ def test_an_output_of_an_earlier_version_with_a_long_id_is_resumed(tmp_path: Pat
     (tmp_path / "a.jpg").write_bytes(IMAGES[0])
     pq.write_table(pa.table({"path": ["a.jpg"]}), tmp_path / "t.parquet")
     build_manifest(str(tmp_path / "t.parquet"), str(tmp_path / "manifest"))
-    [part] = storage.list_parquet(str(tmp_path / "manifest"))
+    [part] = storage.list_work_tables(str(tmp_path / "manifest"))
     before = read_table(part)
     old = before.to_pylist()[0] | {"manifest_id": 1, "image_id": DATA_URI, "image_path": f"{tmp_path}/{DATA_URI}"}
     write_table(part, pa.concat_tables([before, pa.Table.from_pylist([old], schema=before.schema)]))

@@ -50,7 +50,7 @@ def target(tmp_path: Path) -> str:
 
 def read(folder: str) -> list[dict[str, Any]]:
     """Read the rows of a manifest in the order of their numbers, and check its invariants."""
-    tables = [pq.read_table(location) for location in storage.list_parquet(folder)]
+    tables = [pq.read_table(location) for location in storage.list_work_tables(folder)]
     assert all(table.schema.equals(MANIFEST_SCHEMA) for table in tables)
     rows: list[dict[str, Any]] = sorted(pa.concat_tables(tables).to_pylist(), key=lambda row: row["manifest_id"])
     assert [row["manifest_id"] for row in rows] == list(range(len(rows)))
@@ -1097,7 +1097,7 @@ def test_a_listed_image_is_recognised_in_any_part_of_the_manifest(source: Path, 
     summary = build_manifest(str(source), target, rows_per_part=3)
 
     after = {row["image_id"]: row["manifest_id"] for row in read(target)}
-    assert len(storage.list_parquet(target)) > 5
+    assert len(storage.list_work_tables(target)) > 5
     assert len(after) == 18
     assert before.items() <= after.items()
     assert summary.changed["image_id"].to_pylist() == ["7.jpg"]

@@ -53,7 +53,7 @@ def write_input(folder: Path, kind: str, names: str) -> None:
 
 
 def manifest_rows(folder: str) -> list[ManifestRow]:
-    return [row for part in storage.list_parquet(folder) for row in read_table(part).to_pylist()]
+    return [row for part in storage.list_work_tables(folder) for row in read_table(part).to_pylist()]
 
 
 def caption(folder: CaptionsFolder, source: Path, *, retry_failed: bool = False, limit: int | None = None) -> None:
@@ -418,7 +418,7 @@ def test_an_old_output_with_two_images_at_one_position_can_be_reported_and_expor
 
 def test_a_manifest_without_sizes_and_times_is_read(source: Path, folder: CaptionsFolder) -> None:
     images, rows = captioned(folder, source, "acd")
-    for part in storage.list_parquet(folder.manifest):
+    for part in storage.list_work_tables(folder.manifest):
         write_table(part, read_table(part).drop(["size", "modified_ns"]))
 
     assert read_all(images.load(rows)) == [CONTENTS[name] for name in "acd"]

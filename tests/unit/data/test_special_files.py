@@ -30,7 +30,7 @@ at_once = pytest.mark.timeout(10, func_only=True)
 
 
 def manifest_rows(folder: Path) -> list[dict[str, Any]]:
-    return [row for part in storage.list_parquet(str(folder)) for row in read_table(part).to_pylist()]
+    return [row for part in storage.list_work_tables(str(folder)) for row in read_table(part).to_pylist()]
 
 
 # ---- special files

@@ -46,14 +46,14 @@ def open_run(config: CaptioningConfig, *, fingerprint: str = "a", reporter: Prog
 
 def write_rows(run: CaptioningRun, **settings: Any) -> None:
     """Caption the pending images."""
-    entries = [row for part in storage.list_parquet(run.folder.manifest) for row in read_table(part).to_pylist()]
+    entries = [row for part in storage.list_work_tables(run.folder.manifest) for row in read_table(part).to_pylist()]
     done = set(run.folder.done_ids().tolist())
     left = [entry for entry in entries if entry["manifest_id"] not in done]
     name = f"{RUN}_{len(run.folder.parts()):06}.parquet"
     rows = [row(entry["image_id"], **settings) for entry in left]
     write_table(storage.join(run.folder.location, name), pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA))
     ids = pa.table({"manifest_id": pa.array([entry["manifest_id"] for entry in left], pa.int64())})
-    write_table(storage.join(run.folder.done, name), ids)
+    write_table(storage.join(run.folder.done, name.removesuffix(".parquet")), ids)
 
 
 def caption(config: CaptioningConfig, **settings: Any) -> CaptioningSummary:

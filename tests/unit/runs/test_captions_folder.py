@@ -67,11 +67,13 @@ def write_folder(location: Path, *parts: list[dict[str, Any]], manifest: Iterabl
         | {"row_group": -1, "row": -1, "size": 1, "modified_ns": 1}
         for number, name in enumerate(names)
     ]
-    write_table(storage.join(folder.manifest, "part-0.parquet"), pa.Table.from_pylist(entries, schema=MANIFEST_SCHEMA))
+    write_table(
+        storage.join(folder.manifest, "part-000000000000"), pa.Table.from_pylist(entries, schema=MANIFEST_SCHEMA)
+    )
     for number, part in enumerate(parts):
         write_table(str(location / f"{RUN}_{number:06}.parquet"), pa.Table.from_pylist(part, schema=CAPTIONS_SCHEMA))
         ids = pa.table({"manifest_id": pa.array([names.index(one["image_id"]) for one in part], pa.int64())})
-        write_table(storage.join(folder.done, f"{RUN}_{number:06}.parquet"), ids)
+        write_table(storage.join(folder.done, f"{RUN}_{number:06}"), ids)
     folder.write_run(IDENTITY | {"state": "running"})
     return folder
 
@@ -84,7 +86,7 @@ def rows(folder: CaptionsFolder) -> dict[str, tuple[str, str, str]]:
 
 
 def done_names(folder: CaptionsFolder) -> list[str]:
-    names = read_table(storage.list_parquet(folder.manifest)[0])["image_id"].to_pylist()
+    names = read_table(storage.list_work_tables(folder.manifest)[0])["image_id"].to_pylist()
     return [names[number] for number in folder.done_ids()]
 
 
@@ -176,19 +178,19 @@ def test_only_failed_rows_are_deleted(tmp_path: Path) -> None:
 
     assert set(rows(folder)) == {"a", "d"}
     assert done_names(folder) == ["a", "d"]
-    assert not storage.exists(storage.join(folder.work, "forget.parquet"))
+    assert not storage.exists(storage.join(folder.work, "forget"))
 
 
 def test_a_deletion_interrupted_by_a_crash_is_completed(tmp_path: Path) -> None:
     for crash_after in range(3):
         folder = write_folder(tmp_path / str(crash_after), [row("a"), row("b")], [row("c"), row("d")])
         journal = pa.table({"manifest_id": pa.array([1, 2], pa.int64()), "image_id": ["b", "c"]})
-        write_table(storage.join(folder.work, "forget.parquet"), journal)
+        write_table(storage.join(folder.work, "forget"), journal)
         if crash_after >= 1:  # one part is rewritten
             write_table(folder.parts()[0], pa.Table.from_pylist([row("a")], schema=CAPTIONS_SCHEMA))
         if crash_after >= 2:  # both, and one file of done
             write_table(folder.parts()[1], pa.Table.from_pylist([row("d")], schema=CAPTIONS_SCHEMA))
-            write_table(storage.list_parquet(folder.done)[0], pa.table({"manifest_id": pa.array([0], pa.int64())}))
+            write_table(storage.list_work_tables(folder.done)[0], pa.table({"manifest_id": pa.array([0], pa.int64())}))
 
         folder.recover()
 
@@ -198,8 +200,8 @@ def test_a_deletion_interrupted_by_a_crash_is_completed(tmp_path: Path) -> None:
 
 def test_a_part_that_is_not_recorded_as_done_is_ignored(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, [row("a")], [row("b")], [row("c")])
-    done = storage.list_parquet(folder.done)
-    storage.move(done[1], done[1].replace(".parquet", ".pending.parquet"))
+    done = storage.list_work_tables(folder.done)
+    storage.move(done[1], f"{done[1]}.pending")
     Path(done[2]).unlink()
 
     folder.recover()
@@ -221,7 +223,7 @@ def test_a_done_record_without_its_part_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["part", "note"])
 def test_files_emptied_by_a_power_cut_are_discarded(tmp_path: Path, kind: str) -> None:
     folder = write_folder(tmp_path, [row("a")], [row("b")])
-    Path((folder.parts() if kind == "part" else storage.list_parquet(folder.done))[1]).write_bytes(b"")
+    Path((folder.parts() if kind == "part" else storage.list_work_tables(folder.done))[1]).write_bytes(b"")
 
     folder.recover()
 
@@ -234,7 +236,7 @@ def test_foreign_files_are_kept_and_those_of_killed_writers_are_removed(tmp_path
     for name in ("merged.parquet", "notes.txt", ".hidden"):
         (tmp_path / name).write_bytes(b"mine")
     (tmp_path / f".{RUN}_000007.parquet.0123abcd").write_bytes(b"half")
-    Path(folder.done, f".{RUN}_000000.parquet.0123abcd").write_bytes(b"half")
+    Path(folder.done, f".{RUN}_000000.0123abcd").write_bytes(b"half")
 
     folder.recover()
 
@@ -245,18 +247,19 @@ def test_foreign_files_are_kept_and_those_of_killed_writers_are_removed(tmp_path
         ".hidden",
         "_imcap",
     }
-    assert [path.name for path in Path(folder.done).iterdir()] == [f"{RUN}_000000.parquet"]
+    assert [path.name for path in Path(folder.done).iterdir()] == [f"{RUN}_000000"]
 
 
 def copy_part(folder: CaptionsFolder, name: str, *, to: str, rows: list[dict[str, Any]] | None = None) -> None:
     """Copy a part and its done record, or older ones, like a synchronisation tool."""
-    for path in (storage.join(folder.location, name), storage.join(folder.done, name)):
-        shutil.copy(path, Path(path).with_name(to))
+    record = storage.join(folder.done, to.removesuffix(".parquet"))
+    shutil.copy(storage.join(folder.location, name), storage.join(folder.location, to))
+    shutil.copy(storage.join(folder.done, name.removesuffix(".parquet")), record)
     if rows is not None:
-        names = read_table(storage.list_parquet(folder.manifest)[0])["image_id"].to_pylist()
+        names = read_table(storage.list_work_tables(folder.manifest)[0])["image_id"].to_pylist()
         write_table(storage.join(folder.location, to), pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA))
         ids = pa.table({"manifest_id": pa.array([names.index(one["image_id"]) for one in rows], pa.int64())})
-        write_table(storage.join(folder.done, to), ids)
+        write_table(record, ids)
 
 
 @pytest.mark.parametrize("to", [f"{RUN}_000007.parquet", f"{OTHER}_000001.parquet"])
@@ -363,13 +366,37 @@ def test_a_copy_of_a_manifest_file_is_removed(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "out", [row("a.jpg"), row("b.jpg")])
     storage.remove(folder.manifest)
     build_manifest(str(tmp_path / "in"), folder.manifest)
-    (original,) = storage.list_parquet(folder.manifest)
-    shutil.copy(original, original.replace(".parquet", " (conflicted copy).parquet"))
+    (original,) = storage.list_work_tables(folder.manifest)
+    shutil.copy(original, f"{original} (conflicted copy)")
 
     folder.recover()
 
-    assert storage.list_parquet(folder.manifest) == [original]
+    assert storage.list_work_tables(folder.manifest) == [original]
     folder.verify_row_counts()
+
+
+def test_a_kill_while_the_files_of_an_earlier_version_are_renamed_loses_nothing(tmp_path: Path) -> None:
+    number, is_over = 0, False
+    while not is_over:
+        number += 1
+        folder = write_folder(tmp_path / str(number), [row("a")], [row("b")], [row("c")])
+        names = [storage.list_work_tables(folder.manifest)[0], *storage.list_work_tables(folder.done)]
+        for path in names:
+            storage.move(path, f"{path}.parquet")
+        pending = storage.join(folder.done, f"{OTHER}_000000.pending.parquet")
+        storage.write_bytes(pending, b"")
+        write_table(storage.join(folder.work, "forget.parquet"), pa.table({"manifest_id": [1], "image_id": ["b"]}))
+        storage.write_bytes(storage.join(folder.work, "heartbeat.json"), b"{}")
+        with killed_at_step(number, when="before") as steps:
+            folder.recover()
+        is_over = len(steps) < number
+
+        folder.recover()
+
+        assert rows(folder) == {"a": ("ok", "says a", ""), "c": ("ok", "says c", "")}
+        assert sorted(done_names(folder)) == ["a", "c"]
+        assert {path.name for path in Path(folder.work).rglob("*") if "." in path.name} == {"run.json"}
+    assert number > 8
 
 
 def test_a_part_that_is_not_recorded_does_not_resolve_duplicates(tmp_path: Path) -> None:
@@ -403,7 +430,7 @@ def test_the_first_of_two_concurrent_replacements_stops_and_nothing_is_lost(
     names = [f"{number}.jpg" for number in range(4)]
     write_folder(tmp_path, [row(name) for name in names])
     new = write_folder(Path(CaptionsFolder(str(tmp_path)).next().location), *([row(name)] for name in names))
-    for path in [*new.parts(), *storage.list_parquet(new.done)]:
+    for path in [*new.parts(), *storage.list_work_tables(new.done)]:
         Path(path).rename(path.replace(RUN, OTHER))
     new.write_run(IDENTITY | {"model_fingerprint": "b" * 64, "state": "complete"})
     steps = {name: getattr(storage, name) for name in ("move", "remove", "write_bytes")}
@@ -457,7 +484,7 @@ def test_rows_of_changed_images_are_deleted_and_the_manifest_is_updated(tmp_path
     assert set(rows(folder)) == {"a.jpg", "c.jpg"}
     assert folder.done_ids().tolist() == [0, 2]
     assert build_manifest(str(source), folder.manifest).changed.num_rows == 0
-    sizes = read_table(storage.list_parquet(folder.manifest)[0], ["image_id", "size"]).to_pydict()
+    sizes = read_table(storage.list_work_tables(folder.manifest)[0], ["image_id", "size"]).to_pydict()
     assert sizes == {"image_id": ["a.jpg", "b.jpg", "c.jpg"], "size": [3, 5, 3]}
 
 
@@ -546,7 +573,7 @@ def replacing(tmp_path: Path) -> CaptionsFolder:
     """A folder with a finished new run that has not replaced the old one."""
     folder = write_folder(tmp_path, [row("a"), row("b")], [row("c")])
     new = write_folder(Path(folder.next().location), [row("a", content="x")], [row("d", content="y")])
-    for path in [*new.parts(), *storage.list_parquet(new.done)]:
+    for path in [*new.parts(), *storage.list_work_tables(new.done)]:
         storage.move(path, path.replace(RUN, OTHER))
     new.write_run(IDENTITY | {"state": "complete", "model": "new"})
     return folder
@@ -567,7 +594,7 @@ def test_a_replacement_completes_after_an_interruption_at_any_step(tmp_path: Pat
     if crash in ("done copied", "recorded as complete"):
         for kind in ("done", "manifest"):
             storage.remove(storage.join(folder.work, kind))
-            for path in storage.list_parquet(storage.join(new.work, kind)):
+            for path in storage.list_work_tables(storage.join(new.work, kind)):
                 target = storage.join(folder.work, kind, Path(path).name)
                 storage.write_bytes(target, storage.read_bytes(path))
     if crash == "recorded as complete":

@@ -49,7 +49,7 @@ def write_captions(
         write_table(str(location / f"{PART}_000000.parquet"), pa.Table.from_pylist(rows, schema=CAPTIONS_SCHEMA))
         if is_noted:
             ids = pa.table({"manifest_id": pa.array(range(len(rows)), pa.int64())})
-            write_table(storage.join(folder.done, f"{PART}_000000.parquet"), ids)
+            write_table(storage.join(folder.done, f"{PART}_000000"), ids)
     folder.write_run({"input": "/in", "model": "mine", "state": "running", "started": ago(3600)} | run)
     return folder
 
