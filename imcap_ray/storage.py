@@ -1,4 +1,4 @@
-"""Local paths and URIs -> files, through pyarrow's file systems. Knows nothing of the contents of files."""
+"""Local paths and URIs -> files, through pyarrow's file systems, and the web's for single files. Knows no contents."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
+from imcap_ray import web
 from imcap_ray.errors import ImcapError, InputError
 
 S3_ATTEMPTS: Final = 11
@@ -90,8 +91,9 @@ def _absolute(location: str) -> str:
 
 
 def join(location: str, *parts: str) -> str:
-    """The location of a file or folder below `location`."""
-    return posixpath.join(location, *parts)
+    """The location of a file or folder below `location`; a part that is absolute or a URI replaces all before it."""
+    last = next((number for number in reversed(range(len(parts))) if is_uri(parts[number])), None)
+    return posixpath.join(location, *parts) if last is None else posixpath.join(*parts[last:])
 
 
 def parent(location: str) -> str:
@@ -164,7 +166,7 @@ def locate(
         refuse_secrets(path)
     except InputError as refused:
         raise error(f"{source}: {refused}") from refused
-    location = path if is_uri(path) or path.startswith("/") else join(base, path)
+    location = join(base, path)
     if not allow_outside and not any(is_inside(folder, location) for folder in folders):
         raise error(
             f"{source}: the path {path!r} leads out of {' and '.join(folders)}; "
@@ -201,11 +203,22 @@ def hide_secrets(text: str) -> str:
 
 
 def resolve(location: str) -> tuple[fs.FileSystem, str]:
-    """The file system and the path on it; InputError if no installed library supports the URI's scheme."""
+    """The file system and the path on it.
+
+    Raises:
+        InputError: no installed library supports the URI's scheme, or it is a web address, which only `read_bytes` can
+            read.
+    """
     location = _absolute(location)
     if not is_uri(location):
         return _local(), location
     scheme, _, path = location.partition("://")
+    if web.is_web(location):
+        host = path.partition("/")[0].rpartition("@")[2]
+        raise InputError(
+            f"{scheme}://{host} is a web server, from which only single images are read (imcap caption ADDRESS, or "
+            "addresses in a table with --allow-outside-paths): download anything else first"
+        )
     authority = path.partition("/")[0]
     refuse_secrets(f"{scheme}://{authority}")  # not the rest: a key in a bucket may look like a query
     return _remote(scheme, authority), path
@@ -455,7 +468,8 @@ def describe_files(locations: Iterable[str]) -> dict[str, ListedFile]:
     for location in locations:
         if is_uri(location):
             name = location.rpartition("/")[2]
-            in_folders[parent(location)][name] = location
+            if not web.is_web(location):  # a web server lists no files
+                in_folders[parent(location)][name] = location
             files[location] = ListedFile(location, name, -1, 0)
         else:
             local.append(location)
@@ -623,6 +637,8 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
         PermissionError: the file may not be read.
         OSError: any other error, after retries if it may be temporary. Its text contains no secret.
     """
+    if web.is_web(location):
+        return web.read(location, max_bytes=max_bytes)
     filesystem, path = resolve(location)
     if "\0" in path:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), location)
@@ -732,9 +748,12 @@ def is_reachable(location: str) -> bool:
 
     Args:
         location: any URI of the store; on a local disk the input itself, a folder or a file. An empty folder is not
-            reachable, because this is how an unmounted disk or share looks.
+            reachable, because this is how an unmounted disk or share looks. A web server counts as reachable, because
+            a table may name many and the failure of one says nothing of the others.
     """
     location = absolute(location)
+    if web.is_web(location):
+        return True
     try:
         if not is_uri(location):
             if os.path.isfile(location):

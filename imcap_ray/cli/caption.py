@@ -29,6 +29,7 @@ from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 from imcap_ray.errors import ConfigError, InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import MIN_IMAGES, format_duration
+from imcap_ray.web import is_web
 
 if TYPE_CHECKING:
     from imcap_ray.distributed.captioning import CaptioningPlan
@@ -98,6 +99,8 @@ def _is_image(path: str) -> bool:
     """Whether a path is that of an image rather than of an OUTPUT, which may not exist yet."""
     from imcap_ray.data.image_formats import is_image_name
 
+    if is_web(path):
+        return True
     if not storage.is_uri(path) and os.path.exists(path):
         return os.path.isfile(path)
     return is_image_name(path)
@@ -112,7 +115,7 @@ def _print_captions(
 
     for image in images:
         storage.refuse_secrets(image)
-        if storage.is_folder(image):
+        if not is_web(image) and storage.is_folder(image):
             raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
     captioner = load_captioner(config.models, search=_search(config), encoder_weights=config.encoder_weights)
     if resources.gpus_per_worker:

@@ -73,7 +73,9 @@ model_options = _options(
     click.option("--num-captions", type=click.IntRange(1), metavar="N", help="Captions per image, the best first."),
 )
 
-outside_option = click.option("--allow-outside-paths", is_flag=True, help="Tables may name files outside their folder.")
+outside_option = click.option(
+    "--allow-outside-paths", is_flag=True, help="Tables may name files elsewhere, also by URL."
+)
 
 image_column_option = click.option("--image-column", metavar="NAME", help="Parquet column with the images.")
 

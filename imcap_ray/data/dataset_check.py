@@ -41,6 +41,7 @@ from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import ENCODING_FAULTS
 from imcap_ray.text.tokenizers import tokenize_words
+from imcap_ray.web import is_web
 
 MAX_BAD_IMAGES: Final = 0.1
 """Share of images that may be missing or unreadable; also the default of `imcap caption --max-failure-rate`."""
@@ -346,7 +347,9 @@ def _names_in(folder: str) -> set[str]:
 
 
 def _exists(dataset: CaptionedImages, path: str, files: Mapping[str, set[str]]) -> bool:
-    return path in dataset.packed or path.rpartition("/")[2] in files[storage.parent(path)]
+    if path in dataset.packed or is_web(path):  # of a web address, only reading shows whether it exists
+        return True
+    return path.rpartition("/")[2] in files[storage.parent(path)]
 
 
 def _check_splits(dataset: CaptionedImages) -> Iterator[Finding]:

@@ -22,6 +22,8 @@ TABLE_IMAGE_FIELDS: Final[tuple[str, ...]] = (
     "file",
     "photo",
     "picture",
+    "image_url",
+    "url",
 )
 
 TABLE_CAPTION_FIELDS: Final[tuple[str, ...]] = (

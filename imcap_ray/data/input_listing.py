@@ -27,6 +27,7 @@ from imcap_ray.data.parquet_files import read_metadata
 from imcap_ray.data.parquet_images import TablePaths, open_table
 from imcap_ray.errors import InputError
 from imcap_ray.storage import ListedFile
+from imcap_ray.web import is_web
 
 _SIGNATURE_BYTES: Final = 64
 
@@ -247,8 +248,7 @@ class _NamedFiles:
         if is_listed or self._image is not None:
             return
         if storage.is_uri(path) and not (storage.is_inside(self._folder, path) and not is_image_name(path)):
-            is_web = path.lower().startswith(("http://", "https://"))
-            if is_image_name(urlsplit(path).path) or not is_web:
+            if is_image_name(urlsplit(path).path) or not is_web(path):
                 self._image = path, row
         elif self._exists(path):
             if is_image_name(path) or _begins_like_image(path):
