@@ -386,7 +386,7 @@ def _check_files(
     images = (f"{folder}/{name}" for folder in sorted(files) for name in sorted(files[folder]) if is_image_name(name))
     without = [path.rpartition("/")[2] for path in images if os.path.normpath(path) not in known]
     yield from _findings("without_captions", without, "image file has no caption", "image files have no caption")
-    unusual = [row["image_id"] for row in captioned if not is_image_name(row["image_path"])]
+    unusual = [row["image_id"] for row in captioned if not (is_image_name(path := row["image_path"]) or is_web(path))]
     if len(unusual) < len(captioned) / 2:  # otherwise this data set names all images so
         yield from _findings(
             "odd_names",
