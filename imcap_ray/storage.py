@@ -646,7 +646,7 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
         # Not through pyarrow: this is twice as fast, and its errors have types.
         return Path(path).read_bytes() if max_bytes is None else _read_regular(path, location, max_bytes)
     with _translate_read_errors(location):
-        return _read_remote(filesystem, path, max_bytes)
+        return _retry_lost_answers(lambda: _read_once(filesystem, path, max_bytes))
 
 
 def read_beginning(location: str, num_bytes: int) -> bytes:
@@ -662,8 +662,7 @@ def read_beginning(location: str, num_bytes: int) -> bytes:
     with _translate_read_errors(location):
         if isinstance(filesystem, fs.PyFileSystem):  # a file of fsspec reads megabytes ahead
             return bytes(filesystem.handler.fs.cat_file(path, start=0, end=num_bytes))
-        with filesystem.open_input_file(path) as stored:
-            return bytes(stored.read(num_bytes))
+        return _retry_lost_answers(lambda: _read_once(filesystem, path, num_bytes=num_bytes))
 
 
 @contextmanager
@@ -722,23 +721,25 @@ _SPECIAL_FILES: Final = (
 )
 
 
-def _read_remote(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:
+def _retry_lost_answers(read: Callable[[], bytes]) -> bytes:
     for attempt in range(1, _s3_attempts()):
         try:
-            return _read_once(filesystem, path, max_bytes)
+            return read()
         except OSError as error:
             if _LOST_ANSWER not in str(error):
                 raise
             if attempt > 1:
                 time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 2))
-    return _read_once(filesystem, path, max_bytes)
+    return read()
 
 
-def _read_once(filesystem: fs.FileSystem, path: str, max_bytes: int | None) -> bytes:
+def _read_once(
+    filesystem: fs.FileSystem, path: str, max_bytes: int | None = None, *, num_bytes: int | None = None
+) -> bytes:
     with filesystem.open_input_file(path) as file:  # not a stream, which takes a request for every 256 KB
         if max_bytes is not None and file.size() > max_bytes:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
-        return bytes(file.read())
+        return bytes(file.read(num_bytes))
 
 
 def is_reachable(location: str) -> bool:

@@ -35,8 +35,10 @@ def test_an_unreliable_store_is_written_listed_and_read_completely(s3: S3Store, 
         list(pool.map(lambda name: storage.write_bytes(f"{s3.uri}/{name}", contents[name]), contents))
         listed = {file.location: file.name for file in storage.list_files(s3.uri)}
         read = dict(zip(listed.values(), pool.map(storage.read_bytes, listed), strict=True))
+        beginnings = list(pool.map(lambda location: storage.read_beginning(location, 8), listed))
 
     assert read == contents
+    assert beginnings == [contents[name][:8] for name in listed.values()]
     assert s3.proxy.num_faults > 3 * NUM_OBJECTS // 7
 
 

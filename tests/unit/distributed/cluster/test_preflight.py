@@ -263,6 +263,17 @@ def test_a_plan_reports_images_blocks_and_actors_and_writes_nothing(tmp_path: Pa
     assert not output.exists()
 
 
+def test_a_plan_counts_ignored_files_by_their_extensions(tmp_path: Path, photographs: Path) -> None:
+    for name in ("a.txt", "b.txt", "film.mov", ".hidden/c.jpg"):
+        (photographs / name).parent.mkdir(exist_ok=True)
+        (photographs / name).write_bytes(small_data.jpeg(0))
+
+    plan = plan_of(photographs, tmp_path / "out")
+
+    assert (plan.num_images, plan.ignored) == (130, {".txt": 2, ".mov": 1})
+    assert plan.notes == (f"{photographs}: ignored 3 files that are not images (.txt 2, .mov 1)",)
+
+
 def test_a_plan_uses_the_speed_of_the_last_run(tmp_path: Path, photographs: Path) -> None:
     folder = CaptionsFolder(str(tmp_path / "out"))
     folder.write_run(identity_of(photographs) | {"state": "complete", "images_per_second": 13.0})
