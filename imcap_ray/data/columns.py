@@ -106,12 +106,22 @@ class ImageColumns:
         processes choose the same, see `read_image_column`."""
         self.chosen: dict[ImageColumn, None] = {}
         """The columns chosen by this object, in order."""
+        self.have_base64 = False
+        """Whether a column of text has images in base64, see `parquet_images.is_image_text`."""
         self._name = name
         self._known = tuple(known)
         self._is_by_type = is_by_type
         self._by_schema: dict[tuple[tuple[str, pa.DataType], ...], ImageColumn | None] = {}
         self._tables: dict[tuple[str, frozenset[str]], None] = {}
         """For each kind of table the chosen column and the names of all columns."""
+
+    def describe(self) -> str:
+        """The chosen columns, for people."""
+        names = (
+            f"{column.name} (base64)" if self.have_base64 and column.kind == "path" else str(column)
+            for column in self.chosen
+        )
+        return ", ".join(names)
 
     def get(self, table: pq.ParquetFile, location: str) -> ImageColumn:
         """The column of images of a table. As `find`, but a table without images is an InputError."""

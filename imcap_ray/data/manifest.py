@@ -272,15 +272,14 @@ class _InputImages:
 
 def _describe_columns(columns: ImageColumns, id_column: str | None, *, has_ids: bool) -> str:
     """The columns of images and ids, for people."""
-    images = ", ".join(map(str, columns.chosen))
     if id_column:
         ids = f"ids from column {id_column}"
-    elif not has_ids:
+    elif not has_ids or columns.have_base64:
         ids = "ids are table names and row numbers"
     else:
         is_paths = any(column.kind == "path" for column in columns.chosen)
         ids = "ids are the paths" if is_paths else "ids are the names next to the bytes"
-    return f"images from column {images}, {ids}"
+    return f"images from column {columns.describe()}, {ids}"
 
 
 def update_manifest(folder: str, changed: pa.Table) -> None:

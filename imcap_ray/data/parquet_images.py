@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ import pyarrow.parquet as pq
 
 from imcap_ray import storage
 from imcap_ray.data.columns import ImageColumn, ImageColumns, field_type, is_string, read_image_column
+from imcap_ray.data.image_formats import has_image_signature
 from imcap_ray.data.parquet_files import open_parquet
 from imcap_ray.errors import InputError, translate_errors
 
@@ -25,6 +29,17 @@ _MAX_PATH_CHARACTERS: Final = 4096
 
 _SHOWN_CHARACTERS: Final = 60
 """Of such a text, instead of the path."""
+
+_TEXTS_PER_READ: Final = 64
+"""Rows read at once of a column of text, which may be images in base64."""
+
+_BEGINNING_CHARACTERS: Final = 256
+"""Of a text, enough for the header of a data URI and the signature of an image."""
+
+_BASE64: Final = re.compile(r"[A-Za-z0-9+/_\s-]{64,}=*\s*")
+"""Text of base64; paths with an extension do not match."""
+
+_URL_SAFE: Final = str.maketrans("-_", "+/")
 
 _PICKLES: Final = "arrow_pickled_object"
 """Part of the name of Ray's type for columns of pickled objects."""
@@ -66,7 +81,8 @@ def read_table_images(
             for batch in table.iter_batches(batch_size=16, row_groups=[row_group], columns=[column.data]):
                 for number, value in enumerate(leaf_of(batch.column(0), "bytes"), start):
                     if number in rows:
-                        yield (row_group, number), value.as_py()
+                        image = value.as_py()
+                        yield (row_group, number), image_in_text(image) if isinstance(image, str) else image
                 start += len(batch)
                 if start > max(rows):
                     break
@@ -108,7 +124,7 @@ class RowGroup(NamedTuple):
     number: int
     num_rows: int
     paths: list[str | None] | None
-    """Locations of the images; None for a row with bytes, or for a row group with bytes in all rows."""
+    """Locations of the images; None for a row with bytes or base64, or for a row group with bytes in all rows."""
 
 
 class TablePaths:
@@ -139,6 +155,8 @@ class TablePaths:
             for row_group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(row_group).num_rows
                 paths = _read_paths(table, row_group, column)
+                if column.kind == "path" and paths is not None:
+                    self._columns.have_base64 |= None in paths
                 image_paths: list[str | None] | None = None
                 if paths is not None:
                     image_paths = [
@@ -161,10 +179,12 @@ class TablePaths:
 
 
 def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> list[str | None] | None:
-    """The path in each row of a row group that has no bytes, None in the other rows; None if all rows have bytes."""
+    """The path in each row of a row group that has no bytes or base64, None in the other rows; None if all rows have
+    bytes."""
     if column.kind == "path":
-        paths = _texts(table.read_row_group(row_group, columns=[column.name]).column(0))
-        return [path or "" for path in paths]
+        batches = table.iter_batches(batch_size=_TEXTS_PER_READ, row_groups=[row_group], columns=[column.name])
+        texts = (text or "" for batch in batches for text in valid_text_array(batch.column(0)).to_pylist())
+        return [None if is_image_text(text) else text for text in texts]
     if column.kind == "bytes" or not is_string(field_type(table.schema_arrow.field(column.name).type, "path")):
         return None
     num_rows, num_missing = table.metadata.row_group(row_group).num_rows, _num_nulls(table, row_group, column.data)
@@ -211,5 +231,25 @@ def _texts(values: pa.ChunkedArray) -> list[str | None]:
 
 
 def can_be_path(text: str) -> bool:
-    """Whether a text may be a path; data URIs and texts of thousands of characters are not."""
-    return len(text) <= _MAX_PATH_CHARACTERS and text[:5].lower() != "data:"
+    """Whether a text may be a path; data URIs, base64 of images and texts of thousands of characters are not."""
+    return len(text) <= _MAX_PATH_CHARACTERS and text[:5].lower() != "data:" and not is_image_text(text)
+
+
+def is_image_text(text: str) -> bool:
+    """Whether a text is an image: base64 that begins like one, or a data URI of base64."""
+    if text[:5].lower() == "data:":
+        return text[:_BEGINNING_CHARACTERS].partition(",")[0].lower().endswith(";base64")
+    if not _BASE64.fullmatch(text, 0, _MAX_PATH_CHARACTERS):
+        return False
+    letters = "".join(text[:_BEGINNING_CHARACTERS].split())
+    beginning = image_in_text(letters[: len(letters) // 4 * 4])
+    return beginning is not None and has_image_signature(beginning)
+
+
+def image_in_text(text: str) -> bytes | None:
+    """The bytes that a text contains as base64; None if it does not."""
+    text = text.partition(",")[2] if text[:5].lower() == "data:" else text
+    try:
+        return base64.b64decode(text.translate(_URL_SAFE) + "==")
+    except (binascii.Error, ValueError):
+        return None

@@ -34,6 +34,9 @@ IDS_FROM_POSITION: Final = "position"
 
 _IDS_PER_READ: Final = 4096
 
+_TEXTS_PER_READ: Final = 64
+"""Rows read at once of a column of paths, which may be images in base64."""
+
 _UUID_BYTES: Final = 16
 
 
@@ -230,7 +233,8 @@ def _natural_ids(tables: list[ListedFile], columns: ImageColumns, id_columns: Id
                 return None
             kinds.add(kind)
             num_rows[listed.location] = 0
-            for batch in table.iter_batches(batch_size=_IDS_PER_READ, columns=[id_column]):
+            batch_size = _TEXTS_PER_READ if kind == "path" else _IDS_PER_READ
+            for batch in table.iter_batches(batch_size=batch_size, columns=[id_column]):
                 ids = id_texts(leaf_of(batch.column(0), "path"))
                 if kind != "id":
                     ids = _without_contents(ids, listed.name, num_rows[listed.location])

@@ -71,7 +71,7 @@ class _Columns:
         captions = dict.fromkeys(name for of_table in self.captions.values() for name in of_table.values())
         notes = [f"captions from column {', '.join(captions)}"]
         if self.has_images:
-            notes.insert(0, f"images from column {', '.join(map(str, self.images.chosen))}")
+            notes.insert(0, f"images from column {self.images.describe()}")
         if self.ids.chosen:
             notes.append(f"ids from column {', '.join(self.ids.chosen)}")
         return ", ".join(notes)
