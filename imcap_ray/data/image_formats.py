@@ -267,7 +267,7 @@ _OTHER_EXTENSIONS: Final = frozenset(
     if not kind.startswith("image/") and kind != "application/octet-stream"
 ) | {
     *("caption", "md", "log", "yaml", "yml", "toml", "jsonl", "ndjson", "xmp", "aae", "ipynb", "db"),
-    *("parquet", "pq", "arrow", "npy", "npz", "pkl", "pt", "pth", "safetensors"),
+    *("parquet", "parq", "pq", "arrow", "npy", "npz", "pkl", "pt", "pth", "safetensors"),
     *("gz", "tgz", "bz2", "xz", "zst", "7z", "rar", "mkv", "m4v", "mts", "m2ts", "m4a", "flac", "ogg"),
 }
 

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -47,6 +47,12 @@ _MAX_OBJECT_REQUESTS: Final = 8
 """Maximum number of objects of a store, named by a table next to image files, that are asked for one by one."""
 
 
+PACKED_KINDS: Final = ("tar", "parquet", "compressed tar")
+"""Kinds of files that may hold images."""
+
+_COMPRESSED_TAR: Final = re.compile(r"\.(tar\.(gz|bz2|xz|zst|lz4|lzma|z)|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+
+
 class Listing:
     """The files of a location, sorted into image files, tars, Parquet tables and others.
 
@@ -58,7 +64,7 @@ class Listing:
         self._location = location
         self._recursive = recursive
         self._output = output
-        self._packed: dict[str, list[ListedFile]] = {"tar": [], "parquet": []}
+        self._packed: dict[str, list[ListedFile]] = {kind: [] for kind in PACKED_KINDS}
         self._others: Counter[str] = Counter()
         self._run_folders: set[str] = set()
         self.unreadable: list[str] = []
@@ -68,8 +74,8 @@ class Listing:
         """The image files. Everything else is known once all of them have been iterated."""
         if storage.is_file(self._location):
             file = storage.describe_file(self._location)
-            if extension_of(file.name) in self._packed:
-                self._packed[extension_of(file.name)].append(file)
+            if kind := packed_kind(file.name):
+                self._packed[kind].append(file)
                 return
             files: Iterable[ListedFile] = [file]
         else:
@@ -80,11 +86,11 @@ class Listing:
                 self.num_images += 1
                 yield file
             elif (
-                extension_of(name) in self._packed
+                packed_kind(name)
                 and not name.startswith(("_", "."))
                 and not (self._output and storage.is_inside(self._output, file.location))
             ):
-                self._packed[extension_of(name)].append(file)
+                self._packed[packed_kind(name)].append(file)
             else:
                 kind = ignored_kind(name)
                 is_counted = kind in self._others or len(self._others) < _MAX_EXTENSIONS
@@ -101,11 +107,15 @@ class Listing:
         """The Parquet tables."""
         return self._without_runs("parquet")
 
+    def compressed_tars(self) -> list[ListedFile]:
+        """The compressed tars, which are not read."""
+        return self._without_runs("compressed tar")
+
     def others(self) -> Counter[str]:
         """Number of files of other kinds, by `ignored_kind`."""
-        return self._others + Counter(
-            ignored_kind(file.name) for files in self._packed.values() for file in files if self._is_of_run(file)
-        )
+        files = chain.from_iterable(self._packed.values())
+        ignored = [*filter(self._is_of_run, files), *self.compressed_tars()]
+        return self._others + Counter(ignored_kind(file.name) for file in ignored)
 
     def _without_runs(self, kind: str) -> list[ListedFile]:
         return [file for file in self._packed[kind] if not self._is_of_run(file)]
@@ -213,6 +223,22 @@ def ignored_kind(name: str) -> str:
         return "hidden"
     extension = extension_of(name)
     return f".{extension}" if re.fullmatch(r"[\w-]{1,12}", extension) else "no extension"
+
+
+def packed_kind(name: str) -> str:
+    """Which of `PACKED_KINDS` a file is, by its name; "" for others."""
+    if _COMPRESSED_TAR.search(name):
+        return "compressed tar"
+    return {"tar": "tar", "parquet": "parquet", "parq": "parquet", "pq": "parquet"}.get(extension_of(name), "")
+
+
+def describe_compressed_tars(names: Sequence[str]) -> str:
+    """Why compressed tars are not read, for people."""
+    number = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+    return (
+        f"compressed tars are not read, because their images cannot be read one by one: decompress {names[0]}{number}, "
+        "for example with gunzip"
+    )
 
 
 def describe_kinds(counts: Mapping[str, int]) -> str:

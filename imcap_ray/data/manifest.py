@@ -18,7 +18,7 @@ from imcap_ray import storage
 from imcap_ray.data import tar_images
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
 from imcap_ray.data.image_formats import extension_of, is_image_name, is_in_hidden_folder
-from imcap_ray.data.input_listing import Listing, count_files, describe_kinds, ignored_kind
+from imcap_ray.data.input_listing import Listing, count_files, describe_compressed_tars, describe_kinds, ignored_kind
 from imcap_ray.data.known_images import (
     ID_CASE_KEY,
     ID_COLUMN_KEY,
@@ -203,6 +203,11 @@ class _InputImages:
             yield manifest_entry(file.name, file.location, file)
         listing = self._listing
         num_images, tars, tables = listing.num_images, listing.tars(), listing.tables()
+        if compressed := listing.compressed_tars():
+            problem = f"{self._location}: {describe_compressed_tars([file.name for file in compressed])}"
+            if not (num_images or tars or tables):
+                raise InputError(problem)
+            self.notes.append(problem)
         if (num_images or tars) and tables:
             tables = self._choose_tables(tables)
         kinds = [self.description] if num_images else []

@@ -37,7 +37,7 @@ _BEGINNING_CHARACTERS: Final = 256
 """Of a text, enough for the header of a data URI and the signature of an image."""
 
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_\s-]{64,}=*\s*")
-"""Text of base64; paths with an extension do not match."""
+"""Text of base64, with or without line breaks. Paths with an extension do not match."""
 
 _URL_SAFE: Final = str.maketrans("-_", "+/")
 

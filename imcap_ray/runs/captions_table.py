@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 
 from imcap_ray import storage
+from imcap_ray.data.input_listing import packed_kind
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.data.parquet_images import refuse_pickles
 from imcap_ray.errors import InputError, translate_errors
@@ -131,7 +132,7 @@ def image_locator(
     """
     base = folder_of(captions)
     locations = [str((read_run(captions) or {}).get("input", "")), base, *folders]
-    inside = [storage.parent(path) if path.endswith((".parquet", ".tar")) else path for path in locations if path]
+    inside = [storage.parent(path) if packed_kind(path) else path for path in locations if path]
 
     def locate(row: Mapping[str, Any], path: str) -> str:
         source = f"{captions}, image {row['image_id']!r}"

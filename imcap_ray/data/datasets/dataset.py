@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions
-from imcap_ray.data.input_listing import Listing
+from imcap_ray.data.input_listing import Listing, packed_kind
 from imcap_ray.data.manifest import with_image_columns
 from imcap_ray.data.schemas import MANIFEST_SCHEMA
 from imcap_ray.errors import DatasetError
@@ -201,6 +201,12 @@ class FolderContents:
         """The image files."""
         return self._listed[1]
 
+    def files_of_kind(self, kind: str) -> list[str]:
+        """Names of the files of one of `PACKED_KINDS`."""
+        if kind == "compressed tar":
+            return [file.name for file in self.listing.compressed_tars()]
+        return self.tars if kind == "tar" else self.tables
+
     @property
     def tars(self) -> list[str]:
         """Names of the tars."""
@@ -233,18 +239,18 @@ class Source:
         """Whether the user names a single file."""
         return self.base != self.location
 
-    def files_ending(self, extension: str) -> list[str]:
-        """Names below `base` of the files with this extension, sorted, without hidden ones.
+    def files_of_kind(self, kind: str) -> list[str]:
+        """Names below `base` of the files of one of `PACKED_KINDS`, sorted, without hidden ones.
 
-        If any are in the usual folders, see `usual_files_ending`, or if `is_deep`, these are the files of all folders:
+        If any are in the usual folders, see `usual_files_of_kind`, or if `is_deep`, these are the files of all folders:
         the same ones that `imcap caption` reads.
         """
-        names = set() if self.is_deep else {*self.usual_files_ending(extension)}
+        names = set() if self.is_deep else {*self.usual_files_of_kind(kind)}
         if self.contents and (names or self.is_deep):
-            names.update(self.contents.tars if extension == "tar" else self.contents.tables)
+            names.update(self.contents.files_of_kind(kind))
         return sorted(names)
 
-    def usual_files_ending(self, extension: str) -> list[str]:
+    def usual_files_of_kind(self, kind: str) -> list[str]:
         """The files directly in the folder, in folders named after splits, and in Hugging Face's `data`."""
         names = list(self.files)
         if not self.is_file:
@@ -252,7 +258,8 @@ class Source:
                 location = storage.join(self.base, folder)
                 if storage.is_folder(location):
                     names += [f"{folder}/{file.name}" for file in storage.list_files(location, recursive=False)]
-        return sorted(name for name in names if re.fullmatch(rf"(.*/)?[^._/][^/]*\.{extension}", name))
+        visible = (name for name in names if not name.rpartition("/")[2].startswith((".", "_")))
+        return sorted(name for name in visible if packed_kind(name) == kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from imcap_ray import storage
 from imcap_ray.data.columns import BY_NAME, ColumnOptions, ImageColumns
 from imcap_ray.data.datasets import coco_json, hugging_face, parquet, sidecars, text_tables, webdataset
 from imcap_ray.data.datasets.dataset import CaptionedImages, DatasetFormat, FolderContents, Source, examples
+from imcap_ray.data.input_listing import describe_compressed_tars
 from imcap_ray.errors import DatasetError, InputError
 
 # The first format that recognises the data reads them.
@@ -79,8 +80,10 @@ def _read(source: Source) -> CaptionedImages:
             if source.contents and format.covers_folder:
                 return _with_other_images(dataset, source.contents)
             return dataset
+    compressed = replace(source, is_deep=source.contents is not None).files_of_kind("compressed tar")
+    reason = f"; {describe_compressed_tars(compressed)}" if compressed else ""
     expected = "; ".join(format.description for format in (*FORMATS, _LAST))
-    raise DatasetError(f"{source.location} holds no captioned images: expected one of: {expected}")
+    raise DatasetError(f"{source.location} holds no captioned images: expected one of: {expected}{reason}")
 
 
 def _open(location: str) -> Source:

@@ -84,7 +84,7 @@ def read_parquet(source: Source) -> CaptionedImages | None:
 
     An image may have several rows. Rows without an image or a caption are counted and left out.
     """
-    names = source.files_ending("parquet")
+    names = source.files_of_kind("parquet")
     if not names:
         return None
     # Before anything is read, so that a table that is rewritten meanwhile does not count as the version that was read.
@@ -97,7 +97,7 @@ def read_parquet(source: Source) -> CaptionedImages | None:
         )
         for name, location in locations.items()
     }
-    usual = [] if source.is_deep else source.usual_files_ending("parquet")
+    usual = [] if source.is_deep else source.usual_files_of_kind("parquet")
     collector = Collector(source, "Parquet")
     for name in names:  # a table in another folder may be anything
         if name not in usual and not _has_captions(tables[name].schema, source.columns.caption):

@@ -48,10 +48,12 @@ def read_webdataset(source: Source) -> CaptionedImages | None:
     The splits are those in the tars' names or folders: `train/000.tar`, `flickr-train-000.tar`. An image has the same
     id as in `imcap caption`, see `tar_images.ImageIds`.
     """
-    names = source.files_ending("tar")
+    names = source.files_of_kind("tar")
     if not names:
         return None
     collector = Collector(source, f"WebDataset, {len(names):,} tar{'s' * (len(names) != 1)}")
+    for name in source.files_of_kind("compressed tar"):
+        collector.add_problem("compressed tar is not read: decompress it", "compressed tars are not read", name)
     ids = tar_images.ImageIds()
     packed: dict[str, PackedImage] = {}
     # Before anything is read, so that a tar that is rewritten meanwhile does not count as the version that was read.

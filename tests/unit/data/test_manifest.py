@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import os
 import pickle
@@ -30,7 +31,7 @@ from imcap_ray.data.manifest import (
 )
 from imcap_ray.data.parquet_images import read_table_images
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, MANIFEST_SCHEMA
-from imcap_ray.errors import InputError
+from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.runs.captions_table import open_captions
 from tests.small_data import jpeg, write_tar
 
@@ -819,6 +820,52 @@ def test_a_manifest_of_an_earlier_version_with_another_column_choice_is_refused(
         build_manifest(table, target)
     build_manifest(table, target, InputOptions(columns=ColumnOptions(image="thumbnail")))
     assert captured_bytes(read(target), target) == THUMBNAILS[:3]
+
+
+# ---- names of tables and tars
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.PARQUET", "a.pq", "a.parq"])
+def test_tables_have_any_usual_extension(source: Path, target: str, name: str) -> None:
+    table = write_table(source / name, {"image": IMAGES[:2], "id": ["a", "b"], "caption": ["a dog", "a cat"]})
+
+    assert build_manifest(str(source), target).num_images == 2
+    assert build_manifest(str(table), target).changed.num_rows == 0
+    assert ids(target) == ["a", "b"]
+    assert captured_bytes(read(target), target) == IMAGES[:2]
+    assert (
+        load_dataset(str(source)).references()
+        == load_dataset(str(table)).references()
+        == {
+            "a": ["a dog"],
+            "b": ["a cat"],
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.TGZ", "a.tar.zst"])
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_compressed_tars_are_refused_with_the_reason(source: Path, target: str, name: str, is_folder: bool) -> None:
+    (source / name).write_bytes(gzip.compress(write_tar(source.parent / "t", {"a.jpg": IMAGES[0]}).read_bytes()))
+    location = str(source if is_folder else source / name)
+    message = f"compressed tars are not read, because .* one by one: decompress {name}, for example"
+
+    with pytest.raises(InputError, match=message):
+        build_manifest(location, target)
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(location)
+
+
+def test_compressed_tars_next_to_images_are_reported(source: Path, target: str) -> None:
+    write_tar(source / "a.tar", {"a.jpg": IMAGES[0], "a.txt": b"a dog"})
+    (source / "b.tar.gz").write_bytes(gzip.compress(b""))
+
+    summary = build_manifest(str(source), target)
+
+    assert summary.num_images == 1
+    assert any("decompress b.tar.gz" in note for note in summary.notes)
+    assert summary.ignored == {".gz": 1}
+    assert "1 compressed tar is not read: decompress it: b.tar.gz" in load_dataset(str(source)).notes
 
 
 # ---- several formats in one folder
