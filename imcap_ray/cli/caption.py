@@ -91,8 +91,10 @@ def caption(input: str, output: str | None, more_images: tuple[str, ...], **opti
         _print_plan(plan, as_json=options["as_json"])
     else:
         reporter = progress_reporter(quiet=options["quiet"])
-        summary = run_captioning(config, resources, reporter=reporter, verbose=options["verbose"])
+        any_failures = replace(config, max_failure_rate=1.0)  # the summary is printed in any case
+        summary = run_captioning(any_failures, resources, reporter=reporter, verbose=options["verbose"])
         _print_summary(summary, as_json=options["as_json"], quiet=options["quiet"])
+        summary.require_few_failures(config.max_failure_rate)
 
 
 def _is_image(path: str) -> bool:

@@ -88,8 +88,10 @@ def run_identity(input: str, *, fingerprint: str, search: SearchConfig) -> dict[
 def describe_removed(num_images: int, config: CaptioningConfig) -> str:
     """One line on images that the input no longer has."""
     images = "1 image is" if num_images == 1 else f"{num_images:,} images are"
-    kept = "" if config.prune else "the rows are kept and left out of exports; "
-    return f"{images} no longer in {config.input}: {kept}--prune removes the rows"
+    rows = (
+        "their rows are removed" if config.prune else "the rows are kept and left out of exports; --prune removes them"
+    )
+    return f"{images} no longer in {config.input}: {rows}"
 
 
 def describe_ignored(input: str, ignored: Mapping[str, int]) -> str:

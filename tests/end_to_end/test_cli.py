@@ -291,8 +291,9 @@ def test_too_many_failed_images_are_exit_code_3(photographs: Path, model_dir: Pa
     (photographs / "empty.jpg").write_bytes(b"")
     (photographs / "text.jpg").write_text("no image")
 
-    done = imcap("caption", photographs, tmp_path / "captions", "--model", model_dir)
+    done = imcap("caption", photographs, tmp_path / "captions", "--model", model_dir, "--json")
 
     assert done.returncode == 3, done.stderr
     assert "2 of 5 images failed" in done.stderr
+    assert json.loads(done.stdout)["error_counts"] == {"empty_file": 1, "not_an_image": 1}
     assert {row["error_code"] for row in rows(tmp_path / "captions")} == {"", "empty_file", "not_an_image"}

@@ -140,9 +140,8 @@ class _Training:
         checkpoint = training.recover()
         training.history = checkpoint.history if checkpoint else []
         vocabulary = storage.join(work, VOCABULARY_FILE)
-        if training.history and storage.exists(
-            vocabulary
-        ):  # that of the weights; an earlier version may cut other words
+        if training.history and storage.exists(vocabulary):
+            # The vocabulary that the weights were trained with: an earlier version may have kept other words.
             training.prepared = replace(prepared, vocabulary=Vocabulary.from_json(storage.read_bytes(vocabulary)))
         write_metrics(work, training.history)
         return training

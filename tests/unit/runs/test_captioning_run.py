@@ -241,9 +241,7 @@ def test_rows_of_images_that_left_the_input_are_kept_and_reported(config: Captio
 
     summary = caption(config, reporter=ProgressReporter(lines.append))
 
-    kept = (
-        f"2 images are no longer in {config.input}: the rows are kept and left out of exports; --prune removes the rows"
-    )
+    kept = f"2 images are no longer in {config.input}: the rows are kept and left out of exports; --prune removes them"
     assert kept in lines
     assert (summary.num_images, summary.num_not_in_input) == (4, 2)
     assert read_removed_ids(config.output).to_pylist() == ["1.jpg", "3.jpg"]
@@ -267,7 +265,7 @@ def test_prune_removes_the_rows_of_images_that_left_the_input(config: Captioning
 
     summary = caption(replace(config, prune=True), reporter=ProgressReporter(lines.append))
 
-    assert f"2 images are no longer in {config.input}: --prune removes the rows" in lines
+    assert f"2 images are no longer in {config.input}: their rows are removed" in lines
     assert (summary.num_images, summary.num_new, summary.num_not_in_input) == (3, 1, 0)
     assert set(image_ids(config)) == {"0.jpg", "2.jpg", "4.jpg"}
     assert read_removed_ids(config.output).to_pylist() == []

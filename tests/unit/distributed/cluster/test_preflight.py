@@ -296,7 +296,7 @@ def test_a_plan_counts_images_that_left_the_input(tmp_path: Path, photographs: P
 
     assert (kept.num_images, kept.num_done, kept.num_blocks, kept.num_not_in_input) == (160, 130, 1, 30)
     assert (pruned.num_images, pruned.num_done, pruned.num_blocks, pruned.num_not_in_input) == (130, 100, 1, 30)
-    assert pruned.notes == (f"30 images are no longer in {photographs}: --prune removes the rows",)
+    assert pruned.notes == (f"30 images are no longer in {photographs}: their rows are removed",)
     assert "the rows are kept" in kept.notes[0]
 
 
