@@ -21,7 +21,7 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO, Final, NamedTuple
 from urllib.parse import unquote
 
-from pyarrow import fs
+from pyarrow import NativeFile, PythonFile, fs
 
 from imcap_ray import web
 from imcap_ray.errors import ImcapError, InputError
@@ -48,6 +48,9 @@ _REACHABLE_PAUSE_SECONDS: Final = 0.25
 # pyarrow nor the AWS library knows the error, and neither tries again.
 _LOST_ANSWER: Final = "Failed to flush response stream"
 
+_ESCAPE: Final = re.compile(r"\\+x([89a-f][0-9a-f]|5c)")
+_ESCAPE_BYTES: Final = re.compile(_ESCAPE.pattern.encode())
+_NOT_UTF8: Final = re.compile("[\udc80-\udcff]")
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 _TEMPORARY_LETTERS: Final = 60  # of the file's own name; 4 bytes each in UTF-8 leave room in the 255 that a name has
 _COPY_BYTES: Final = 16 * 2**20
@@ -87,7 +90,60 @@ def absolute(location: str) -> str:
 def _absolute(location: str) -> str:
     if location[:7].lower() == "file://":
         location = location[7:]
-    return location.rstrip("/") if is_uri(location) else os.path.abspath(os.path.expanduser(location))
+    return location.rstrip("/") if is_uri(location) else _in_utf8(os.path.abspath(os.path.expanduser(location)))
+
+
+def _in_utf8(path: str) -> str:
+    """The location of a local path: each name that is not UTF-8 is escaped, because tables cannot contain it."""
+    if _is_in_utf8(path):
+        return path
+    location = on_disk = "/"
+    for name in path.split("/"):
+        location, on_disk = join(location, _name_in_utf8(on_disk, name)), join(on_disk, name)
+    return location
+
+
+def _name_in_utf8(folder: str, name: str) -> str:
+    """The name of a file or folder. A name that is not UTF-8 is escaped, with more backslashes if another file has that
+    name."""
+    escaped = escape(os.fsencode(name))
+    while escaped != name and os.path.lexists(join(folder, escaped)):
+        escaped = escaped.replace("\\x", "\\\\x")
+    return escaped
+
+
+def escape(data: bytes) -> str:
+    """The text of these bytes. If they are not UTF-8, others and backslashes become `\\xff`, so that different bytes
+    have different texts."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.replace(b"\\", rb"\x5c").decode("utf-8", "backslashreplace")
+
+
+def _on_disk(path: str) -> str:
+    """The path of the file at a location, in which names that are not UTF-8 are escaped, see `_name_in_utf8`.
+
+    A file whose name is the escaped one takes precedence, because it is not listed under another.
+    """
+    if not _ESCAPE.search(path) or os.path.lexists(path):
+        return path
+    on_disk = "/"
+    for name in path.split("/"):
+        paths = (join(on_disk, one) for one in (name, _unescape(name)))
+        on_disk = next(filter(os.path.lexists, paths), join(on_disk, name))
+    return on_disk
+
+
+def _unescape(name: str) -> str:
+    """The name that is not UTF-8 of which this is the escaped form; any other name is returned unchanged."""
+    unescaped = os.fsdecode(_ESCAPE_BYTES.sub(lambda match: bytes.fromhex(match[1].decode()), os.fsencode(name)))
+    return unescaped if escape(os.fsencode(unescaped)) == _ESCAPE.sub(r"\\x\1", name) else name
+
+
+def _is_in_utf8(path: str) -> bool:
+    """Whether a path can be given to pyarrow, which refuses others."""
+    return path.isascii() or not _NOT_UTF8.search(path)
 
 
 def join(location: str, *parts: str) -> str:
@@ -211,7 +267,7 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
     """
     location = _absolute(location)
     if not is_uri(location):
-        return _local(), location
+        return _local(), _on_disk(location)
     scheme, _, path = location.partition("://")
     if web.is_web(location):
         host = path.partition("/")[0].rpartition("@")[2]
@@ -331,20 +387,42 @@ def _remote(scheme: str, authority: str) -> fs.FileSystem:
 
 def exists(location: str) -> bool:
     """Whether a file or folder exists."""
-    filesystem, path = resolve(location)
-    return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+    return bool(_kind_of(location) != fs.FileType.NotFound)
 
 
 def is_file(location: str) -> bool:
     """Whether the location is an existing file."""
-    filesystem, path = resolve(location)
-    return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+    return bool(_kind_of(location) == fs.FileType.File)
 
 
 def is_folder(location: str) -> bool:
     """Whether the location is an existing folder; in an object store, whether any object is below that name."""
+    return bool(_kind_of(location) == fs.FileType.Directory)
+
+
+def _kind_of(location: str) -> fs.FileType:
     filesystem, path = resolve(location)
-    return bool(filesystem.get_file_info(path).type == fs.FileType.Directory)
+    if _is_in_utf8(path):
+        return filesystem.get_file_info(path).type
+    if os.path.isdir(path):
+        return fs.FileType.Directory
+    return fs.FileType.File if os.path.isfile(path) else fs.FileType.NotFound
+
+
+def open_file(location: str) -> NativeFile:
+    """A file, to be read at any position."""
+    filesystem, path = resolve(location)
+    return filesystem.open_input_file(path) if _is_in_utf8(path) else PythonFile(open(path, "rb"), mode="r")
+
+
+def names_in(folder: str) -> set[str]:
+    """The names of everything in a local folder.
+
+    Raises:
+        OSError: it cannot be listed.
+    """
+    path = resolve(folder)[1]
+    return {_name_in_utf8(path, name) for name in os.listdir(path)}
 
 
 class ListedFile(NamedTuple):
@@ -489,7 +567,7 @@ def _describe_local(paths: Sequence[str]) -> list[ListedFile]:
 
 def _size_and_time(path: str) -> tuple[int, int]:
     try:
-        status = os.stat(path)
+        status = os.stat(_on_disk(path))
     except ValueError:  # a name with a zero byte
         return -1, 0
     except OSError as error:
@@ -582,10 +660,12 @@ def _walk(
         raise InputError(f"cannot list {location}: {error}") from error
     for entry, is_folder, size, modified_ns in entries:
         if not is_folder:
-            yield ListedFile(join(location, _printable(entry)), name + _printable(entry), size, modified_ns)
+            listed = _name_in_utf8(path, entry) if is_local else entry
+            yield ListedFile(join(location, listed), name + listed, size, modified_ns)
     for entry, is_folder, *_ in entries:
         if is_folder and enters(entry):
-            below = (join(path, entry), join(location, _printable(entry)), f"{name}{_printable(entry)}/")
+            listed = _name_in_utf8(path, entry) if is_local else entry
+            below = (join(path, entry), join(location, listed), f"{name}{listed}/")
             yield from _walk(filesystem, *below, enters, (*ancestors, real_path))
 
 
@@ -618,11 +698,6 @@ def _entries_remote(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
         filesystem.handler.fs.invalidate_cache()
     entries: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
     return entries
-
-
-def _printable(name: str) -> str:
-    """The name with bytes that are not UTF-8 as `\\xff`. Tables cannot contain them, so that the image is `missing`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
@@ -757,9 +832,10 @@ def is_reachable(location: str) -> bool:
         return True
     try:
         if not is_uri(location):
-            if os.path.isfile(location):
+            path = resolve(location)[1]
+            if os.path.isfile(path):
                 return True
-            with os.scandir(location) as entries:
+            with os.scandir(path) as entries:
                 return any(True for _ in entries)
         filesystem, path = resolve(location)
         if isinstance(filesystem, _S3):

@@ -60,8 +60,7 @@ def open_parquet(location: str, *, buffer_bytes: int = 0) -> Iterator[pq.Parquet
     Args:
         buffer_bytes: read this much of a column at a time; 0: read the entire column of a row group.
     """
-    filesystem, path = storage.resolve(location)
-    with filesystem.open_input_file(path) as stream, PlainParquetFile(stream, buffer_size=buffer_bytes) as file:
+    with storage.open_file(location) as stream, PlainParquetFile(stream, buffer_size=buffer_bytes) as file:
         yield file
 
 
@@ -79,8 +78,7 @@ def read_schema(location: str) -> pa.Schema:
 
 def read_table(location: str, columns: list[str] | None = None) -> pa.Table:
     """The rows of a Parquet file."""
-    filesystem, path = storage.resolve(location)
-    with filesystem.open_input_file(path) as stream:
+    with storage.open_file(location) as stream:
         return pq.read_table(stream, columns=columns)
 
 

@@ -222,7 +222,7 @@ def valid_text_array(values: pa.Array) -> pa.Array:
         values.validate(full=True)
     except pa.ArrowInvalid:
         texts = values.cast(pa.binary()).to_pylist()
-        values = pa.array([text and text.decode("utf-8", "backslashreplace") for text in texts], pa.string())
+        values = pa.array([text and storage.escape(text) for text in texts], pa.string())
     return values
 
 

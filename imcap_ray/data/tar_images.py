@@ -88,9 +88,8 @@ def _malformed(error: BaseException) -> tarfile.ReadError:
 @contextmanager
 def open_tar(location: str) -> Iterator[tarfile.TarFile]:
     """An uncompressed tar, to be read from start to end."""
-    filesystem, path = storage.resolve(location)
     with (
-        filesystem.open_input_file(path) as file,
+        storage.open_file(location) as file,
         io.BufferedReader(cast(Any, file), _BUFFER_BYTES) as buffered,
         tarfile.open(fileobj=buffered, mode="r:", tarinfo=_CheckedTarInfo) as tar,
     ):
@@ -289,8 +288,7 @@ def read_files(
     Raises:
         OSError: the tar itself cannot be read.
     """
-    filesystem, path = storage.resolve(location)
-    with filesystem.open_input_file(path) as file:
+    with storage.open_file(location) as file:
         for block in blocks:
             start = block * tarfile.BLOCKSIZE
             header = file.read_at(tarfile.BLOCKSIZE, start - tarfile.BLOCKSIZE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import fsspec
 import fsspec.implementations.memory
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from imcap_ray import storage
 from imcap_ray.errors import ImcapError, InputError
@@ -505,3 +508,96 @@ def test_local_files_are_described_concurrently(monkeypatch: pytest.MonkeyPatch)
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
         assert len(storage.describe_files(paths)) == len(paths)
+
+
+# ---- names that are not UTF-8
+
+
+def write_raw(folder: Path, name: bytes, content: bytes) -> None:
+    """Write a file with a name of these bytes, in folders that are created."""
+    path = os.path.join(os.fsencode(folder), name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+    except OSError:
+        pytest.skip("this file system holds only names in UTF-8")
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {file.name: storage.read_bytes(file.location) for file in storage.list_files(str(folder))}
+
+
+def test_files_with_names_that_are_not_utf8_are_read_at_their_listed_location(tmp_path: Path) -> None:
+    for name in (b"\xe9t\xe9.jpg", b"caf\xe9/a.jpg", b"caf\xe9/\xff\xfe", b"caf\xc3\xa9.jpg", b"\\\xe9"):
+        write_raw(tmp_path, name, name)
+
+    files = list(storage.list_files(str(tmp_path)))
+
+    assert read_all(tmp_path) == {
+        r"\xe9t\xe9.jpg": b"\xe9t\xe9.jpg",
+        r"caf\xe9/a.jpg": b"caf\xe9/a.jpg",
+        r"caf\xe9/\xff\xfe": b"caf\xe9/\xff\xfe",
+        "café.jpg": b"caf\xc3\xa9.jpg",
+        r"\x5c\xe9": b"\\\xe9",
+    }
+    for file in files:
+        assert storage.exists(file.location) and storage.is_file(file.location)
+        assert storage.is_folder(storage.parent(file.location))
+        assert storage.describe_file(file.location)[2:] == file[2:]
+        assert storage.describe_files([file.location])[file.location][2:] == file[2:]
+        assert storage.is_reachable(storage.parent(file.location))
+        assert os.path.basename(file.location) in storage.names_in(storage.parent(file.location))
+        with storage.open_file(file.location) as opened:
+            assert opened.read() == storage.read_bytes(file.location)
+
+
+def test_a_location_given_in_bytes_is_the_listed_one(tmp_path: Path) -> None:
+    write_raw(tmp_path, b"caf\xe9/\xe9.jpg", b"1")
+
+    assert storage.absolute(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")) == f"{tmp_path}/caf\\xe9"
+    assert storage.read_bytes(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9/\xe9.jpg")) == b"1"
+
+
+_NAME_PIECES = [b"\xe9", b"\xc3\xa9", b"\\", b"x", b"e9", b"\\xe9", b"\\x5c", b"a", b"\\xc3\\xa9", b"\\x61"]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sets(st.lists(st.sampled_from(_NAME_PIECES), min_size=1, max_size=4).map(b"".join), min_size=1, max_size=12))
+def test_no_file_is_read_for_another_whatever_the_names(
+    tmp_path_factory: pytest.TempPathFactory, names: set[bytes]
+) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    for name in names:
+        write_raw(folder, name, name)
+        write_raw(folder, b"folder" + name + b"/" + name, name)
+
+    files = list(storage.list_files(str(folder)))
+
+    assert len({file.name for file in files}) == len(files) == 2 * len(names)
+    assert sorted(map(storage.read_bytes, (file.location for file in files))) == sorted([*names, *names])
+    for file in files:
+        name = storage.read_bytes(file.location)
+        is_utf8 = name == name.decode("utf-8", "ignore").encode()
+        assert not is_utf8 or os.fsencode(file.name.rpartition("/")[2]) == name
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from(_NAME_PIECES), min_size=1, max_size=4).map(b"".join))
+def test_a_location_that_is_not_listed_is_missing(tmp_path_factory: pytest.TempPathFactory, name: bytes) -> None:
+    folder = tmp_path_factory.mktemp("names")
+    for piece in _NAME_PIECES:
+        write_raw(folder, piece, piece)
+    listed = {re.sub(r"\\+x", r"\\x", file.name) for file in storage.list_files(str(folder))}
+    text = name.decode("utf-8", "ignore")
+
+    assert not storage.is_file(f"{folder}/{text}") or re.sub(r"\\+x", r"\\x", text) in listed
+
+
+def test_a_file_in_a_folder_whose_name_is_not_utf8_is_written_there(tmp_path: Path) -> None:
+    write_raw(tmp_path, b"caf\xe9/a.jpg", b"1")
+
+    storage.write_bytes(f"{tmp_path}/caf\\xe9/a.txt", b"2")
+
+    assert os.listdir(tmp_path) == [os.fsdecode(b"caf\xe9")]
+    assert read_all(tmp_path) == {r"caf\xe9/a.jpg": b"1", r"caf\xe9/a.txt": b"2"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import unicodedata
 from collections import defaultdict
 from dataclasses import replace
@@ -167,7 +166,7 @@ def _with_names_on_disk(dataset: CaptionedImages) -> CaptionedImages:
     folders: dict[str, dict[str, str]] = {}
     changed: dict[str, str] = {}
     for path in dataset.table["image_path"].to_pylist():
-        if not path or path.isascii() or path in dataset.packed or storage.is_uri(path) or os.path.exists(path):
+        if not path or path.isascii() or path in dataset.packed or storage.is_uri(path) or storage.exists(path):
             continue
         folder, name = storage.parent(path), path.rpartition("/")[2]
         if folder not in folders:
@@ -205,6 +204,6 @@ def _describe_missing(dataset: CaptionedImages) -> list[str]:
 
 def _names_in(folder: str) -> set[str]:
     try:
-        return set(os.listdir(folder))
+        return storage.names_in(folder)
     except (OSError, ValueError):  # the folder does not exist; a name with a zero byte
         return set()

@@ -279,6 +279,44 @@ def test_a_name_that_is_not_utf8_gives_an_ordinary_row(source: Path, target: str
     assert ids(target) == ["a.jpg", "caf\\xe9.jpg"]
 
 
+@pytest.mark.parametrize("kind", ["files", "tar", "table", "paths"])
+def test_images_in_files_with_names_that_are_not_utf8_are_read(source: Path, target: str, kind: str) -> None:
+    folder = os.fsencode(source) + b"/caf\xe9"
+    try:
+        os.mkdir(folder)
+    except OSError:
+        pytest.skip("this file system holds only names in UTF-8")
+    written = source / "written"
+    if kind == "tar":
+        write_tar(written, {"a.jpg": IMAGES[0], "a.txt": b"a dog"})
+        os.rename(written, folder + b"/\xe9.tar")
+    elif kind == "table":
+        write_table(written, {"image": IMAGES[:1], "caption": ["a dog"], "id": ["a"]})
+        os.rename(written, folder + b"/\xe9.parquet")
+    else:
+        for name, content in ((b"/\xe9.jpg", IMAGES[0]), (b"/\xe9.txt", b"a dog")):
+            written.write_bytes(content)
+            os.rename(written, folder + name)
+        if kind == "paths":
+            os.unlink(folder + b"/\xe9.txt")
+            paths = pa.array([b"caf\xe9/\xe9.jpg"]).view(pa.string())
+            write_table(source / "a.parquet", {"path": paths, "caption": ["a dog"]})
+    image_id = "caf\\xe9/\\xe9.jpg" if kind in ("files", "paths") else "a"
+    location = str(source / "a.parquet") if kind == "paths" else str(source)
+
+    for _ in range(2):  # a run and its resumption
+        summary = build_manifest(location, target)
+        assert (summary.num_images, summary.changed.num_rows) == (1, 0)
+    dataset = load_dataset(location)
+
+    assert ids(target) == [image_id]
+    assert captured_bytes(read(target), target) == IMAGES[:1]
+    assert dataset.references() == {image_id: ["a dog"]}
+    assert not any("no file" in note for note in dataset.notes)
+    rows = dataset.manifest(dataset.table).to_pylist()
+    assert [data for _, data in read_rows(rows, None, image_columns=dataset.image_columns)] == IMAGES[:1]
+
+
 def test_a_limit_takes_the_first_images(source: Path, target: str) -> None:
     touch(source, *(f"{number}.jpg" for number in range(5)))
 
