@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -108,12 +108,14 @@ def connect(
 
     Raises:
         ClusterError: there is no such cluster, it refuses this process, or it runs other versions of Ray or Python.
+        InputError: a name on the command line, or the current folder's, is not UTF-8.
         RayStartError: a private Ray does not start.
 
     If the GCS, Ray's head service, is lost later, the process ends with one line on stderr and exit code 1.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     require_supported_version()
+    _require_utf8([*sys.argv, os.getcwd()])
     if verbose and (line := describe_untested_version()):
         print(f"imcap: {line}", file=sys.stderr)
     if not ray.is_initialized():
@@ -131,6 +133,18 @@ def connect(
     if hasattr(context, "use_datasource_v2"):  # Ray 2.56 and later; it would start 32 actors to read Parquet footers
         context.use_datasource_v2 = False
     return _resources() if private_ray.is_connected() else _with_free(_resources())
+
+
+def _require_utf8(names: Iterable[str]) -> None:
+    """Raise InputError if a name is not UTF-8. Ray sends the command line to its head service, and would hang."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{name!r} is not UTF-8, and Ray starts neither with such a name on its command line nor in such a "
+                "folder: rename it, or give the folder above it"
+            ) from None
 
 
 def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str) -> None:

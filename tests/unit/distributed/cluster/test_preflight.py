@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -25,7 +26,7 @@ from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.distributed.captioning import CaptioningPlan, plan_captioning
 from imcap_ray.distributed.cluster import jobs
-from imcap_ray.distributed.cluster.connection import ClusterResources, require
+from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require
 from imcap_ray.distributed.cluster.preflight import ADVICE, Marks, find_problem, require_visible
 from imcap_ray.distributed.training.training_plan import PreparedTraining, TrainingPlan, prepare_training
 from imcap_ray.errors import ClusterError, InputError, OutputError
@@ -408,3 +409,12 @@ def test_a_plan_of_a_training_reports_its_epochs_and_writes_nothing(tmp_path: Pa
         plan(seed=5)
     with pytest.raises(ClusterError, match="--num-workers 3-4 needs 4 CPUs, the cluster has 2"):
         plan(num_workers=(3, 4), cluster=replace(RESOURCES, cpus=2))
+
+
+def test_a_name_that_is_not_utf8_on_the_command_line_is_an_error_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["imcap", "caption", os.fsdecode(b"caf\xe9"), "out"])
+
+    with pytest.raises(InputError, match="udce9' is not UTF-8, and Ray starts neither"):
+        connect("local")
