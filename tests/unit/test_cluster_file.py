@@ -5,6 +5,7 @@ import itertools
 import re
 import shlex
 import subprocess
+import sys
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,7 @@ def test_a_kubernetes_job_stops_itself_where_a_retry_would_end_the_same(
     for name, script in {"imcap": f"exit {exit_code}", "ray": f'echo "$@" > {tmp_path}/called', "sleep": ""}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
     spec = rayjob()["spec"]
 
     done = subprocess.run(
@@ -192,9 +194,11 @@ def test_a_kubernetes_job_stops_itself_where_a_retry_would_end_the_same(
 @pytest.mark.parametrize("file", ["cluster.yaml", "rayjob.yaml"])
 def test_the_commands_are_accepted_by_the_command_line(file):
     if file == "rayjob.yaml":
-        shell, option, script = shlex.split(rayjob()["spec"]["entrypoint"])  # KubeRay passes it through a shell
-        assert (shell, option) == ("sh", "-c")
-        commands = [script.partition(";")[0]]
+        entrypoint = rayjob()["spec"]["entrypoint"]
+        assert "$" not in entrypoint and "`" not in entrypoint, "the shell of an older `ray job submit` replaces them"
+        python, option, _, job, *command = shlex.split(entrypoint)  # KubeRay passes it through a shell
+        assert (python, option, job) == ("python", "-c", rayjob()["spec"]["jobId"])
+        commands = [shlex.join(command)]
         commands += re.findall(r"^#   (imcap .*?)(?:  +#.*)?$", RAYJOB_FILE.read_text(), re.MULTILINE)
     else:
         commands = re.findall(r"\bimcap (?:submit|caption|train) .*", CLUSTER_FILE.read_text())
