@@ -402,6 +402,8 @@ def is_folder(location: str) -> bool:
 
 def _kind_of(location: str) -> fs.FileType:
     filesystem, path = resolve(location)
+    if "\0" in path:  # in damaged data; no file has such a name, and asking for it raises different errors
+        return fs.FileType.NotFound
     if _is_in_utf8(path):
         return filesystem.get_file_info(path).type
     if os.path.isdir(path):

@@ -601,3 +601,12 @@ def test_a_file_in_a_folder_whose_name_is_not_utf8_is_written_there(tmp_path: Pa
 
     assert os.listdir(tmp_path) == [os.fsdecode(b"caf\xe9")]
     assert read_all(tmp_path) == {r"caf\xe9/a.jpg": b"1", r"caf\xe9/a.txt": b"2"}
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\0/é", "é\0", "\0"])
+def test_a_name_with_a_null_character_does_not_exist(tmp_path: Path, name: str) -> None:
+    location = storage.join(str(tmp_path), name)
+
+    assert not storage.exists(location)
+    assert not storage.is_file(location)
+    assert not storage.is_folder(location)
