@@ -39,6 +39,8 @@ class Caption:
     """Sum of the log-probabilities of all tokens, including the end token, in nats."""
     num_tokens: int
     """Number of tokens, including the end token."""
+    familiarity: float = math.nan
+    """How much the image resembles the model's training images, 0..1, see `Familiarity`; NaN: the model cannot tell."""
 
     @property
     def confidence(self) -> float:

@@ -28,6 +28,7 @@ from imcap_ray.models.caption import Caption, no_memory, not_finite
 from imcap_ray.models.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
 from imcap_ray.models.devices import choose_device, require_cuda
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder, describe_difference
+from imcap_ray.models.familiarity import Familiarity, mean_familiarity
 from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.models.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_model_folder, select_tensors
 from imcap_ray.text.tokenizers import tokenize_words
@@ -97,6 +98,7 @@ class Captioner:
         decoder: Decoder | DecoderEnsemble,
         vocabulary: Vocabulary,
         search: SearchConfig,
+        familiarity: Sequence[Familiarity] = (),
         device: str | torch.device | None = None,
         fingerprint: str = "",
         name: str = "",
@@ -110,6 +112,8 @@ class Captioner:
         self._trained_decoder = decoder.eval()
         self.vocabulary = vocabulary
         self.search = search
+        self.familiarity = familiarity
+        """That of each CNN; empty if the captioner cannot tell how familiar an image is."""
         self.fingerprint = fingerprint
         self._batches = FixedBatches(encoder.image_size, self.device)
         self.num_beam_steps = 0
@@ -187,6 +191,7 @@ class Captioner:
             decoder=decoder,
             vocabulary=folder.vocabulary,
             search=search or folder.search,
+            familiarity=[folder.familiarity] if folder.familiarity else (),
             device=device,
             fingerprint=folder.fingerprint,
             name=DEFAULT_MODEL if model in (None, DEFAULT_MODEL) else folder.location,
@@ -313,10 +318,20 @@ class Captioner:
         features = self._encode(chunk)
         results = search_captions(self.decoder, self.vocabulary, features, search, on_step=self._count_step)
         are_finite = torch.isfinite(features).flatten(1).all(1).tolist()
+        familiarity = self._familiarity_of(features)
         return [
-            (captions or not_finite("words' probabilities")) if is_finite else not_finite("features")
-            for is_finite, captions in zip(are_finite, results, strict=True)
+            ([replace(caption, familiarity=familiar) for caption in captions] or not_finite("words' probabilities"))
+            if is_finite
+            else not_finite("features")
+            for is_finite, familiar, captions in zip(are_finite, familiarity, results, strict=True)
         ]
+
+    def _familiarity_of(self, features: Tensor) -> list[float]:
+        """Familiarity of images with these features (B, R, F); NaN if it is unknown."""
+        if not self.familiarity:
+            return [math.nan] * len(features)
+        familiarity: list[float] = mean_familiarity(self.familiarity, features.float().mean(1).cpu().numpy()).tolist()
+        return familiarity
 
     def _count_step(self) -> None:
         self.num_beam_steps += 1
@@ -343,6 +358,7 @@ def load_captioner(
     if len(loaded) == 1:
         return first
     encoders: list[Encoder] = []
+    familiarity: list[Familiarity] = []
     members: list[tuple[Decoder, Encoder]] = []
     for model, captioner in zip(models, loaded, strict=True):
         encoder, decoder = captioner._trained_encoder, captioner._trained_decoder
@@ -357,6 +373,7 @@ def load_captioner(
         known = next((other for other in encoders if _have_same_features(encoder, other)), None)
         if known is None:
             encoders.append(encoder)
+            familiarity += captioner.familiarity
         members.append((decoder, known or encoder))
     channels, end = {}, 0
     for encoder in encoders:
@@ -366,6 +383,7 @@ def load_captioner(
         decoder=DecoderEnsemble([decoder for decoder, _ in members], [channels[encoder] for _, encoder in members]),
         vocabulary=first.vocabulary,
         search=first.search,
+        familiarity=familiarity if len(familiarity) == len(encoders) else (),
         fingerprint=hashlib.sha256("".join(captioner.fingerprint for captioner in loaded).encode()).hexdigest(),
         name=" + ".join(captioner.name for captioner in loaded),
     )

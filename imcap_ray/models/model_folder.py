@@ -29,6 +29,7 @@ from imcap_ray.errors import ConfigError, ModelError
 from imcap_ray.models.decoders import build_decoder, find_decoder
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.models.encoders import describe_difference
+from imcap_ray.models.familiarity import FAMILIARITY_FILE, Familiarity
 from imcap_ray.text.vocabulary import Vocabulary
 
 FORMAT_VERSION: Final = 2
@@ -45,9 +46,15 @@ METRICS_FILE: Final = "metrics.json"
 CARD_FILE: Final = "README.md"
 
 CHECKSUMS: Final = "sha256"
-"""Section of `config.json` with the hashes of weights and vocabulary, by file name; earlier versions wrote none."""
+"""Section of `config.json` with the hashes of the other files, by file name; earlier versions wrote none."""
 
-_MAX_BYTES: Final = {CONFIG_FILE: 2**20, VOCABULARY_FILE: 2**26, METRICS_FILE: 2**26, WEIGHTS_FILE: 2**34}
+_MAX_BYTES: Final = {
+    CONFIG_FILE: 2**20,
+    VOCABULARY_FILE: 2**26,
+    METRICS_FILE: 2**26,
+    WEIGHTS_FILE: 2**34,
+    FAMILIARITY_FILE: 2**24,
+}
 """Sizes of the largest files that are read, because each is read into memory."""
 
 SCALE_SUFFIX: Final = ".scale"
@@ -75,6 +82,8 @@ class ModelFolder(ModelSettings):
     tensors: dict[str, Tensor]
     """Weights in float32, with names that begin with `decoder.`, or `encoder.` if the CNN's are in the folder."""
     metrics: dict[str, Any]
+    familiarity: Familiarity | None
+    """None in folders of earlier versions, and if there were too few images to learn it."""
     fingerprint: str
     """sha256 over the configuration without its checksums, the weights and the vocabulary. The same fingerprint means
     the same captions."""
@@ -120,6 +129,7 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
         vocabulary_size=vocabulary_size,
         tensors=tensors,
         metrics=_read_metrics(location),
+        familiarity=_read_familiarity(location, checksums or {}),
         fingerprint=digest.hexdigest(),
         **{section.name: getattr(settings, section.name) for section in fields(settings)},
     )
@@ -131,13 +141,14 @@ def _read_files(location: str) -> dict[str, bytes]:
         raise ModelError(
             f"{location} is not a model folder: expected a folder with {CONFIG_FILE}, as `imcap train` writes"
         )
-    files = {}
-    for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE):
-        try:
-            files[name] = storage.read_bytes(storage.join(location, name), max_bytes=_MAX_BYTES[name])
-        except (OSError, MemoryError) as error:
-            raise ModelError(f"the model folder {location} lacks a readable {name}: {error or 'no memory'}") from error
-    return files
+    return {name: _read_file(location, name) for name in (CONFIG_FILE, WEIGHTS_FILE, VOCABULARY_FILE)}
+
+
+def _read_file(location: str, name: str) -> bytes:
+    try:
+        return storage.read_bytes(storage.join(location, name), max_bytes=_MAX_BYTES[name])
+    except (OSError, MemoryError) as error:
+        raise ModelError(f"the model folder {location} lacks a readable {name}: {error or 'no memory'}") from error
 
 
 def _parse_config(location: str, data: bytes) -> tuple[dict[str, Any], int, ModelSettings]:
@@ -179,13 +190,25 @@ def _require_checksums(location: str, checksums: Any, digests: Mapping[str, Any]
     """Raise ModelError if a file differs from the one that was saved."""
     if not isinstance(checksums, dict):
         raise ModelError(f"{location}: {CONFIG_FILE} is corrupt: {CHECKSUMS} must be a section")
-    for name in (WEIGHTS_FILE, VOCABULARY_FILE):
-        if name in checksums and checksums[name] != digests[name].hexdigest():
+    for name in digests.keys() & checksums.keys():
+        if checksums[name] != digests[name].hexdigest():
             raise ModelError(
                 f"{location}: {name} is corrupt, or was changed: its sha256 is {digests[name].hexdigest()[:12]}..., "
                 f"{CONFIG_FILE} expects {str(checksums[name])[:12]}...: copy the folder again, or remove {CHECKSUMS!r} "
                 f"from {CONFIG_FILE} if you made the change"
             )
+
+
+def _read_familiarity(location: str, checksums: Mapping[str, Any]) -> Familiarity | None:
+    """The familiarity of a model folder; None if it has none. A file without a checksum is another model's."""
+    if FAMILIARITY_FILE not in checksums:
+        return None
+    data = _read_file(location, FAMILIARITY_FILE)
+    _require_checksums(location, checksums, {FAMILIARITY_FILE: hashlib.sha256(data)})
+    try:
+        return Familiarity.from_bytes(data)
+    except ModelError as error:
+        raise ModelError(f"{location}: {error}") from error
 
 
 def _read_tensors(location: str, data: bytes) -> dict[str, Tensor]:
@@ -280,6 +303,7 @@ def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
         first,
         location="the average of " + " and ".join(folder.location for folder in folders),
         tensors=average_weights([folder.tensors for folder in folders]),
+        familiarity=None,  # its features are those of none of the models
         fingerprint=fingerprints.hexdigest(),
     )
 
@@ -301,6 +325,7 @@ def save_model_folder(
     encoder_tensors: Mapping[str, Tensor] | None = None,
     metrics: Mapping[str, Any],
     card: str,
+    familiarity: Familiarity | None = None,
 ) -> None:
     """Write a model folder (path or URI).
 
@@ -324,6 +349,8 @@ def save_model_folder(
     }
     tensors = _narrow(decoder_tensors, encoder_tensors or {})
     files = {WEIGHTS_FILE: save(tensors), VOCABULARY_FILE: vocabulary.to_json().encode()}
+    if familiarity:
+        files[FAMILIARITY_FILE] = familiarity.to_bytes()
     config[CHECKSUMS] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     folder = storage.absolute(str(location))
     for name, data in files.items():
