@@ -115,13 +115,20 @@ class EncodeImages:
     """Loaded images -> their features. Each actor of the pool has one."""
 
     def __init__(
-        self, *, load_encoder: Callable[[], Encoder], views: Views, reporter: ActorReporter, gpus: float = 0.0
+        self,
+        *,
+        load_encoder: Callable[[], Encoder],
+        views: Views,
+        is_pooled: bool,
+        reporter: ActorReporter,
+        gpus: float = 0.0,
     ) -> None:
         device = choose_device(gpus)
         with reporter.working():
             self._encoder = optimize_for_inference(load_encoder(), device).to(device).eval()
         self._batches = FixedBatches(self._encoder.image_size, device)
         self._views = views
+        self._is_pooled = is_pooled
         self._reporter = reporter
 
     def __call__(self, rows: pa.Table) -> pa.Table:
@@ -155,8 +162,10 @@ class EncodeImages:
 
     @torch.inference_mode()
     def _encode_views(self, pixels: Tensor) -> Tensor:
-        features = [self._encoder(view) for view in self._views.draw(pixels)]
-        return torch.stack(features, dim=1).half().cpu()
+        features = torch.stack([self._encoder(view) for view in self._views.draw(pixels)], dim=1)
+        if self._is_pooled:
+            features = features.mean(2, keepdim=True)
+        return features.half().cpu()
 
 
 def cache_key(
@@ -194,6 +203,8 @@ class FeatureEncoding:
 
     encoder: Encoder
     views: Views
+    is_pooled: bool = False
+    """Whether only the mean over all regions is kept."""
     num_actors: int
     gpus_per_actor: float
     can_grow: bool = False
@@ -204,7 +215,7 @@ class FeatureEncoding:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Views of an image, regions, channels."""
-        return (self.views.count, self.encoder.num_regions, self.encoder.num_channels)
+        return (self.views.count, 1 if self.is_pooled else self.encoder.num_regions, self.encoder.num_channels)
 
     def actor_pool(self) -> ActorPool:
         """The actors that encode."""
@@ -212,7 +223,12 @@ class FeatureEncoding:
         load_encoder = partial(ray.get, ray.put(self.encoder))
         return ActorPool(
             actor_class=EncodeImages,
-            arguments={"load_encoder": load_encoder, "views": self.views, "gpus": self.gpus_per_actor},
+            arguments={
+                "load_encoder": load_encoder,
+                "views": self.views,
+                "is_pooled": self.is_pooled,
+                "gpus": self.gpus_per_actor,
+            },
             image_size=self.encoder.image_size,
             batch_size=2 * compute_batch_size(on_gpu=self.gpus_per_actor > 0),
             num_actors=self.num_actors,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -234,6 +235,28 @@ def test_a_finished_training_continues_with_more_epochs(run: Callable[..., Train
     assert result.num_epochs == 3
     assert metrics.read_text().startswith(first)
     assert len(read_model_folder(tmp_path / "model").metrics["history"]) == 3
+
+
+@pytest.mark.parametrize("phase", ["cross_entropy", "finetune"])
+def test_a_model_knows_the_familiarity_of_images_by_the_features_of_its_own_cnn(
+    local_ray: ClusterResources, tmp_path: Path, phase: str
+) -> None:
+    data = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=40, num_validation=24)
+    epochs = {"training.epochs": 1} if phase == "cross_entropy" else {"training.epochs": 0, "finetune.epochs": 1}
+    recipe = load_recipe("lite2-attention", SMALL | epochs | {"finetune.first_layer": "cnn.blocks.5"})
+    config = make_config(data, tmp_path / "model", recipe=recipe)
+    resources = ResourcesConfig(features=str(tmp_path / "features"))
+
+    train(config, resources, data=load_data(config), cluster=local_ray, reporter=ProgressReporter(None))
+
+    captioner = Captioner.load(tmp_path / "model")
+    [familiarity] = captioner.familiarity
+    names = (data / "Flickr_8k.devImages.txt").read_text().split()
+    pixels = np.stack([captioner.read_pixels(data / "Flicker8k_Dataset" / name) for name in names])
+    values = familiarity.of(captioner.encode(pixels).mean(1).numpy())
+    # Each validation image has a rank of its own, apart from the rounding of the stored weights.
+    assert np.sort(values) == pytest.approx(np.arange(1, 25) / 25, abs=0.1)
+    assert not (tmp_path / "model" / "_training" / "familiarity").exists()
 
 
 def test_a_training_that_lost_its_lease_stops_and_writes_no_more(

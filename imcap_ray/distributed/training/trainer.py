@@ -21,6 +21,7 @@ from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.cluster.gpus import require_gpus
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.training.checkpoints import EpochCheckpoint, choose_best, recover
+from imcap_ray.distributed.training.learn_familiarity import learn_familiarity
 from imcap_ray.distributed.training.phase_start import (
     read_weights,
     start_of_phase,
@@ -107,7 +108,7 @@ def train(
         training.write_inputs(caches)
         training.run_phases(caches)
         best, newest = choose_best(training.checkpoints, report=training.report)
-        training.save_model(best, newest)
+        training.save_model(best, newest, caches)
         training.leave()
     seconds = time.time() - start
     return TrainingResult(model=prepared.model, metrics=best.history[-1], num_epochs=newest.epoch, seconds=seconds)
@@ -281,7 +282,7 @@ class _Training:
             raise ImcapError(f"the training ended before its {phase} phase did; the same command resumes")
         self.history = checkpoint.history
 
-    def save_model(self, best: EpochCheckpoint, newest: EpochCheckpoint) -> None:
+    def save_model(self, best: EpochCheckpoint, newest: EpochCheckpoint, caches: dict[str, FeatureCache]) -> None:
         """Write the model folder with the weights of the best epoch."""
         prepared, config, recipe = self.prepared, self.prepared.config, self.recipe
         weights = read_weights(storage.join(best.location, WEIGHTS_FILE))
@@ -298,6 +299,10 @@ class _Training:
             encoder_weights=prepared.encoder.weights.source + ", fine-tuned" * is_finetuned,
             metrics=best.history[-1],
         )
+        with keep_alive(self.lease, self.feature_folders):
+            familiarity = learn_familiarity(
+                prepared, caches, kept, cluster=self.cluster, reporter=self.reporter, check=self.lease.require
+            )
         self.lease.require()
         save_model_folder(
             prepared.model,
@@ -319,6 +324,7 @@ class _Training:
                 "history": [*earlier_history, *newest.history],
             },
             card=card,
+            familiarity=familiarity,
         )
 
     def leave(self) -> None:

@@ -86,18 +86,10 @@ def cache_split(
         folder: see `feature_folder`.
         check: raises if this training may not write any more.
     """
-    gpus = min(MAX_GPUS_PER_ENCODER, prepared.workers.gpus)
     cache = cache_features(
         prepared.data.manifest(prepared.data.split(split)),
         folder,
-        FeatureEncoding(
-            encoder=prepared.encoder,
-            views=views_of(prepared, split),
-            num_actors=default_num_actors(cluster, gpus),
-            gpus_per_actor=gpus,
-            can_grow=not cluster.is_local,
-            can_release=cluster.max_cpus <= cluster.cpus,
-        ),
+        feature_encoding(prepared, prepared.encoder, views_of(prepared, split), cluster),
         reporter=reporter,
         task=f"{split} split",
         check=check,
@@ -105,6 +97,22 @@ def cache_split(
     for note in cache.notes:
         reporter.report(f"{split} images: {note}")
     return cache
+
+
+def feature_encoding(
+    prepared: PreparedTraining, encoder: Encoder, views: Views, cluster: ClusterResources, *, is_pooled: bool = False
+) -> FeatureEncoding:
+    """How a training computes features with a CNN, and on what."""
+    gpus = min(MAX_GPUS_PER_ENCODER, prepared.workers.gpus)
+    return FeatureEncoding(
+        encoder=encoder,
+        views=views,
+        is_pooled=is_pooled,
+        num_actors=default_num_actors(cluster, gpus),
+        gpus_per_actor=gpus,
+        can_grow=not cluster.is_local,
+        can_release=cluster.max_cpus <= cluster.cpus,
+    )
 
 
 def report_unreadable(caches: Mapping[str, FeatureCache], reporter: ProgressReporter) -> None:

@@ -69,7 +69,7 @@ def rows() -> pa.Table:
 
 def encode(encoder: Encoder, rows: pa.Table, **options: Any) -> tuple[list[dict[str, Any]], Reporter]:
     reporter = Reporter()
-    actor = EncodeImages(load_encoder=lambda: encoder, reporter=reporter, **options)  # type: ignore[arg-type]
+    actor = EncodeImages(load_encoder=lambda: encoder, is_pooled=False, reporter=reporter, **options)  # type: ignore[arg-type]
     return actor(rows).to_pylist(), reporter
 
 
