@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from imcap_ray import storage
-from imcap_ray.cli.console import describe_counts, print_line, progress_reporter, stdout_for_results
+from imcap_ray.cli.console import describe_counts, describe_guess, print_line, progress_reporter, stdout_for_results
 from imcap_ray.cli.options import (
     captioning_config,
     cluster_options,
@@ -25,6 +26,7 @@ from imcap_ray.cli.options import (
     resources_config,
 )
 from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig, SearchConfig
+from imcap_ray.data.schemas import FAILED, UNFAMILIAR
 from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 from imcap_ray.errors import ConfigError, InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
@@ -131,7 +133,10 @@ def _print_captions(
             rows.append({"image": image, "error_code": result.code, "error_message": result.message})
             continue
         captions = [{"caption": caption.text, "confidence": caption.confidence} for caption in result]
-        rows.append({"image": image, **captions[0], "captions": captions})
+        familiarity = None if math.isnan(result[0].familiarity) else result[0].familiarity
+        rows.append({"image": image, **captions[0], "familiarity": familiarity, "captions": captions})
+        if familiarity is not None and familiarity < UNFAMILIAR:
+            print_line(f"{image}: {describe_guess(familiarity)}", err=True)
         if not as_json:
             for caption in result:
                 print_line(f"{image}: {caption.text}" if len(images) > 1 else caption.text)
@@ -271,3 +276,17 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
     else:
         speed = "nothing to do, all were done before"
     print_line(f"{summary.output}: {counts}; {speed}", err=True)
+    for line in _describe_familiarity(summary):
+        print_line(line, err=True)
+
+
+def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:
+    num_captioned = summary.num_images - summary.counts.get(FAILED, 0)
+    if summary.num_unfamiliar is None and num_captioned:
+        yield "familiarity: unknown, because this model was trained with an earlier version or on very few images"
+    elif summary.num_unfamiliar:
+        yield (
+            f"{summary.num_unfamiliar:,} of {num_captioned:,} captioned images are unlike what this model has learned "
+            f"from (familiarity below {UNFAMILIAR:g}), and their captions are guesses; training on your own images "
+            "helps: imcap train --start-from"
+        )

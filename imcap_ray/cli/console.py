@@ -55,6 +55,11 @@ def describe_counts(counts: dict[str, int], error_counts: dict[str, int]) -> str
     return f"{by_status} ({errors})" if errors else by_status
 
 
+def describe_guess(familiarity: float) -> str:
+    """What to think of the caption of an unfamiliar image."""
+    return f"a guess: unlike the training images (familiarity {familiarity:.2f})"
+
+
 def print_dataset(dataset: CaptionedImages) -> None:
     """Print the format of a data set, its splits, and the notes of its reader."""
     print_line(f"{dataset.location}: {dataset.format}, {dataset.describe_splits()}", err=True)

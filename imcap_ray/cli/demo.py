@@ -7,8 +7,9 @@ from pathlib import Path
 import click
 
 from imcap_ray.cli.caption import run_captioning
-from imcap_ray.cli.console import print_line, progress_reporter
+from imcap_ray.cli.console import describe_guess, print_line, progress_reporter
 from imcap_ray.config import CaptioningConfig, ResourcesConfig
+from imcap_ray.data.schemas import UNFAMILIAR
 
 
 @click.command()
@@ -30,9 +31,10 @@ def demo(out: str) -> None:
     config = CaptioningConfig(input=str(photographs), output=captions, max_failure_rate=0.0)
     run_captioning(config, ResourcesConfig(address="local"), reporter=progress_reporter())
     rows = {row["image_id"]: row for row in open_captions(captions).to_table().to_pylist()}
-    for sample in samples:
+    for sample in sorted(samples, key=lambda sample: -rows[sample.file_name]["familiarity"]):
         row = rows[sample.file_name]
-        print_line(f"{sample.file_name:24} {row['caption']}  ({row['confidence']:.2f})")
+        guess = f"  {describe_guess(row['familiarity'])}" if row["familiarity"] < UNFAMILIAR else ""
+        print_line(f"{sample.file_name:24} {row['caption']}  ({row['confidence']:.2f}){guess}")
     report = str(Path(out, "report.html"))
     write_captions_report(captions, report)
     print_line(f"open {report} in a browser")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     help="Format of OUT.",
 )
 @click.option("--min-confidence", type=click.FloatRange(0, 1), help="Leave out captions with a lower confidence.")
+@click.option("--min-familiarity", type=click.FloatRange(0, 1), help="Leave out images of a lower familiarity.")
 @click.option(
     "--existing",
     type=click.Choice(["skip", "overwrite", "append"]),
@@ -82,6 +83,7 @@ def export(captions: str, output: str, **options: Any) -> None:
         ExportOptions(
             format=format,
             min_confidence=options["min_confidence"],
+            min_familiarity=options["min_familiarity"],
             existing=options["existing"] or "skip",
             shard_images=options["shard_size"] or SHARD_IMAGES,
             overwrite=options["overwrite"],

@@ -39,6 +39,7 @@ def model(model: str | None, as_json: bool) -> None:
         "size_bytes": storage.describe_file(storage.join(folder.location, WEIGHTS_FILE)).size,
         "vocabulary": {"tokens": len(folder.vocabulary), "tokenizer": folder.vocabulary.tokenizer},
         "search": to_mapping(folder.search),
+        "familiarity": "known" if folder.familiarity else "unknown: this model cannot tell unfamiliar images",
         "metrics": folder.metrics,
     }
     if as_json:

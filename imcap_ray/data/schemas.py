@@ -6,7 +6,7 @@ from typing import Final, TypedDict
 
 import pyarrow as pa
 
-SCHEMA_VERSION: Final = "2"
+SCHEMA_VERSION: Final = "3"
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -53,6 +53,7 @@ CAPTIONS_SCHEMA: Final = pa.schema(
         ("caption", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("confidence", pa.float32()),
+        ("familiarity", pa.float32()),
         ("logprob", pa.float32()),
         ("num_tokens", pa.int16()),
         ("status", pa.string()),
@@ -67,14 +68,25 @@ CAPTIONS_SCHEMA: Final = pa.schema(
 )
 
 
+CAPTIONS_SCHEMAS: Final = {
+    SCHEMA_VERSION: CAPTIONS_SCHEMA,
+    "2": CAPTIONS_SCHEMA.remove(CAPTIONS_SCHEMA.get_field_index("familiarity")),
+}
+"""The schemas of runs that can be resumed, by version. A run keeps its schema, because readers want one."""
+
+
 class CaptionRow(TypedDict):
-    """A row of `CAPTIONS_SCHEMA`. Its confidence and logprob are NaN without a caption, None in exports."""
+    """A row of `CAPTIONS_SCHEMA`. Confidence, familiarity and logprob are NaN without a caption, None in exports.
+
+    The familiarity is also unknown if the model cannot tell.
+    """
 
     image_id: str
     image_path: str
     caption: str
     captions: list[str]
     confidence: float | None
+    familiarity: float | None
     logprob: float | None
     num_tokens: int
     status: str
@@ -86,6 +98,9 @@ class CaptionRow(TypedDict):
     sha256: str
     duplicate_of: str
 
+
+UNFAMILIAR: Final = 0.05
+"""An image of less familiarity is unlike what the model has learned from, and its caption is a guess."""
 
 OK: Final = "ok"
 

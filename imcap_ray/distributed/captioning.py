@@ -16,7 +16,7 @@ import pyarrow as pa
 from imcap_ray import storage
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig, to_mapping
 from imcap_ray.data.manifest import build_manifest
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, SCHEMA_VERSION
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require
 from imcap_ray.distributed.cluster.gcs_watch import when_lost
 from imcap_ray.distributed.cluster.ray_messages import without_ray_advice
@@ -113,6 +113,7 @@ class _Answer(NamedTuple):
     caption: str = ""
     captions: tuple[str, ...] = ()
     confidence: float = float("nan")
+    familiarity: float = float("nan")
     logprob: float = float("nan")
     num_tokens: int = 0
     duplicate_of: str = ""
@@ -125,6 +126,7 @@ class _Answer(NamedTuple):
             caption=best.text,
             captions=tuple(caption.text for caption in captions),
             confidence=best.confidence,
+            familiarity=best.familiarity,
             logprob=best.logprob,
             num_tokens=best.num_tokens,
         )
@@ -369,9 +371,9 @@ def _pipeline_files(run: CaptioningRun, captioner: ImageCaptioner) -> PipelineFi
         output=run.folder.location,
         ending=run.folder.part_ending,
         work=run.folder.work,
-        schema=CAPTIONS_SCHEMA.with_metadata(
+        schema=CAPTIONS_SCHEMAS[run.schema_version].with_metadata(
             {
-                "imcap_ray.schema_version": SCHEMA_VERSION,
+                "imcap_ray.schema_version": run.schema_version,
                 "imcap_ray.model_fingerprint": captioner.fingerprint,
                 "imcap_ray.models.beam_search": json.dumps(to_mapping(captioner.search)),
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final
@@ -44,6 +44,7 @@ class ExportSummary:
     left_out_by_status: dict[str, int] = field(default_factory=dict)
     """Rows without a caption, by status: `failed`, or a `duplicate` that is not resolved yet."""
     left_out_by_confidence: int = 0
+    left_out_by_familiarity: int = 0
     left_out_not_in_input: int = 0
     """Rows of images that were no longer in the input of the last run."""
     left_out_without_image: int = 0
@@ -67,6 +68,8 @@ class ExportSummary:
         reasons = [f"{count:,} {status}" for status, count in sorted(self.left_out_by_status.items())]
         if self.left_out_by_confidence:
             reasons.append(f"{self.left_out_by_confidence:,} below --min-confidence")
+        if self.left_out_by_familiarity:
+            reasons.append(f"{self.left_out_by_familiarity:,} below --min-familiarity")
         if self.left_out_not_in_input:
             reasons.append(f"{self.left_out_not_in_input:,} no longer in the input")
         if self.left_out_without_image:
@@ -79,20 +82,24 @@ class LeftOut:
     """Numbers of rows that are not exported."""
 
     by_status: Counter[str] = field(default_factory=Counter)
-    by_confidence: int = 0
+    below: Counter[str] = field(default_factory=Counter)
+    """By the column whose value is too low."""
     removed: int = 0
 
 
 class CaptionsTable:
     """The rows of a captions table that are to be exported, and the number of the others.
 
+    Args:
+        minima: the lowest values of columns in rows to be exported; None: any.
+
     Raises:
         InputError: it is not a captions table, or it is damaged; on opening or while it is read.
     """
 
-    def __init__(self, location: str, min_confidence: float | None) -> None:
+    def __init__(self, location: str, minima: Mapping[str, float | None]) -> None:
         self.location = location
-        self._min_confidence = None if min_confidence is None else pa.scalar(min_confidence, pa.float32())
+        self._minima = {name: pa.scalar(value, pa.float32()) for name, value in minima.items() if value is not None}
         self._dataset: pads.Dataset = open_captions(location)
         self._removed_ids = read_removed_ids(location)
         missing = [name for name in COLUMNS if name not in self._dataset.schema.names]
@@ -106,7 +113,7 @@ class CaptionsTable:
     def rows(self) -> Iterator[CaptionRow]:
         """The rows to be exported, with `COLUMNS`; NaN and infinity, which JSON does not have, are None."""
         for batch, _ in self.batches(COLUMNS):
-            for name in ("confidence", "logprob"):
+            for name in ("confidence", "familiarity", "logprob"):
                 # Converted to text in between, so that 0.3 in 32 bits is 0.3 in JSON, not 0.30000001192092896.
                 values = batch[name].cast(pa.string()).cast(pa.float64())
                 values = pc.if_else(pc.is_finite(values), values, None)
@@ -115,7 +122,7 @@ class CaptionsTable:
 
     def batches(self, columns: Iterable[str]) -> Iterator[tuple[pa.Table, LeftOut]]:
         """At least these columns of the rows to be exported, some thousand rows at a time; the number of the others."""
-        wanted = dict.fromkeys([*columns, "image_id", "status", "caption", "confidence"])
+        wanted = dict.fromkeys([*columns, "image_id", "status", "caption", *self._minima])
         for batch in self._read(list(wanted)):
             is_removed = pc.is_in(batch["image_id"], value_set=self._removed_ids)
             left_out = LeftOut(removed=pc.sum(is_removed).as_py() or 0)
@@ -127,10 +134,10 @@ class CaptionsTable:
             for status in batch["status"].filter(pc.invert(is_captioned)).value_counts().to_pylist():
                 left_out.by_status[status["values"] or "without a status"] += status["counts"]
             batch = batch.filter(is_captioned)
-            if self._min_confidence is not None:
-                is_confident = pc.fill_null(pc.greater_equal(batch["confidence"], self._min_confidence), False)
-                left_out.by_confidence = pc.sum(pc.invert(is_confident)).as_py() or 0
-                batch = batch.filter(is_confident)
+            for name, minimum in self._minima.items():
+                is_enough = pc.fill_null(pc.greater_equal(batch[name], minimum), False)
+                left_out.below[name] = pc.sum(pc.invert(is_enough)).as_py() or 0
+                batch = batch.filter(is_enough)
             if pc.any(pc.equal(batch["image_id"], "")).as_py():
                 raise InputError(f"{self.location}: a row with a caption has no image_id")
             yield batch, left_out

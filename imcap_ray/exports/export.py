@@ -54,6 +54,8 @@ class ExportOptions:
     format: Format
     min_confidence: float | None = None
     """Rows with less confidence, or with none, are left out."""
+    min_familiarity: float | None = None
+    """Rows with less familiarity, or with none, are left out."""
     existing: Existing = "skip"
     """What to do with sidecars that exist."""
     shard_images: int = SHARD_IMAGES
@@ -86,7 +88,7 @@ def export_captions(
         ImcapError: none of the images can be read, or a store failed to deliver some of them: the others are written.
     """
     captions, output = storage.absolute(captions), storage.absolute(output)
-    table = CaptionsTable(captions, options.min_confidence)
+    table = CaptionsTable(captions, {"confidence": options.min_confidence, "familiarity": options.min_familiarity})
     _check_output(output, captions, options)
     summary = ExportSummary(output, options.format)
     with ImageNames() as names:
@@ -152,7 +154,8 @@ def _check_rows(table: CaptionsTable, names: ImageNames, summary: ExportSummary,
     for batch, left_out in table.batches(["image_path"]):
         total += batch.num_rows
         by_status.update(left_out.by_status)
-        summary.left_out_by_confidence += left_out.by_confidence
+        summary.left_out_by_confidence += left_out.below["confidence"]
+        summary.left_out_by_familiarity += left_out.below["familiarity"]
         summary.left_out_not_in_input += left_out.removed
         if summary.format in SHARD_FILE_NAMES:
             _require_images(batch, summary.format, images)

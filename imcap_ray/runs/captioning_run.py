@@ -63,6 +63,8 @@ class CaptioningSummary:
     """Rows of images that the input no longer has."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Number of files of the input that are not images, by extension (".txt")."""
+    num_unfamiliar: int | None = None
+    """Captioned images that are unlike what the model has learned from; None if the model cannot tell."""
 
     def require_few_failures(self, max_failure_rate: float) -> None:
         """Raise FailureBudgetError if a greater share of the images failed."""
@@ -138,8 +140,11 @@ class CaptioningRun:
         self._reporter = reporter
         self._start = start
         self._before = folder.read_run()
+        self.schema_version = str((self._before or identity)["schema_version"])
+        """See `CAPTIONS_SCHEMAS`."""
         self._record: dict[str, Any] = {
             **identity,
+            "schema_version": self.schema_version,
             "model": config.model_name,
             "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
             "started": now(),
@@ -291,6 +296,7 @@ class CaptioningRun:
         self.lease.require()
         self.folder.verify_row_counts()
         counts, error_counts = self.folder.count_rows()
+        num_known, num_unfamiliar = self.folder.count_familiar()
         seconds = time.time() - self._start
         speed = self._reporter.mean_rate() if self.num_new >= MIN_IMAGES else None
         last_speed = (self._before or {}).get("images_per_second")
@@ -306,6 +312,7 @@ class CaptioningRun:
             bound=bound,
             num_not_in_input=self.num_not_in_input,
             ignored=self._ignored,
+            num_unfamiliar=num_unfamiliar if num_known else None,
         )
         # If this run was too short to measure its speed, that of an earlier run is kept for the next plan.
         known_speed = {"images_per_second": last_speed if speed is None else speed}

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 from imcap_ray import storage
 from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, UNFAMILIAR
 from imcap_ray.errors import ImcapError, OutputError, translate_errors
 from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REMOVED_FILE, REPLACING, is_part, parse_run_file
 from imcap_ray.runs.lease import Lease, has_foreign_files
@@ -55,7 +55,10 @@ WORK_FOLDER: Final = "_imcap"
 
 _FIRST_FILES: Final = tuple(f"{WORK_FOLDER}/{name}" for name in ("owner", HEARTBEAT_FILE, _EARLIER_HEARTBEAT_FILE))
 
-_ANSWER: Final = ("caption", "captions", "confidence", "logprob", "num_tokens", "error_code", "error_message")
+_ANSWER: Final = (
+    *("caption", "captions", "confidence", "familiarity", "logprob", "num_tokens"),
+    *("error_code", "error_message"),
+)
 
 _PENDING: Final = ".pending"
 """Ray's ending for a file in done/ whose part is not complete yet."""
@@ -136,7 +139,7 @@ class CaptionsFolder:
                 raise OutputError(f"{self.location} exists and is no captions folder of imcap: choose another OUTPUT")
             return
         for key, name in IDENTITY.items():
-            if run.get(key) != identity[key]:
+            if not _agree(key, run, identity):
                 raise OutputError(
                     f"{self.location} was made with another {name} ({short_value(run.get(key))}, now "
                     f"{short_value(identity[key])}): choose another OUTPUT, or give --overwrite to start again"
@@ -145,7 +148,7 @@ class CaptionsFolder:
     def is_of(self, identity: Mapping[str, Any]) -> bool:
         """Whether a run with this identity made this folder."""
         run = self.read_run()
-        return run is not None and all(run.get(key) == identity[key] for key in IDENTITY)
+        return run is not None and all(_agree(key, run, identity) for key in IDENTITY)
 
     def discard(self) -> None:
         """Remove everything that a run wrote before it could begin."""
@@ -197,6 +200,17 @@ class CaptionsFolder:
         for status, _, number in rows:
             counts[status] = counts.get(status, 0) + number
         return counts, {code: number for _, code, number in rows if code}
+
+    def count_familiar(self) -> tuple[int, int]:
+        """Number of rows with a known familiarity, and of those that are unlike what the model has learned from."""
+        if "familiarity" not in _dataset(self.parts(), CAPTIONS_SCHEMA).schema.names:  # of an earlier version
+            return 0, 0
+        with self._database() as database:
+            known, unfamiliar = database.execute(
+                "SELECT count(*) FILTER (WHERE NOT isnan(familiarity)), "
+                f"count(*) FILTER (WHERE familiarity < {UNFAMILIAR}) FROM captions"
+            ).fetchall()[0]
+        return known, unfamiliar
 
     def verify_row_counts(self) -> None:
         """Raise ImcapError unless every image of the manifest is exactly one row."""
@@ -367,12 +381,14 @@ class CaptionsFolder:
                 database, "SELECT manifest_id, image_id FROM twins JOIN groups USING (sha256) WHERE source IS NULL"
             )
             if database.execute("SELECT count(*) FROM changes").fetchall() != [(0,)]:
+                names = {name for name, *_ in database.execute("DESCRIBE captions").fetchall()}
+                answer = [name for name in _ANSWER if name in names]  # earlier versions have fewer columns
                 database.execute(
-                    f"CREATE TEMP TABLE sources AS SELECT image_id, {', '.join(_ANSWER)} FROM captions "
+                    f"CREATE TEMP TABLE sources AS SELECT image_id, {', '.join(answer)} FROM captions "
                     "WHERE image_id IN (SELECT source FROM changes)"
                 )
                 for path in self.parts():
-                    _apply_changes(path, database)
+                    _apply_changes(path, database, answer)
         return self._delete_rows(orphans)
 
     def _delete_rows(self, ids: pa.Table) -> int:
@@ -491,6 +507,11 @@ class CaptionsFolder:
             yield database
 
 
+def _agree(key: str, run: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a run has this part of the identity, or an earlier schema, with which it goes on."""
+    return run.get(key) == identity[key] or (key == "schema_version" and run.get(key) in CAPTIONS_SCHEMAS)
+
+
 def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:
     if not files:
         return pads.dataset(schema.empty_table())
@@ -503,13 +524,13 @@ def _query(database: duckdb.DuckDBPyConnection, sql: str) -> Any:
     return database.sql(sql).to_arrow_table()
 
 
-def _apply_changes(path: str, database: duckdb.DuckDBPyConnection) -> None:
-    """Rewrite a part if some of its rows are in the table `changes`, with the captions of the table `sources`."""
+def _apply_changes(path: str, database: duckdb.DuckDBPyConnection, answer: Sequence[str]) -> None:
+    """Rewrite a part if some of its rows are in the table `changes`, with these columns of the table `sources`."""
     part = read_table(path)
     database.register("part", part.select(["image_id"]).append_column("position", pa.array(range(part.num_rows))))
     changes = _query(
         database,
-        f"SELECT position, status, duplicate_of, {', '.join(f'sources.{name}' for name in _ANSWER)} "
+        f"SELECT position, status, duplicate_of, {', '.join(f'sources.{name}' for name in answer)} "
         "FROM part JOIN changes USING (image_id) JOIN sources ON sources.image_id = source",
     )
     if not changes.num_rows:

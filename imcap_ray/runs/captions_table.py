@@ -14,6 +14,7 @@ from imcap_ray import storage
 from imcap_ray.data.input_listing import packed_kind
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.data.parquet_images import refuse_pickles
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import InputError, translate_errors
 
 COMPLETE: Final = "complete"
@@ -34,7 +35,7 @@ def is_part(path: str) -> bool:
 
 
 def open_captions(location: str) -> pads.Dataset:
-    """The captions of a folder or a Parquet file, to be read in batches.
+    """The captions of a folder or a Parquet file, to be read in batches; the familiarity is null if it is unknown.
 
     If a run has written into the folder, other Parquet files there are left out.
 
@@ -57,6 +58,9 @@ def open_captions(location: str) -> pads.Dataset:
     if missing:
         columns = ", ".join(captions.schema.names) or "no Parquet file"
         raise InputError(f"{location} is no captions table: expected the columns image_id and caption, got {columns}")
+    names = captions.schema.names
+    if "confidence" in names and "familiarity" not in names and len(set(names)) == len(names):  # of earlier versions
+        captions = captions.replace_schema(captions.schema.append(CAPTIONS_SCHEMA.field("familiarity")))
     return captions
 
 

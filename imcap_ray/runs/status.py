@@ -58,6 +58,8 @@ class CaptioningStatus:
     """Written rows by status."""
     error_counts: dict[str, int]
     """Failed rows by error code."""
+    num_unfamiliar: int | None
+    """Captioned images that are unlike what the model has learned from; None if the model cannot tell."""
     images_per_second: float | None
     """Speed of the last two minutes while it runs; when it is complete, of the last run long enough to measure it."""
     seconds_left: float | None
@@ -118,7 +120,7 @@ def _captioning_status(
         state = RUNNING if is_alive else SILENT
     if is_replacing and state == COMPLETE:
         state = REPLACING
-    counts, error_counts = _count_rows(folder)
+    counts, error_counts, num_unfamiliar = _count_rows(folder)
     num_images, num_done = folder.count_manifest(), sum(counts.values())
     waiting = _describe_waiting(heartbeat) if state == RUNNING and num_done < num_images else ""
     source = heartbeat if state == RUNNING else run if state in (COMPLETE, REPLACING) else {}
@@ -133,6 +135,7 @@ def _captioning_status(
         num_done=num_done,
         counts=counts,
         error_counts=error_counts,
+        num_unfamiliar=num_unfamiliar,
         images_per_second=rate,
         seconds_left=(num_images - num_done) / rate if rate and state == RUNNING else None,
         started=str(heartbeat.get("started") or run.get("started", "")),
@@ -149,13 +152,17 @@ def _describe_waiting(heartbeat: Mapping[str, Any]) -> str:
     return f"no image was captioned in the last {idle:.0f} s" if idle is not None and idle >= IDLE_SECONDS else ""
 
 
-def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int]]:
-    for _ in range(_READ_ATTEMPTS - 1):
+def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int], int | None]:
+    """See `CaptioningStatus`."""
+    for attempt in range(1, _READ_ATTEMPTS + 1):
         try:
-            return folder.count_rows()
+            num_known, num_unfamiliar = folder.count_familiar()
+            return *folder.count_rows(), num_unfamiliar if num_known else None
         except (ImcapError, FileNotFoundError):
+            if attempt == _READ_ATTEMPTS:
+                raise
             time.sleep(1)
-    return folder.count_rows()
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _training_status(model: str, work: str) -> TrainingStatus:

@@ -649,7 +649,12 @@ def test_readers_of_all_parquet_files_below_an_output_see_captions_only(
 
 def test_an_output_of_an_earlier_version_resumes(run: Run, photographs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
+    (photographs / "even" / "twin.jpg").write_bytes((photographs / "odd" / "099.jpg").read_bytes())
     run(str(photographs), str(output), limit=60)
+    for part in output.glob("*.parquet"):
+        pq.write_table(pq.read_table(part).drop_columns(["familiarity"]), part)
+    run_file = output / "_imcap" / "run.json"
+    run_file.write_text(json.dumps(json.loads(run_file.read_text()) | {"schema_version": "2"}))
     before = read(output)
     for kind in ("manifest", "done"):
         for path in list((output / "_imcap" / kind).iterdir()):
@@ -659,8 +664,11 @@ def test_an_output_of_an_earlier_version_resumes(run: Run, photographs: Path, tm
     summary = run(str(photographs), str(output))
 
     rows = read(output)
-    assert (summary.num_images, summary.num_new, summary.counts) == (100, 40, {"ok": 100})
-    assert [row for row in rows if row in before] == before
+    assert (summary.num_images, summary.num_new, summary.counts) == (101, 41, {"ok": 100, "duplicate": 1})
+    assert summary.num_unfamiliar is None
+    assert {row["image_id"]: row for row in before}.items() <= {row["image_id"]: row for row in rows}.items()
+    assert {tuple(pq.read_schema(part).names) for part in output.glob("*.parquet")} == {tuple(rows[0])}
+    assert "familiarity" not in rows[0]
     assert sorted(output.rglob("*.parquet")) == sorted(output.glob("*.parquet"))
 
 

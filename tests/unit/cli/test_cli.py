@@ -467,7 +467,8 @@ def test_one_image_is_not_captioned_on_a_cpu_if_a_gpu_was_requested(photograph: 
 def test_one_image_as_json(photograph: Path, model_dir: Path) -> None:
     caption = json.loads(imcap("caption", photograph, "--model", model_dir, "--json").stdout)
 
-    assert set(caption) == {"caption", "confidence", "captions"}
+    assert set(caption) == {"caption", "confidence", "familiarity", "captions"}
+    assert caption["familiarity"] is None
     assert 0 < caption["confidence"] <= 1
 
 
@@ -632,7 +633,14 @@ def captioned(tmp_path: Path, make_jpeg: Callable[..., bytes]) -> Path:
         path.write_bytes(make_jpeg(number))
         row = dict.fromkeys(CAPTIONS_SCHEMA.names, "") | {"image_id": path.name, "image_path": str(path)}
         row |= {"caption": caption, "captions": [caption], "status": "ok" if caption else "failed", "format": "jpeg"}
-        row |= {"confidence": 0.5 - 0.3 * number, "logprob": -2.0, "num_tokens": 4, "width": 80, "height": 60}
+        row |= {
+            "familiarity": 0.5,
+            "confidence": 0.5 - 0.3 * number,
+            "logprob": -2.0,
+            "num_tokens": 4,
+            "width": 80,
+            "height": 60,
+        }
         rows.append(row)
     (tmp_path / "captions" / "_imcap").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows, CAPTIONS_SCHEMA), tmp_path / "captions" / "part-0.parquet")
@@ -664,6 +672,7 @@ def test_an_export_summary_as_json_is_the_only_output_on_stdout(captioned: Path,
         "num_kept": 0,
         "left_out_by_status": {"failed": 1},
         "left_out_by_confidence": 0,
+        "left_out_by_familiarity": 0,
         "left_out_without_image": 1,
         "images_without": ["1.jpg (missing)"],
         "left_out_not_in_input": 0,

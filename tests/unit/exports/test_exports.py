@@ -80,6 +80,7 @@ def row(image_id: str, caption: str = "a dog runs", **columns: Any) -> Row:
         "caption": caption,
         "captions": [caption, "another one"],
         "confidence": 0.5,
+        "familiarity": 0.75,
         "logprob": -2.0,
         "num_tokens": 4,
         "status": "ok",
@@ -256,6 +257,30 @@ def test_every_row_is_exported_or_counted_as_skipped(format: str, captions: Path
     assert set(READERS[format](tmp_path / "out", tmp_path / "cache")) == expected
 
 
+def test_images_below_a_familiarity_or_without_one_are_left_out_and_counted(tmp_path: Path) -> None:
+    values = [0.3, 0.05, 0.0499, float("nan")]
+    folder = write_captions(
+        tmp_path / "captions", [row(f"{number}.jpg", familiarity=value) for number, value in enumerate(values)]
+    )
+
+    summary = export(folder, tmp_path / "out", "jsonl", min_familiarity=0.05)
+
+    assert [json.loads(line)["image_id"] for line in (tmp_path / "out").read_text().splitlines()] == ["0.jpg", "1.jpg"]
+    assert summary.describe_left_out() == "2 below --min-familiarity"
+
+
+def test_captions_of_earlier_versions_are_exported_without_a_familiarity(tmp_path: Path) -> None:
+    folder = write_captions(tmp_path / "captions", [row("a.jpg")])
+    (part,) = folder.glob("*.parquet")
+    pq.write_table(pq.read_table(part).drop_columns(["familiarity"]), part)
+
+    export(folder, tmp_path / "out", "jsonl")
+
+    assert json.loads((tmp_path / "out").read_text()) == {name: row("a.jpg")[name] for name in COLUMNS} | {
+        "familiarity": None
+    }
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_leaves_out_images_that_are_no_longer_in_the_input(
     format: str, captions: Path, tmp_path: Path
@@ -376,7 +401,7 @@ def test_an_id_shared_by_two_images_is_refused(format: str, tmp_path: Path) -> N
         ),
         (
             pa.Table.from_pylist([row("a.jpg")], CAPTIONS_SCHEMA).set_column(
-                12, "format", pa.array([b"\xff"]).view(pa.string())
+                CAPTIONS_SCHEMA.get_field_index("format"), "format", pa.array([b"\xff"]).view(pa.string())
             ),
             "cannot be read as a captions table",
         ),
@@ -469,13 +494,13 @@ def test_any_text_survives_json_lines_csv_and_coco(
 
 
 def test_json_lines_contain_the_row_and_no_invalid_json_numbers(tmp_path: Path) -> None:
-    unknown = {"confidence": float("nan"), "logprob": float("-inf")}
+    unknown = {"confidence": float("nan"), "familiarity": float("nan"), "logprob": float("-inf")}
     folder = write_captions(tmp_path / "captions", [row("a.jpg", **unknown), row("b.jpg", confidence=0.3)])
 
     export(folder, tmp_path / "out.jsonl", "jsonl")
 
     first, second = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
-    assert first == {name: row("a.jpg")[name] for name in COLUMNS} | {"confidence": None, "logprob": None}
+    assert first == {name: row("a.jpg")[name] for name in COLUMNS} | dict.fromkeys(unknown)
     assert second["confidence"] == 0.3
 
 
@@ -494,7 +519,7 @@ def test_csv_follows_rfc_4180_and_numbers_are_numbers(tmp_path: Path) -> None:
     head, line, end = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
     assert head.decode() == ",".join(COLUMNS)
     assert line.startswith(
-        b'a.jpg,,"says ""hi"", leaves","[""says \\""hi\\"", leaves"", ""another one""]",0.5,-1.5,4,ok'
+        b'a.jpg,,"says ""hi"", leaves","[""says \\""hi\\"", leaves"", ""another one""]",0.5,0.75,-1.5,4,ok'
     )
     assert end == b""
 

@@ -42,6 +42,7 @@ def ok(image_id: str, caption: str = "a dog runs", **columns: Any) -> Row:
         "caption": caption,
         "captions": [caption],
         "confidence": 0.5,
+        "familiarity": 0.5,
         "logprob": -2.0,
         "num_tokens": 4,
         "status": "ok",
