@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from imcap_ray.scoring.evaluation_report import HALF, ConfidencePoint
+from imcap_ray.scoring.evaluation_report import HALF, CoveragePoint
 
 WIDTH: Final = 360
 
@@ -137,7 +137,7 @@ def histogram_of_scores(scores: Iterable[float]) -> ScoreHistogram | None:
     )
 
 
-def curve_of_confidence(points: Sequence[ConfidencePoint]) -> ConfidenceCurve | None:
+def curve_of_confidence(points: Sequence[CoveragePoint]) -> ConfidenceCurve | None:
     """The points from all captions on the left to the most confident tenth on the right. None without points."""
     if not points:
         return None

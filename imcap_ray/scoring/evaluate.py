@@ -21,30 +21,34 @@ ROWS_PER_SLICE: Final = 10_000
 
 ALL_SPLITS: Final = "all"
 
+RANKINGS: Final = ("confidence", "familiarity")
+"""Columns that captions can be ranked by."""
+
 FEW_IMAGES: Final = 100
 """Below this number of images a remark says how little CIDEr-D means."""
 
 
 def read_captions(location: str) -> pa.Table:
-    """Read image_id, caption and confidence of a captions table (folder or Parquet file).
+    """Read image_id, caption, confidence and familiarity of a captions table (folder or Parquet file).
 
-    The caption is "" for an image without one, and the confidence is null if it is unknown.
+    The caption is "" for an image without one, and confidence and familiarity are null or NaN if they are unknown.
 
     Raises:
         DatasetError: an id occurs more than once, or a column has the wrong type.
     """
     dataset = open_captions(location)
-    columns = ["image_id", "caption", "confidence"]
+    columns = ["image_id", "caption", *RANKINGS]
     try:
         table = dataset.to_table(columns=[name for name in columns if name in dataset.schema.names])
         num_rows = table.num_rows
+        unknown = pa.chunked_array([pa.nulls(num_rows, pa.float64())])
         captions = pa.table(
             {
                 "image_id": _text(table["image_id"]),
                 "caption": pc.fill_null(_text(table["caption"]), ""),
-                "confidence": table["confidence"].cast(pa.float64())
-                if "confidence" in table.column_names
-                else pa.nulls(num_rows, pa.float64()),
+                **{
+                    name: table[name].cast(pa.float64()) if name in table.column_names else unknown for name in RANKINGS
+                },
             }
         )
         captions.validate(full=True)  # Parquet's readers do not check that text is UTF-8
@@ -81,7 +85,7 @@ def evaluate_captions(
     Raises:
         DatasetError: the captions are of other images, or some images of the split have no caption.
     """
-    captions = _match(location, read_captions(location), references)
+    captions = match_ids(location, read_captions(location), references)
     is_chosen = split is None
     if split is None:
         _refuse_unknown_images(location, captions, references)
@@ -94,10 +98,10 @@ def evaluate_captions(
     captions = _select(captions, images, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
-        other_captions = _match(against, read_captions(against), references)
+        other_captions = match_ids(against, read_captions(against), references)
         other_captions = _select(other_captions, images, against, f"images that {location} is scored on")
         other = (against, _Values(other_captions["caption"]))
-    confidences = captions["confidence"].to_numpy()  # nan if it is unknown
+    rankings = {name: captions[name].to_numpy() for name in RANKINGS}  # nan where unknown
     pa.default_memory_pool().release_unused()  # return the memory that reading took
     return evaluate_texts(
         _Values(captions["caption"]),
@@ -112,7 +116,7 @@ def evaluate_captions(
                 *_remark_on_few(images.num_rows),
             ]
         ),
-        confidences=None if pc.all(pc.is_nan(pa.array(confidences))).as_py() else confidences,
+        rankings=rankings,
         against=other,
     )
 
@@ -200,7 +204,7 @@ def captioned_folder(location: str, references: CaptionedImages) -> str:
     return f"{captioned.removeprefix(parent)}/" if captioned.startswith(parent) else ""
 
 
-def _match(location: str, captions: pa.Table, references: CaptionedImages) -> pa.Table:
+def match_ids(location: str, captions: pa.Table, references: CaptionedImages) -> pa.Table:
     """Give the captions the data set's image ids, see `evaluate_captions`."""
     ids, known = captions["image_id"], references.table["image_id"]
     if folder := captioned_folder(location, references):

@@ -69,16 +69,18 @@ class Protocol:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfidencePoint:
-    """Scores of the most confident captions only."""
+class CoveragePoint:
+    """Scores of the most confident captions only, of the most familiar, or of those that are high in both."""
 
     share: float
     """Share of the images that are kept; 1 is all."""
     min_confidence: float
-    """The lowest confidence among those that are kept."""
+    """The lowest confidence among those that are kept; 0 if they are not chosen by confidence."""
     bleu_4: float
     cider_d: float
     """Computed with the document frequencies of all images."""
+    min_familiarity: float = 0.0
+    """The lowest familiarity among those that are kept; 0 if they are not chosen by familiarity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,12 @@ class EvaluationReport:
     """Scores of the best constant caption, which is chosen on the same references."""
     human: Scores | None
     """Human agreement: each reference scored against the others; None if no image has two."""
-    confidence_curve: Sequence[ConfidencePoint] = ()
+    confidence_curve: Sequence[CoveragePoint] = ()
     """From all captions to the most confident tenth; empty if confidences are unknown."""
+    familiarity_curve: Sequence[CoveragePoint] = ()
+    """From all captions to the most familiar tenth; empty if familiarities are unknown."""
+    confidence_and_familiarity_curve: Sequence[CoveragePoint] = ()
+    """From all captions to the tenth above a threshold of each, see `rank`; empty if one of them is unknown."""
     comparison: Comparison | None = None
     image_scores: Mapping[str, Sequence[str] | NDArray[Any]] = field(default_factory=dict)
     """Columns with a value for each image: image_id, cider_d, rouge_l, and the counts that corpus BLEU sums up.
@@ -125,11 +131,14 @@ class EvaluationReport:
         return json.dumps(values, indent=2, ensure_ascii=False)
 
     def to_markdown(self) -> str:
-        """The report as a table, with BLEU and ROUGE-L in percent, and the protocol below it."""
-        header, *rows = self._table()
-        rule = ["---", *["---:"] * (len(header) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]]
-        return "\n".join([*lines, "", *(f"- {markdown(line)}" for line in self._footer())]) + "\n"
+        """The report as a table, with BLEU and ROUGE-L in percent, the protocol below it, and a table of the curves."""
+        lines = [*_markdown_table(self._table()), "", *(f"- {markdown(line)}" for line in self._footer())]
+        if curves := self._curves():
+            points = zip(*curves.values(), strict=True)
+            rows = [[f"{of[0].share:.0%}", *(_cell("cider_d", point.cider_d) for point in of)] for of in points]
+            header = ["captions kept", *(f"CIDEr-D of the {ranking}" for ranking in curves)]
+            lines += ["", *_markdown_table([header, *rows])]
+        return "\n".join(lines) + "\n"
 
     def to_text(self) -> str:
         """The same table and protocol, for a terminal."""
@@ -158,6 +167,15 @@ class EvaluationReport:
             ]
         return table
 
+    def _curves(self) -> dict[str, Sequence[CoveragePoint]]:
+        """The curves that are known, by what comes first in them."""
+        curves = {
+            "most confident": self.confidence_curve,
+            "most familiar": self.familiarity_curve,
+            "most confident and familiar": self.confidence_and_familiarity_curve,
+        }
+        return {ranking: curve for ranking, curve in curves.items() if curve}
+
     def _footer(self) -> list[str]:
         protocol = self.protocol
         fewest, most = protocol.references_per_image
@@ -169,7 +187,7 @@ class EvaluationReport:
             f"tokenizer {protocol.tokenizer} (nltk {protocol.nltk_version})",
             protocol.definitions,
             f'best constant caption "{self.floor_caption}"',
-            *map(describe_point, (point for point in self.confidence_curve if point.share == HALF)),
+            *(_describe_half(ranking, curve) for ranking, curve in self._curves().items()),
         ]
         lines += [SEED_NOTE] if protocol.tokenizer == SEED else []
         return [*lines, protocol.notes] if protocol.notes else lines
@@ -182,13 +200,11 @@ def evaluate(
     split: str = "",
     tokenizer: str = "ptb",
     notes: str = "",
-    confidences: Mapping[str, float] | None = None,
     against: tuple[str, Mapping[str, str]] | None = None,
 ) -> EvaluationReport:
     """Score captions (image_id to text) and compute the baselines; see `score`.
 
     Args:
-        confidences: confidence of each caption, by image_id.
         against: name and captions of another model, to be compared image by image.
     """
     require_same_images(captions, references)
@@ -201,7 +217,6 @@ def evaluate(
         split=split,
         tokenizer=tokenizer,
         notes=notes,
-        confidences=[confidences[image_id] for image_id in references] if confidences else None,
         against=(against[0], (against[1][image_id] for image_id in references)) if against else None,
     )
 
@@ -214,7 +229,7 @@ def evaluate_texts(
     split: str = "",
     tokenizer: str = "ptb",
     notes: str = "",
-    confidences: Sequence[float] | NDArray[Any] | None = None,
+    rankings: Mapping[str, NDArray[np.float64]] | None = None,
     against: tuple[str, Iterable[str]] | None = None,
 ) -> EvaluationReport:
     """As `evaluate`, for captions and references that are read one after the other, in the same order of images.
@@ -223,6 +238,7 @@ def evaluate_texts(
 
     Args:
         references: iterated twice. Every image has at least one.
+        rankings: "confidence" and "familiarity" of the captions; NaN where unknown.
     """
     groups = [captions] if against is None else [captions, against[1]]
     corpus, (hypotheses, *others) = collect_texts(references, groups, tokenizer)
@@ -249,9 +265,9 @@ def evaluate_texts(
         floor_caption=_find_text(references, corpus, best_constant),
         floor=constant_scores,
         human=_score_human_agreement(corpus) if corpus.num_references.max() > 1 else None,
-        confidence_curve=() if confidences is None else _confidence_curve(rows, confidences),
         comparison=comparison,
         image_scores=_image_scores(image_ids, rows),
+        **_coverage_curves(rows, rankings or {}),
     )
 
 
@@ -261,19 +277,21 @@ def confidence_curve(
     confidences: Mapping[str, float],
     *,
     tokenizer: str = "ptb",
-) -> list[ConfidencePoint]:
+) -> list[CoveragePoint]:
     """Scores of all captions, of the most confident nine tenths, and so on."""
     corpus, hypotheses = collect_mappings(captions, references, tokenizer)
     rows = corpus.rows(hypotheses, corpus.inverse_frequencies())
-    return _confidence_curve(rows, [confidences[image_id] for image_id in references])
+    return _coverage_curve(rows, {"confidence": np.array([confidences[image_id] for image_id in references])})
 
 
-def describe_point(point: ConfidencePoint) -> str:
-    """Describe a point of the curve in one line."""
-    return (
-        f"the {point.share:.0%} most confident captions (confidence {point.min_confidence:.3f} and more): "
-        f"CIDEr-D {point.cider_d:.3f}, BLEU-4 {100 * point.bleu_4:.1f}"
-    )
+def rank(*values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """Positions of the captions, those with the highest value first. NaN is lowest; equal values keep their order.
+
+    With several values, a caption is ranked by the lowest of its percentile ranks. So the first N captions are those
+    that have at least a certain confidence and at least a certain familiarity.
+    """
+    percentiles = [np.searchsorted(np.sort(known), known) for known in map(_zero_if_unknown, values)]
+    return np.argsort(-np.min(percentiles, axis=0), kind="stable")
 
 
 def _compare(
@@ -365,15 +383,47 @@ def _compute_intervals(resamples: NDArray[np.float64]) -> dict[str, tuple[float,
     return {name: (low, high) for name, low, high in zip(SCORE_NAMES, lows, highs, strict=True)}
 
 
-def _confidence_curve(rows: NDArray[np.float64], confidences: Sequence[float] | NDArray[Any]) -> list[ConfidencePoint]:
-    known = np.nan_to_num(np.asarray(confidences, dtype=float), nan=0.0)  # a failed image has no confidence
-    order = np.argsort(-known, kind="stable")
+def _coverage_curves(
+    rows: NDArray[np.float64], values: Mapping[str, NDArray[np.float64]]
+) -> dict[str, list[CoveragePoint]]:
+    """The curves of `EvaluationReport`: one for each of the values that are known, and one for both."""
+    known = {name: column for name, column in values.items() if not np.isnan(column).all()}
+    curves = {f"{name}_curve": _coverage_curve(rows, {name: column}) for name, column in known.items()}
+    if len(known) > 1:
+        curves["_and_".join(known) + "_curve"] = _coverage_curve(rows, known)
+    return curves
+
+
+def _coverage_curve(rows: NDArray[np.float64], values: Mapping[str, NDArray[np.float64]]) -> list[CoveragePoint]:
+    """Scores of all captions, of the nine tenths that are ranked highest by the values, and so on."""
+    order = rank(*values.values())
+    lowest = {"min_confidence": 0.0, "min_familiarity": 0.0}
     curve = []
     for share in SHARES:
         kept = order[: max(1, round(share * len(rows)))]
+        lowest |= {f"min_{name}": float(_zero_if_unknown(column[kept]).min()) for name, column in values.items()}
         scores = corpus_scores(rows[kept].sum(axis=0), len(kept))
-        curve.append(ConfidencePoint(share, float(known[kept[-1]]), float(scores[3]), float(scores[5])))
+        curve.append(CoveragePoint(share=share, bleu_4=float(scores[3]), cider_d=float(scores[5]), **lowest))
     return curve
+
+
+def _zero_if_unknown(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.nan_to_num(values, nan=0.0)  # a failed image has neither confidence nor familiarity
+
+
+def _describe_half(ranking: str, curve: Sequence[CoveragePoint]) -> str:
+    point = next(point for point in curve if point.share == HALF)
+    lowest = {"confidence": point.min_confidence, "familiarity": point.min_familiarity}
+    thresholds = " and ".join(f"{name} {value:.3f}" for name, value in lowest.items() if value)
+    condition = f" ({thresholds} and more)" if thresholds else ""
+    scores = f"CIDEr-D {point.cider_d:.3f}, BLEU-4 {100 * point.bleu_4:.1f}"
+    return f"the {HALF:.0%} {ranking} captions{condition}: {scores}"
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+    header, *rows = table
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in [header, rule, *rows]]
 
 
 def _cells(scores: Scores) -> list[str]:

@@ -28,7 +28,7 @@ from imcap_ray.reports.cards import CHANGED, LoadImages
 from imcap_ray.reports.html_report import HumanCaptions, write_report
 from imcap_ray.reports.model_section import ModelOfRun
 from imcap_ray.runs.captioned_images import CaptionedImageSource
-from imcap_ray.scoring.evaluation_report import SHARES, ConfidencePoint, EvaluationReport, Protocol
+from imcap_ray.scoring.evaluation_report import SHARES, CoveragePoint, EvaluationReport, Protocol
 from imcap_ray.scoring.metrics import Scores
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
@@ -205,7 +205,7 @@ def without_binary_data(page: str) -> str:
 
 def test_a_report_with_all_sections_equals_the_golden_file(report: Report) -> None:
     """With IMCAP_WRITE_GOLDEN=1 this test writes the file again. Read the difference before you commit it."""
-    points = tuple(ConfidencePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
+    points = tuple(CoveragePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
     page = report(
         ok("dogs/rex.jpg", "a dog runs on grass", confidence=0.634, captions=["a dog runs on grass", "a brown dog"]),
         ok("a man.jpg", "a man in a red shirt", confidence=float("nan"), captions=None),
@@ -428,7 +428,7 @@ def test_a_fifth_or_too_few_images_give_no_warning(report: Report, num_same: int
 
 
 def test_the_confidence_curve_shows_the_scores_of_all_half_and_a_tenth_of_the_images(report: Report) -> None:
-    points = tuple(ConfidencePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
+    points = tuple(CoveragePoint(share, 1 - share, 0.3 - share / 10, 1.0 - share / 2) for share in SHARES)
 
     page = report(ok("1.jpg"), evaluation=replace(EVALUATION, confidence_curve=points))
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +19,7 @@ from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages, load_datase
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.scoring.evaluate import evaluate_captions, read_captions
+from imcap_ray.scoring.evaluation_report import SHARES, CoveragePoint, rank
 from tests.small_data import jpeg, write_flickr8k, write_tar
 
 REFERENCES = {
@@ -72,7 +75,102 @@ def test_the_most_confident_captions_are_scored_separately(tmp_path: Path, refer
 
 
 def test_captions_without_confidences_have_no_curve(tmp_path: Path, references: CaptionedImages) -> None:
-    assert evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references).confidence_curve == ()
+    report = evaluate_captions(write(tmp_path / "a.parquet", PERFECT), references)
+
+    assert report.confidence_curve == report.familiarity_curve == report.confidence_and_familiarity_curve == ()
+
+
+def write_ranked(path: Path, confidences: Sequence[float | None], familiarities: Sequence[float | None] | None) -> str:
+    """Captions of all images, of which those of the first two are wrong. None: a table without familiarity."""
+    captions = PERFECT | {"train/a.jpg": "a", "train/b.jpg": "a"}
+    columns: dict[str, list[object]] = {"image_id": [*captions], "caption": [*captions.values()]}
+    columns["confidence"] = [*confidences]
+    if familiarities is not None:
+        columns["familiarity"] = [*familiarities]
+    pq.write_table(pa.table(columns), path)
+    return str(path)
+
+
+def half_of(curve: Sequence[CoveragePoint]) -> CoveragePoint:
+    return next(point for point in curve if point.share == 0.5)
+
+
+def test_the_most_familiar_captions_are_scored_separately(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write_ranked(tmp_path / "a.parquet", [0.9, 0.8, 0.1, 0.2], [0.3, 0.1, 0.6, 0.7])
+
+    report = evaluate_captions(captions, references, split="all")
+
+    half = half_of(report.familiarity_curve)
+    assert half.bleu_4 == pytest.approx(1.0)
+    assert (half.min_familiarity, half.min_confidence) == (0.6, 0)
+    assert half_of(report.confidence_curve).bleu_4 == 0
+    assert half_of(report.confidence_curve).min_familiarity == 0
+    assert "the 50% most familiar captions (familiarity 0.600 and more): CIDEr-D" in report.to_text()
+
+
+def test_captions_above_a_threshold_of_each_are_scored_separately(tmp_path: Path, references: CaptionedImages) -> None:
+    # The first has the highest confidence, and the second the highest familiarity.
+    captions = write_ranked(tmp_path / "a.parquet", [0.9, 0.1, 0.5, 0.6], [0.1, 0.9, 0.7, 0.5])
+
+    report = evaluate_captions(captions, references, split="all")
+
+    half = half_of(report.confidence_and_familiarity_curve)
+    assert half.bleu_4 == pytest.approx(1.0)
+    assert (half.min_confidence, half.min_familiarity) == (0.5, 0.5)
+    assert (
+        "the 50% most confident and familiar captions (confidence 0.500 and familiarity 0.500 and more): CIDEr-D"
+        in report.to_text()
+    )
+
+
+def test_an_image_without_familiarity_counts_as_least_familiar(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write_ranked(tmp_path / "a.parquet", [0.9, 0.8, 0.7, 0.6], [math.nan, None, 0.01, 0.02])
+
+    curve = evaluate_captions(captions, references, split="all").familiarity_curve
+
+    assert half_of(curve).bleu_4 == pytest.approx(1.0)
+    assert (half_of(curve).min_familiarity, curve[0].min_familiarity) == (0.01, 0)
+
+
+@pytest.mark.parametrize("familiarities", [None, [None] * 4, [math.nan] * 4])
+def test_captions_without_familiarity_are_ranked_by_confidence_alone(
+    tmp_path: Path, references: CaptionedImages, familiarities: list[float | None] | None
+) -> None:
+    captions = write_ranked(tmp_path / "a.parquet", [0.1, 0.2, 0.3, 0.4], familiarities)
+
+    report = evaluate_captions(captions, references, split="all")
+
+    assert half_of(report.confidence_curve).bleu_4 == pytest.approx(1.0)
+    assert report.familiarity_curve == report.confidence_and_familiarity_curve == ()
+    assert "familiar" not in report.to_text() and "familiar" not in report.to_markdown()
+
+
+def test_the_curves_are_in_json_and_in_markdown(tmp_path: Path, references: CaptionedImages) -> None:
+    captions = write_ranked(tmp_path / "a.parquet", [0.9, 0.1, 0.5, 0.6], [0.1, 0.9, 0.7, 0.5])
+
+    report = evaluate_captions(captions, references, split="all")
+
+    values = json.loads(report.to_json())
+    for name in ("confidence_curve", "familiarity_curve", "confidence_and_familiarity_curve"):
+        assert [point["share"] for point in values[name]] == list(SHARES)
+        assert values[name][0]["cider_d"] == pytest.approx(report.scores.cider_d)
+    header, _, *rows = report.to_markdown().splitlines()[-len(SHARES) - 2 :]
+    assert header == (
+        "| captions kept | CIDEr-D of the most confident | CIDEr-D of the most familiar "
+        "| CIDEr-D of the most confident and familiar |"
+    )
+    assert rows[0] == f"| 100% |{f' {report.scores.cider_d:.3f} |' * 3}"
+    assert rows[5].startswith("| 50% | ") and len({row.count("|") for row in rows}) == 1
+
+
+def test_the_first_in_a_ranking_by_two_values_are_above_a_threshold_of_each() -> None:
+    confidences, familiarities = np.random.default_rng(0).random((2, 101))
+    order = rank(confidences, familiarities)
+
+    for num_kept in range(1, 102):
+        kept = order[:num_kept]
+        is_above = (confidences >= confidences[kept].min()) & (familiarities >= familiarities[kept].min())
+        assert sorted(np.flatnonzero(is_above)) == sorted(kept)
 
 
 def test_a_score_on_training_images_has_a_note(tmp_path: Path, references: CaptionedImages) -> None:
@@ -290,8 +388,8 @@ def test_ids_can_be_numbers_and_captions_can_be_missing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image_id": [1, 2], "caption": ["x", None]}), path)
 
     assert read_captions(str(path)).to_pylist() == [
-        {"image_id": "1", "caption": "x", "confidence": None},
-        {"image_id": "2", "caption": "", "confidence": None},
+        {"image_id": "1", "caption": "x", "confidence": None, "familiarity": None},
+        {"image_id": "2", "caption": "", "confidence": None, "familiarity": None},
     ]
 
 
