@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from imcap_ray.data.schemas import FAILED, OK
+from imcap_ray.data.schemas import FAILED, OK, UNFAMILIAR
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.reports.pictures import Thumbnail, heat_map_of, thumbnail_of
 from imcap_ray.reports.summary import clip_message
@@ -41,6 +41,7 @@ class Card:
     caption: str
     other_captions: Sequence[str]
     confidence: float | None
+    familiarity: float | None
     score: float | None
     references: Sequence[str]
     thumbnail: str | None
@@ -53,6 +54,11 @@ class Card:
     width: int
     height: int
     format: str
+
+    @property
+    def is_unfamiliar(self) -> bool:
+        """Whether the image is known to be unlike the training images."""
+        return self.familiarity is not None and self.familiarity < UNFAMILIAR
 
 
 class WordMap(NamedTuple):
@@ -87,7 +93,8 @@ def make_cards(
             status=row["status"],
             caption=row["caption"],
             other_captions=[caption for caption in row["captions"] or () if caption != row["caption"]],
-            confidence=_confidence(row),
+            confidence=_known(row["confidence"]),
+            familiarity=_known(row["familiarity"]),
             score=image_scores.get(row["image_id"]),
             references=references.get(row["image_id"], ()),
             thumbnail=thumbnail,
@@ -106,7 +113,7 @@ def make_attention_examples(
 ) -> tuple[list[AttentionExample], str]:
     """Examples from the least to the most confident caption, and why there are none although some were asked for."""
     candidates = [row for row in rows if row["status"] == OK and row["caption"]]
-    candidates.sort(key=lambda row: -1.0 if _confidence(row) is None else row["confidence"])
+    candidates.sort(key=lambda row: -1.0 if _known(row["confidence"]) is None else row["confidence"])
     if attend is None or not count or not candidates:
         return [], ""
     chosen = [candidates[i] for i in np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))]
@@ -123,7 +130,8 @@ def make_attention_examples(
             reason = str(error)
             break
         words = [WordMap(word, heat_map_of(weights_of_word)) for word, weights_of_word in weights]
-        examples.append(AttentionExample(row["image_id"], row["caption"], _confidence(row), thumbnail, words))
+        confidence = _known(row["confidence"])
+        examples.append(AttentionExample(row["image_id"], row["caption"], confidence, thumbnail, words))
     return examples, "" if examples else reason
 
 
@@ -153,6 +161,6 @@ def _try_thumbnail(data: bytes | ImageError | None) -> tuple[str | None, str]:
         return None, CHANGED if error.code == "changed" else "no picture"
 
 
-def _confidence(row: Row) -> float | None:
-    confidence: float | None = row["confidence"]
-    return None if confidence is None or math.isnan(confidence) else confidence
+def _known(value: float | None) -> float | None:
+    """The value, or None if it is NaN."""
+    return None if value is None or math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Numbers -> the coordinates that a report draws them with, on a plane of 360 x 120. Knows no HTML."""
+"""Numbers -> the coordinates that a report draws them with, on a plane of 360 x 120, maps 360 x 240. Knows no HTML."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from imcap_ray.scoring.evaluation_report import HALF, CoveragePoint
 
 WIDTH: Final = 360
 
 HEIGHT: Final = 120
+
+MAP_HEIGHT: Final = 240
 
 _HIGHEST_POINT: Final = 100  # of a curve, which leaves room for its label
 
@@ -22,6 +27,8 @@ _NUM_SCORE_BARS: Final = 20
 _FINEST_SCORE_BAR: Final = 0.1
 
 _ALMOST_ZERO_SCORE: Final = 0.05
+
+_PALEST_CELL: Final = 0.15
 
 
 class Bar(NamedTuple):
@@ -100,6 +107,20 @@ class EpochChart(NamedTuple):
     last: int
 
 
+class Cell(NamedTuple):
+    """The images of a cell of a map."""
+
+    familiarity: str
+    confidence: str
+    is_unfamiliar: bool
+    num_images: int
+    x: float
+    y: float
+    width: float
+    height: float
+    opacity: float
+
+
 def histogram_of_lengths(captions: Counter[str]) -> LengthHistogram | None:
     """One bar for each number of words; the last bar collects the longest captions. None without captions."""
     lengths: Counter[int] = Counter()
@@ -155,6 +176,29 @@ def curve_of_confidence(points: Sequence[CoveragePoint]) -> ConfidenceCurve | No
         for point in points
     ]
     return ConfidenceCurve(points=drawn, half=next(point for point in drawn if point.share == f"{HALF:.0%}"))
+
+
+def map_of_familiarity(counts: npt.NDArray[np.int64]) -> Sequence[Cell]:
+    """The cells that have images, from counts by familiarity (left to right) and confidence (bottom to top).
+
+    The opacity is logarithmic, because a cell may have one image or millions. The first column is unfamiliar.
+    """
+    num_columns, num_rows = counts.shape
+    width, height = WIDTH / num_columns, MAP_HEIGHT / num_rows
+    return [
+        Cell(
+            familiarity=f"{column / num_columns:.2f} to {(column + 1) / num_columns:.2f}",
+            confidence=f"{row / num_rows:.2f} to {(row + 1) / num_rows:.2f}",
+            is_unfamiliar=column == 0,
+            num_images=int(counts[column, row]),
+            x=column * width,
+            y=MAP_HEIGHT - (row + 1) * height,
+            width=width,
+            height=height,
+            opacity=_PALEST_CELL + (1 - _PALEST_CELL) * math.log1p(counts[column, row]) / math.log1p(counts.max()),
+        )
+        for column, row in np.argwhere(counts).tolist()
+    ]
 
 
 def curve_of_epochs(history: Sequence[Mapping[str, Any]], name: str) -> EpochChart | None:

@@ -16,10 +16,16 @@ import jinja2
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK, UNFAMILIAR
 from imcap_ray.errors import ConfigError, InputError
 from imcap_ray.reports.cards import LoadImages, make_attention_examples, make_cards
-from imcap_ray.reports.charts import curve_of_confidence, curve_of_epochs, histogram_of_lengths, histogram_of_scores
+from imcap_ray.reports.charts import (
+    curve_of_confidence,
+    curve_of_epochs,
+    histogram_of_lengths,
+    histogram_of_scores,
+    map_of_familiarity,
+)
 from imcap_ray.reports.model_section import ModelOfRun
 from imcap_ray.reports.summary import ByImage, choose_cards, fill_null_texts, summarize, unambiguous_names
 from imcap_ray.scoring.evaluation_report import EvaluationReport
@@ -111,6 +117,7 @@ def write_report(
         confidence=curve_of_confidence(evaluation.confidence_curve if evaluation else ()),
         lengths=histogram_of_lengths(summary.captions),
         image_scores=histogram_of_scores(image_scores.values()),
+        familiarity_cells=map_of_familiarity(summary.familiarity_map),
         losses=curve_of_epochs(model.history, "train_loss"),
         validation=curve_of_epochs(model.history, "cider_d"),
         examples=examples,
@@ -121,6 +128,8 @@ def write_report(
         statuses_shown=[s for s in (OK, DUPLICATE, FAILED) if any(row["status"] == s for row in rows)],
         has_references=bool(references),
         has_scores=bool(image_scores),
+        has_familiarity=summary.num_with_familiarity > 0,
+        unfamiliar=UNFAMILIAR,
         cards=make_cards(rows, load_images=load_images, references=references, image_scores=image_scores),
     )
     page.enable_buffering()

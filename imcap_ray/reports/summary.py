@@ -1,6 +1,6 @@
 """A captions table -> counts over all of its images, and the rows that a report shows as cards.
 
-A pyarrow dataset is read batch by batch. Only its distinct captions and nine bytes per image are kept.
+A pyarrow dataset is read batch by batch. Only its distinct captions and ten bytes per image are kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from imcap_ray.data.schemas import FAILED, OK
+from imcap_ray.data.schemas import FAILED, OK, UNFAMILIAR
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -27,15 +27,20 @@ COLLAPSE_MIN_IMAGES: Final = 20
 
 _FREQUENT_CAPTIONS: Final = 10
 
+_MAP_CELLS: Final = round(1 / UNFAMILIAR)
+"""Columns, and rows, of the map of confidence against familiarity; the unfamiliar images are its first column."""
+
 _MESSAGE_LENGTH: Final = 400
 
 _FAILED_SHARE: Final = 0.25
 """Share of the cards that failed images may always take. They take more if the others leave room."""
 
 _WORST_SHARE: Final = 0.5
-"""Share of the photographs in a sample that are chosen for low scores and confidences."""
+"""Share of the photographs in a sample that are chosen for low scores, confidences and familiarity."""
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,7 +53,14 @@ class Summary:
     error_codes: Counter[str] = field(default_factory=Counter)
     error_messages: dict[str, str] = field(default_factory=dict)
     """The first message of each code."""
-    failed: np.ndarray[Any, np.dtype[np.bool_]] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    failed: Flags = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    """By row."""
+    unfamiliar: Flags = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    """By row: captioned images that are unlike what the model has learned from."""
+    num_with_familiarity: int = 0
+    """Captioned images whose familiarity is known."""
+    familiarity_map: Counts = field(default_factory=lambda: np.zeros((_MAP_CELLS, _MAP_CELLS), dtype=np.int64))
+    """Captioned images by familiarity (first axis) and confidence, both from 0 to 1 in cells of equal size."""
     confidences: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     """By row; NaN for rows without one."""
     scores: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
@@ -60,6 +72,11 @@ class Summary:
     def num_images(self) -> int:
         """Number of rows."""
         return self.statuses.total()
+
+    @property
+    def num_unfamiliar(self) -> int:
+        """Number of captioned images that are unlike what the model has learned from."""
+        return int(np.count_nonzero(self.unfamiliar))
 
     @property
     def frequent(self) -> list[tuple[str, int]]:
@@ -79,10 +96,12 @@ class Summary:
 def summarize(
     captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float], references: Mapping[str, Sequence[str]]
 ) -> Summary:
-    """Count statuses, captions and errors, and collect the confidence and score of each row."""
+    """Count statuses, captions, errors and familiarity, and collect the confidence and score of each row."""
     summary = Summary()
-    failed, confidences, scores = [summary.failed], [summary.confidences], [summary.scores]
-    for batch in _batches(captions, ["image_id", "status", "caption", "confidence", "error_code", "error_message"]):
+    failed, unfamiliar = [summary.failed], [summary.unfamiliar]
+    confidences, scores = [summary.confidences], [summary.scores]
+    numbers = ["confidence", "familiarity"]
+    for batch in _batches(captions, ["image_id", "status", "caption", *numbers, "error_code", "error_message"]):
         batch = fill_null_texts(batch)
         status = batch["status"]
         summary.statuses.update(_value_counts(status))
@@ -90,6 +109,10 @@ def summarize(
         is_failed = pc.equal(status, FAILED)
         failed.append(is_failed.to_numpy(zero_copy_only=False))
         confidences.append(_floats(batch["confidence"].to_pylist()))
+        familiarity = np.where(failed[-1], np.float32(math.nan), _floats(batch["familiarity"].to_pylist()))
+        unfamiliar.append(familiarity < UNFAMILIAR)
+        summary.num_with_familiarity += int(np.count_nonzero(~np.isnan(familiarity)))
+        summary.familiarity_map += _count_cells(familiarity, confidences[-1])
         image_ids = batch["image_id"].to_pylist() if image_scores or references else []
         scores.append(_floats(map(image_scores.get, image_ids) if image_scores else [None] * len(batch)))
         if references:
@@ -98,7 +121,7 @@ def summarize(
         for code, message in zip(failures["error_code"], failures["error_message"], strict=True):
             summary.error_codes[code.as_py()] += 1
             summary.error_messages.setdefault(code.as_py(), clip_message(message.as_py()))
-    summary.failed = np.concatenate(failed)
+    summary.failed, summary.unfamiliar = np.concatenate(failed), np.concatenate(unfamiliar)
     summary.confidences, summary.scores = np.concatenate(confidences), np.concatenate(scores)
     return summary
 
@@ -106,7 +129,8 @@ def summarize(
 def choose_cards(summary: Summary, *, max_images: int) -> list[int]:
     """Positions of the rows that become cards: all, or a sample of `max_images`.
 
-    A sample has the lowest scores, the least confident, as many failures as fit, and an even selection of the rest.
+    A sample has the lowest scores, the least confident, some of the unfamiliar images, as many failures as fit, and an
+    even selection of the rest.
     """
     failures, others = np.flatnonzero(summary.failed), np.flatnonzero(~summary.failed)
     num_failed = min(len(failures), max(int(max_images * _FAILED_SHARE), max_images - len(others)))
@@ -114,9 +138,13 @@ def choose_cards(summary: Summary, *, max_images: int) -> list[int]:
     worst: set[int] = set()
     if num_others < len(others):
         known = [values for values in (summary.scores, summary.confidences) if not np.isnan(values[others]).all()]
+        unfamiliar = np.flatnonzero(summary.unfamiliar)
+        num_reasons = len(known) + (len(unfamiliar) > 0)
+        num_worst = int(num_others * _WORST_SHARE / max(1, num_reasons))
         for values in known:
             lowest = others[np.argsort(values[others], kind="stable")]  # NaN comes last
-            worst.update(lowest[: int(num_others * _WORST_SHARE / len(known))].tolist())
+            worst.update(lowest[:num_worst].tolist())
+        worst.update(_evenly(unfamiliar, min(num_worst, len(unfamiliar))))
     rest = np.array([position for position in others if position not in worst], dtype=np.intp)
     return [*_evenly(failures, num_failed), *sorted(worst), *_evenly(rest, num_others - len(worst))]
 
@@ -186,6 +214,12 @@ def _file_name(image_id: str) -> str:
 
 def _floats(values: Iterable[float | None]) -> Floats:
     return np.array([math.nan if value is None else value for value in values], dtype=np.float32)
+
+
+def _count_cells(familiarity: Floats, confidences: Floats) -> Counts:
+    """See `Summary.familiarity_map`; NaN is in no cell."""
+    cells, _, _ = np.histogram2d(familiarity, confidences, bins=_MAP_CELLS, range=[(0, 1), (0, 1)])
+    return cells.astype(np.int64)
 
 
 def _value_counts(values: pa.Array) -> dict[str, int]:

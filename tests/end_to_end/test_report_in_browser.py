@@ -80,6 +80,7 @@ def _row(number: int) -> dict[str, Any]:
         "caption": "" if is_failed else f"caption {number} {HOSTILE}",
         "captions": [] if is_failed else [f"caption {number} {HOSTILE}", "another one"],
         "confidence": float("nan") if is_failed else (number % 10) / 10,
+        "familiarity": float("nan") if is_failed else (11 * number % NUM_IMAGES) / NUM_IMAGES,
         "logprob": -1.0,
         "num_tokens": 3,
         "status": "failed" if is_failed else "ok",
@@ -179,6 +180,10 @@ def test_the_worst_captions_come_first_and_the_order_can_be_changed(page: Page, 
     choose(page, "order", "lowest", "change")
     assert [int(number) % 10 for number in shown(page)[:27]] == sorted(list(range(9)) * 3)
     assert all(number.endswith("9") for number in shown(page)[27:])  # the failed ones, which have no confidence
+    choose(page, "order", "least_familiar", "change")
+    assert shown(page)[:3] == ["00", "11", "22"]
+    choose(page, "order", "most_familiar", "change")
+    assert shown(page)[:2] == ["08", "27"]  # 11 * 8 % 30 = 28 and 11 * 27 % 30 = 27; 19 has 29, but it failed
     choose(page, "order", "image_id", "change")
     assert shown(page) == [f"{number:02}" for number in range(NUM_IMAGES)]
     choose(page, "order", "status", "change")
@@ -186,13 +191,16 @@ def test_the_worst_captions_come_first_and_the_order_can_be_changed(page: Page, 
     assert shown(page)[0] == "09"
 
 
-def test_cards_are_filtered_by_status_score_confidence_and_words(page: Page, report: Path) -> None:
+def test_cards_are_filtered_by_status_familiarity_score_confidence_and_words(page: Page, report: Path) -> None:
     page.open(report)
     choose(page, "order", "image_id", "change")
 
     choose(page, "status", "failed", "change")
     assert shown(page) == ["09", "19", "29"]
     choose(page, "status", "", "change")
+    choose(page, "likeness", "unlike", "change")
+    assert shown(page) == ["00", "11"]
+    choose(page, "likeness", "", "change")
     choose(page, "confidence-from", "0.75")
     assert shown(page) == ["08", "18", "28"]
     choose(page, "score-to", "0.75")
@@ -217,7 +225,7 @@ def test_every_control_is_reachable_by_tab_and_shows_its_focus(page: Page, repor
         assert outline != "none", reached[-1]
 
     assert reached[0] == "skip"
-    controls = ["order", "status", "score-from", "score-to", "confidence-from", "confidence-to", "search"]
+    controls = ["order", "status", "likeness", "score-from", "score-to", "confidence-from", "confidence-to", "search"]
     assert [name for name in reached if name in controls] == controls
 
 

@@ -4,7 +4,7 @@ const CARDS_AT_FIRST = 60; // what follows the captions is then not too far down
 const gallery = document.getElementById("gallery");
 const controls = document.getElementById("controls");
 const order = document.getElementById("order");
-const statusFilter = document.getElementById("status");
+const selects = ["status", "likeness"].map((id) => document.getElementById(id)).filter(Boolean);
 const search = document.getElementById("search");
 const shown = document.getElementById("shown");
 const nothing = document.getElementById("nothing");
@@ -21,7 +21,9 @@ let cards = Array.from(gallery.children, (element, position) => ({
   element,
   position,
   status: element.dataset.status,
+  likeness: element.dataset.likeness,
   confidence: number(element.dataset.confidence),
+  familiarity: number(element.dataset.familiarity),
   score: number(element.dataset.score),
   text: element.textContent.toLowerCase().replace(/\s+/g, " "),
 }));
@@ -42,6 +44,8 @@ const orders = {
   image_id: (a, b) => a.position - b.position,
   lowest: by("confidence", 1),
   highest: by("confidence", -1),
+  least_familiar: by("familiarity", 1),
+  most_familiar: by("familiarity", -1),
   worst: by("score", 1),
   best: by("score", -1),
   status: (a, b) => statuses.indexOf(a.status) - statuses.indexOf(b.status) || a.position - b.position,
@@ -66,7 +70,7 @@ function filter() {
   let count = 0;
   for (const card of cards) {
     const matches =
-      (statusFilter.value === "" || card.status === statusFilter.value) &&
+      selects.every((select) => select.value === "" || card[select.id] === select.value) &&
       ranges.every((range) => isWithin(range, card)) &&
       words.every((word) => card.text.includes(word));
     card.element.hidden = !matches || count >= limit;
@@ -100,7 +104,7 @@ for (const range of ranges) {
   range.to.addEventListener("input", filter);
 }
 order.addEventListener("change", sort);
-statusFilter.addEventListener("change", filter);
+for (const select of selects) select.addEventListener("change", filter);
 search.addEventListener("input", filter);
 more.addEventListener("click", showAll);
 window.addEventListener("beforeprint", showForPrint);

@@ -54,7 +54,8 @@ def ok(image_id: str, caption: str = "a dog runs", **columns: Any) -> Row:
 
 
 def failed(image_id: str, code: str = "truncated", message: str = "image file is truncated") -> Row:
-    nothing = {"captions": [], "confidence": float("nan"), "logprob": float("nan"), "num_tokens": 0}
+    unknown = dict.fromkeys(["confidence", "familiarity", "logprob"], float("nan"))
+    nothing = {"captions": [], **unknown, "num_tokens": 0}
     no_image = {"width": 0, "height": 0, "format": ""}
     error = {"status": "failed", "error_code": code, "error_message": message}
     return ok(image_id, "", **nothing, **no_image, **error)
@@ -209,6 +210,7 @@ def test_a_report_with_all_sections_equals_the_golden_file(report: Report) -> No
     page = report(
         ok("dogs/rex.jpg", "a dog runs on grass", confidence=0.634, captions=["a dog runs on grass", "a brown dog"]),
         ok("a man.jpg", "a man in a red shirt", confidence=float("nan"), captions=None),
+        ok("coffee.jpg", "a dog on the floor", confidence=0.38, familiarity=0.004),
         ok("copy of rex.jpg", "a dog runs on grass", status="duplicate", duplicate_of="dogs/rex.jpg"),
         failed("1.jpg", "missing", "no such file"),
         failed("2.jpg"),
@@ -266,7 +268,7 @@ def test_human_agreement_is_a_row_of_the_scores_if_it_is_known(
 def test_every_control_has_a_label(report: Report) -> None:
     page = report(ok("1.jpg"), image_scores={"1.jpg": 0.4})
 
-    assert len(page.all("label")) == len(page.all("select")) + len(page.all("input")) == 7
+    assert len(page.all("label")) == len(page.all("select")) + len(page.all("input")) == 8
 
 
 def test_a_failed_image_is_a_card_with_its_code_and_message_and_is_not_loaded(report: Report) -> None:
@@ -460,7 +462,7 @@ def test_the_histogram_has_a_bar_for_every_length_and_one_for_the_longest(report
 
 @pytest.mark.parametrize("caption", ["", "dog", " ".join(["dog"] * 70)])
 def test_the_histogram_of_a_single_length_is_drawn(report: Report, caption: str) -> None:
-    page = report(ok("1.jpg", caption))
+    page = report(ok("1.jpg", caption, familiarity=None))
 
     assert sum(float(bar["height"] or 0) for bar in page.all("rect") if bar.get("x")) == 120
 
@@ -478,7 +480,7 @@ def test_cards_have_the_attributes_for_sorting_and_filtering(report: Report) -> 
 
     assert [card["data-status"] for card in cards] == ["ok", "failed", "ok"]
     assert [card["data-confidence"] for card in cards] == ["0.25", "", ""]
-    assert [option["value"] for option in page.all("option")][-3:] == ["", "ok", "failed"]
+    assert [option["value"] for option in page.all("option")][-6:] == ["", "ok", "failed", "", "unlike", "like"]
 
 
 def test_scores_are_on_the_cards_and_are_the_default_order(report: Report) -> None:
@@ -493,9 +495,82 @@ def test_scores_are_on_the_cards_and_are_the_default_order(report: Report) -> No
 def test_without_scores_the_least_confident_come_first(report: Report) -> None:
     page = report(ok("1.jpg"))
 
-    assert [option["value"] for option in page.all("option")][:3] == ["lowest", "highest", "image_id"]
+    assert [option["value"] for option in page.all("option")][:2] == ["lowest", "highest"]
     assert "CIDEr-D" not in page.text
     assert all("data-score" not in card for card in page.with_class("card"))
+
+
+def test_each_card_has_its_familiarity_and_the_captions_of_unfamiliar_images_are_marked(report: Report) -> None:
+    # 0.05 in 32 bits is not below 0.05.
+    page = report(ok("1.jpg", "a dog runs", familiarity=0.049), ok("2.jpg", "a cat", familiarity=0.05), failed("3.jpg"))
+
+    assert "a dog runs unlike the training images 0.50 confidence 0.05 familiarity" in page.text
+    assert "a cat 0.50 confidence 0.05 familiarity" in page.text
+    assert len(page.with_class("caption")) == 2 and page.text.count("familiarity 1.jpg") == 1
+
+
+def test_cards_can_be_sorted_and_filtered_by_familiarity(report: Report) -> None:
+    page = report(ok("1.jpg", familiarity=0.03125), ok("2.jpg", familiarity=0.75), failed("3.jpg"))
+
+    cards = page.with_class("card")
+    assert [card["data-familiarity"] for card in cards] == ["0.03125", "0.75", ""]
+    assert [card["data-likeness"] for card in cards] == ["unlike", "like", ""]
+    options = [option["value"] for option in page.all("option")]
+    assert {"least_familiar", "most_familiar", "unlike", "like"} <= set(options)
+
+
+def test_a_line_counts_the_captioned_images_that_are_unlike_the_training_images(report: Report) -> None:
+    rows = [ok(f"{i}.jpg", familiarity=i / 10) for i in range(8)]
+
+    text = report(*rows, ok("twin.jpg", familiarity=0.01, status="duplicate"), failed("x.jpg"), max_images=0).text
+    assert "2 of 9 captioned images are unlike what the model has learned from (familiarity below 0.05)" in text
+    assert "0 of 7 captioned images are unlike what the model has learned from ." in report(*rows[1:]).text
+
+
+def cells_of_map(page: Page) -> list[tuple[str, int, float, bool]]:
+    """Return the title, number of images, opacity and mark of each cell of the map of familiarity."""
+    rects = [rect for rect in page.all("rect") if "fill-opacity" in rect]
+    titles = re.findall(r"(familiarity [\d.]+ to [\d.]+, confidence [\d.]+ to [\d.]+): ([\d,]+) images?", page.text)
+    return [
+        (title, int(count.replace(",", "")), float(rect["fill-opacity"] or ""), rect.get("class") == "unfamiliar")
+        for (title, count), rect in zip(titles, rects, strict=True)
+    ]
+
+
+def test_the_map_has_a_cell_for_each_familiarity_and_confidence_the_darker_the_more_images(report: Report) -> None:
+    rows = [ok(f"{i}.jpg", familiarity=0.049, confidence=0.42) for i in range(3)]
+
+    page = report(*rows, ok("x.jpg", familiarity=1.0, confidence=0.42), ok("y.jpg", confidence=None), failed("z.jpg"))
+
+    many, one = cells_of_map(page)
+    assert many == ("familiarity 0.00 to 0.05, confidence 0.40 to 0.45", 3, 1.0, True)
+    assert one[:2] == ("familiarity 0.95 to 1.00, confidence 0.40 to 0.45", 1)
+    assert 0 < one[2] < 1 and not one[3]
+
+
+def test_the_map_counts_all_images_in_a_bounded_number_of_cells(report: Report) -> None:
+    numbers = random.Random(0)
+    rows = [ok(f"{i}.jpg", familiarity=numbers.random(), confidence=numbers.random()) for i in range(5000)]
+
+    page = report(*rows, max_images=0)
+
+    cells = cells_of_map(page)
+    assert len(cells) == 400 and sum(count for _, count, _, _ in cells) == 5000
+    assert len(page.source) < 150_000
+
+
+@pytest.mark.parametrize("unknown", [None, float("nan")])
+def test_without_familiarity_the_page_does_not_mention_it(report: Report, unknown: float | None) -> None:
+    page = report(*[ok(f"{i}.jpg", familiarity=unknown) for i in range(30)], failed("x.jpg"), max_images=20)
+
+    visible = without_binary_data(page.source)
+    assert not re.search("familiar|unlike|likeness", visible)
+
+
+def test_without_confidences_there_is_no_map(report: Report) -> None:
+    page = report(ok("1.jpg", familiarity=0.01, confidence=None))
+
+    assert cells_of_map(page) == [] and "1 of 1 captioned images are unlike" in page.text
 
 
 def test_references_are_also_matched_by_file_name(report: Report) -> None:
@@ -649,6 +724,17 @@ def test_without_scores_a_sample_contains_the_least_confident_and_others(report:
 
     assert 77 in shown(page) and len(shown(page)) == 10
     assert "10 of 200 images" in page.text and "lowest scores" not in page.text
+
+
+def test_a_sample_has_unfamiliar_images_from_everywhere(report: Report) -> None:
+    rows = [ok(f"{i:03}.jpg", familiarity=0.01 if 100 <= i < 130 else 0.5) for i in range(400)]
+
+    page = report(*rows, max_images=20)
+
+    cards = page.with_class("card")
+    assert [card["data-likeness"] for card in cards].count("unlike") >= 5
+    assert any(i >= 120 for i in shown(page) if i < 130)
+    assert "some that are unlike the training images" in page.text and len(cards) == 20
 
 
 def test_many_failures_leave_room_for_photographs(report: Report) -> None:
