@@ -31,7 +31,7 @@ class EchoCaptioner:
         """Do nothing: it uses no GPU, so Ray's logical GPUs are enough."""
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:
-        return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2)] for image in pixels]
+        return [[Caption(text=echo(image), logprob=-1.0, num_tokens=2, familiarity=0.5)] for image in pixels]
 
 
 class SaysItsGpus(EchoCaptioner):

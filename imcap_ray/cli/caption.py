@@ -275,9 +275,9 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
         speed += f"{format_duration(summary.seconds)} in all; {summary.bound}"
     else:
         speed = "nothing to do, all were done before"
-    print_line(f"{summary.output}: {counts}; {speed}", err=True)
     for line in _describe_familiarity(summary):
         print_line(line, err=True)
+    print_line(f"{summary.output}: {counts}; {speed}", err=True)
 
 
 def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:

@@ -81,6 +81,7 @@ def test_caption_evaluate_and_report(flickr8k: Path, photographs: Path, model_di
 OUR_LINES = (
     r"captioning [\d,]+ of [\d,]+ images with \d+ actors?",
     r"[\d,]+ of [\d,]+ images(, [\d.]+ images/s)?(, [\dhmins ]+ left)?",
+    r"familiarity: unknown, because this model was trained with an earlier version or on very few images",
     r"\S+: 3 ok; [\dhmins ]+ in all; the run was too short to know what limits its speed",
 )
 
@@ -96,7 +97,7 @@ def test_a_log_is_short_and_contains_only_our_lines(photographs: Path, model_dir
     assert [line for line in lines if not any(re.fullmatch(ours, line) for ours in OUR_LINES)] == []
     assert re.fullmatch(OUR_LINES[0], lines[0])
     assert re.fullmatch(OUR_LINES[-1], lines[-1])
-    assert len(lines) <= 3, "the last image is reported once"
+    assert len(lines) <= 4, "the last image is reported once"
 
 
 WITHOUT_RAY = """

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from imcap_ray import storage
 from imcap_ray.data.datasets import TRAIN, VALIDATION
 from imcap_ray.data.parquet_files import open_parquet
+from imcap_ray.data.schemas import UNFAMILIAR
 from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features
 from imcap_ray.distributed.training.training_inputs import feature_encoding, readable_images
@@ -19,6 +20,8 @@ from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity, Floats
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
+
+MOST = 0.5
 
 MAX_IMAGES = 4096
 """Images of a split whose features are used: with more, the subspace hardly changes."""
@@ -60,6 +63,25 @@ def learn_familiarity(
     features = {split: _pool_features(caches[split], rows["image_id"]) for split, rows in images.items()}
     storage.remove(storage.join(prepared.work, "familiarity"))
     return Familiarity.fit(features[TRAIN], features[VALIDATION])
+
+
+def describe_unfamiliar(prepared: PreparedTraining, cache: FeatureCache) -> str:
+    """One line if most training images are unlike what the model has learned from that the training starts from.
+
+    "" if they are not, or if it is unknown: for instance because the features of the images are not cached.
+    """
+    start_model, num_views = prepared.start_model, cache.shape[0]
+    if start_model is None or start_model.familiarity is None or not num_views:
+        return ""
+    images = _choose(readable_images(prepared.data, TRAIN, cache))
+    familiarity = start_model.familiarity.of(_pool_features(cache, images["image_id"]))
+    share = float(np.mean(familiarity < UNFAMILIAR))
+    if share < MOST:
+        return ""
+    return (
+        f"{share:.0%} of the training images are unlike what {start_model.location} has learned from: "
+        "fine-tuning its CNN ([finetune] in the recipe) is worth the time"
+    )
 
 
 def _choose(images: pa.Table) -> pa.Table:
