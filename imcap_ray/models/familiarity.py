@@ -28,7 +28,7 @@ FAMILIARITY_FILE: Final = "familiarity.safetensors"
 """File of a model folder."""
 
 MAX_DIRECTIONS: Final = 64
-"""With more, fewer unfamiliar images are recognised, see jobs/EXPERIMENTS.md. They take 0.5 MB for 4,096 channels."""
+"""With more, fewer unfamiliar images are recognised, see jobs/RESULTS.md. They take 0.5 MB for 4,096 channels."""
 
 MIN_IMAGES: Final = 20
 """With fewer validation images no image could fall below 0.05, and fewer training images span no subspace."""
