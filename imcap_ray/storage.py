@@ -625,7 +625,7 @@ def list_parquet(folder: str) -> list[str]:
 def list_work_tables(folder: str) -> list[str]:
     """The Parquet files that a run keeps for itself directly in a folder; none if the folder does not exist.
 
-    Their names have no ending, so that readers that collect `**/*.parquet` pass them by. Earlier versions ended them in
+    Their names have no extension, so that readers that collect `**/*.parquet` pass them by. Earlier versions named them
     `.parquet`.
 
     Raises:

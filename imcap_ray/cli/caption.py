@@ -283,7 +283,7 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
 def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:
     num_captioned = summary.num_images - summary.counts.get(FAILED, 0)
     if summary.num_unfamiliar is None and num_captioned:
-        yield "familiarity: unknown, because this model was trained with an earlier version or on very few images"
+        yield "familiarity: unknown (model or output of an earlier version, or a model trained on very few images)"
     elif summary.num_unfamiliar:
         yield (
             f"{summary.num_unfamiliar:,} of {num_captioned:,} captioned images are unlike what this model has learned "

@@ -63,7 +63,7 @@ def evaluate(captions: str, references: str, **options: Any) -> None:
     if folder:
         storage.write_bytes(storage.join(folder, "scores.json"), report.to_json().encode())
         storage.write_bytes(storage.join(folder, "scores.md"), report.to_markdown().encode())
-        # In CAPTIONS without an ending: readers that take every Parquet file below a folder would take it for captions.
+        # In CAPTIONS without an extension: readers of every `.parquet` file below a folder would take it for captions.
         table = "scores.parquet" if options["save"] else "image_scores"
         write_table(storage.join(folder, table), pa.table(dict(report.image_scores)))
     if options["as_json"]:

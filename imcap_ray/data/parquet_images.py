@@ -30,7 +30,7 @@ _MAX_PATH_CHARACTERS: Final = 4096
 _SHOWN_CHARACTERS: Final = 60
 """Of such a text, instead of the path."""
 
-_TEXTS_PER_READ: Final = 64
+TEXTS_PER_READ: Final = 64
 """Rows read at once of a column of text, which may be images in base64."""
 
 _BEGINNING_CHARACTERS: Final = 256
@@ -182,7 +182,7 @@ def _read_paths(table: pq.ParquetFile, row_group: int, column: ImageColumn) -> l
     """The path in each row of a row group that has no bytes or base64, None in the other rows; None if all rows have
     bytes."""
     if column.kind == "path":
-        batches = table.iter_batches(batch_size=_TEXTS_PER_READ, row_groups=[row_group], columns=[column.name])
+        batches = table.iter_batches(batch_size=TEXTS_PER_READ, row_groups=[row_group], columns=[column.name])
         texts = (text or "" for batch in batches for text in valid_text_array(batch.column(0)).to_pylist())
         return [None if is_image_text(text) else text for text in texts]
     if column.kind == "bytes" or not is_string(field_type(table.schema_arrow.field(column.name).type, "path")):

@@ -72,7 +72,7 @@ CAPTIONS_SCHEMAS: Final = {
     SCHEMA_VERSION: CAPTIONS_SCHEMA,
     "2": CAPTIONS_SCHEMA.remove(CAPTIONS_SCHEMA.get_field_index("familiarity")),
 }
-"""The schemas of runs that can be resumed, by version. A run keeps its schema, because readers want one."""
+"""Schemas of runs that can be resumed, by version. A run keeps its schema: all parts must have the same columns."""
 
 
 class CaptionRow(TypedDict):

@@ -16,6 +16,7 @@ from imcap_ray.data.columns import ImageColumns, columns_named, find_column, is_
 from imcap_ray.data.known_images import KnownImages
 from imcap_ray.data.parquet_images import (
     ID_COLUMNS,
+    TEXTS_PER_READ,
     TablePaths,
     can_be_id,
     can_be_path,
@@ -33,9 +34,6 @@ IDS_FROM_TABLE: Final = "table"
 IDS_FROM_POSITION: Final = "position"
 
 _IDS_PER_READ: Final = 4096
-
-_TEXTS_PER_READ: Final = 64
-"""Rows read at once of a column of paths, which may be images in base64."""
 
 _UUID_BYTES: Final = 16
 
@@ -233,7 +231,7 @@ def _natural_ids(tables: list[ListedFile], columns: ImageColumns, id_columns: Id
                 return None
             kinds.add(kind)
             num_rows[listed.location] = 0
-            batch_size = _TEXTS_PER_READ if kind == "path" else _IDS_PER_READ
+            batch_size = TEXTS_PER_READ if kind == "path" else _IDS_PER_READ
             for batch in table.iter_batches(batch_size=batch_size, columns=[id_column]):
                 ids = id_texts(leaf_of(batch.column(0), "path"))
                 if kind != "id":

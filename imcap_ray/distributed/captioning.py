@@ -369,7 +369,7 @@ def _pipeline_files(run: CaptioningRun, captioner: ImageCaptioner) -> PipelineFi
         manifest=run.folder.manifest,
         root=run.config.input,
         output=run.folder.location,
-        ending=run.folder.part_ending,
+        extension=run.folder.part_extension,
         work=run.folder.work,
         schema=CAPTIONS_SCHEMAS[run.schema_version].with_metadata(
             {

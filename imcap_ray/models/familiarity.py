@@ -2,10 +2,10 @@
 
 A captioner that has only seen people and dogs describes a cup of coffee as a dog, at a confidence that looks normal.
 What betrays such an image is the part of its features that lies outside the principal subspace of the training images'
-features: the residual of ViM (Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022). Its size
-is turned into a conformal p-value (Bates et al., "Testing for outliers with conformal p-values", Annals of Statistics
-2023) by the validation images, on which the model was not trained: it has no parameter, and at most 5 % of images like
-those of the training fall below 0.05.
+features: the residual of ViM (Wang et al., "ViM: Out-Of-Distribution with Virtual-logit Matching", CVPR 2022). The
+familiarity is its conformal p-value (Bates et al., "Testing for outliers with conformal p-values", Annals of Statistics
+2023): the share of validation images, on which the model was not trained, with a residual at least as large. So about
+5 % of images that resemble the training images fall below 0.05.
 
 Knows nothing of torch. B images, F channels, K directions, V validation images.
 """

@@ -296,7 +296,7 @@ class CaptioningRun:
         self.lease.require()
         self.folder.verify_row_counts()
         counts, error_counts = self.folder.count_rows()
-        num_known, num_unfamiliar = self.folder.count_familiar()
+        num_unfamiliar = self.folder.count_unfamiliar()
         seconds = time.time() - self._start
         speed = self._reporter.mean_rate() if self.num_new >= MIN_IMAGES else None
         last_speed = (self._before or {}).get("images_per_second")
@@ -312,7 +312,7 @@ class CaptioningRun:
             bound=bound,
             num_not_in_input=self.num_not_in_input,
             ignored=self._ignored,
-            num_unfamiliar=num_unfamiliar if num_known else None,
+            num_unfamiliar=num_unfamiliar,
         )
         # If this run was too short to measure its speed, that of an earlier run is kept for the next plan.
         known_speed = {"images_per_second": last_speed if speed is None else speed}

@@ -12,8 +12,8 @@
                   forget      images that are being deleted from parts and from done/; missing otherwise
                   next/       the new rows of `--overwrite`, until they replace all this
 
-What is not for users has names without an ending, because many readers take every `.parquet`, or the files with the
-commonest ending, below a folder. Earlier versions ended tables in `.parquet`, and `recover` renames them.
+What is not for users has names without an extension, because many readers take every `.parquet` file below a folder, or
+the files with the commonest extension. Earlier versions named tables `.parquet`, and `recover` renames them.
 
 A part counts if its file in done/ exists. Everything here can be repeated after a crash at any line: `recover` finishes
 or undoes what is half done. Of Ray, this module knows only how it names parts and the files in done/.
@@ -61,9 +61,9 @@ _ANSWER: Final = (
 )
 
 _PENDING: Final = ".pending"
-"""Ray's ending for a file in done/ whose part is not complete yet."""
+"""Ray's extension for a file in done/ whose part is not complete yet."""
 
-_ENDING: Final = ".parquet"
+_EXTENSION: Final = ".parquet"
 
 IDENTITY: Final = {
     "input": "input",
@@ -171,9 +171,9 @@ class CaptionsFolder:
         return [path for path in storage.list_work_tables(self.location) if is_part(path)]
 
     @property
-    def part_ending(self) -> str:
-        """How the names of new parts end: those of `next` are not for readers yet."""
-        return "" if self._moving_to else _ENDING
+    def part_extension(self) -> str:
+        """Extension of new parts: none for those of `next`, which are not for readers yet."""
+        return "" if self._moving_to else _EXTENSION
 
     def read_parts(self, columns: list[str], where: pc.Expression | None = None) -> Iterator[pa.RecordBatch]:
         """These columns of the rows that are recorded as done, in batches, in any order."""
@@ -201,16 +201,16 @@ class CaptionsFolder:
             counts[status] = counts.get(status, 0) + number
         return counts, {code: number for _, code, number in rows if code}
 
-    def count_familiar(self) -> tuple[int, int]:
-        """Number of rows with a known familiarity, and of those that are unlike what the model has learned from."""
+    def count_unfamiliar(self) -> int | None:
+        """Number of images that are unlike what the model has learned from; None if no row has a familiarity."""
         if "familiarity" not in _dataset(self.parts(), CAPTIONS_SCHEMA).schema.names:  # of an earlier version
-            return 0, 0
+            return None
         with self._database() as database:
             known, unfamiliar = database.execute(
                 "SELECT count(*) FILTER (WHERE NOT isnan(familiarity)), "
                 f"count(*) FILTER (WHERE familiarity < {UNFAMILIAR}) FROM captions"
             ).fetchall()[0]
-        return known, unfamiliar
+        return unfamiliar if known else None
 
     def verify_row_counts(self) -> None:
         """Raise ImcapError unless every image of the manifest is exactly one row."""
@@ -243,7 +243,7 @@ class CaptionsFolder:
         self.finish_replacement()
         for folder in (self.location, self.work, self.manifest, self.done):
             storage.remove_temporary(folder)
-        self._remove_endings()
+        self._remove_extensions()
         if storage.is_folder(self.done):
             for file in list(storage.list_files(self.done, recursive=False)):
                 if file.name.endswith(_PENDING):
@@ -452,13 +452,13 @@ class CaptionsFolder:
         self.write_run(run | {"output": self.location, "state": REPLACING})
         for path in new._own_parts():
             require_lease()
-            storage.move(path, storage.join(self.location, _name(path) + _ENDING))
+            storage.move(path, storage.join(self.location, _name(path) + _EXTENSION))
         for path in self._own_parts():
             if _name(path) not in kept:
                 require_lease()
                 storage.remove(path)
         # No new file is removed on the way, because a step that stalls may end after a second process has finished.
-        self._remove_endings()
+        self._remove_extensions()
         for folder, source in ((self.manifest, new.manifest), (self.done, new.done)):
             sources = storage.list_work_tables(source)
             for path in sources:
@@ -483,11 +483,15 @@ class CaptionsFolder:
     def _done_files(self) -> list[str]:
         return storage.list_work_tables(self.done)
 
-    def _remove_endings(self) -> None:
-        """Rename the tables of earlier versions, whose names ended in `.parquet`."""
-        for path in [self._journal + _ENDING, *storage.list_parquet(self.manifest), *storage.list_parquet(self.done)]:
+    def _remove_extensions(self) -> None:
+        """Rename the tables of earlier versions, whose extension was `.parquet`."""
+        for path in [
+            self._journal + _EXTENSION,
+            *storage.list_parquet(self.manifest),
+            *storage.list_parquet(self.done),
+        ]:
             if storage.exists(path):
-                storage.move(path, path.removesuffix(_ENDING))
+                storage.move(path, path.removesuffix(_EXTENSION))
         heartbeat = storage.join(self.work, _EARLIER_HEARTBEAT_FILE)
         if storage.exists(heartbeat):
             storage.remove(heartbeat)
@@ -508,7 +512,7 @@ class CaptionsFolder:
 
 
 def _agree(key: str, run: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
-    """Whether a run has this part of the identity, or an earlier schema, with which it goes on."""
+    """Whether a run matches this entry of the identity. An earlier schema matches too: the run continues with it."""
     return run.get(key) == identity[key] or (key == "schema_version" and run.get(key) in CAPTIONS_SCHEMAS)
 
 
@@ -588,4 +592,4 @@ def _num_rows(path: str) -> int:
 
 def _name(path: str) -> str:
     """The name that a part and its file in done/ have in common."""
-    return path.rpartition("/")[2].removesuffix(_ENDING)
+    return path.rpartition("/")[2].removesuffix(_EXTENSION)

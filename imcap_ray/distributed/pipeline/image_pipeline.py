@@ -27,7 +27,7 @@ from imcap_ray.distributed.cluster.connection import ClusterResources, own_cores
 from imcap_ray.distributed.cluster.free_resources import FreeResources
 from imcap_ray.distributed.cluster.ray_messages import describe_error
 from imcap_ray.distributed.cluster.ray_versions import ExecutionTimeoutError
-from imcap_ray.distributed.pipeline.checkpoint_files import WithoutEnding
+from imcap_ray.distributed.pipeline.checkpoint_files import WithoutExtension
 from imcap_ray.distributed.pipeline.contention import (
     RELEASE_PENDING_SECONDS,
     RELEASE_SECONDS,
@@ -157,8 +157,8 @@ class PipelineFiles:
     """Where the images are. If it is missing too, a missing image is not that image's own fault."""
     output: str
     """Folder for the parts."""
-    ending: str = ".parquet"
-    """Ending of the parts' names."""
+    extension: str = ".parquet"
+    """Of the parts' names."""
     schema: pa.Schema
     """Columns of the parts. The actors return them, and `manifest_id`."""
     work: str
@@ -176,7 +176,7 @@ class PipelineFiles:
             id_column="manifest_id",
             checkpoint_path=storage.join(self.work, "done"),
             delete_checkpoint_on_success=False,
-            override_filesystem=fs.PyFileSystem(WithoutEnding(storage.resolve(self.work)[0])),
+            override_filesystem=fs.PyFileSystem(WithoutExtension(storage.resolve(self.work)[0])),
         )
         return context
 
@@ -184,7 +184,7 @@ class PipelineFiles:
         """Where the rows of this many images are written."""
         return ParquetParts(
             self.output,
-            ending=self.ending,
+            extension=self.extension,
             schema=self.schema,
             min_rows_per_file=min(4096, max(IMAGES_PER_BLOCK, num_images // 64)),
             check=self.require_lease,

@@ -23,13 +23,13 @@ class ParquetParts(BlockBasedFileDatasink):
 
     Args:
         folder: where the parts are written.
-        ending: how their names end: `.parquet`, or nothing.
+        extension: of their names: `.parquet`, or nothing.
         min_rows_per_file: rows are collected until a file has this many.
         check: called before a part appears; raises if this run may not write any more.
     """
 
     def __init__(
-        self, folder: str, *, ending: str, schema: pa.Schema, min_rows_per_file: int, check: Callable[[], None]
+        self, folder: str, *, extension: str, schema: pa.Schema, min_rows_per_file: int, check: Callable[[], None]
     ) -> None:
         super().__init__(
             folder,
@@ -39,7 +39,7 @@ class ParquetParts(BlockBasedFileDatasink):
             filesystem=storage.resolve(folder)[0] if storage.is_uri(folder) else None,
         )
         self._folder = folder
-        self._ending = ending
+        self._extension = extension
         self._schema = schema
         self._check = check
 
@@ -48,7 +48,7 @@ class ParquetParts(BlockBasedFileDatasink):
         part = pa.BufferOutputStream()
         self.write_block_to_file(block, part)
         name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
-        name = name.removesuffix(".parquet") + self._ending
+        name = name.removesuffix(".parquet") + self._extension
         self._check()
         storage.write_bytes(storage.join(self._folder, name), memoryview(part.getvalue()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,8 @@ from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity, Floats
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
-MOST = 0.5
+MOST: Final = 0.5
+"""Share of the training images; if more are unfamiliar to the model that a training starts from, it says so."""
 
 MAX_IMAGES = 4096
 """Images of a split whose features are used: with more, the subspace hardly changes."""
@@ -66,7 +68,7 @@ def learn_familiarity(
 
 
 def describe_unfamiliar(prepared: PreparedTraining, cache: FeatureCache) -> str:
-    """One line if most training images are unlike what the model has learned from that the training starts from.
+    """One line if most training images are unfamiliar to the model that this training starts from.
 
     "" if they are not, or if it is unknown: for instance because the features of the images are not cached.
     """

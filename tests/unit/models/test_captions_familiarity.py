@@ -94,7 +94,18 @@ def test_the_average_of_models_has_no_familiarity_until_it_is_trained(model: Pat
     assert average_models([folder, folder]).familiarity is None
 
 
-def test_the_bundled_model_knows_what_is_familiar() -> None:
+def test_patterns_are_unfamiliar_to_the_bundled_model() -> None:
+    captioner = Captioner.load()
+    size = captioner.image_size
+    stripes = np.zeros((3, size, size), np.uint8)
+    stripes[:, ::16] = 255
+    noise = np.random.default_rng(0).integers(0, 256, (3, size, size), dtype=np.uint8)
+
+    for [caption] in captioner.caption_pixels(np.stack([stripes, noise])):
+        assert 0 < caption.familiarity < 0.05
+
+
+def test_the_familiarity_of_the_bundled_model_takes_less_than_a_megabyte() -> None:
     familiarity = read_model_folder().familiarity
 
     assert familiarity is not None
