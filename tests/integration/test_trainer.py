@@ -243,8 +243,13 @@ def test_a_model_knows_the_familiarity_of_images_by_the_features_of_its_own_cnn(
     local_ray: ClusterResources, tmp_path: Path, phase: str
 ) -> None:
     data = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=40, num_validation=24)
-    epochs = {"training.epochs": 1} if phase == "cross_entropy" else {"training.epochs": 0, "finetune.epochs": 1}
-    recipe = load_recipe("lite2-attention", SMALL | epochs | {"finetune.first_layer": "cnn.blocks.5"})
+    only_finetune = {
+        "finetune.epochs": 1,
+        "finetune.first_layer": "cnn.blocks.5",
+        "finetune.encoder_learning_rate": 2e-3,
+    }
+    epochs = {"training.epochs": 1} if phase == "cross_entropy" else {"training.epochs": 0} | only_finetune
+    recipe = load_recipe("lite2-attention", SMALL | epochs)
     config = make_config(data, tmp_path / "model", recipe=recipe)
     resources = ResourcesConfig(features=str(tmp_path / "features"))
 
