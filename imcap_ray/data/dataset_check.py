@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from statistics import median
-from typing import Final, TypedDict
+from typing import Final, TypedDict, TypeVar
 
 import pyarrow as pa
 
@@ -80,6 +80,8 @@ _SEVERITY: Final = (
     *("no_split", "missing", "unreadable", "leak", "near_leak", "encoding", "note", "without_captions", "odd_names"),
     *(
         "few_validation",
+        "unlike_train",
+        "outliers",
         "language",
         "num_captions",
         "unknown_words",
@@ -178,6 +180,10 @@ class DataCheck:
     def to_mapping(self) -> dict[str, object]:
         """The check as dictionaries and lists, for JSON."""
         return {**asdict(self), "spoils": self.spoils}
+
+    def with_findings(self, findings: Iterable[Finding]) -> DataCheck:
+        """This check with more problems."""
+        return replace(self, findings=sorted([*self.findings, *findings], key=_severity))
 
     def to_text(self) -> str:
         """The check for people: contents, then problems, the most severe first."""
@@ -406,6 +412,9 @@ def _shared_beginning(missing: Sequence[str], captioned: Sequence[DatasetRow]) -
 
 
 # ---- pixels
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True, slots=True)
 class _InspectedImage:
     """Facts about one image."""
@@ -425,32 +434,41 @@ def _inspect_existing(
 ) -> list[_InspectedImage]:
     rows: list[DatasetRow] = dataset.table.to_pylist()
     existing = [row for row in rows if row["image_path"] and _exists(dataset, row["image_path"], files)]
-    return list(_inspect_all(dataset, existing, on_progress))
+    return list(map_images(dataset, existing, _inspect, on_progress))
 
 
-def _inspect_all(
-    dataset: CaptionedImages, rows: Sequence[DatasetRow], on_progress: Callable[[int, int], None]
-) -> Iterator[_InspectedImage]:
+def map_images(
+    dataset: CaptionedImages,
+    rows: Sequence[DatasetRow],
+    function: Callable[[DatasetRow, bytes | ImageError], Result],
+    on_progress: Callable[[int, int], None],
+) -> Iterator[Result]:
+    """Read the images of some rows on all cores, and apply a function to each row and its bytes; in any order.
+
+    Args:
+        function: called in threads, with the bytes or the reason why there are none.
+        on_progress: called with the number of images done and the number of all images.
+    """
     manifest = dataset.manifest(pa.Table.from_pylist(rows, schema=DATASET_SCHEMA))
     root = root_of(manifest) if rows else ""
     image_columns = image_columns_of(manifest)
     files: list[ManifestRow] = [row for row in manifest.to_pylist() if not row["table_path"]]
     packed: list[ManifestRow] = [row for row in manifest.to_pylist() if row["table_path"]]
 
-    def inspect_file(row: ManifestRow) -> _InspectedImage:
-        return inspect(next(read_rows([row], root)))
+    def apply_to_file(row: ManifestRow) -> Result:
+        return apply(next(read_rows([row], root)))
 
-    def inspect(image: tuple[ManifestRow, bytes | ImageError]) -> _InspectedImage:
+    def apply(image: tuple[ManifestRow, bytes | ImageError]) -> Result:
         row, data = image
-        return _inspect(rows[row["manifest_id"]], data)
+        return function(rows[row["manifest_id"]], data)
 
     read_packed = read_rows(packed, root, image_columns=image_columns)
     # In threads, because Pillow and hashlib release the interpreter's lock, and stores have latency.
     with ThreadPoolExecutor(_num_cores()) as pool:
         num_done = 0
-        for function, images in ((inspect_file, iter(files)), (inspect, read_packed)):
+        for apply_to, images in ((apply_to_file, iter(files)), (apply, read_packed)):
             while chunk := list(islice(images, _IMAGES_PER_BATCH)):
-                yield from pool.map(function, chunk)
+                yield from pool.map(apply_to, chunk)
                 num_done += len(chunk)
                 on_progress(num_done, len(rows))
 

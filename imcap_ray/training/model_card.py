@@ -53,9 +53,10 @@ float32 weights of the decoder, or of its moving average. `imcap evaluate` score
 ## Known limitations
 
 The captioner can only describe what its training captions describe. For other photographs it describes the most similar
-thing it knows, with a confidence that is lower but may look normal. It repeats the habits of its training captions,
-such as guessing people's sex and age from their clothes. It cannot count reliably or read text. Do not use it where a
-wrong caption does harm.
+thing it knows, with a confidence that is lower but may look normal. Their `familiarity` gives most of them away, if the
+model has it (`imcap model`): below 0.05, an image is unlike the training images. The captioner repeats the habits of
+its training captions, such as guessing people's sex and age from their clothes. It cannot count reliably or read text.
+Do not use it where a wrong caption does harm.
 
 ## Train it again
 

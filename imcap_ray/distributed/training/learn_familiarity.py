@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -12,17 +12,17 @@ import pyarrow.compute as pc
 from imcap_ray import storage
 from imcap_ray.data.datasets import TRAIN, VALIDATION
 from imcap_ray.data.parquet_files import open_parquet
-from imcap_ray.data.schemas import UNFAMILIAR
 from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.features import FeatureCache, Views, cache_features
 from imcap_ray.distributed.training.training_inputs import feature_encoding, readable_images
 from imcap_ray.distributed.training.training_plan import PreparedTraining
 from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity, Floats
+from imcap_ray.models.outliers import MAX_UNFAMILIAR, compare_with, find_outliers, share_unfamiliar
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 
-MOST: Final = 0.5
+_MOST: Final = 0.5
 """Share of the training images; if more are unfamiliar to the model that a training starts from, it says so."""
 
 MAX_IMAGES = 4096
@@ -67,23 +67,31 @@ def learn_familiarity(
     return Familiarity.fit(features[TRAIN], features[VALIDATION])
 
 
-def describe_unfamiliar(prepared: PreparedTraining, cache: FeatureCache) -> str:
-    """One line if most training images are unfamiliar to the model that this training starts from.
+def describe_images(prepared: PreparedTraining, caches: dict[str, FeatureCache]) -> Iterator[str]:
+    """Lines about images that are unlike others: the validation images, outliers, all of them for the start model.
 
-    "" if they are not, or if it is unknown: for instance because the features of the images are not cached.
+    Nothing if the features of the images are not cached.
     """
-    start_model, num_views = prepared.start_model, cache.shape[0]
-    if start_model is None or start_model.familiarity is None or not num_views:
-        return ""
-    images = _choose(readable_images(prepared.data, TRAIN, cache))
-    familiarity = start_model.familiarity.of(_pool_features(cache, images["image_id"]))
-    share = float(np.mean(familiarity < UNFAMILIAR))
-    if share < MOST:
-        return ""
-    return (
-        f"{share:.0%} of the training images are unlike what {start_model.location} has learned from: "
-        "fine-tuning its CNN ([finetune] in the recipe) is worth the time"
-    )
+    if not caches[TRAIN].shape[0]:
+        return
+    images = {split: _choose(readable_images(prepared.data, split, caches[split])) for split in (TRAIN, VALIDATION)}
+    features = {split: _pool_features(caches[split], images[split]["image_id"]) for split in images}
+    if num_outliers := len(find_outliers(features[TRAIN])):
+        yield (
+            f"{num_outliers:,} of {len(features[TRAIN]):,} training images are unlike the others: "
+            "`imcap check --outliers` names them"
+        )
+    share = share_unfamiliar(compare_with(features[TRAIN], features[VALIDATION]))
+    if share > MAX_UNFAMILIAR:
+        yield f"{share:.0%} of the validation images are unlike the training images: scores will be low"
+    start_model = prepared.start_model
+    if start_model is not None and start_model.familiarity is not None:
+        share = share_unfamiliar(start_model.familiarity.of(features[TRAIN]))
+        if share >= _MOST:
+            yield (
+                f"{share:.0%} of the training images are unlike what {start_model.location} has learned from: "
+                "fine-tuning its CNN ([finetune] in the recipe) is worth the time"
+            )
 
 
 def _choose(images: pa.Table) -> pa.Table:

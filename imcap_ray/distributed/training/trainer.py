@@ -21,7 +21,7 @@ from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.cluster.gpus import require_gpus
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.training.checkpoints import EpochCheckpoint, choose_best, recover
-from imcap_ray.distributed.training.learn_familiarity import describe_unfamiliar, learn_familiarity
+from imcap_ray.distributed.training.learn_familiarity import describe_images, learn_familiarity
 from imcap_ray.distributed.training.phase_start import (
     read_weights,
     start_of_phase,
@@ -223,7 +223,8 @@ class _Training:
                 f"starting from {start_model.location}; {share:.1%} of the words in the training captions are not in "
                 "its vocabulary"
             )
-            if line := describe_unfamiliar(prepared, caches[TRAIN]):
+        if not self.history:
+            for line in describe_images(prepared, caches):
                 self.report(line)
 
     def run_phases(self, caches: dict[str, FeatureCache]) -> None:

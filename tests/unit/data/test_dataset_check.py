@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from imcap_ray.data.dataset_check import DataCheck, Finding, check_dataset, keep
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.text.mojibake import find_mojibake
 from tests.malformed_images import photo
-from tests.small_data import ODD_KEY, captions_of, jpeg, write_tar
+from tests.small_data import ODD_KEY, captions_of, jpeg, write_flickr8k, write_tar
 
 
 @pytest.fixture
@@ -382,6 +383,18 @@ def test_unusual_captions_are_counted(flickr8k: Path) -> None:
 
 
 # ---- the command
+
+
+def test_the_command_looks_for_outliers_on_request(tmp_path: Path) -> None:
+    data = write_flickr8k(tmp_path / "flickr8k", num_train=100, num_validation=24, num_test=4)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(image(data, 5))
+
+    plain, result = imcap("check", data), imcap("check", data, "--outliers")
+
+    assert "unlike the others" not in plain.stdout
+    assert re.search(r"\d images? (is|are) unlike the others.*: 0005_photo.jpg", result.stdout)
+    assert result.exit_code == 0
 
 
 def test_the_command_prints_the_most_severe_problem_first_and_exits_with_3(flickr8k: Path) -> None:
