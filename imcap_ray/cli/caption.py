@@ -285,8 +285,9 @@ def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:
     if summary.num_unfamiliar is None and num_captioned:
         yield "familiarity: unknown (model or output of an earlier version, or a model trained on very few images)"
     elif summary.num_unfamiliar:
+        verb = "is" if summary.num_unfamiliar == 1 else "are"
         yield (
-            f"{summary.num_unfamiliar:,} of {num_captioned:,} captioned images are unlike what this model has learned "
-            f"from (familiarity below {UNFAMILIAR:g}), and their captions are guesses; training on your own images "
-            "helps: imcap train --start-from"
+            f"{summary.num_unfamiliar:,} of {num_captioned:,} captioned images {verb} unlike what this model has "
+            f"learned from (familiarity below {UNFAMILIAR:g}): their captions are guesses; training on your own "
+            "images helps: imcap train --start-from"
         )

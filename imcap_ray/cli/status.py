@@ -62,7 +62,8 @@ def _describe_captioning(status: CaptioningStatus) -> list[str]:
     if status.counts:
         lines.append(describe_counts(status.counts, status.error_counts))
     if status.num_unfamiliar:
-        lines.append(f"{status.num_unfamiliar:,} captioned images are unlike what the model has learned from")
+        subject = "image is" if status.num_unfamiliar == 1 else "images are"
+        lines.append(f"{status.num_unfamiliar:,} captioned {subject} unlike what the model has learned from")
     if status.state == "running":
         lines.append(f"last heartbeat {format_duration(status.last_sign_seconds or 0)} ago; started {status.started}")
     return lines
