@@ -27,6 +27,7 @@ from imcap_ray.cli.options import VERBOSE_KEY
 from imcap_ray.cli.report import report
 from imcap_ray.cli.status import status
 from imcap_ray.cli.submit import submit
+from imcap_ray.cli.suggest import suggest
 from imcap_ray.cli.train import train
 from imcap_ray.errors import INTERRUPTED, ImcapError, InputError
 
@@ -129,5 +130,5 @@ def main() -> None:
     """
 
 
-for _command in (bench, caption, check, demo, evaluate, export, model, report, status, submit, train):
+for _command in (bench, caption, check, demo, evaluate, export, model, report, status, submit, suggest, train):
     main.add_command(_command)

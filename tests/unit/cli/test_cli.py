@@ -28,7 +28,10 @@ from imcap_ray.models.captioner import Captioner
 from imcap_ray.text.escaping import printable
 from tests import small_data
 
-COMMANDS = ["bench", "caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "train"]
+COMMANDS = [
+    *("bench", "caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "suggest"),
+    "train",
+]
 
 
 @pytest.fixture(autouse=True)
