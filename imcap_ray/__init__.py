@@ -10,17 +10,19 @@ if TYPE_CHECKING:
     from imcap_ray.errors import ImcapError as ImcapError
     from imcap_ray.models.caption import Caption as Caption
     from imcap_ray.models.captioner import Captioner as Captioner
+    from imcap_ray.models.plugin import CaptionerPlugin as CaptionerPlugin
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Caption": "models.caption",
     "Captioner": "models.captioner",
+    "CaptionerPlugin": "models.plugin",
     "ImageError": "errors",
     "ImcapError": "errors",
 }
 
-__all__ = ["Caption", "Captioner", "ImageError", "ImcapError"]  # noqa: F822
+__all__ = ["Caption", "Captioner", "CaptionerPlugin", "ImageError", "ImcapError"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

@@ -163,6 +163,14 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PluginSearch:
+    """The search settings of a captioner that is not from this package; it has the others to itself."""
+
+    num_captions: int = 1
+    """Number of captions per image, the best first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
     """How the decoder is trained."""
 
@@ -312,7 +320,10 @@ class CaptioningConfig:
     output: str
     """Folder for the captions; path or URI; on a cluster one that every node sees."""
     models: tuple[str, ...] = ()
-    """Model folders, paths or URIs; several caption together. Empty: the model of the package."""
+    """Model folders, paths or URIs, which caption together, or one other captioner, see `CaptionerSpec`. Empty: the
+    model of the package."""
+    model_options: tuple[tuple[str, str], ...] = ()
+    """Names and values for the factory of such a captioner."""
     encoder_weights: str | None = None
     """File with the CNN's weights; None: they are in the model folder or are downloaded."""
     beam_size: int | None = None

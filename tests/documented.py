@@ -51,6 +51,11 @@ class Shown:
         return [words[0].removeprefix(".venv/bin/"), *words[1:]]
 
 
+def example_captioner() -> str:
+    """Return the module `brightness.py` of the documentation."""
+    return (ROOT / "docs" / "CAPTIONERS.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
 def shown_commands() -> list[Shown]:
     """Each line once, in the order of the files and then of --help."""
     commands = [shown for path in FILES for shown in _in_file(path)]

@@ -14,20 +14,22 @@ import numpy.typing as npt
 import ray
 
 from imcap_ray.config import SearchConfig
-from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
+from imcap_ray.data.image_decoding import SquarePixels
+from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, ActorNeeds, Caption
 
 
 class EchoCaptioner:
     """Captions an image with the hash of its pixels, without a model to load."""
 
     def __init__(self, *, image_size: int = 32, fingerprint: str = "echo", search: SearchConfig | None = None) -> None:
-        self.image_size = image_size
+        self.preparation = SquarePixels(image_size)
+        self.needs = ActorNeeds()
         self.fingerprint = fingerprint
         self.search = search or SearchConfig()
         self.compute_batch_size = COMPUTE_BATCH_SIZE
         self.num_beam_steps = 0
 
-    def require_gpu(self) -> None:
+    def start(self, *, gpus: float) -> None:
         """Do nothing: it uses no GPU, so Ray's logical GPUs are enough."""
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> list[list[Caption]]:

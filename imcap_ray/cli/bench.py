@@ -8,14 +8,14 @@ from typing import Any
 import click
 
 from imcap_ray.cli.console import print_line, stdout_for_results
-from imcap_ray.cli.options import parse_size
-from imcap_ray.config import DEFAULT_MODEL
+from imcap_ray.cli.options import model_option, model_option_option, parse_size
 from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 
 
 @click.command()
 @click.argument("input", required=False)
-@click.option("--model", "models", multiple=True, help=f"Model folder. Default: {DEFAULT_MODEL}, the bundled model.")
+@model_option
+@model_option_option
 @click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Number of generated images.")
 @click.option("--size", callback=parse_size, default="500x375", show_default=True, help="Size of generated images.")
 @click.option("--num-actors", type=click.IntRange(1), help="Captioning processes. Default: one per GPU, or per core.")
@@ -38,6 +38,9 @@ def bench(input: str | None, **options: Any) -> None:
 
     from imcap_ray.data.synthetic_images import write_photographs
     from imcap_ray.distributed.benchmark import compare_with_limit, describe_machine
+    from imcap_ray.models.captioner_spec import CaptionerSpec, absolute_model
+
+    models = tuple(map(absolute_model, options["models"]))
 
     with TemporaryDirectory(prefix="imcap-bench-") as folder, stdout_for_results():
         if input is None:
@@ -45,7 +48,7 @@ def bench(input: str | None, **options: Any) -> None:
         comparison = compare_with_limit(
             input,
             f"{folder}/captions",
-            models=options["models"],
+            spec=CaptionerSpec(models=models, options=options["model_options"]),
             num_actors=options["num_actors"],
             batch_size=options["batch_size"],
         )

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -25,10 +23,10 @@ from imcap_ray.cli.options import (
     outside_option,
     resources_config,
 )
-from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig, SearchConfig
+from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.data.schemas import FAILED, UNFAMILIAR
 from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
-from imcap_ray.errors import ConfigError, InputError
+from imcap_ray.errors import InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import MIN_IMAGES, format_duration
 from imcap_ray.web import is_web
@@ -115,16 +113,15 @@ def _print_captions(
 ) -> None:
     """Print captions of images without a run; each with the image's path if there are several."""
     from imcap_ray.errors import ImageError
-    from imcap_ray.models.captioner import load_captioner
+    from imcap_ray.models.captioner_spec import CaptionerSpec, absolute_model, caption_files
 
     for image in images:
         storage.refuse_secrets(image)
         if not is_web(image) and storage.is_folder(image):
             raise InputError(f"{image} is a folder: say where the captions go, imcap caption {image} OUTPUT")
-    captioner = load_captioner(config.models, search=_search(config), encoder_weights=config.encoder_weights)
-    if resources.gpus_per_worker:
-        captioner.require_gpu()
-    results = captioner.caption(images, num_captions=captioner.search.num_captions)
+    captioner = CaptionerSpec.of(replace(config, models=tuple(map(absolute_model, config.models))))()
+    captioner.start(gpus=resources.gpus_per_worker or 0)
+    results = caption_files(captioner, images)
     errors: list[str] = []
     rows: list[dict[str, Any]] = []
     for image, result in zip(images, results, strict=True):
@@ -132,8 +129,8 @@ def _print_captions(
             errors.append(f"{image}: {result.message} ({result.code})")
             rows.append({"image": image, "error_code": result.code, "error_message": result.message})
             continue
-        captions = [{"caption": caption.text, "confidence": caption.confidence} for caption in result]
-        familiarity = None if math.isnan(result[0].familiarity) else result[0].familiarity
+        captions = [{"caption": caption.text, "confidence": _known(caption.confidence)} for caption in result]
+        familiarity = _known(result[0].familiarity)
         rows.append({"image": image, **captions[0], "familiarity": familiarity, "captions": captions})
         if familiarity is not None and familiarity < UNFAMILIAR:
             print_line(f"{image}: {describe_guess(familiarity)}", err=True)
@@ -148,21 +145,8 @@ def _print_captions(
         raise InputError("; ".join(errors))
 
 
-def _search(config: CaptioningConfig) -> SearchConfig | None:
-    """The model's search settings with those of the config, or None to leave them as they are."""
-    from imcap_ray.models.captioner import override_search
-    from imcap_ray.models.model_folder import read_model_folder
-
-    names = ("beam_size", "max_length", "length_penalty", "num_captions")
-    overrides = {name: getattr(config, name) for name in names}
-    if all(value is None for value in overrides.values()):
-        return None
-    search = read_model_folder(config.models[0] if config.models else None).search
-    try:
-        return override_search(search, **overrides)
-    except ConfigError as error:
-        message = re.sub("|".join(names), lambda match: f"--{match[0].replace('_', '-')}", str(error))
-        raise ConfigError(message) from error
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def run_captioning(
@@ -171,20 +155,15 @@ def run_captioning(
     """Connect, load, caption."""
     with stdout_for_results():
         start = _start(config, resources, verbose=verbose)
-    from imcap_ray.distributed.captioning import caption_images, load_captioner
+    from imcap_ray.distributed.captioning import caption_images
+    from imcap_ray.models.captioner_spec import CaptionerSpec
 
-    load = partial(
-        load_captioner,
-        start.config.models,
-        search=start.captioner.search,
-        encoder_weights=start.config.encoder_weights,
-    )
     with stdout_for_results():
         return caption_images(
             start.config,
             resources,
             cluster=start.cluster,
-            load_captioner=load,
+            load_captioner=CaptionerSpec.of(start.config),
             captioner=start.captioner,
             reporter=reporter,
         )
@@ -209,28 +188,24 @@ class _Start(NamedTuple):
 def _start(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: bool) -> _Start:
     """Connect to a cluster that can reach everything in the config, and load the captioner."""
     set_ray_environment(resources.address, verbose=verbose)
-    from imcap_ray.distributed.captioning import connect_and_load, load_captioner
+    from imcap_ray.distributed.captioning import connect_and_load
     from imcap_ray.distributed.cluster.connection import is_ray_job, refuse_relative_paths_in_job
     from imcap_ray.distributed.cluster.preflight import ADVICE, require_visible
+    from imcap_ray.models.captioner_spec import CaptionerSpec, absolute_model, model_paths
 
     refuse_relative_paths_in_job({"OUTPUT": config.output})
-    models = tuple(model if model == DEFAULT_MODEL else storage.absolute(model) for model in config.models)
     config = replace(
         config,
         input=storage.absolute(config.input),
         output=storage.absolute(config.output),
-        models=models,
+        models=tuple(map(absolute_model, config.models)),
         encoder_weights=config.encoder_weights and storage.absolute(config.encoder_weights),
     )
     if not storage.exists(config.input):
         where = f" on the cluster: {config.input}: {ADVICE}" if is_ray_job() else f": {config.input}"
         raise InputError(f"no such input{where}")
-    cluster, captioner = connect_and_load(
-        lambda: load_captioner(models, search=_search(config), encoder_weights=config.encoder_weights),
-        resources,
-        verbose=verbose,
-    )
-    reads = [("INPUT", config.input), *(("--model", model) for model in models if model != DEFAULT_MODEL)]
+    cluster, captioner = connect_and_load(CaptionerSpec.of(config), resources, verbose=verbose)
+    reads = [("INPUT", config.input), *(("--model", path) for path in model_paths(config.models))]
     if config.encoder_weights:
         reads.append(("--encoder-weights", config.encoder_weights))
     require_visible(cluster, reads=reads, writes={"OUTPUT": config.output})
@@ -283,7 +258,10 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
 def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:
     num_captioned = summary.num_images - summary.counts.get(FAILED, 0)
     if summary.num_unfamiliar is None and num_captioned:
-        yield "familiarity: unknown (model or output of an earlier version, or a model trained on very few images)"
+        yield (
+            "familiarity: unknown (another captioner, a model or output of an earlier version, or a model trained on "
+            "very few images)"
+        )
     elif summary.num_unfamiliar:
         verb = "is" if summary.num_unfamiliar == 1 else "are"
         yield (

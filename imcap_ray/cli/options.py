@@ -60,10 +60,39 @@ cluster_options = _options(
     ),
 )
 
+
+def _parse_model_options(
+    context: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[tuple[str, str], ...]:
+    """KEY=VALUE, each key once."""
+    pairs = [value.partition("=") for value in values]
+    for value, (name, separator, _) in zip(values, pairs, strict=True):
+        if not separator or not name.isidentifier():
+            raise click.BadParameter(f"expected KEY=VALUE with a name as KEY, got {value!r}")
+        if [key for key, _, _ in pairs].count(name) > 1:
+            raise click.BadParameter(f"{name} is given more than once")
+    return tuple((name, value) for name, _, value in pairs)
+
+
+model_option = click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help=f"Model folder (repeat for an ensemble), hf:OWNER/NAME, or MODULE:FACTORY. Default: {DEFAULT_MODEL}.",
+)
+
+model_option_option = click.option(
+    "--model-option",
+    "model_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_parse_model_options,
+    help="For the factory of such a captioner.",
+)
+
 model_options = _options(
-    click.option(
-        "--model", "models", multiple=True, help=f"Model folder; repeat for an ensemble. Default: {DEFAULT_MODEL}."
-    ),
+    model_option,
+    model_option_option,
     click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, instead of a download."),
     click.option("--beam-size", type=click.IntRange(1), metavar="N", help="Beam width; 1 is greedy search."),
     click.option("--max-length", type=click.IntRange(1), metavar="N", help="Longest caption, in words."),

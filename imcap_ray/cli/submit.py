@@ -95,7 +95,7 @@ _OUTPUTS = {
 
 _OPTIONS_WITHOUT_PATHS = (
     *("--set", "--split", "--tokenizer"),
-    *("--image-column", "--caption-column", "--id-column"),
+    *("--image-column", "--caption-column", "--id-column", "--model-option"),
 )
 """Options whose values are no paths, although a file or folder may have the same name."""
 
@@ -121,9 +121,12 @@ def _refuse_missing_inputs(command: str, parameters: Mapping[str, Any]) -> None:
 
 def _refuse_relative_paths(command: str, parameters: Mapping[str, Any]) -> None:
     """Raise InputError for a path that is still relative, because the job runs in another folder, which is not kept."""
+    from imcap_ray.models.plugin import is_plugin_name
+
     names = _INPUTS.get(command, {}) | {"--encoder-weights": "encoder_weights"} | _OUTPUTS[command]
     for name, location in _locations(names, parameters):
-        if not (storage.is_uri(location) or os.path.isabs(location) or location == DEFAULT_MODEL):
+        is_known = location == DEFAULT_MODEL or (name == "--model" and is_plugin_name(location))
+        if not (storage.is_uri(location) or os.path.isabs(location) or is_known):
             raise InputError(
                 f"{name} of a job must be an absolute path on the cluster or a URI, got {location}: the job runs in "
                 "another folder, which is not kept"
@@ -171,7 +174,9 @@ def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:
     """
     for before, word in pairwise(["", *words]):
         option, separator, value = word.partition("=") if word.startswith("-") else ("", "", word)
-        if (
+        if "--model" in (before, option) and value:
+            yield f"{option}{separator}{_absolute_model(value)}"
+        elif (
             before in _OPTIONS_WITHOUT_PATHS
             or option in _OPTIONS_WITHOUT_PATHS
             or storage.is_uri(value)
@@ -180,3 +185,10 @@ def _with_absolute_paths(words: Sequence[str]) -> Iterator[str]:
             yield word
         else:
             yield f"{option}{separator}{os.path.abspath(os.path.expanduser(value))}"
+
+
+def _absolute_model(name: str) -> str:
+    """The name of a model with an absolute path, if it has one here. Another one may be a captioner of the cluster."""
+    from imcap_ray.models.captioner_spec import absolute_model
+
+    return absolute_model(name) if "/" in name or os.path.exists(name) or name.startswith("hf:") else name

@@ -49,10 +49,11 @@ def read_image_input(image: ImageInput, *, image_size: int) -> npt.NDArray[np.ui
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise TypeError(f"expected an array of uint8 (H, W, 3), got one of {image.dtype} {image.shape}")
         return decode_picture(Image.fromarray(image), image_size=image_size)
-    return decode_image(_read_bytes(image), image_size=image_size).pixels
+    return decode_image(read_image_bytes(image), image_size=image_size).pixels
 
 
-def _read_bytes(image: str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO) -> bytes:
+def read_image_bytes(image: str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO) -> bytes:
+    """Read the bytes of an image's file; ImageError if that fails, TypeError if it is no path, bytes or open file."""
     if isinstance(image, bytes | bytearray | memoryview):
         return bytes(image)
     if isinstance(image, str | os.PathLike):

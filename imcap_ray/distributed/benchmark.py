@@ -33,14 +33,17 @@ from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest, read_image_columns
 from imcap_ray.distributed import ray_internals
-from imcap_ray.distributed.captioning import caption_images, connect_and_load, load_captioner
+from imcap_ray.distributed.captioning import caption_images, connect_and_load
 from imcap_ray.distributed.cluster.connection import connect, runtime_environment
 from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.distributed.cluster.ray_environment import ray_variables
 from imcap_ray.errors import ImageError, ImcapError, InputError
 from imcap_ray.models.caption import ImageCaptioner, compute_batch_size
+from imcap_ray.models.captioner_spec import CaptionerSpec
 from imcap_ray.runs.heartbeat import repeating
 from imcap_ray.runs.progress_reporter import ProgressReporter
+
+BUNDLED: Final = CaptionerSpec()
 
 IMAGES_PER_ROUND: Final = 64
 """Images that each core decodes in a round."""
@@ -180,7 +183,12 @@ class Comparison:
 
 
 def compare_with_limit(
-    input: str, output: str, *, models: Sequence[str] = (), num_actors: int | None = None, batch_size: int | None = None
+    input: str,
+    output: str,
+    *,
+    spec: CaptionerSpec = BUNDLED,
+    num_actors: int | None = None,
+    batch_size: int | None = None,
 ) -> Comparison:
     """Measure the limit on images of `input`, then caption all of them into `output`.
 
@@ -188,8 +196,8 @@ def compare_with_limit(
         InputError: there is no image in `input`.
         ImcapError: what the run ended with.
     """
-    limit = measure_limit(some_files(input, IMAGES_PER_ROUND), models)
-    run = measure_run(input, output, models=models, num_actors=num_actors, batch_size=batch_size)
+    limit = measure_limit(some_files(input, IMAGES_PER_ROUND), spec)
+    run = measure_run(input, output, spec=spec, num_actors=num_actors, batch_size=batch_size)
     return Comparison(limit=limit, run=run)
 
 
@@ -238,30 +246,30 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def measure_limit(images: Sequence[bytes], models: Sequence[str] = (), *, rounds: int = 3) -> Limit:
+def measure_limit(images: Sequence[bytes], spec: CaptionerSpec = BUNDLED, *, rounds: int = 3) -> Limit:
     """Measure how fast files are decoded, and pixels are captioned, if all cores or GPUs do nothing else.
 
     Args:
         images: some of the files; they are used repeatedly.
-        models: folders of models that caption together; none: the bundled model.
+        spec: the captioner.
 
     Raises:
-        ModelError: the models cannot be loaded.
+        InputError: it cannot be loaded.
     """
-    load_captioner(models)  # so that errors are raised here and not in Ray's processes
+    needs = spec().needs  # errors are raised here and not in Ray's processes
     resources = connect("local")
-    gpus = int(resources.gpus)
+    gpus = int(resources.gpus) if needs.gpus != 0 else 0
     files = ray.put([images[number % len(images)] for number in range(IMAGES_PER_ROUND)])
     decoder = _Alone.options(runtime_env=runtime_environment(gpus=0))  # type: ignore[attr-defined]
-    workers = [decoder.remote(files, models, on_gpu=False) for _ in range(resources.physical_cores)]
+    workers = [decoder.remote(files, spec, on_gpu=False) for _ in range(resources.physical_cores)]
     decode = _measure(workers, rounds, lambda worker: worker.decode.remote())
     if gpus:
         for worker in workers:  # to free the CPUs for the next workers
             ray.kill(worker)
         variables = runtime_environment(gpus=1)
         captioner = _Alone.options(num_gpus=1, runtime_env=variables)  # type: ignore[attr-defined]
-        workers = [captioner.remote(files, models, on_gpu=True) for _ in range(gpus)]
-    sizes = [times * compute_batch_size(on_gpu=gpus > 0) for times in BATCH_MULTIPLES]
+        workers = [captioner.remote(files, spec, on_gpu=True) for _ in range(gpus)]
+    sizes = [times * (needs.batch_size or compute_batch_size(on_gpu=gpus > 0)) for times in BATCH_MULTIPLES]
     rates = {size: _measure(workers, rounds, partial(_start_captioning, size)) for size in sizes}
     best = max(rates, key=lambda size: rates[size].median)
     ray.shutdown()
@@ -284,19 +292,15 @@ def _measure(workers: list[Any], rounds: int, start: Callable[[Any], Any]) -> Ra
 class _Alone:
     """One core, or one GPU, that does one thing only. Its methods return the number of images and the seconds."""
 
-    def __init__(self, images: list[bytes], models: Sequence[str], *, on_gpu: bool) -> None:
-        import torch
-
-        from imcap_ray.models.captioner import load_captioner
-
+    def __init__(self, images: list[bytes], spec: CaptionerSpec, *, on_gpu: bool) -> None:
         self._images = images
-        self._captioner = load_captioner(models)
-        if on_gpu:
-            self._captioner.require_gpu()
-        self._pixels = torch.from_numpy(np.stack([self._decode(image) for image in images]))
+        self._captioner = spec()
+        self._captioner.start(gpus=float(on_gpu))
+        self._on_gpu = on_gpu
+        self._pixels = np.stack([self._decode(image) for image in images])
 
     def _decode(self, image: bytes) -> Any:
-        return decode_image(image, image_size=self._captioner.image_size).pixels
+        return self._captioner.preparation(image).pixels
 
     def decode(self) -> tuple[int, float]:
         start = time.perf_counter()
@@ -305,27 +309,33 @@ class _Alone:
         return len(self._images), time.perf_counter() - start
 
     def caption(self, batch_size: int) -> tuple[int, float]:
-        import torch
+        # A single batch takes a GPU too little time to measure.
+        num_images = 4 * batch_size if self._on_gpu else batch_size
+        pixels = np.concatenate([self._pixels] * -(-num_images // len(self._pixels)))
+        start = time.perf_counter()
+        for first in range(0, len(pixels), batch_size):
+            self._caption(pixels[first : first + batch_size])
+        return len(pixels), time.perf_counter() - start
 
-        from imcap_ray.models.captioner import search_captions
+    def _caption(self, pixels: Any) -> None:
+        from imcap_ray.models.captioner import Captioner, search_captions
 
         captioner = self._captioner
-        # A single batch takes a GPU too little time to measure.
-        num_images = 4 * batch_size if captioner.device.type == "cuda" else batch_size
-        pixels = self._pixels.repeat(-(-num_images // len(self._pixels)), 1, 1, 1)
-        start = time.perf_counter()
-        with torch.inference_mode():
-            for chunk in torch.split(pixels, batch_size):
-                features = captioner.encoder(chunk.to(captioner.device))
-                search_captions(captioner.decoder, captioner.vocabulary, features, captioner.search)
-        return len(pixels), time.perf_counter() - start
+        if not isinstance(captioner, Captioner):
+            captioner.caption_pixels(pixels)
+            return
+        import torch
+
+        with torch.inference_mode():  # all at once, whatever its own batch size
+            features = captioner.encoder(torch.from_numpy(pixels).to(captioner.device))
+            search_captions(captioner.decoder, captioner.vocabulary, features, captioner.search)
 
 
 def measure_run(
     input: str,
     output: str,
     *,
-    models: Sequence[str] = (),
+    spec: CaptionerSpec = BUNDLED,
     num_actors: int | None = None,
     batch_size: int | None = None,
 ) -> RunSpeed:
@@ -335,7 +345,7 @@ def measure_run(
         ImcapError: the error of the run.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    arguments = [input, output, list(models), time.time(), num_actors, batch_size]
+    arguments = [input, output, spec.models, spec.options, time.time(), num_actors, batch_size]
     # Start as the command does. Multiprocessing would also import the caller's main module, and with it torch.
     program = f"from {__name__} import _send_run; _send_run()"
     process = subprocess.Popen(
@@ -361,10 +371,11 @@ def measure_run(
 
 def _send_run() -> None:
     sender = Connection(int(sys.argv[1]), readable=False)
-    input, output, models, *others = json.loads(sys.argv[2])
+    input, output, models, options, *others = json.loads(sys.argv[2])
+    spec = CaptionerSpec(models=tuple(models), options=tuple((name, value) for name, value in options))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that every `finally` block runs
     try:
-        sender.send(watch_run(input, output, partial(load_captioner, models), *others))
+        sender.send(watch_run(input, output, spec, *others))
     except ImcapError as error:
         sender.send(error)
 

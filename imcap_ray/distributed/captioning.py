@@ -14,10 +14,10 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig, to_mapping
+from imcap_ray.config import CaptioningConfig, ResourcesConfig, to_mapping
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
-from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require
+from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require, require_memory
 from imcap_ray.distributed.cluster.gcs_watch import when_lost
 from imcap_ray.distributed.cluster.ray_messages import without_ray_advice
 from imcap_ray.distributed.pipeline.crash_isolation import Isolated, is_restarted_actor
@@ -34,7 +34,7 @@ from imcap_ray.distributed.pipeline.image_pipeline import (
 )
 from imcap_ray.distributed.pipeline.progress import Progress
 from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
-from imcap_ray.models.caption import Caption, ImageCaptioner, compute_batch_size, no_memory
+from imcap_ray.models.caption import ActorNeeds, Caption, ImageCaptioner, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import (
     CaptioningRun,
     CaptioningSummary,
@@ -64,7 +64,7 @@ class CaptionImages:
         gpus: reserved for this actor.
 
     Raises:
-        ImcapError: it has a GPU that cannot be used.
+        ImcapError: the captioner cannot start, for example because a GPU cannot be used.
     """
 
     def __init__(self, *, load_captioner: LoadCaptioner, reporter: ActorReporter, gpus: float = 0.0) -> None:
@@ -78,8 +78,10 @@ class CaptionImages:
         with self._reporter.batch() as counts:
             if self._captioner:
                 rows = self._captioner(images)
-                self._reporter.report_batch_size(self._captioner.captioner.compute_batch_size)
-                self._reporter.report_beam_steps(self._captioner.captioner.num_beam_steps)
+                captioner = self._captioner.captioner
+                if captioner.needs.batch_size is None:
+                    self._reporter.report_batch_size(captioner.compute_batch_size)
+                self._reporter.report_beam_steps(captioner.num_beam_steps)
             else:
                 assert self._isolated
                 rows = pa.concat_tables(
@@ -95,11 +97,10 @@ class CaptionImages:
 class _RowCaptioner:
     def __init__(self, load_captioner: LoadCaptioner, gpus: float) -> None:
         self.captioner = load_captioner()
-        if gpus:
-            self.captioner.require_gpu()
+        self.captioner.start(gpus=gpus)
 
     def __call__(self, images: pa.Table) -> pa.Table:
-        captions = iter(self.captioner.caption_pixels(stack_pixels(images, self.captioner.image_size)))
+        captions = iter(self.captioner.caption_pixels(stack_pixels(images, self.captioner.preparation.shape)))
         states = images.select(["error_code", "error_message", "is_repeated"]).to_pylist()
         return _caption_rows(images, [_answer(**state, captions=captions) for state in states])
 
@@ -192,15 +193,6 @@ class CaptioningPlan:
     """See `InputSummary`."""
 
 
-def load_captioner(
-    models: Sequence[str] = (), *, search: SearchConfig | None = None, encoder_weights: str | None = None
-) -> ImageCaptioner:
-    """`imcap_ray.models.captioner.load_captioner`; torch, which takes seconds to import, is imported by the call."""
-    from imcap_ray.models.captioner import load_captioner
-
-    return load_captioner(models, search=search, encoder_weights=encoder_weights)
-
-
 def connect_and_load(
     load_captioner: LoadCaptioner, resources: ResourcesConfig, *, verbose: bool = False
 ) -> tuple[ClusterResources, ImageCaptioner]:
@@ -220,7 +212,7 @@ def plan_captioning(
         InputError: as `caption_images` would raise before work begins.
     """
     config = _with_absolute_paths(config)
-    num_actors, gpus = _choose_actors(resources, cluster)
+    num_actors, gpus = _choose_actors(resources, cluster, captioner.needs)
     folder, known_from, keeps_rows = _folder_to_plan_for(config, captioner)
     with TemporaryDirectory() as manifest:
         summary = build_manifest(
@@ -339,10 +331,12 @@ def _identity(config: CaptioningConfig, captioner: ImageCaptioner) -> dict[str, 
     return run_identity(config.input, fingerprint=captioner.fingerprint, search=captioner.search)
 
 
-def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources) -> tuple[int, float]:
+def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources, needs: ActorNeeds) -> tuple[int, float]:
     """The number of actors and the GPUs of each; ClusterError if there is no room for them."""
-    gpus = resources.gpus_per_worker if resources.gpus_per_worker is not None else float(cluster.expects_gpus)
-    num_actors = resources.num_actors or default_num_actors(cluster, gpus)
+    default_gpus = float(cluster.expects_gpus) if needs.gpus is None else needs.gpus
+    gpus = default_gpus if resources.gpus_per_worker is None else resources.gpus_per_worker
+    num_fitting = require_memory(cluster, needs.memory)
+    num_actors = resources.num_actors or int(min(default_num_actors(cluster, gpus), num_fitting))
     # Besides the actors, Ray Data needs a CPU to decode, and on a resumed run one to leave out what is done.
     require(cluster, cpus=num_actors + 2, gpus=num_actors * gpus, what=f"--num-actors {num_actors}")
     return num_actors, gpus
@@ -351,14 +345,15 @@ def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources) -> tup
 def _actor_pool(
     resources: ResourcesConfig, cluster: ClusterResources, load_captioner: LoadCaptioner, captioner: ImageCaptioner
 ) -> ActorPool:
-    num_actors, gpus = _choose_actors(resources, cluster)
+    num_actors, gpus = _choose_actors(resources, cluster, captioner.needs)
     return ActorPool(
         actor_class=CaptionImages,
         arguments={"load_captioner": load_captioner, "gpus": gpus},
-        image_size=captioner.image_size,
-        batch_size=resources.batch_size or compute_batch_size(on_gpu=gpus > 0),
+        preparation=captioner.preparation,
+        batch_size=resources.batch_size or captioner.needs.batch_size or compute_batch_size(on_gpu=gpus > 0),
         num_actors=num_actors,
         gpus_per_actor=gpus,
+        memory_per_actor=captioner.needs.memory,
         can_grow=resources.num_actors is None and not cluster.is_local,
         can_release=cluster.max_cpus <= cluster.cpus,
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.config import EncoderConfig, PreprocessingConfig, to_mapping
+from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import FAILED, OK
@@ -134,7 +135,7 @@ class EncodeImages:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """A table of `loaded_schema` -> `FEATURES_SCHEMA` with manifest_id."""
         with self._reporter.batch() as counts:
-            encoded = iter(self._encode(stack_pixels(rows, self._encoder.image_size)))
+            encoded = iter(self._encode(stack_pixels(rows, SquarePixels(self._encoder.image_size).shape)))
             done = rows.select(["manifest_id", "image_id", "error_code", "error_message", "origin"]).to_pylist()
             for row in done:
                 row["features"] = b""
@@ -229,7 +230,7 @@ class FeatureEncoding:
                 "is_pooled": self.is_pooled,
                 "gpus": self.gpus_per_actor,
             },
-            image_size=self.encoder.image_size,
+            preparation=SquarePixels(self.encoder.image_size),
             batch_size=2 * compute_batch_size(on_gpu=self.gpus_per_actor > 0),
             num_actors=self.num_actors,
             gpus_per_actor=self.gpus_per_actor,

@@ -13,7 +13,8 @@ from typing import Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from imcap_ray.config import SearchConfig
+from imcap_ray.config import PluginSearch, SearchConfig
+from imcap_ray.data.image_decoding import Preparation
 from imcap_ray.errors import ImageError
 
 # Images computed together. A smaller batch is filled up with blank images: the shape of a batch decides in which order
@@ -35,17 +36,17 @@ class Caption:
 
     text: str
     """May be "", if the empty sequence is the most probable one."""
-    logprob: float
-    """Sum of the log-probabilities of all tokens, including the end token, in nats."""
-    num_tokens: int
-    """Number of tokens, including the end token."""
+    logprob: float = math.nan
+    """Sum of the log-probabilities of all tokens, including the end token, in nats; NaN: unknown."""
+    num_tokens: int = 0
+    """Number of tokens, including the end token; 0: unknown."""
     familiarity: float = math.nan
     """How much the image resembles the model's training images, 0..1, see `Familiarity`; NaN: the model cannot tell."""
 
     @property
     def confidence(self) -> float:
-        """Geometric mean of the tokens' probabilities: 0..1."""
-        return math.exp(self.logprob / self.num_tokens)
+        """Geometric mean of the tokens' probabilities: 0..1; NaN if they are unknown."""
+        return math.exp(self.logprob / self.num_tokens) if self.num_tokens else math.nan
 
 
 def no_memory() -> ImageError:
@@ -58,19 +59,35 @@ def not_finite(values: str) -> ImageError:
     return ImageError("internal", f"the {values} of the image are not finite numbers")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActorNeeds:
+    """What each process with a captioner needs."""
+
+    batch_size: int | None = None
+    """Images that it takes at a time; None: as many as the models of this package compute together."""
+    gpus: float | None = None
+    """GPUs; None: 1 if there are any."""
+    memory: float = 0
+    """Bytes of memory; 0: no more than any process."""
+
+
 class ImageCaptioner(Protocol):
-    """The interface of a captioner, by which other captioners can be used, and fakes in tests."""
+    """The interface of a captioner that the pipeline uses; see `CaptionerPlugin` for what others implement."""
 
     @property
-    def image_size(self) -> int:
-        """Pixels on each side."""
+    def preparation(self) -> Preparation:
+        """How images become the pixels that `caption_pixels` takes."""
+
+    @property
+    def needs(self) -> ActorNeeds:
+        """What each process needs."""
 
     @property
     def fingerprint(self) -> str:
         """A hash that is equal for captioners with equal captions, apart from the rounding of different devices."""
 
     @property
-    def search(self) -> SearchConfig:
+    def search(self) -> SearchConfig | PluginSearch:
         """The search settings."""
 
     @property
@@ -81,11 +98,15 @@ class ImageCaptioner(Protocol):
     def num_beam_steps(self) -> int:
         """Number of positions that searches have computed so far."""
 
-    def require_gpu(self) -> None:
-        """Raise ImcapError if the captioner computes on GPUs and cannot use the one of this process."""
+    def start(self, *, gpus: float) -> None:
+        """Get ready to caption in this process, for which this many GPUs are reserved.
+
+        Raises:
+            ImcapError: it cannot, for example because a GPU is reserved that cannot be used.
+        """
 
     def caption_pixels(self, pixels: npt.NDArray[np.uint8]) -> Sequence[list[Caption] | ImageError]:
-        """Find the captions of each image of uint8 pixels (B, 3, S, S), the best first.
+        """Find the captions of each image of uint8 pixels (B, *preparation.shape), the best first.
 
         The list is empty if the image does not fit into memory. An image without captions for another reason gets an
         ImageError.

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from imcap_ray.config import DEFAULT_MODEL, SearchConfig
+from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.data.image_inputs import ImageInput, is_image_input, read_image_input
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.models.batching import FixedBatches
 from imcap_ray.models.beam_search import State, beam_search
-from imcap_ray.models.caption import Caption, no_memory, not_finite
+from imcap_ray.models.caption import ActorNeeds, Caption, no_memory, not_finite
 from imcap_ray.models.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
 from imcap_ray.models.devices import choose_device, require_cuda
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder, describe_difference
@@ -125,9 +126,20 @@ class Captioner:
             f"{len(self.vocabulary):,} tokens, {self.search}, on {self.device}>"
         )
 
-    def require_gpu(self) -> None:
-        """Raise ImcapError if CUDA cannot be used in this process."""
-        require_cuda()
+    def start(self, *, gpus: float) -> None:
+        """Raise ImcapError if GPUs are reserved for this process, and CUDA cannot be used in it."""
+        if gpus:
+            require_cuda()
+
+    @property
+    def preparation(self) -> SquarePixels:
+        """How images become the pixels that `caption_pixels` takes."""
+        return SquarePixels(self.image_size)
+
+    @property
+    def needs(self) -> ActorNeeds:
+        """What a process with this captioner needs: the defaults."""
+        return ActorNeeds()
 
     @property
     def compute_batch_size(self) -> int:

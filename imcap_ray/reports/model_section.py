@@ -31,10 +31,13 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
     """Read the model of a run if it can be found and is the same; otherwise return a note with the reason."""
     from imcap_ray.models.captioner import Captioner
     from imcap_ray.models.model_folder import read_model_folder
+    from imcap_ray.models.plugin import is_plugin_name
 
     name = run.get("model")
     if not name or not isinstance(name, str):
         return ModelOfRun()
+    if is_plugin_name(name):  # it is not imported: the captions may be from somebody else
+        return ModelOfRun(note=f"{name} is no model folder, so it is unknown where it looks" if with_attention else "")
     try:
         folder = read_model_folder(name)
         if run.get("model_fingerprint") not in (None, folder.fingerprint):

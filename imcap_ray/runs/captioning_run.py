@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
-from imcap_ray.config import CaptioningConfig, SearchConfig, to_mapping
+from imcap_ray.config import CaptioningConfig, PluginSearch, SearchConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.input_listing import describe_kinds
 from imcap_ray.data.manifest import InputOptions, build_manifest
@@ -77,7 +77,7 @@ class CaptioningSummary:
             )
 
 
-def run_identity(input: str, *, fingerprint: str, search: SearchConfig) -> dict[str, Any]:
+def run_identity(input: str, *, fingerprint: str, search: SearchConfig | PluginSearch) -> dict[str, Any]:
     """What must not change between a run and its resumption, as run.json records it."""
     return {
         "input": input,
@@ -146,6 +146,7 @@ class CaptioningRun:
             **identity,
             "schema_version": self.schema_version,
             "model": config.model_name,
+            "model_options": dict(config.model_options),
             "versions": {name: version(name) for name in ("ray", "torch", "pyarrow")} | {"imcap_ray": __version__},
             "started": now(),
         }

@@ -127,7 +127,7 @@ def _notes(location: str, num_without_references: int) -> Iterator[str]:
         verb = "has" if num_without_references == 1 else "have"
         yield f"{num_without_references:,} captioned image{'s' * (verb == 'have')} {verb} no references"
     run = read_run(location) or {}
-    if isinstance(search := run.get("search"), dict):
+    if isinstance(search := run.get("search"), dict) and "beam_size" in search:
         yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
     if fingerprint := run.get("model_fingerprint"):
         yield f"model {str(fingerprint)[:12]}"

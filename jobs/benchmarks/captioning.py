@@ -20,6 +20,7 @@ from imcap_ray.distributed.benchmark import (
     measure_run,
     some_files,
 )
+from imcap_ray.models.captioner_spec import CaptionerSpec
 
 SIZES = ((224, 224), (500, 375), (4000, 3000))
 LARGE_PIXELS = 4_000_000
@@ -33,15 +34,16 @@ LARGE_PIXELS = 4_000_000
 def main(images: int, large_images: int, models: tuple[str, ...], as_json: bool) -> None:
     """Compare `imcap caption` with the limit of this machine: JPEGs of three sizes, as files and as a Parquet table."""
     runs: list[dict[str, Any]] = []
+    spec = CaptionerSpec(models=models)
     for size in SIZES:
         with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
             count = large_images if size[0] * size[1] > LARGE_PIXELS else images
             files, table = f"{folder}/photographs", f"{folder}/photographs.parquet"
             write_photographs(files, count, size)
             write_table(files, table)
-            limit = measure_limit(some_files(files, IMAGES_PER_ROUND), models)
+            limit = measure_limit(some_files(files, IMAGES_PER_ROUND), spec)
             for kind, input in (("folder", files), ("Parquet", table)):
-                run = measure_run(input, f"{folder}/captions-{kind}", models=models)
+                run = measure_run(input, f"{folder}/captions-{kind}", spec=spec)
                 comparison = Comparison(limit=limit, run=run)
                 name = f"{size[0]} x {size[1]}, {kind}"
                 runs.append({"input": name} | comparison.to_dict())

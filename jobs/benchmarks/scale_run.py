@@ -8,20 +8,22 @@ from dataclasses import asdict
 from typing import Any
 
 from imcap_ray.config import SearchConfig
+from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.distributed.benchmark import watch_run
-from imcap_ray.models.caption import Caption
+from imcap_ray.models.caption import ActorNeeds, Caption
 
 
 class InstantEcho:
     """A stand-in for a captioner that takes no time, so that only the pipeline is left."""
 
-    image_size = 32
+    preparation = SquarePixels(32)
+    needs = ActorNeeds()
     fingerprint = "instant-echo"
     compute_batch_size = 16
     num_beam_steps = 0
     search = SearchConfig()
 
-    def require_gpu(self) -> None:
+    def start(self, *, gpus: float) -> None:
         """Do nothing: it needs no GPU."""
 
     def caption_pixels(self, pixels: Any) -> list[list[Caption]]:

@@ -19,10 +19,11 @@ import ray
 from ray.cluster_utils import Cluster
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
+from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster.connection import connect
 from imcap_ray.errors import ImcapError
-from imcap_ray.models.caption import Caption
+from imcap_ray.models.caption import ActorNeeds, Caption
 
 SECONDS_PER_IMAGE = 0.01
 
@@ -42,7 +43,8 @@ class SlowEcho:
         processes: the processes that this one works for: the driver, and the actor if the work is isolated.
     """
 
-    image_size = 32
+    preparation = SquarePixels(32)
+    needs = ActorNeeds()
     fingerprint = "slow-echo"
     compute_batch_size = 16
     num_beam_steps = 0
@@ -52,7 +54,7 @@ class SlowEcho:
         name = "-".join(map(str, (*processes, os.getppid(), os.getpid())))
         self._log = os.open(Path(log, f"{name}@{time.time_ns()}"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
 
-    def require_gpu(self) -> None:
+    def start(self, *, gpus: float) -> None:
         """Do nothing: it needs no GPU."""
 
     def caption_pixels(self, pixels: Any) -> list[list[Caption]]:

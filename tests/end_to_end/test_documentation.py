@@ -22,7 +22,7 @@ from click.testing import CliRunner, Result
 
 from imcap_ray.cli.main import main
 from tests import small_data
-from tests.documented import ROOT, Shown, shown_commands
+from tests.documented import ROOT, Shown, example_captioner, shown_commands
 from tests.hang_guard import TIMEOUT_SECONDS
 
 LOCAL = ("caption", "train", "check", "evaluate", "report", "export", "model", "status", "demo", "bench")
@@ -35,6 +35,7 @@ SHOWN = [
     and shown.words[1] in LOCAL
     and shown.words[1] != MEASURES
     and "s3://" not in shown.line
+    and "hf:" not in shown.line  # needs the network
     and "--help" not in shown.words
 ]
 
@@ -73,6 +74,7 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(photographs, pictures)
     shutil.copytree(photographs, tmp_path / "development")
     shutil.copy(next(photographs.iterdir()), tmp_path / "one.jpg")
+    (tmp_path / "brightness.py").write_text(example_captioner())
     files = sorted(photographs.iterdir())
     table = pa.table({"image_id": [file.name for file in files], "image": [file.read_bytes() for file in files]})
     pq.write_table(table, tmp_path / "photographs.parquet")

@@ -19,7 +19,7 @@ import pytest
 import ray
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, SearchConfig
-from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.image_decoding import SquarePixels, decode_image
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
@@ -284,7 +284,7 @@ def test_a_large_row_group_is_read_by_one_task_whose_blocks_do_not_depend_on_fai
     build_manifest(str(tmp_path / "in.parquet"), str(tmp_path / "manifest"))
 
     blocks = read_images(
-        str(tmp_path / "manifest"), LoadImages(image_size=32, root=str(tmp_path)), num_images=1_000_000
+        str(tmp_path / "manifest"), LoadImages(preparation=SquarePixels(32), root=str(tmp_path)), num_images=1_000_000
     ).iter_batches(batch_size=None, batch_format="pyarrow")
 
     ids = [block["manifest_id"].to_pylist() for block in blocks]
@@ -303,7 +303,7 @@ def test_blocks_are_even_and_as_few_as_the_batch_size_allows_in_small_runs(
     build_manifest(str(tmp_path), str(tmp_path / "manifest"))
 
     blocks = read_images(
-        str(tmp_path / "manifest"), LoadImages(image_size=32, root=str(tmp_path)), num_images=num_images
+        str(tmp_path / "manifest"), LoadImages(preparation=SquarePixels(32), root=str(tmp_path)), num_images=num_images
     ).iter_batches(batch_size=None, batch_format="pyarrow")
 
     assert sorted(block.num_rows for block in blocks) == sizes
@@ -316,7 +316,7 @@ def test_a_private_ray_runs_as_many_decoding_tasks_as_cores(
 ) -> None:
     monkeypatch.setattr(image_pipeline, "own_cores", lambda: cores)
     build_manifest(str(photographs), str(tmp_path / "manifest"))
-    load_images = LoadImages(image_size=32, root=str(photographs))
+    load_images = LoadImages(preparation=SquarePixels(32), root=str(photographs))
 
     def load(rows: pa.Table) -> pa.Table:
         begin = time.monotonic()
@@ -329,7 +329,7 @@ def test_a_private_ray_runs_as_many_decoding_tasks_as_cores(
         (tmp_path / f"{begin}.span").write_text(json.dumps([begin, time.monotonic()]))
         return loaded
 
-    load.image_size = 32
+    load.preparation = SquarePixels(32)
     read_images(str(tmp_path / "manifest"), load, num_images=4 * COMPUTE_BATCH_SIZE).materialize()
 
     spans = [json.loads(path.read_text()) for path in tmp_path.glob("*.span")]

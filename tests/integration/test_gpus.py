@@ -27,11 +27,12 @@ import ray
 ray.init(num_cpus=6, num_gpus=1, include_dashboard=False)
 
 from imcap_ray.config import CaptioningConfig, ResourcesConfig, TrainingRunConfig, load_recipe
-from imcap_ray.distributed.captioning import caption_images, load_captioner
+from imcap_ray.distributed.captioning import caption_images
 from imcap_ray.distributed.cluster.connection import connect
 from imcap_ray.distributed.training.trainer import train
 from imcap_ray.distributed.training.training_plan import load_data
 from imcap_ray.errors import ImcapError
+from imcap_ray.models.captioner_spec import CaptionerSpec
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 from tests.fakes import EchoCaptioner
@@ -63,7 +64,7 @@ def learn():
 
 print(json.dumps([
     outcome(lambda: caption("echoes", EchoCaptioner)),
-    outcome(lambda: caption("captions", partial(load_captioner, [str(root / "model")]))),
+    outcome(lambda: caption("captions", CaptionerSpec(models=(str(root / "model"),)))),
     outcome(learn),
 ]))
 """

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 
 from imcap_ray.cli.main import main
-from tests.documented import ROOT, Shown, shown_commands
+from imcap_ray.models.plugin import PluggedCaptioner
+from tests.documented import ROOT, Shown, example_captioner, shown_commands
 from tests.small_data import jpeg
 
 SHOWN = shown_commands()
@@ -82,6 +84,22 @@ def test_every_command_and_option_has_help(name: str) -> None:
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"imcap {name} {parameter.opts[0]} has no help"
+
+
+def test_the_example_of_a_captioner_captions_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = example_captioner()
+    (tmp_path / "brightness.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    captioner = PluggedCaptioner("brightness:Brightness", (("words", "black,white"),), num_captions=2)
+    captioner.start(gpus=0)
+
+    pixels = np.stack([captioner.preparation(jpeg(number)).pixels for number in range(3)])
+    pixels[0] = 255
+    results = captioner.caption_pixels(pixels)
+
+    assert [result.text for result in results[0]] == ["a white image", "a black image"]
+    assert all(0 < result.confidence < 1 for captions in results for result in captions)
+    assert len(code.splitlines()) <= 32, "the documentation promises a short one"
 
 
 def test_the_library_example_runs(

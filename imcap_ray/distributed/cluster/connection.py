@@ -86,6 +86,9 @@ class ClusterResources:
     free_gpus: float = inf
     """Logical GPUs that no other job holds."""
 
+    node_memory: tuple[float, ...] = ()
+    """Bytes of memory that Ray may reserve on each machine."""
+
     @property
     def expects_gpus(self) -> bool:
         """Whether there are GPUs, or will be."""
@@ -165,6 +168,25 @@ def require(resources: ClusterResources, *, cpus: float, gpus: float, what: str)
                 f"{what} needs {needed:g} {unit}{'' if needed == 1 else 's'}, "
                 f"{holder} has {shown:g}{growth}: ask for less{advice}"
             )
+
+
+def require_memory(resources: ClusterResources, memory: float) -> float:
+    """The number of processes of this many bytes that fit into the memory of the nodes; inf if none are needed.
+
+    Raises:
+        ClusterError: no node has room for one, and the cluster does not grow.
+    """
+    if not memory:
+        return inf
+    num_fitting = sum(available // memory for available in resources.node_memory)
+    if not num_fitting and resources.max_cpus <= resources.cpus:
+        largest = max(resources.node_memory, default=0.0)
+        holder = "this machine" if resources.is_local else "the largest node"
+        raise ClusterError(
+            f"the captioner needs {memory / 2**30:.1f} GiB of memory in each process, {holder} has "
+            f"{largest / 2**30:.1f} GiB for Ray's processes"
+        )
+    return max(1.0, num_fitting)
 
 
 def runtime_environment(*, gpus: float) -> dict[str, Any] | None:
@@ -286,17 +308,18 @@ def _speaks_grpc(address: str) -> bool:
 
 def _resources() -> ClusterResources:
     is_local = private_ray.is_connected()
-    total = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    total, nodes = ray.cluster_resources(), ray.nodes()  # type: ignore[no-untyped-call]
     cpus = total.get("CPU", 0.0)
     maximum = {} if is_local else _autoscaled_maximum()
     return ClusterResources(
         is_local=is_local,
         cpus=cpus,
         gpus=total.get("GPU", 0.0),
-        nodes=sum(node["Alive"] for node in ray.nodes()),  # type: ignore[no-untyped-call]
+        nodes=sum(node["Alive"] for node in nodes),
         physical_cores=available_cores() if is_local else int(cpus),
         max_cpus=maximum.get("CPU", 0.0),
         max_gpus=maximum.get("GPU", 0.0),
+        node_memory=tuple(node["Resources"].get("memory", 0.0) for node in nodes if node["Alive"]),
     )
 
 

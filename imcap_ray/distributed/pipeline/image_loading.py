@@ -7,7 +7,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import ray
 
-from imcap_ray.data.image_decoding import DecodedImage, decode_image
+from imcap_ray.data.image_decoding import DecodedImage, Preparation
 from imcap_ray.data.image_reading import read_rows
 from imcap_ray.data.schemas import ManifestRow
 from imcap_ray.distributed.pipeline.crash_isolation import Isolated, process_ends_after
@@ -37,14 +37,14 @@ DECODE_SECONDS_VARIABLE = "IMCAP_DECODE_SECONDS"
 """Environment variable for another limit; the processes that decode need it."""
 
 
-def loaded_schema(image_size: int) -> pa.Schema:
+def loaded_schema(shape: Sequence[int]) -> pa.Schema:
     """Columns of loaded images. Pixels have a fixed size, so that a block has the same size even if images failed."""
     return pa.schema(
         [
             ("manifest_id", pa.int64()),
             ("image_id", pa.string()),
             ("image_path", pa.string()),
-            ("pixels", pa.binary(3 * image_size**2)),  # uint8 (3, S, S); null if there is an error
+            ("pixels", pa.binary(math.prod(shape))),  # uint8 of this shape; null if there is an error
             ("width", pa.int32()),
             ("height", pa.int32()),
             ("format", pa.string()),
@@ -84,9 +84,9 @@ class LoadedImage(NamedTuple):
         return cls.of(row)._replace(error_code=error.code, error_message=error.message)
 
 
-def loaded_table(images: Iterable[LoadedImage], image_size: int) -> pa.Table:
+def loaded_table(images: Iterable[LoadedImage], shape: Sequence[int]) -> pa.Table:
     """Loaded images as a table of `loaded_schema`."""
-    return pa.Table.from_pylist([image._asdict() for image in images], schema=loaded_schema(image_size))
+    return pa.Table.from_pylist([image._asdict() for image in images], schema=loaded_schema(shape))
 
 
 def origin_of(row: Mapping[str, object]) -> str:
@@ -100,7 +100,7 @@ def origin_of(row: Mapping[str, object]) -> str:
 class LoadImages:
     """Manifest rows -> rows of `loaded_schema`: read and decoded, or with an error."""
 
-    image_size: int
+    preparation: Preparation
     root: str
     """Where the images are. If it is missing too, a missing image is not that image's own fault."""
     index: Any = None
@@ -142,9 +142,9 @@ class LoadImages:
     def _load(self, rows: pa.Table) -> Iterator[pa.Table]:
         seconds = _decode_seconds()
         images = read_rows(rows.to_pylist(), self.root, image_columns=self.image_columns)
-        loaded = (_load_image(row, data, image_size=self.image_size, seconds=seconds) for row, data in images)
+        loaded = (_load_image(row, data, self.preparation, seconds=seconds) for row, data in images)
         while block := list(islice(loaded, IMAGES_PER_BLOCK)):
-            yield loaded_table(block, self.image_size)
+            yield loaded_table(block, self.preparation.shape)
 
     def _load_isolated(self, rows: pa.Table) -> Iterator[pa.Table]:
         isolated = Isolated(
@@ -158,7 +158,7 @@ class LoadImages:
             yield pa.concat_tables(parts)
 
     def _failed(self, rows: pa.Table, error: ImageError) -> pa.Table:
-        return loaded_table([LoadedImage.failed(row, error) for row in rows.to_pylist()], self.image_size)
+        return loaded_table([LoadedImage.failed(row, error) for row in rows.to_pylist()], self.preparation.shape)
 
 
 def _decode_seconds() -> float:
@@ -169,12 +169,12 @@ def _decode_seconds() -> float:
     return seconds if 0 < seconds < threading.TIMEOUT_MAX else DECODE_SECONDS
 
 
-def _load_image(row: ManifestRow, data: bytes | ImageError, *, image_size: int, seconds: float) -> LoadedImage:
+def _load_image(row: ManifestRow, data: bytes | ImageError, preparation: Preparation, *, seconds: float) -> LoadedImage:
     try:
         if isinstance(data, ImageError):
             raise data
         with process_ends_after(seconds):  # reading does not count, because a slow store is not the image's fault
-            image: DecodedImage = decode_image(data, image_size=image_size)
+            image: DecodedImage = preparation(data)
     except ImageError as error:
         return LoadedImage.failed(row, error)
     return LoadedImage.of(row)._replace(
@@ -208,10 +208,10 @@ def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
     return loaded
 
 
-def stack_pixels(rows: pa.Table, image_size: int) -> npt.NDArray[np.uint8]:
-    """The pixels (B, 3, S, S) of the rows that have pixels, in the order of the rows."""
+def stack_pixels(rows: pa.Table, shape: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """The pixels (B, *shape) of the rows that have pixels, in the order of the rows."""
     column = rows["pixels"].drop_null().combine_chunks()
     flat = np.frombuffer(column.buffers()[1], np.uint8) if len(column) else np.empty(0, np.uint8)
-    shape = (len(column), 3, image_size, image_size)
-    start = column.offset * 3 * image_size**2
-    return flat[start : start + math.prod(shape)].reshape(shape)
+    size = math.prod(shape)
+    start = column.offset * size
+    return flat[start : start + len(column) * size].reshape(len(column), *shape)

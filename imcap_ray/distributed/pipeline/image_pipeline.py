@@ -22,6 +22,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import RayError
 
 from imcap_ray import storage
+from imcap_ray.data.image_decoding import Preparation
 from imcap_ray.data.manifest import largest_row_group, read_image_columns
 from imcap_ray.distributed.cluster.connection import ClusterResources, own_cores, runtime_environment
 from imcap_ray.distributed.cluster.free_resources import FreeResources
@@ -118,7 +119,7 @@ def read_images(manifest: str, load: LoadImages, *, num_images: int) -> Dataset:
     # Ray would join the tables that a task yields into blocks of 128 MiB. With this size each table is a block. It must
     # be, because a repeated task must return the same blocks even if an image fails that did not fail before.
     context = DataContext.get_current().copy()
-    context.target_max_block_size = IMAGES_PER_BLOCK * 3 * load.image_size**2
+    context.target_max_block_size = IMAGES_PER_BLOCK * math.prod(load.preparation.shape)
     blocks = -(-num_images // (COMPUTE_BATCH_SIZE if num_images <= SMALL_RUN else IMAGES_PER_BLOCK))
     with DataContext.current(context):
         return (
@@ -198,12 +199,14 @@ class ActorPool:
     actor_class: type
     """Called with a table of `loaded_schema`; built with `arguments` and a `reporter`."""
     arguments: Mapping[str, Any]
-    image_size: int
-    """Pixels on each side of the images that the actors take."""
+    preparation: Preparation
+    """What the actors want their images to be."""
     batch_size: int
     """Images that an actor takes at a time."""
     num_actors: int
     gpus_per_actor: float
+    memory_per_actor: float = 0
+    """Bytes that Ray reserves; 0: none."""
     can_grow: bool = False
     """Whether the pool grows when nodes join the cluster, and shrinks again when they leave."""
     can_release: bool = False
@@ -222,6 +225,7 @@ class ActorPool:
             "batch_format": "pyarrow",
             "num_cpus": 1,
             "num_gpus": self.gpus_per_actor or None,
+            "memory": self.memory_per_actor or None,
             "runtime_env": runtime_environment(gpus=self.gpus_per_actor),
             # The actors that fit now are the minimum, because Ray would otherwise begin by taking some away: it divides
             # the CPUs equally among the operators. It adds actors only while each has nearly two blocks waiting and the
@@ -283,7 +287,7 @@ def map_images(
     context = files.checkpointed_context()
     counter = start_counter()
     load = LoadImages(
-        image_size=pool.image_size,
+        preparation=pool.preparation,
         root=files.root,
         index=index,
         image_columns=tuple(read_image_columns(files.manifest)),

@@ -12,6 +12,7 @@ import ray
 
 from imcap_ray import storage
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.data.image_reading import root_of
 from imcap_ray.data.manifest import read_image_columns
 from imcap_ray.data.parquet_files import write_table
@@ -184,7 +185,7 @@ def read_inputs(inputs: Inputs, encoder: Encoder, *, failures: Any, counter: Any
     if isinstance(inputs, FeatureCache):
         return _read_features(inputs)
     load = LoadImages(
-        image_size=encoder.image_size,
+        preparation=SquarePixels(encoder.image_size),
         root=inputs.root,
         image_columns=tuple(read_image_columns(inputs.folder)),
         failures=failures,

@@ -59,7 +59,7 @@ def rows() -> pa.Table:
         {
             "manifest_id": range(NUM_IMAGES),
             "image_id": [f"{number}.jpg" for number in range(NUM_IMAGES)],
-            "pixels": pa.array(pixels, loaded_schema(SIZE).field("pixels").type),
+            "pixels": pa.array(pixels, loaded_schema((3, SIZE, SIZE)).field("pixels").type),
             "error_code": codes,
             "error_message": ["cut" if code else "" for code in codes],
             "origin": [f"origin {number}" for number in range(NUM_IMAGES)],
