@@ -31,6 +31,12 @@ DEFAULT_RECIPE = "lite2-attention"
 DEFAULT_MODEL = "flickr8k-lite2"
 """The model that comes with the package."""
 
+AUTO = "auto"
+FLOAT32 = "float32"
+INT8 = "int8"
+PRECISIONS = (AUTO, FLOAT32, INT8)
+"""Precisions of the CNN in captioning. `auto` is the model folder's choice and never the machine's, so that a model
+captions alike everywhere."""
 
 MAX_BEAM_SIZE = 1000
 """Widest beam; good captions need 3 to 5, and a beam that is much too wide fills the memory."""

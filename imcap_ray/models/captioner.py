@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Final, TypeAlias, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from imcap_ray.config import DEFAULT_MODEL, SearchConfig
+from imcap_ray.config import AUTO, DEFAULT_MODEL, FLOAT32, INT8, SearchConfig
 from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.data.image_inputs import ImageInput, is_image_input, read_image_input
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
@@ -31,9 +31,17 @@ from imcap_ray.models.devices import choose_device, require_cuda
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder, describe_difference
 from imcap_ray.models.familiarity import Familiarity, mean_familiarity
 from imcap_ray.models.inference_optimization import optimize_for_inference
-from imcap_ray.models.model_folder import CONFIG_FILE, WEIGHTS_FILE, read_model_folder, select_tensors
+from imcap_ray.models.model_folder import CONFIG_FILE, WEIGHTS_FILE, ModelFolder, read_model_folder, select_tensors
+from imcap_ray.models.quantized_encoder import QuantizedEncoder
 from imcap_ray.text.tokenizers import tokenize_words
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
+
+AnyEncoder: TypeAlias = Encoder | QuantizedEncoder | EncoderEnsemble
+
+_INT8_NEEDS_CPU: Final = (
+    "this model captions in int8, which is computed on CPUs: give --precision float32 to use a GPU, or "
+    "--gpus-per-worker 0"
+)
 
 _log = logging.getLogger(__name__)
 
@@ -95,7 +103,7 @@ class Captioner:
     def __init__(
         self,
         *,
-        encoder: Encoder | EncoderEnsemble,
+        encoder: AnyEncoder,
         decoder: Decoder | DecoderEnsemble,
         vocabulary: Vocabulary,
         search: SearchConfig,
@@ -106,7 +114,11 @@ class Captioner:
     ) -> None:
         self.name = name
         """The model folder, or the name of the bundled model; "" if it was not loaded from one."""
-        self.device = torch.device(device) if device else choose_device(gpus=0)
+        self.precision = INT8 if any(isinstance(part, QuantizedEncoder) for part in encoder.modules()) else FLOAT32
+        """`float32` or `int8`: the precision of the CNN. In int8 everything is computed on the CPU."""
+        self.device = torch.device(device or ("cpu" if self.precision == INT8 else choose_device(gpus=0)))
+        if self.precision == INT8 and self.device.type != "cpu":
+            raise ConfigError(_INT8_NEEDS_CPU)
         self.image_size = encoder.image_size
         """Pixels on each side of the images that `caption_pixels` takes."""
         self._trained_encoder = encoder.eval()
@@ -127,7 +139,9 @@ class Captioner:
         )
 
     def start(self, *, gpus: float) -> None:
-        """Raise ImcapError if GPUs are reserved for this process, and CUDA cannot be used in it."""
+        """Raise ImcapError if GPUs are reserved for this process, and cannot be used in it or by this captioner."""
+        if gpus and self.precision == INT8:
+            raise ConfigError(_INT8_NEEDS_CPU)
         if gpus:
             require_cuda()
 
@@ -138,8 +152,8 @@ class Captioner:
 
     @property
     def needs(self) -> ActorNeeds:
-        """What a process with this captioner needs: the defaults."""
-        return ActorNeeds()
+        """What a process with this captioner needs."""
+        return ActorNeeds(gpus=0 if self.precision == INT8 else None)
 
     @property
     def compute_batch_size(self) -> int:
@@ -150,8 +164,11 @@ class Captioner:
     # settings must not take GPU memory from the ones that caption.
 
     @cached_property
-    def encoder(self) -> Encoder | EncoderEnsemble:
+    def encoder(self) -> AnyEncoder:
         """The CNN, or several of them."""
+        if self.precision == INT8:
+            return self._trained_encoder
+        assert not isinstance(self._trained_encoder, QuantizedEncoder)
         return optimize_for_inference(self._trained_encoder, self.device).to(self.device)
 
     @cached_property
@@ -169,28 +186,23 @@ class Captioner:
         device: str | torch.device | None = None,
         search: SearchConfig | None = None,
         encoder_weights: str | Path | None = None,
+        precision: str = AUTO,
     ) -> Captioner:
         """Load the captioner of a model folder (path or URI), or the bundled one (None, or its name).
 
         Args:
             search: settings to use instead of the folder's defaults.
             encoder_weights: file with the CNN's weights, for a machine that cannot download them.
+            precision: `float32`, `int8`, or `auto`: as the model folder says.
 
         Raises:
-            ModelError: the folder is incomplete, or the CNN's weights are not available or not those used in training.
+            ModelError: the folder is incomplete or has no CNN in this precision, or the CNN's weights are not available
+                or not those used in training.
+            ConfigError: OpenVINO, which computes in int8, is not installed.
         """
         folder = read_model_folder(model)
-        cnn_tensors = select_tensors("encoder.", folder.tensors)
-        try:
-            encoder = build_encoder(
-                folder.encoder,
-                folder.preprocessing,
-                weights_path=None if cnn_tensors else encoder_weights,
-                expected=folder.encoder_weights,
-                tensors=cnn_tensors or None,
-            )
-        except InputError as error:
-            raise ModelError(f"{folder.location}: {error}") from error
+        precision = folder.resolve_precision(precision)
+        encoder = _load_int8_encoder(folder) if precision == INT8 else _load_encoder(folder, encoder_weights)
         decoder = build_decoder(
             folder.decoder, num_channels=encoder.num_channels, vocabulary_size=folder.vocabulary_size
         )
@@ -198,14 +210,15 @@ class Captioner:
         if reason := describe_difference(decoder.state_dict(), weights):  # the CNN's features have another shape
             raise ModelError(f"{folder.location}: {WEIGHTS_FILE} and {CONFIG_FILE} do not match: {reason}")
         decoder.load_state_dict(weights)
+        familiarity = folder.int8.familiarity if precision == INT8 and folder.int8 else folder.familiarity
         return cls(
             encoder=encoder,
             decoder=decoder,
             vocabulary=folder.vocabulary,
             search=search or folder.search,
-            familiarity=[folder.familiarity] if folder.familiarity else (),
+            familiarity=[familiarity] if familiarity else (),
             device=device,
-            fingerprint=folder.fingerprint,
+            fingerprint=folder.fingerprint_in(precision),
             name=DEFAULT_MODEL if model in (None, DEFAULT_MODEL) else folder.location,
         )
 
@@ -349,11 +362,34 @@ class Captioner:
         self.num_beam_steps += 1
 
 
+def _load_encoder(folder: ModelFolder, encoder_weights: str | Path | None) -> Encoder:
+    cnn_tensors = select_tensors("encoder.", folder.tensors)
+    try:
+        return build_encoder(
+            folder.encoder,
+            folder.preprocessing,
+            weights_path=None if cnn_tensors else encoder_weights,
+            expected=folder.encoder_weights,
+            tensors=cnn_tensors or None,
+        )
+    except InputError as error:
+        raise ModelError(f"{folder.location}: {error}") from error
+
+
+def _load_int8_encoder(folder: ModelFolder) -> QuantizedEncoder:
+    assert folder.int8 and folder.preprocessing.image_size
+    try:
+        return QuantizedEncoder(folder.int8.network, image_size=folder.preprocessing.image_size)
+    except ModelError as error:
+        raise ModelError(f"{folder.location}: {error}") from error
+
+
 def load_captioner(
     models: Sequence[str | Path] = (),
     *,
     search: SearchConfig | None = None,
     encoder_weights: str | Path | None = None,
+    precision: str = AUTO,
 ) -> Captioner:
     """Load one or several model folders as one captioner; without any, load the bundled model.
 
@@ -361,22 +397,29 @@ def load_captioner(
 
     Args:
         search: settings to use instead of the first folder's defaults.
+        precision: as in `Captioner.load`.
 
     Raises:
-        ModelError: as in `Captioner.load`, or the models differ in vocabulary, image size or number of regions.
+        ModelError: as in `Captioner.load`, or the models differ in vocabulary, image size, number of regions or
+            precision.
+        ConfigError: as in `Captioner.load`.
     """
-    loaded = [Captioner.load(model, search=search, encoder_weights=encoder_weights) for model in models or (None,)]
+    loaded = [
+        Captioner.load(model, search=search, encoder_weights=encoder_weights, precision=precision)
+        for model in models or (None,)
+    ]
     first = loaded[0]
     if len(loaded) == 1:
         return first
-    encoders: list[Encoder] = []
+    encoders: list[Encoder | QuantizedEncoder] = []
     familiarity: list[Familiarity] = []
-    members: list[tuple[Decoder, Encoder]] = []
+    members: list[tuple[Decoder, Encoder | QuantizedEncoder]] = []
     for model, captioner in zip(models, loaded, strict=True):
         encoder, decoder = captioner._trained_encoder, captioner._trained_decoder
-        assert isinstance(encoder, Encoder) and isinstance(decoder, Decoder)
+        assert isinstance(encoder, Encoder | QuantizedEncoder) and isinstance(decoder, Decoder)
         for property, is_same in (
             ("vocabulary", captioner.vocabulary.tokens == first.vocabulary.tokens),
+            ("precision", captioner.precision == first.precision),
             ("image size", encoder.image_size == first.image_size),
             ("number of regions", not encoders or encoder.num_regions == encoders[0].num_regions),
         ):
@@ -401,8 +444,10 @@ def load_captioner(
     )
 
 
-def _have_same_features(first: Encoder, second: Encoder) -> bool:
+def _have_same_features(first: Encoder | QuantizedEncoder, second: Encoder | QuantizedEncoder) -> bool:
     """Whether both compute the same features; False if the hash of the weights is unknown."""
+    if isinstance(first, QuantizedEncoder) or isinstance(second, QuantizedEncoder):
+        return first.weights == second.weights
     return (
         bool(first.weights.sha256)
         and first.weights == second.weights

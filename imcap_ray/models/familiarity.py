@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -61,6 +61,10 @@ class Familiarity:
         directions = _as_stored(np.linalg.svd(train - mean, full_matrices=False)[2][:num_directions])
         learned = cls(mean, directions, np.zeros(0, np.float32))
         return cls(mean, directions, np.sort(learned.residuals_of(val)))
+
+    def calibrate(self, validation: npt.ArrayLike) -> Familiarity:
+        """The same directions, with the residuals of features (V, F) that a rounded copy of the CNN computes."""
+        return replace(self, residuals=np.sort(self.residuals_of(np.asarray(validation, np.float32))))
 
     def of(self, features: npt.ArrayLike) -> Floats:
         """Familiarity, 0..1, of images with these features (B, F): the share of validation images that are no closer to

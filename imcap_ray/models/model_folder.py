@@ -16,7 +16,10 @@ from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.config import (
+    AUTO,
     DEFAULT_MODEL,
+    FLOAT32,
+    INT8,
     DecoderConfig,
     EncoderConfig,
     PreprocessingConfig,
@@ -25,11 +28,12 @@ from imcap_ray.config import (
     parse_json,
     to_mapping,
 )
-from imcap_ray.errors import ConfigError, ModelError
+from imcap_ray.errors import ConfigError, ModelError, OutputError
 from imcap_ray.models.decoders import build_decoder, find_decoder
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.models.encoders import describe_difference
 from imcap_ray.models.familiarity import FAMILIARITY_FILE, Familiarity
+from imcap_ray.models.quantized_encoder import QuantizedNetwork
 from imcap_ray.text.vocabulary import Vocabulary
 
 FORMAT_VERSION: Final = 2
@@ -45,6 +49,15 @@ METRICS_FILE: Final = "metrics.json"
 
 CARD_FILE: Final = "README.md"
 
+INT8_GRAPH_FILE: Final = "encoder_int8.xml"
+
+INT8_WEIGHTS_FILE: Final = "encoder_int8.bin"
+
+INT8_FAMILIARITY_FILE: Final = "familiarity_int8.safetensors"
+
+PRECISION: Final = "precision"
+"""Entry of `config.json`: the precision in which the model captions by default; float32 if there is none."""
+
 CHECKSUMS: Final = "sha256"
 """Section of `config.json` with the hashes of the other files, by file name; earlier versions wrote none."""
 
@@ -54,8 +67,18 @@ _MAX_BYTES: Final = {
     METRICS_FILE: 2**26,
     WEIGHTS_FILE: 2**34,
     FAMILIARITY_FILE: 2**24,
+    INT8_GRAPH_FILE: 2**26,
+    INT8_WEIGHTS_FILE: 2**32,
+    INT8_FAMILIARITY_FILE: 2**24,
 }
 """Sizes of the largest files that are read, because each is read into memory."""
+
+_INT8_CARD: Final = """
+## Precision
+
+The CNN is here twice: in float32, and quantised to int8 with photographs of the training set (no weight was trained).
+By default it captions in int8; `--precision float32` selects the other one. Scores in this card are those of float32.
+"""
 
 SCALE_SUFFIX: Final = ".scale"
 """Appended to the name of an int8 matrix (M, N) to name the bfloat16 factors (M) of its rows."""
@@ -72,6 +95,14 @@ class ModelSettings:
     search: SearchConfig
 
 
+@dataclass(frozen=True, slots=True)
+class Int8Encoder:
+    """A model's CNN in int8, and the familiarity of images by its features."""
+
+    network: QuantizedNetwork
+    familiarity: Familiarity | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFolder(ModelSettings):
     """The contents of a model folder."""
@@ -86,7 +117,27 @@ class ModelFolder(ModelSettings):
     """None in folders of earlier versions, and if there were too few images to learn it."""
     fingerprint: str
     """sha256 over the configuration without its checksums, the weights and the vocabulary. The same fingerprint means
-    the same captions."""
+    the same captions, in float32."""
+    int8: Int8Encoder | None = None
+    """None: this model captions in float32 only."""
+    precision: str = FLOAT32
+    """`float32` or `int8`: the precision in which the model captions by default."""
+
+    def resolve_precision(self, precision: str) -> str:
+        """Return `float32` or `int8` for one of `PRECISIONS`; ModelError if this model has no CNN in int8."""
+        resolved = self.precision if precision == AUTO else precision
+        if resolved == INT8 and self.int8 is None:
+            raise ModelError(
+                f"{self.location} has no CNN in int8: make one with imcap quantize, or give --precision float32"
+            )
+        return resolved
+
+    def fingerprint_in(self, precision: str) -> str:
+        """The fingerprint of captions in `float32` or `int8`."""
+        if precision == FLOAT32:
+            return self.fingerprint
+        assert self.int8
+        return hashlib.sha256(f"{precision} {self.fingerprint} {self.int8.network.sha256}".encode()).hexdigest()
 
 
 def default_model_folder() -> str:
@@ -113,10 +164,15 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
             f"{vocabulary_size}: the folder mixes two trainings"
         )
     digests = {name: hashlib.sha256(data) for name, data in files.items()}
-    checksums = config.pop(CHECKSUMS, None)
+    checksums, precision = config.pop(CHECKSUMS, None), config.pop(PRECISION, FLOAT32)
+    if precision not in (FLOAT32, INT8):
+        raise ModelError(
+            f"{location}: {PRECISION} in {CONFIG_FILE} must be {FLOAT32} or {INT8}, got {precision!r:.100}"
+        )
     if checksums is not None:
         _require_checksums(location, checksums, digests)
-        # The fingerprint is that of a folder without checksums, so that captions made before there were any resume.
+        # The fingerprint is that of a folder without checksums, so that captions made before there were any resume. It
+        # is also that of the folder without a CNN in int8, because both give the same captions in float32.
         digests[CONFIG_FILE] = hashlib.sha256(_config_bytes(config))
     tensors = _read_tensors(location, files.pop(WEIGHTS_FILE))
     _require_decoder(location, settings.decoder, tensors, vocabulary_size)
@@ -129,8 +185,10 @@ def read_model_folder(model: str | Path | None = None) -> ModelFolder:
         vocabulary_size=vocabulary_size,
         tensors=tensors,
         metrics=_read_metrics(location),
-        familiarity=_read_familiarity(location, checksums or {}),
+        familiarity=_read_familiarity(location, FAMILIARITY_FILE, checksums or {}),
         fingerprint=digest.hexdigest(),
+        int8=_read_int8(location, checksums or {}),
+        precision=precision,
         **{section.name: getattr(settings, section.name) for section in fields(settings)},
     )
 
@@ -199,12 +257,27 @@ def _require_checksums(location: str, checksums: Any, digests: Mapping[str, Any]
             )
 
 
-def _read_familiarity(location: str, checksums: Mapping[str, Any]) -> Familiarity | None:
-    """The familiarity of a model folder; None if it has none. A file without a checksum is another model's."""
-    if FAMILIARITY_FILE not in checksums:
+def _read_optional_file(location: str, name: str, checksums: Mapping[str, Any]) -> bytes | None:
+    """A file's content; None if the model folder has none. A file without a checksum is another model's."""
+    if name not in checksums:
         return None
-    data = _read_file(location, FAMILIARITY_FILE)
-    _require_checksums(location, checksums, {FAMILIARITY_FILE: hashlib.sha256(data)})
+    data = _read_file(location, name)
+    _require_checksums(location, checksums, {name: hashlib.sha256(data)})
+    return data
+
+
+def _read_int8(location: str, checksums: Mapping[str, Any]) -> Int8Encoder | None:
+    graph, weights = (_read_optional_file(location, name, checksums) for name in (INT8_GRAPH_FILE, INT8_WEIGHTS_FILE))
+    if graph is None or weights is None:
+        return None
+    familiarity = _read_familiarity(location, INT8_FAMILIARITY_FILE, checksums)
+    return Int8Encoder(QuantizedNetwork(graph, weights), familiarity)
+
+
+def _read_familiarity(location: str, name: str, checksums: Mapping[str, Any]) -> Familiarity | None:
+    data = _read_optional_file(location, name, checksums)
+    if data is None:
+        return None
     try:
         return Familiarity.from_bytes(data)
     except ModelError as error:
@@ -304,6 +377,8 @@ def average_models(folders: Sequence[ModelFolder]) -> ModelFolder:
         location="the average of " + " and ".join(folder.location for folder in folders),
         tensors=average_weights([folder.tensors for folder in folders]),
         familiarity=None,  # its features are those of none of the models
+        int8=None,
+        precision=FLOAT32,
         fingerprint=fingerprints.hexdigest(),
     )
 
@@ -359,6 +434,31 @@ def save_model_folder(
     storage.write_bytes(storage.join(folder, CARD_FILE), card.encode())
     # A folder is a model folder once it has this file, so it is written last.
     storage.write_bytes(storage.join(folder, CONFIG_FILE), _config_bytes(config))
+
+
+def save_with_int8(folder: ModelFolder, int8: Int8Encoder, location: str | Path) -> None:
+    """Write a copy of a model folder that captions in int8 by default. The copy keeps the weights in float32.
+
+    Raises:
+        OutputError: something exists there.
+    """
+    target = storage.absolute(str(location))
+    if storage.exists(target):
+        raise OutputError(f"{target} exists: choose another OUTPUT")
+    config = parse_json(_read_file(folder.location, CONFIG_FILE))
+    names = [WEIGHTS_FILE, VOCABULARY_FILE, *[FAMILIARITY_FILE] * (folder.familiarity is not None)]
+    files = {name: _read_file(folder.location, name) for name in names}
+    files |= {INT8_GRAPH_FILE: int8.network.graph, INT8_WEIGHTS_FILE: int8.network.weights}
+    if int8.familiarity:
+        files[INT8_FAMILIARITY_FILE] = int8.familiarity.to_bytes()
+    config[CHECKSUMS] = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    config[PRECISION] = INT8
+    card = storage.join(folder.location, CARD_FILE)
+    files[CARD_FILE] = (storage.read_bytes(card) if storage.exists(card) else b"") + _INT8_CARD.encode()
+    files[METRICS_FILE] = json.dumps(folder.metrics, indent=2).encode()
+    for name, data in files.items():
+        storage.write_bytes(storage.join(target, name), data)
+    storage.write_bytes(storage.join(target, CONFIG_FILE), _config_bytes(config))  # last, as in `save_model_folder`
 
 
 def _narrow(decoder_tensors: Mapping[str, Tensor], encoder_tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
