@@ -356,6 +356,9 @@ class CaptioningConfig:
     """Caption images again that failed in an earlier run."""
     prune: bool = False
     """Remove the rows of images that are no longer in the input; not with `limit`, which leaves images out."""
+    batch_timeout: float | None = None
+    """Seconds that an actor may take for a batch. After that its process ends, and the images that take as long alone
+    become failed rows; None: no limit."""
     max_failure_rate: float = 0.1
     """Share of images that may fail before the run ends with exit code 3."""
 

@@ -90,6 +90,7 @@ IMAGE_ERROR_CODES: Final = (
     "read_error",
     "changed",
     "out_of_memory",
+    "timeout",
     "internal",
 )
 

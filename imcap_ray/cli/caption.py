@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -58,6 +59,12 @@ imcap caption one.jpg two.jpg"""
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Caption only the first N images.")
 @click.option("--num-actors", type=click.IntRange(1), metavar="N", help="Processes. Default: 1 per GPU or core.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Images an actor takes at a time.")
+@click.option(
+    "--batch-timeout",
+    type=click.FloatRange(0, threading.TIMEOUT_MAX, min_open=True),
+    metavar="SECONDS",
+    help="Longest time for a batch; images that take longer alone fail.",
+)
 @click.option("--overwrite", is_flag=True, help="Start again; old rows stay until the end.")
 @click.option("--retry-failed", is_flag=True, help="Caption images again that failed before.")
 @click.option("--prune", is_flag=True, help="Remove rows of images that left INPUT.")

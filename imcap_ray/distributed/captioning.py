@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE,
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require, require_memory
 from imcap_ray.distributed.cluster.gcs_watch import when_lost
 from imcap_ray.distributed.cluster.ray_messages import without_ray_advice
-from imcap_ray.distributed.pipeline.crash_isolation import Isolated, is_restarted_actor
+from imcap_ray.distributed.pipeline.crash_isolation import Isolated, is_restarted_actor, process_ends_after
 from imcap_ray.distributed.pipeline.duplicate_filter import image_index
 from imcap_ray.distributed.pipeline.image_loading import stack_pixels
 from imcap_ray.distributed.pipeline.image_pipeline import (
@@ -62,16 +62,32 @@ class CaptionImages:
 
     Args:
         gpus: reserved for this actor.
+        batch_timeout: seconds after which a batch ends the process of this actor; None means never.
 
     Raises:
         ImcapError: the captioner cannot start, for example because a GPU cannot be used.
     """
 
-    def __init__(self, *, load_captioner: LoadCaptioner, reporter: ActorReporter, gpus: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        load_captioner: LoadCaptioner,
+        reporter: ActorReporter,
+        gpus: float = 0.0,
+        batch_timeout: float | None = None,
+    ) -> None:
         self._reporter = reporter
-        self._isolated = Isolated(partial(_RowCaptioner, load_captioner, gpus)) if is_restarted_actor() else None
+        make = partial(_RowCaptioner, load_captioner, gpus, batch_timeout)
+        timeout = batch_timeout and ImageError(
+            "timeout", f"captioning took longer than {batch_timeout:g} s, even alone"
+        )
+        self._isolated: Isolated | None = None
+        self._captioner: _RowCaptioner | None = None
         with reporter.working():
-            self._captioner = None if self._isolated else _RowCaptioner(load_captioner, gpus)
+            if is_restarted_actor():
+                self._isolated = Isolated(make, time_limit=batch_timeout, timeout=timeout or None)
+            else:
+                self._captioner = make()
 
     def __call__(self, images: pa.Table) -> pa.Table:
         """A table of `loaded_schema` -> `CAPTIONS_SCHEMA` with manifest_id."""
@@ -95,12 +111,15 @@ class CaptionImages:
 
 
 class _RowCaptioner:
-    def __init__(self, load_captioner: LoadCaptioner, gpus: float) -> None:
+    def __init__(self, load_captioner: LoadCaptioner, gpus: float, batch_timeout: float | None) -> None:
         self.captioner = load_captioner()
         self.captioner.start(gpus=gpus)
+        self._batch_timeout = batch_timeout
 
     def __call__(self, images: pa.Table) -> pa.Table:
-        captions = iter(self.captioner.caption_pixels(stack_pixels(images, self.captioner.preparation.shape)))
+        pixels = stack_pixels(images, self.captioner.preparation.shape)
+        with process_ends_after(self._batch_timeout) if self._batch_timeout else nullcontext():
+            captions = iter(self.captioner.caption_pixels(pixels))
         states = images.select(["error_code", "error_message", "is_repeated"]).to_pylist()
         return _caption_rows(images, [_answer(**state, captions=captions) for state in states])
 
@@ -295,7 +314,7 @@ def caption_images(
     """
     config, reporter = _with_absolute_paths(config), reporter or ProgressReporter(print)
     captioner = captioner or load_captioner()
-    pool = _actor_pool(resources, cluster, load_captioner, captioner)
+    pool = _actor_pool(resources, cluster, load_captioner, captioner, batch_timeout=config.batch_timeout)
     progress = Progress()
     with (
         _storage_errors(),
@@ -343,12 +362,17 @@ def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources, needs:
 
 
 def _actor_pool(
-    resources: ResourcesConfig, cluster: ClusterResources, load_captioner: LoadCaptioner, captioner: ImageCaptioner
+    resources: ResourcesConfig,
+    cluster: ClusterResources,
+    load_captioner: LoadCaptioner,
+    captioner: ImageCaptioner,
+    *,
+    batch_timeout: float | None,
 ) -> ActorPool:
     num_actors, gpus = _choose_actors(resources, cluster, captioner.needs)
     return ActorPool(
         actor_class=CaptionImages,
-        arguments={"load_captioner": load_captioner, "gpus": gpus},
+        arguments={"load_captioner": load_captioner, "gpus": gpus, "batch_timeout": batch_timeout},
         preparation=captioner.preparation,
         batch_size=resources.batch_size or captioner.needs.batch_size or compute_batch_size(on_gpu=gpus > 0),
         num_actors=num_actors,

@@ -89,6 +89,18 @@ def test_an_image_that_a_captioner_fails_on_is_a_row_with_an_error(
     assert read(tmp_path / "out")["red.png"]["error_code"] == "internal"
 
 
+def test_an_image_on_which_a_captioner_never_returns_is_a_row_with_an_error(
+    local_ray: ClusterResources, photographs: Path, tmp_path: Path
+) -> None:
+    endless = ("fault", "never returns")
+
+    summary = run(local_ray, photographs, tmp_path / "out", "tests.plugins:Faulty", endless, batch_timeout=2.0)
+
+    assert summary.counts == {"ok": 39, "failed": 1}
+    assert summary.error_counts == {"timeout": 1}
+    assert read(tmp_path / "out")["red.png"]["error_message"] == "captioning took longer than 2 s, even alone"
+
+
 def test_a_run_with_other_options_is_refused_like_another_model(
     local_ray: ClusterResources, photographs: Path, tmp_path: Path
 ) -> None:

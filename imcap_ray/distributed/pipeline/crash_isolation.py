@@ -91,14 +91,21 @@ class Isolated:
         memory_limit: bytes that the process may allocate; None means no limit. An image that needs more raises
             MemoryError there, before the node runs out of memory and kills unrelated processes.
         time_limit: seconds after which the work may end its process by `process_ends_after`; None means never.
+        timeout: the error of a row that does.
     """
 
     def __init__(
-        self, make: Callable[[], Work], *, memory_limit: int | None = None, time_limit: float | None = None
+        self,
+        make: Callable[[], Work],
+        *,
+        memory_limit: int | None = None,
+        time_limit: float | None = None,
+        timeout: ImageError | None = None,
     ) -> None:
         self._note: Any = tempfile.NamedTemporaryFile(prefix="imcap-isolated-") if time_limit else None  # noqa: SIM115
         self._arguments = (make, memory_limit, _visible_gpus(), self._note.name if self._note else None)
         self._time_limit = time_limit
+        self._timeout = timeout
         self._process: Any = None
 
     def __call__(self, rows: pa.Table) -> Iterator[tuple[pa.Table, pa.Table | ImageError]]:
@@ -111,7 +118,7 @@ class Isolated:
             row = rows.slice(number, 1)
             for _ in range(DEATHS_TO_FAIL):
                 done = self._try(row)
-                if not isinstance(done, ImageError) or done.code == "too_large":  # the row itself took too long
+                if not isinstance(done, ImageError) or done is self._timeout:  # the row itself took too long
                     break
             yield row, done
 
@@ -123,8 +130,8 @@ class Isolated:
         except (RayActorError, OutOfMemoryError) as error:
             self._process = None
             is_memory = isinstance(error, OutOfMemoryError) or NODE_OUT_OF_MEMORY in str(error)
-            if self._time_limit and not is_memory and took_longer(self._note, self._time_limit):
-                return ImageError("too_large", f"decoding took longer than {self._time_limit:g} s")
+            if self._time_limit and self._timeout and not is_memory and took_longer(self._note, self._time_limit):
+                return self._timeout
             code, reason = ("out_of_memory", "took too much memory") if is_memory else ("internal", "died")
             return ImageError(code, f"the process that worked on it alone {reason}, {DEATHS_TO_FAIL} times")
 

@@ -147,10 +147,12 @@ class LoadImages:
             yield loaded_table(block, self.preparation.shape)
 
     def _load_isolated(self, rows: pa.Table) -> Iterator[pa.Table]:
+        seconds = _decode_seconds()
         isolated = Isolated(
             lambda: lambda rows: pa.concat_tables(self._load(rows)),
             memory_limit=DECODE_MEMORY,
-            time_limit=_decode_seconds(),
+            time_limit=seconds,
+            timeout=ImageError("too_large", f"decoding took longer than {seconds:g} s"),
         )
         for start in range(0, rows.num_rows, IMAGES_PER_BLOCK):
             block = rows.slice(start, IMAGES_PER_BLOCK)

@@ -110,7 +110,7 @@ def test_each_malformed_file_has_its_error_code(data: bytes, expected: str) -> N
 def test_the_malformed_files_have_unique_names_and_cover_all_error_codes_of_bytes() -> None:
     names = [name for name, _, _ in malformed_images()]
     assert len(set(names)) == len(names) >= 60
-    not_from_bytes = {"missing", "permission_denied", "read_error", "changed", "out_of_memory", "internal"}
+    not_from_bytes = {"missing", "permission_denied", "read_error", "changed", "out_of_memory", "timeout", "internal"}
     assert {code for _, _, code in malformed_images()} - {OK} == set(IMAGE_ERROR_CODES) - not_from_bytes
 
 
