@@ -114,6 +114,7 @@ def evaluate_captions(
                 *_notes(location, num_without_references),
                 *_warnings(split, counts, is_chosen=is_chosen, is_official=references.has_official_splits),
                 *_remark_on_few(images.num_rows),
+                *([] if against is None else _speeds(location, against)),
             ]
         ),
         rankings=rankings,
@@ -131,6 +132,14 @@ def _notes(location: str, num_without_references: int) -> Iterator[str]:
         yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
     if fingerprint := run.get("model_fingerprint"):
         yield f"model {str(fingerprint)[:12]}"
+
+
+def _speeds(*locations: str) -> Iterator[str]:
+    """Yield how fast each of these captions was made, if all are of runs that were long enough to know that."""
+    speeds = [(read_run(location) or {}).get("images_per_second") for location in locations]
+    if all(isinstance(speed, int | float) for speed in speeds):
+        for location, speed in zip(locations, speeds, strict=True):
+            yield f"{location} was captioned at {speed:.1f} images/s"
 
 
 def _warnings(split: str | None, counts: Mapping[str, int], *, is_chosen: bool, is_official: bool) -> Iterator[str]:

@@ -308,6 +308,23 @@ def test_two_sets_of_captions_are_compared_on_the_same_images(tmp_path: Path, re
         evaluate_captions(ours, references, against=write(tmp_path / "c.parquet", {"test/d.jpg": "a child"}))
 
 
+def test_a_comparison_names_the_speed_of_both_runs_if_both_are_known(
+    tmp_path: Path, references: CaptionedImages
+) -> None:
+    runs = {"fast": 44.25, "slow": 3.0, "short": None}
+    for name, speed in runs.items():
+        (tmp_path / name / "_imcap").mkdir(parents=True)
+        write(tmp_path / name / "a.parquet", of_split("test"))
+        (tmp_path / name / "_imcap" / "run.json").write_text(json.dumps({"images_per_second": speed}))
+    fast, slow, short = (str(tmp_path / name) for name in runs)
+
+    notes = evaluate_captions(fast, references, against=slow).protocol.notes
+
+    assert f"{fast} was captioned at 44.2 images/s; {slow} was captioned at 3.0 images/s" in notes
+    assert "images/s" not in evaluate_captions(fast, references, against=short).protocol.notes
+    assert "images/s" not in evaluate_captions(fast, references).protocol.notes
+
+
 def test_a_failed_image_is_scored_as_an_empty_caption(tmp_path: Path, references: CaptionedImages) -> None:
     captions = of_split("test") | {"test/c.jpg": None}
 
