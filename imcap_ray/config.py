@@ -332,6 +332,8 @@ class CaptioningConfig:
     """Names and values for the factory of such a captioner."""
     encoder_weights: str | None = None
     """File with the CNN's weights; None: they are in the model folder or are downloaded."""
+    precision: str = AUTO
+    """One of `PRECISIONS`, of the CNN."""
     beam_size: int | None = None
     """As in `SearchConfig`; None here and below: as the model folder says."""
     max_length: int | None = None
@@ -363,6 +365,7 @@ class CaptioningConfig:
     """Share of images that may fail before the run ends with exit code 3."""
 
     def __post_init__(self) -> None:
+        _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         if self.prune and self.limit is not None:
             raise ConfigError("--prune cannot be given with --limit, which leaves images out")
 

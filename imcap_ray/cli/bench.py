@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from imcap_ray.cli.console import print_line, stdout_for_results
-from imcap_ray.cli.options import model_option, model_option_option, parse_size
+from imcap_ray.cli.options import model_option, model_option_option, parse_size, precision_option
 from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 
 
@@ -16,6 +16,7 @@ from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
 @click.argument("input", required=False)
 @model_option
 @model_option_option
+@precision_option
 @click.option("--images", type=click.IntRange(64), default=1000, show_default=True, help="Number of generated images.")
 @click.option("--size", callback=parse_size, default="500x375", show_default=True, help="Size of generated images.")
 @click.option("--num-actors", type=click.IntRange(1), help="Captioning processes. Default: one per GPU, or per core.")
@@ -48,7 +49,7 @@ def bench(input: str | None, **options: Any) -> None:
         comparison = compare_with_limit(
             input,
             f"{folder}/captions",
-            spec=CaptionerSpec(models=models, options=options["model_options"]),
+            spec=CaptionerSpec(models=models, options=options["model_options"], precision=options["precision"]),
             num_actors=options["num_actors"],
             batch_size=options["batch_size"],
         )

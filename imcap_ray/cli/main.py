@@ -24,6 +24,7 @@ from imcap_ray.cli.evaluate import evaluate
 from imcap_ray.cli.export import export
 from imcap_ray.cli.model import model
 from imcap_ray.cli.options import VERBOSE_KEY
+from imcap_ray.cli.quantize import quantize
 from imcap_ray.cli.report import report
 from imcap_ray.cli.status import status
 from imcap_ray.cli.submit import submit
@@ -130,5 +131,19 @@ def main() -> None:
     """
 
 
-for _command in (bench, caption, check, demo, evaluate, export, model, report, status, submit, suggest, train):
+for _command in (
+    bench,
+    caption,
+    check,
+    demo,
+    evaluate,
+    export,
+    model,
+    quantize,
+    report,
+    status,
+    submit,
+    suggest,
+    train,
+):
     main.add_command(_command)

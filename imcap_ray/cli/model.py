@@ -30,7 +30,7 @@ def model(model: str | None, as_json: bool) -> None:
     folder = read_model_folder(model)
     facts = {
         "location": folder.location,
-        "fingerprint": folder.fingerprint,
+        "fingerprint": folder.fingerprint_in(folder.precision),
         "encoder": to_mapping(folder.encoder),
         "encoder_weights": asdict(folder.encoder_weights),
         "preprocessing": to_mapping(folder.preprocessing),
@@ -39,6 +39,8 @@ def model(model: str | None, as_json: bool) -> None:
         "size_bytes": storage.describe_file(storage.join(folder.location, WEIGHTS_FILE)).size,
         "vocabulary": {"tokens": len(folder.vocabulary), "tokenizer": folder.vocabulary.tokenizer},
         "search": to_mapping(folder.search),
+        "precision": folder.precision,
+        "int8": "available" if folder.int8 else "not available: see imcap quantize",
         "familiarity": "known" if folder.familiarity else "unknown: this model cannot tell unfamiliar images",
         "metrics": folder.metrics,
     }

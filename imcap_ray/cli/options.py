@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig, ResourcesConfig
+from imcap_ray.config import AUTO, DEFAULT_MODEL, PRECISIONS, CaptioningConfig, ResourcesConfig
 from imcap_ray.data.field_names import CAPTION_NAMES, IMAGE_NAMES
 
 if TYPE_CHECKING:
@@ -90,9 +90,17 @@ model_option_option = click.option(
     help="For the factory of such a captioner.",
 )
 
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default=AUTO,
+    help="Of the CNN. Default: as the model folder says; see imcap quantize.",
+)
+
 model_options = _options(
     model_option,
     model_option_option,
+    precision_option,
     click.option("--encoder-weights", type=click.Path(), help="The CNN's weights, instead of a download."),
     click.option("--beam-size", type=click.IntRange(1), metavar="N", help="Beam width; 1 is greedy search."),
     click.option("--max-length", type=click.IntRange(1), metavar="N", help="Longest caption, in words."),

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.config import CaptioningConfig, ResourcesConfig, to_mapping
+from imcap_ray.config import FLOAT32, CaptioningConfig, ResourcesConfig, to_mapping
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require, require_memory
@@ -347,7 +347,12 @@ def _with_absolute_paths(config: CaptioningConfig) -> CaptioningConfig:
 
 
 def _identity(config: CaptioningConfig, captioner: ImageCaptioner) -> dict[str, Any]:
-    return run_identity(config.input, fingerprint=captioner.fingerprint, search=captioner.search)
+    return run_identity(
+        config.input,
+        fingerprint=captioner.fingerprint,
+        search=captioner.search,
+        precision=getattr(captioner, "precision", FLOAT32),  # captioners of others need not have one
+    )
 
 
 def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources, needs: ActorNeeds) -> tuple[int, float]:

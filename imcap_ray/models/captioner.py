@@ -202,7 +202,7 @@ class Captioner:
         """
         folder = read_model_folder(model)
         precision = folder.resolve_precision(precision)
-        encoder = _load_int8_encoder(folder) if precision == INT8 else _load_encoder(folder, encoder_weights)
+        encoder = _load_int8_encoder(folder) if precision == INT8 else load_encoder(folder, encoder_weights)
         decoder = build_decoder(
             folder.decoder, num_channels=encoder.num_channels, vocabulary_size=folder.vocabulary_size
         )
@@ -362,7 +362,8 @@ class Captioner:
         self.num_beam_steps += 1
 
 
-def _load_encoder(folder: ModelFolder, encoder_weights: str | Path | None) -> Encoder:
+def load_encoder(folder: ModelFolder, encoder_weights: str | Path | None = None) -> Encoder:
+    """Load the CNN of a model folder in float32; raises ModelError as `Captioner.load`."""
     cnn_tensors = select_tensors("encoder.", folder.tensors)
     try:
         return build_encoder(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imcap_ray import storage
-from imcap_ray.config import DEFAULT_MODEL, CaptioningConfig
+from imcap_ray.config import AUTO, DEFAULT_MODEL, CaptioningConfig
 from imcap_ray.data.image_inputs import read_image_bytes
 from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.models.caption import Caption, ImageCaptioner, no_memory
@@ -34,6 +34,7 @@ class CaptionerSpec:
     models: tuple[str, ...] = ()
     options: Options = ()
     encoder_weights: str | None = None
+    precision: str = AUTO
     beam_size: int | None = None
     max_length: int | None = None
     length_penalty: float | None = None
@@ -43,7 +44,13 @@ class CaptionerSpec:
     def of(cls, config: CaptioningConfig) -> CaptionerSpec:
         """The captioner of a captioning run."""
         search = {name: getattr(config, name) for name in _SEARCH}
-        return cls(models=config.models, options=config.model_options, encoder_weights=config.encoder_weights, **search)
+        return cls(
+            models=config.models,
+            options=config.model_options,
+            encoder_weights=config.encoder_weights,
+            precision=config.precision,
+            **search,
+        )
 
     def __call__(self) -> ImageCaptioner:
         """Load the captioner.
@@ -58,6 +65,7 @@ class CaptionerSpec:
         if len(self.models) > 1:
             raise ConfigError(f"only model folders caption together, and {plugins[0]} is none: give a single --model")
         settings = {"encoder_weights": self.encoder_weights} | {name: getattr(self, name) for name in _SEARCH[:-1]}
+        settings["precision"] = None if self.precision == AUTO else self.precision
         for name, value in settings.items():
             if value is not None:
                 raise ConfigError(
@@ -73,7 +81,7 @@ class CaptionerSpec:
             raise ConfigError(
                 f"model folders have no options: --model-option {self.options[0][0]} is for other captioners"
             )
-        captioner = load_captioner(self.models, encoder_weights=self.encoder_weights)
+        captioner = load_captioner(self.models, encoder_weights=self.encoder_weights, precision=self.precision)
         try:
             captioner.search = override_search(captioner.search, **{name: getattr(self, name) for name in _SEARCH})
         except ConfigError as error:

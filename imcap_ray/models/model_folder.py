@@ -436,15 +436,20 @@ def save_model_folder(
     storage.write_bytes(storage.join(folder, CONFIG_FILE), _config_bytes(config))
 
 
+def refuse_existing(location: str | Path) -> None:
+    """Raise OutputError if something exists where a model folder is to be written."""
+    if storage.exists(storage.absolute(str(location))):
+        raise OutputError(f"{location} exists: choose another OUTPUT")
+
+
 def save_with_int8(folder: ModelFolder, int8: Int8Encoder, location: str | Path) -> None:
     """Write a copy of a model folder that captions in int8 by default. The copy keeps the weights in float32.
 
     Raises:
         OutputError: something exists there.
     """
+    refuse_existing(location)
     target = storage.absolute(str(location))
-    if storage.exists(target):
-        raise OutputError(f"{target} exists: choose another OUTPUT")
     config = parse_json(_read_file(folder.location, CONFIG_FILE))
     names = [WEIGHTS_FILE, VOCABULARY_FILE, *[FAMILIARITY_FILE] * (folder.familiarity is not None)]
     files = {name: _read_file(folder.location, name) for name in names}

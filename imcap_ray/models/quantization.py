@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,6 @@ import torch
 from imcap_ray.errors import ConfigError
 from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.quantized_encoder import QuantizedNetwork, import_openvino, without_telemetry
-
-NUM_IMAGES: Final = 320
-"""Photographs that decide the ranges of the CNN's values."""
 
 
 def import_nncf() -> tuple[Any, Any]:

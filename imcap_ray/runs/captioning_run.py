@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from imcap_ray import __version__, storage
-from imcap_ray.config import CaptioningConfig, PluginSearch, SearchConfig, to_mapping
+from imcap_ray.config import FLOAT32, CaptioningConfig, PluginSearch, SearchConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.input_listing import describe_kinds
 from imcap_ray.data.manifest import InputOptions, build_manifest
@@ -77,10 +77,13 @@ class CaptioningSummary:
             )
 
 
-def run_identity(input: str, *, fingerprint: str, search: SearchConfig | PluginSearch) -> dict[str, Any]:
+def run_identity(
+    input: str, *, fingerprint: str, search: SearchConfig | PluginSearch, precision: str = FLOAT32
+) -> dict[str, Any]:
     """What must not change between a run and its resumption, as run.json records it."""
     return {
         "input": input,
+        "precision": precision,
         "model_fingerprint": fingerprint,
         "search": to_mapping(search),
         "schema_version": SCHEMA_VERSION,

@@ -38,6 +38,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from imcap_ray import storage
+from imcap_ray.config import FLOAT32
 from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, UNFAMILIAR
@@ -67,6 +68,7 @@ _EXTENSION: Final = ".parquet"
 
 IDENTITY: Final = {
     "input": "input",
+    "precision": "precision",
     "model_fingerprint": "model",
     "search": "search settings",
     "schema_version": "version of the schema",
@@ -141,7 +143,7 @@ class CaptionsFolder:
         for key, name in IDENTITY.items():
             if not _agree(key, run, identity):
                 raise OutputError(
-                    f"{self.location} was made with another {name} ({short_value(run.get(key))}, now "
+                    f"{self.location} was made with another {name} ({short_value(_recorded(key, run))}, now "
                     f"{short_value(identity[key])}): choose another OUTPUT, or give --overwrite to start again"
                 )
 
@@ -513,7 +515,13 @@ class CaptionsFolder:
 
 def _agree(key: str, run: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
     """Whether a run matches this entry of the identity. An earlier schema matches too: the run continues with it."""
-    return run.get(key) == identity[key] or (key == "schema_version" and run.get(key) in CAPTIONS_SCHEMAS)
+    recorded = _recorded(key, run)
+    return bool(recorded == identity[key]) or (key == "schema_version" and recorded in CAPTIONS_SCHEMAS)
+
+
+def _recorded(key: str, run: Mapping[str, Any]) -> Any:
+    """An entry of run.json; earlier versions, which did not record the precision, captioned in float32."""
+    return run.get(key, FLOAT32 if key == "precision" else None)
 
 
 def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:

@@ -29,8 +29,8 @@ from imcap_ray.text.escaping import printable
 from tests import small_data
 
 COMMANDS = [
-    *("bench", "caption", "check", "demo", "evaluate", "export", "model", "report", "status", "submit", "suggest"),
-    "train",
+    *("bench", "caption", "check", "demo", "evaluate", "export", "model", "quantize", "report", "status"),
+    *("submit", "suggest", "train"),
 ]
 
 

@@ -20,7 +20,7 @@ from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.errors import ConfigError, ModelError, OutputError
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE, Caption
-from imcap_ray.models.captioner import Captioner, load_captioner
+from imcap_ray.models.captioner import Captioner, load_captioner, load_encoder
 from imcap_ray.models.encoders import Encoder, build_encoder
 from imcap_ray.models.familiarity import Familiarity
 from imcap_ray.models.model_folder import Int8Encoder, read_model_folder, save_with_int8
@@ -44,9 +44,7 @@ def pixels() -> Pixels:
 def int8_dir(model_dir: Path, pixels: Pixels, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`model_dir`, quantised with the images of the tests."""
     folder = read_model_folder(model_dir)
-    encoder = Captioner.load(model_dir)._trained_encoder
-    assert isinstance(encoder, Encoder)
-    network = quantize_encoder(encoder, list(pixels[:4]))
+    network = quantize_encoder(load_encoder(folder), list(pixels[:4]))
     save_with_int8(folder, Int8Encoder(network, None), location := tmp_path_factory.mktemp("models") / "int8")
     return location
 

@@ -28,7 +28,10 @@ from imcap_ray.runs.captions_table import open_captions
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.status import CaptioningStatus, read_status
 
-IDENTITY = {"input": "/in", "model_fingerprint": "a" * 64, "search": {"beam_size": 4}, "schema_version": "1"}
+IDENTITY = {
+    **{"input": "/in", "precision": "float32", "model_fingerprint": "a" * 64},
+    **{"search": {"beam_size": 4}, "schema_version": "1"},
+}
 
 RUN, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 """Part name prefixes, in the format of Ray."""
@@ -544,6 +547,7 @@ def test_only_the_latest_run_can_write(tmp_path: Path) -> None:
     ("key", "value", "message"),
     [
         ("model_fingerprint", "b" * 64, r"another model \(aaaaaaaaaaaa\.\.\., now bbbbbbbbbbbb\.\.\.\)"),
+        ("precision", "int8", r"another precision \(float32, now int8\)"),
         ("search", {"beam_size": 9}, "another search settings"),
         ("input", "/elsewhere", r"another input \(/in, now /elsewhere\)"),
     ],
@@ -556,6 +560,16 @@ def test_the_error_for_a_folder_of_another_run_names_the_difference(
 
     with pytest.raises(OutputError, match=message):
         folder.require_identity(IDENTITY | {key: value})
+
+
+def test_a_folder_of_an_earlier_version_was_made_in_float32(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, [row("a")])
+    folder.write_run({name: value for name, value in IDENTITY.items() if name != "precision"})
+
+    folder.require_identity(IDENTITY)
+
+    with pytest.raises(OutputError, match=r"another precision \(float32, now int8\)"):
+        folder.require_identity(IDENTITY | {"precision": "int8"})
 
 
 def test_a_corrupt_run_file_is_named(tmp_path: Path) -> None:

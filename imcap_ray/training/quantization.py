@@ -1,0 +1,82 @@
+"""A model folder and the images that it was trained on -> a folder with its CNN in int8 as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages
+from imcap_ray.data.image_decoding import decode_image
+from imcap_ray.data.image_reading import read_rows, root_of
+from imcap_ray.data.manifest import image_columns_of
+from imcap_ray.errors import DatasetError, ImageError
+from imcap_ray.models.captioner import load_encoder
+from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity
+from imcap_ray.models.model_folder import Int8Encoder, read_model_folder, refuse_existing, save_with_int8
+from imcap_ray.models.quantization import import_nncf, quantize_encoder
+from imcap_ray.models.quantized_encoder import QuantizedEncoder
+
+MAX_TRAINING_IMAGES: Final = 320
+"""Photographs that decide the ranges of the CNN's values."""
+
+MAX_VALIDATION_IMAGES: Final = 1000
+"""Photographs by whose features familiarity is calibrated again."""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def quantize_model(
+    model: str | None, dataset: CaptionedImages, output: str, *, encoder_weights: str | None = None
+) -> int:
+    """Write a copy of a model folder that captions in int8 by default; returns how many photographs decided how.
+
+    Raises:
+        ConfigError: OpenVINO or NNCF is not installed.
+        ModelError: the model cannot be loaded.
+        DatasetError: too few training images can be read.
+        OutputError: something exists at `output`.
+    """
+    import_nncf()
+    refuse_existing(output)
+    folder = read_model_folder(model)
+    encoder = load_encoder(folder, encoder_weights)
+    photographs = list(_read_photographs(dataset, dataset.split(TRAIN), MAX_TRAINING_IMAGES, encoder.image_size))
+    if len(photographs) < MIN_IMAGES:
+        raise DatasetError(
+            f"{dataset.location}: expected at least {MIN_IMAGES} training images to quantise with, "
+            f"{len(photographs)} can be read"
+        )
+    network = quantize_encoder(encoder, photographs)
+    quantized = QuantizedEncoder(network, image_size=encoder.image_size)
+    familiarity = folder.familiarity and _calibrate(folder.familiarity, quantized, dataset)
+    save_with_int8(folder, Int8Encoder(network, familiarity), output)
+    return len(photographs)
+
+
+def _calibrate(familiarity: Familiarity, encoder: QuantizedEncoder, dataset: CaptionedImages) -> Familiarity | None:
+    """Calibrate on the validation images; None if they are too few. In int8 all residuals are larger."""
+    if dataset.count_splits().get(VALIDATION, 0) < MIN_IMAGES:
+        return None
+    rows = dataset.split(VALIDATION)
+    photographs = _read_photographs(dataset, rows, MAX_VALIDATION_IMAGES, encoder.image_size)
+    features = [encoder(torch.from_numpy(pixels[None]))[0].mean(0).numpy() for pixels in photographs]
+    return familiarity.calibrate(np.stack(features)) if len(features) >= MIN_IMAGES else None
+
+
+def _read_photographs(dataset: CaptionedImages, rows: pa.Table, max_images: int, image_size: int) -> Iterator[Pixels]:
+    """Pixels (3, S, S) of at most so many of the images, evenly spread; without those that cannot be read."""
+    num_chosen = min(max_images, rows.num_rows)
+    manifest = dataset.manifest(rows.take(pa.array(np.arange(num_chosen) * rows.num_rows // num_chosen)))
+    images = read_rows(manifest.to_pylist(), root_of(manifest), image_columns=image_columns_of(manifest))
+    for _, data in images:
+        if not isinstance(data, ImageError):
+            try:
+                pixels = decode_image(data, image_size=image_size).pixels
+            except ImageError:
+                continue
+            yield pixels
