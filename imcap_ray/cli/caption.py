@@ -170,7 +170,7 @@ def run_captioning(
             start.config,
             resources,
             cluster=start.cluster,
-            load_captioner=CaptionerSpec.of(start.config),
+            load_captioner=replace(CaptionerSpec.of(start.config), fingerprint=start.captioner.fingerprint),
             captioner=start.captioner,
             reporter=reporter,
         )

@@ -78,7 +78,7 @@ model_option = click.option(
     "--model",
     "models",
     multiple=True,
-    help=f"Model folder (repeat for an ensemble) or MODULE:FACTORY. Default: {DEFAULT_MODEL}.",
+    help=f"Model folder (repeat for an ensemble), hf:OWNER/NAME, or MODULE:FACTORY. Default: {DEFAULT_MODEL}.",
 )
 
 model_option_option = click.option(

@@ -39,6 +39,8 @@ class CaptionerSpec:
     max_length: int | None = None
     length_penalty: float | None = None
     num_captions: int | None = None
+    fingerprint: str | None = None
+    """That of the captioner, if it is known; one with another fingerprint is refused."""
 
     @classmethod
     def of(cls, config: CaptioningConfig) -> CaptionerSpec:
@@ -60,8 +62,15 @@ class CaptionerSpec:
             ConfigError: it has no such setting.
         """
         plugins = [model for model in self.models if is_plugin_name(model)]
-        if not plugins:
-            return self._load_folders()
+        captioner = self._load_plugin(plugins) if plugins else self._load_folders()
+        if self.fingerprint not in (None, captioner.fingerprint):
+            raise ModelError(
+                f"{', '.join(self.models)} is another model in this process than where the run was started: it has "
+                "changed, or differs between nodes"
+            )
+        return captioner
+
+    def _load_plugin(self, plugins: Sequence[str]) -> ImageCaptioner:
         if len(self.models) > 1:
             raise ConfigError(f"only model folders caption together, and {plugins[0]} is none: give a single --model")
         settings = {"encoder_weights": self.encoder_weights} | {name: getattr(self, name) for name in _SEARCH[:-1]}

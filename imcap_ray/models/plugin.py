@@ -116,6 +116,10 @@ def load_plugin(name: str, options: Options = ()) -> CaptionerPlugin:
 
 
 def _find_factory(name: str) -> Callable[..., Any]:
+    if name.startswith(TRANSFORMERS):
+        from imcap_ray.models.transformers_captioner import TransformersCaptioner
+
+        return TransformersCaptioner
     if os.getcwd() not in sys.path:  # the command `imcap` does not have its folder there, `python -m imcap_ray` does
         sys.path.append(os.getcwd())
     try:
@@ -140,7 +144,8 @@ def _require_plugin(name: str, plugin: object) -> None:
             raise ModelError(f"{name}: {member} must be {expectation}, got {repr(value)[:100]}")
 
     for member in ("prepare", "caption", "fingerprint", "batch_size", "resources"):
-        if not hasattr(plugin, member):
+        # Not of the object, because a fingerprint may take time to compute, and few processes need it.
+        if not hasattr(type(plugin), member) and member not in getattr(plugin, "__dict__", {}):
             raise ModelError(
                 f"{name} must return a captioner with prepare, caption, fingerprint, batch_size and resources: got "
                 f"{type(plugin).__name__} without {member}"
@@ -148,8 +153,7 @@ def _require_plugin(name: str, plugin: object) -> None:
     captioner: Any = plugin
     for member in ("prepare", "caption"):
         require(callable(getattr(captioner, member)), member, "a method", getattr(captioner, member))
-    fingerprint, batch_size, resources = captioner.fingerprint, captioner.batch_size, captioner.resources
-    require(isinstance(fingerprint, str) and bool(fingerprint), "fingerprint", "a text", fingerprint)
+    batch_size, resources = captioner.batch_size, captioner.resources
     require(type(batch_size) is int and batch_size >= 1, "batch_size", "an integer of at least 1", batch_size)
     is_mapping = isinstance(resources, Mapping) and resources.keys() <= {"gpus", "memory"}
     are_numbers = is_mapping and all(
@@ -215,8 +219,7 @@ class PluggedCaptioner:
         self.name = name
         self._plugin = load_plugin(name, options)
         self.preparation = PluginPreparation.of(name, options, self._plugin)
-        # With the options, in case the plug-in forgets one of them.
-        self.fingerprint = sha256(repr((self._plugin.fingerprint, sorted(options))).encode()).hexdigest()
+        self.fingerprint = _fingerprint(name, self._plugin, options)
         self.search = PluginSearch(num_captions=num_captions or 1)
         self.needs = ActorNeeds(
             batch_size=self._plugin.batch_size,
@@ -270,6 +273,17 @@ class PluggedCaptioner:
             self.compute_batch_size = len(batch) // 2
             return self.caption_pixels(batch)
         return [result for number in range(len(batch)) for result in self._caption(batch[number : number + 1])]
+
+
+def _fingerprint(name: str, plugin: CaptionerPlugin, options: Options) -> str:
+    """That of the plug-in, and the options, in case it forgets one of them."""
+    try:
+        fingerprint: object = plugin.fingerprint
+    except Exception as error:
+        raise ModelError(f"{name}: fingerprint raised an error: {_describe(error)}") from error
+    if not isinstance(fingerprint, str) or not fingerprint:
+        raise ModelError(f"{name}: fingerprint must be a text, got {repr(fingerprint)[:100]}")
+    return sha256(repr((fingerprint, sorted(options))).encode()).hexdigest()
 
 
 def _image_error(error: Exception, *, is_memory: bool) -> ImageError:
