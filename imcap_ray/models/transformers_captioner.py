@@ -129,7 +129,8 @@ class TransformersCaptioner:
         pixels = np.asarray(inputs["pixel_values"])[0]
         if pixels.ndim != 3:
             raise ModelError(f"hf:{self.name} divides an image into parts, which is not supported: {pixels.shape}")
-        return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        rounded: npt.NDArray[np.uint8] = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+        return rounded
 
     def load(self, gpus: float) -> None:
         """Load the weights, onto the GPU if there is one."""
