@@ -59,7 +59,7 @@ def quantize_model(
 
 
 def _calibrate(familiarity: Familiarity, encoder: QuantizedEncoder, dataset: CaptionedImages) -> Familiarity | None:
-    """Calibrate on the validation images; None if they are too few. In int8 all residuals are larger."""
+    """Calibrate on the validation images, by their features in int8; None if they are too few."""
     if dataset.count_splits().get(VALIDATION, 0) < MIN_IMAGES:
         return None
     rows = dataset.split(VALIDATION)
