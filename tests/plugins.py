@@ -107,3 +107,13 @@ class Square(Echo):
 
     def prepare(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         return np.asarray(image)
+
+
+class Counting(Echo):
+    """Captions with the number of calls and the place in the batch."""
+
+    num_calls = 0
+
+    def caption(self, batch: npt.NDArray[np.uint8], num_captions: int) -> Sequence[Any]:
+        self.num_calls += 1
+        return [[Caption(f"{self.num_calls} {place}")] for place in range(len(batch))]

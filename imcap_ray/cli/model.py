@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,18 +11,31 @@ import click
 
 from imcap_ray import storage
 from imcap_ray.cli.console import print_line
+from imcap_ray.cli.options import model_option_option
+from imcap_ray.errors import ImcapError, InputError
 
 
 @click.command()
 @click.argument("model", required=False)
+@click.argument("checked", required=False, metavar="")
+@model_option_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def model(model: str | None, as_json: bool) -> None:
+def model(model: str | None, checked: str | None, model_options: tuple[tuple[str, str], ...], as_json: bool) -> None:
     """Describe a model: architecture, vocabulary, preprocessing, scores and size. Default: the bundled model.
+
+    With `check`, load any captioner that `imcap caption --model` takes, let it caption odd images, and report what is
+    wrong with it. Exit code 1: something is.
 
     \b
     imcap model
     imcap model runs/mine --json
+    imcap model check brightness:Brightness
     """
+    if model == "check":
+        _check(checked, dict(model_options), as_json=as_json)
+        return
+    if checked or model_options:
+        raise InputError("imcap model describes one model folder; other captioners: imcap model check NAME")
     from dataclasses import asdict
 
     from imcap_ray.config import to_mapping
@@ -55,6 +69,28 @@ def model(model: str | None, as_json: bool) -> None:
         print_line(f"{name + ':':17}{value:,}" if isinstance(value, int) else f"{name + ':':17}{value}")
     for line in _describe_scores(folder.metrics):
         print_line(line)
+
+
+def _check(name: str | None, options: Mapping[str, str], *, as_json: bool) -> None:
+    """Print the faults of a captioner; exit code 1 if it has some."""
+    from dataclasses import asdict
+
+    from imcap_ray.models.captioner_check import check_captioner
+    from imcap_ray.models.captioner_spec import absolute_model
+
+    if not name:
+        raise InputError("imcap model check takes the name of a captioner, such as runs/mine or MODULE:FACTORY")
+    check = check_captioner(absolute_model(name), options)
+    if as_json:
+        click.echo(json.dumps(asdict(check)))
+    else:
+        for fault in check.faults:
+            print_line(f"{name}: {fault}")
+        if not check.faults:
+            milliseconds, megabytes = 1000 * check.seconds_per_image, check.peak_bytes / 1e6
+            print_line(f"{name}: no fault; {milliseconds:,.1f} ms per image, {megabytes:,.0f} MB of memory")
+    if check.faults:
+        sys.exit(ImcapError.exit_code)
 
 
 def _describe_scores(metrics: Mapping[str, Any]) -> Iterator[str]:
