@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,7 +60,7 @@ imcap caption one.jpg two.jpg"""
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Images an actor takes at a time.")
 @click.option(
     "--batch-timeout",
-    type=click.FloatRange(0, threading.TIMEOUT_MAX, min_open=True),
+    type=click.FloatRange(0, 86_400, min_open=True),
     metavar="SECONDS",
     help="Longest time for a batch; images that take longer alone fail.",
 )
