@@ -69,4 +69,5 @@ def test_a_killed_run_resumes_and_its_captions_are_scored_and_exported(architect
     exported = imcap("export", output, tmp_path / "captions.jsonl", "--to", "jsonl")
     reported = imcap("report", output, "--references", data)
     assert [done.returncode for done in (scored, exported, reported)] == [0, 0, 0], scored.stderr + exported.stderr
-    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == NUM_IMAGES
+    num_captioned = sum(row["caption"] != "" for row in rows(output))  # an export leaves empty captions out
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == num_captioned
