@@ -79,7 +79,7 @@ def describe_images(prepared: PreparedTraining, caches: dict[str, FeatureCache])
     if num_outliers := len(find_outliers(features[TRAIN])):
         yield (
             f"{num_outliers:,} of {len(features[TRAIN]):,} training images are unlike the others: "
-            "`imcap check --outliers` names them"
+            "`imcap check DATA --outliers` names them"
         )
     share = share_unfamiliar(compare_with(features[TRAIN], features[VALIDATION]))
     if share > MAX_UNFAMILIAR:
