@@ -60,7 +60,7 @@ class FixedBatches:
             try:
                 computed = function(self._pad(part))
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error, is_alone=self.size == 1):
+                if not is_out_of_memory(error, is_alone=self.size == 1):
                     raise
                 computed = None
             if computed is None:  # not in the except block, where the exception keeps all that was computed alive
@@ -81,7 +81,12 @@ class FixedBatches:
         return chunk.to(self._device, non_blocking=True)
 
 
-def _is_out_of_memory(error: BaseException, *, is_alone: bool) -> bool:
+def is_out_of_memory(error: BaseException, *, is_alone: bool) -> bool:
+    """Whether memory ran out on the CPU or the GPU.
+
+    Args:
+        is_alone: the batch was of one image, so that an operator without an algorithm does not lack memory for one.
+    """
     return (
         isinstance(error, torch.OutOfMemoryError | MemoryError)
         or _OUT_OF_MEMORY.search(str(error)) is not None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from imcap_ray.models.batching import is_out_of_memory
 from imcap_ray.models.efficientnet_lite import EfficientNetLite, MirroredEfficientNetLite
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble
 
@@ -35,6 +36,9 @@ def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEnco
     The encoder is returned unchanged if it computes something else after the change (a convolution is not always
     followed by the module after it), or if torch lacks an operator. It stays in float32 if its values for noise, black
     or white come close to the limit of float16.
+
+    Raises:
+        torch.OutOfMemoryError: there is no memory for the test of a faster encoder.
     """
     size = encoder.image_size
     pixels = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -53,8 +57,10 @@ def optimize_for_inference(encoder: AnyEncoder, device: torch.device) -> AnyEnco
             for change in changes:
                 change(changed)
             features = changed.to(test_device)(pixels.to(test_device)).cpu()
-        except (AttributeError, RuntimeError):  # torch lacks an operator
-            continue
+        except (AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error, is_alone=True):  # whether memory is short must not decide the precision
+                raise
+            continue  # torch lacks an operator
         if torch.allclose(features, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
             return changed
     return encoder

@@ -98,6 +98,27 @@ def test_on_a_gpu_the_cnn_computes_in_float16_and_its_features_hardly_differ(nam
     assert torch.linalg.vector_norm(actual - expected) <= 0.02 * torch.linalg.vector_norm(expected)
 
 
+class _LacksMemory(nn.Module):
+    """A CNN for which memory runs out in float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.float16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        features: Tensor = self.convolution(pixels)
+        return features
+
+
+def test_a_lack_of_memory_does_not_decide_the_precision_on_a_gpu() -> None:
+    weights = EncoderWeights(source="random", sha256="")
+    encoder = Encoder(_LacksMemory(), mean=LITE_MEAN, std=LITE_STD, image_size=64, weights=weights)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimize_for_inference(encoder, GPU)
+
+
 @pytest.mark.parametrize("largest", [1e4, 1e6])
 def test_a_cnn_whose_maps_approach_the_float16_limit_keeps_float32_on_a_gpu(
     largest: float, monkeypatch: pytest.MonkeyPatch
