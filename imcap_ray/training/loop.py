@@ -29,7 +29,7 @@ from imcap_ray.scoring.metrics import score
 from imcap_ray.text.tokenizers import scoring_tokenizer
 from imcap_ray.text.vocabulary import SUPPRESSED_TOKEN_IDS, Vocabulary
 from imcap_ray.training.batches import CaptionBatch, augmentation, make_batch
-from imcap_ray.training.optimization import EndToEnd, Optimization, prefers_bfloat16
+from imcap_ray.training.optimization import EndToEnd, Optimization
 from imcap_ray.training.phases import (
     CROSS_ENTROPY,
     FINETUNE,
@@ -288,7 +288,7 @@ def batch_maker(learner: Learner, captions: Mapping[str, list[str]], device: tor
     reward = CaptionReward(captions, vocabulary, bleu_weight=recipe.self_critical.bleu_weight)
 
     def draw(inputs: Tensor, image_ids: list[str]) -> tuple[CaptionBatch, dict[str, float]]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=prefers_bfloat16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=learner.optimization.uses_bfloat16):
             features = encode_images(learner.encoder, view(inputs))
         samples = draw_captions(
             decoder_of(learner.optimization.trained),
@@ -296,6 +296,7 @@ def batch_maker(learner: Learner, captions: Mapping[str, list[str]], device: tor
             num_samples=recipe.self_critical.num_samples,
             max_length=max_length,
             temperature=recipe.self_critical.temperature,
+            bfloat16=learner.optimization.uses_bfloat16,
         )
         rewards = [
             [reward(image_id, ids) for ids in image_samples]

@@ -95,6 +95,8 @@ class Optimization:
             update = get_ema_multi_avg_fn(config.ema_decay)  # type: ignore[no-untyped-call]
             self.average = AveragedModel(trained, multi_avg_fn=update)
         self.trained = trained
+        self.uses_bfloat16 = prefers_bfloat16(self._parameters[0].device)
+        """Whether the forward pass is computed in bfloat16 where autocast allows it, instead of float32."""
         self.loss = torch.zeros(())
         """The loss of the last step, on its device. If it is not finite, neither are the weights."""
 
@@ -107,7 +109,7 @@ class Optimization:
         """
         self.model.train()
         self.optimizer.zero_grad()  # before anything is allocated: gradients in between would fragment the heap
-        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=prefers_bfloat16(batch.inputs.device)):
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=self.uses_bfloat16):
             logits = self.model(batch.inputs, batch.token_ids, batch.lengths, batch.image_of_caption)
         logits = logits.float()
         if self._temperature != 1.0:

@@ -13,7 +13,6 @@ from imcap_ray.models.decoders import Decoder
 from imcap_ray.scoring.cider import CiderD
 from imcap_ray.text.tokenizers import tokenize_words
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary
-from imcap_ray.training.optimization import prefers_bfloat16
 
 
 class CaptionReward:
@@ -57,11 +56,17 @@ def _sentence_bleu() -> Callable[..., float]:
 
 @torch.no_grad()
 def draw_captions(
-    decoder: Decoder, features: Tensor, *, num_samples: int, max_length: int, temperature: float = 1.0
+    decoder: Decoder,
+    features: Tensor,
+    *,
+    num_samples: int,
+    max_length: int,
+    temperature: float = 1.0,
+    bfloat16: bool = False,
 ) -> list[list[list[int]]]:
     """Sample captions from the decoder for each image of features (I, R, F), as token ids from start to end."""
     decoder.eval()
-    with torch.autocast(features.device.type, torch.bfloat16, enabled=prefers_bfloat16(features.device)):
+    with torch.autocast(features.device.type, torch.bfloat16, enabled=bfloat16):
         step, state = decoder.start(features.float(), num_samples)
         return sample(
             step,

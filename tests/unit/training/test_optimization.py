@@ -268,6 +268,18 @@ def test_a_step_uses_the_probabilities_with_which_captions_were_sampled(decoder:
     assert bias.grad[list(SUPPRESSED_TOKEN_IDS)].tolist() == [0.0, 0.0, 0.0]
 
 
+def test_a_step_computes_in_bfloat16_only_if_the_optimization_uses_it() -> None:
+    def nats(uses_bfloat16: bool) -> float:
+        decoder = make_decoder()
+        optimization = Optimization(decoder, decoder, PLAIN, total_steps=9)
+        optimization.uses_bfloat16 = uses_bfloat16
+        captions = [[[START_ID, 7, 9, END_ID]]] * NUM_IMAGES
+        return float(optimization.step(make_batch(make_features(), captions, CPU))[0])
+
+    assert nats(True) != nats(False)
+    assert nats(True) == pytest.approx(nats(False), rel=0.02)
+
+
 def test_rewarded_captions_become_more_probable() -> None:
     decoder, features = make_decoder(), make_features()
     optimization = optimize(decoder)
