@@ -50,6 +50,7 @@ def quantize_encoder(encoder: Encoder, photographs: Sequence[npt.NDArray[np.uint
         model,
         nncf.Dataset(images),
         subset_size=len(images),
+        preset=nncf.QuantizationPreset.MIXED,  # activations may be asymmetric: as fast, and slightly better scores
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
     )
     with TemporaryDirectory() as folder:
