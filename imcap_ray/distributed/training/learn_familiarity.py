@@ -110,4 +110,6 @@ def _pool_features(cache: FeatureCache, image_ids: pa.ChunkedArray) -> Floats:
                 for row in batch.filter(is_wanted).to_pylist():
                     features = np.frombuffer(row["features"], np.float16).reshape(cache.shape)
                     pooled[row["image_id"]] = features[0].mean(0, dtype=np.float32)
+    if not pooled:
+        return np.zeros((0, cache.shape[-1]), np.float32)
     return np.stack([pooled[image_id] for image_id in sorted(pooled)])
