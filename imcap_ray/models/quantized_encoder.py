@@ -26,7 +26,7 @@ from imcap_ray.models.encoder_weights import EncoderWeights
 
 _KERNELS: Final = "AVX512_CORE_VNNI"
 """The newest instructions that are used. Kernels for AMX, which newer Intel processors have, would take an eighth less
-time, but they round differently from all others: 9 % of the bundled model's features would be others."""
+time, but they round differently from all others: 7 % of the bundled model's features would be others."""
 
 
 @dataclass(frozen=True, slots=True)
