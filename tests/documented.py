@@ -13,7 +13,7 @@ from imcap_ray.cli.main import main
 ROOT = Path(__file__).parent.parent
 FILES = (
     ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "jobs" / "CAPTIONERS.md",
     ROOT / "jobs" / "RESULTS.md",
     *sorted((ROOT / "jobs").glob("*.py")),
     *sorted((ROOT / "jobs" / "benchmarks").glob("*.py")),
@@ -53,7 +53,7 @@ class Shown:
 
 def example_captioner() -> str:
     """Return the module `brightness.py` of the documentation."""
-    return (ROOT / "docs" / "CAPTIONERS.md").read_text().partition("```python\n")[2].partition("```")[0]
+    return (ROOT / "jobs" / "CAPTIONERS.md").read_text().partition("```python\n")[2].partition("```")[0]
 
 
 def shown_commands() -> list[Shown]:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from itertools import islice
 from typing import Final
 
 import numpy as np
@@ -24,6 +23,7 @@ from imcap_ray.exports.captions_rows import CaptionsTable
 from imcap_ray.exports.text import guard_cell
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.familiarity import Floats
+from imcap_ray.models.outliers import pool_features
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 
 TABLE_FILE: Final = "captions.csv"
@@ -31,12 +31,11 @@ TABLE_FILE: Final = "captions.csv"
 COLUMNS: Final = ("file_name", "caption", "confidence", "familiarity", "image_id")
 
 CANDIDATES_PER_IMAGE: Final = 5
-"""The images are chosen from so many times their number of the least confident ones, and of the least familiar ones."""
+"""For each image to be chosen, this many of the least confident images and this many of the least familiar ones are
+considered."""
 
 LONGEST_SIDE: Final = 512
 """Pixels of the images in the folder: enough for people, and for models of up to this image size."""
-
-_BATCH_SIZE: Final = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,11 +143,7 @@ def _encode(
             finally:
                 on_progress(number, len(rows))
 
-    readable, pooled, pixels = list[CaptionRow](), list[Floats](), read()
-    while batch := list(islice(pixels, _BATCH_SIZE)):
-        readable += [row for row, _ in batch]
-        pooled.append(captioner.encode(np.stack([array for _, array in batch])).mean(1).numpy())
-    return readable, np.concatenate(pooled) if pooled else np.zeros((0, 1), np.float32)
+    return pool_features(captioner, read())
 
 
 def _write(rows: Sequence[CaptionRow], images: Iterable[bytes | ImageError], output: str) -> None:

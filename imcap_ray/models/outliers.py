@@ -5,9 +5,9 @@ An image is measured as for `familiarity`, but against other images of its own d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ _MAX_FITTED: Final = 4096
 """Images of which the subspace is made: with more, it hardly changes."""
 
 _BATCH_SIZE: Final = 32
+
+Key = TypeVar("Key")
 
 
 def check_outliers(
@@ -120,10 +122,20 @@ def _encode_images(
         except ImageError:
             return None
 
-    rows, pooled = list[DatasetRow](), list[Floats]()
     existing: list[DatasetRow] = [row for row in dataset.table.to_pylist() if row["image_path"]]
-    images = filter(None, map_images(dataset, existing, read, on_progress))
-    while batch := list(islice(images, _BATCH_SIZE)):
-        rows += [row for row, _ in batch]
+    return pool_features(captioner, filter(None, map_images(dataset, existing, read, on_progress)))
+
+
+def pool_features(
+    captioner: Captioner, images: Iterable[tuple[Key, npt.NDArray[np.uint8]]]
+) -> tuple[list[Key], Floats]:
+    """The keys of images, and the mean over all regions of their features (N, F).
+
+    Args:
+        images: keys and pixels (3, S, S). Only a batch is in memory at a time.
+    """
+    keys, pooled, rest = list[Key](), list[Floats](), iter(images)
+    while batch := list(islice(rest, _BATCH_SIZE)):
+        keys += [key for key, _ in batch]
         pooled.append(captioner.encode(np.stack([pixels for _, pixels in batch])).mean(1).numpy())
-    return rows, np.concatenate(pooled) if pooled else np.zeros((0, 1), np.float32)
+    return keys, np.concatenate(pooled) if pooled else np.zeros((0, 1), np.float32)

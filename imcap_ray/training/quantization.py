@@ -33,7 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 def quantize_model(
     model: str | None, dataset: CaptionedImages, output: str, *, encoder_weights: str | None = None
 ) -> int:
-    """Write a copy of a model folder that captions in int8 by default; returns how many photographs decided how.
+    """Write a copy of a model folder that captions in int8 by default; returns the number of training images used.
 
     Raises:
         ConfigError: OpenVINO or NNCF is not installed.
@@ -69,7 +69,7 @@ def _calibrate(familiarity: Familiarity, encoder: QuantizedEncoder, dataset: Cap
 
 
 def _read_photographs(dataset: CaptionedImages, rows: pa.Table, max_images: int, image_size: int) -> Iterator[Pixels]:
-    """Pixels (3, S, S) of at most so many of the images, evenly spread; without those that cannot be read."""
+    """Pixels (3, S, S) of at most `max_images` images, evenly spread. Images that cannot be read are left out."""
     num_chosen = min(max_images, rows.num_rows)
     manifest = dataset.manifest(rows.take(pa.array(np.arange(num_chosen) * rows.num_rows // num_chosen)))
     images = read_rows(manifest.to_pylist(), root_of(manifest), image_columns=image_columns_of(manifest))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,6 @@ from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity
 from imcap_ray.models.model_folder import read_model_folder
 from tests.small_data import jpeg, write_model_folder
-
-pytestmark = pytest.mark.skipif(not find_spec("nncf"), reason="needs OpenVINO and NNCF, of the dependency group `test`")
 
 
 def imcap(*arguments: object) -> Result:

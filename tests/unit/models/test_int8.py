@@ -8,7 +8,6 @@ import platform
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,6 @@ from imcap_ray.models.model_folder import Int8Encoder, read_model_folder, save_w
 from imcap_ray.models.quantization import quantize_encoder
 from imcap_ray.models.quantized_encoder import QuantizedEncoder, QuantizedNetwork
 from tests.small_data import IMAGE_SIZE, jpeg, randomise_batch_normalisation
-
-pytestmark = pytest.mark.skipif(not find_spec("nncf"), reason="needs OpenVINO and NNCF, of the dependency group `test`")
 
 NUM_IMAGES = COMPUTE_BATCH_SIZE + 2
 
