@@ -268,7 +268,7 @@ def test_an_interrupted_run_leaves_an_output_that_the_same_command_finishes(
     ("words", "message"),
     [
         (["caption", "nowhere", "out"], "no such input"),
-        (["caption", "photographs", "out", "--model", "nowhere"], "is not a model folder"),
+        (["caption", "photographs", "out", "--model", "nowhere"], "no such model: nowhere"),
         (["caption", "photographs", "out", "--num-actors", "500"], "--num-actors 500 needs 502 CPUs"),
         (["caption", "photographs", "out", "--address", "127.0.0.1:9"], "cannot join the cluster at 127.0.0.1:9"),
         (["train", "photographs", "out"], "holds no captioned images"),
