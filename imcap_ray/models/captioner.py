@@ -24,9 +24,9 @@ from imcap_ray.data.image_decoding import SquarePixels
 from imcap_ray.data.image_inputs import ImageInput, is_image_input, read_image_input
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.models.batching import FixedBatches
-from imcap_ray.models.beam_search import State, beam_search
+from imcap_ray.models.beam_search import beam_search
 from imcap_ray.models.caption import ActorNeeds, Caption, no_memory, not_finite
-from imcap_ray.models.decoders import AttentionDecoder, Decoder, DecoderEnsemble, build_decoder
+from imcap_ray.models.decoders import AttentionDecoder, Decoder, DecoderEnsemble, State, build_decoder, next_tokens
 from imcap_ray.models.devices import choose_device, require_cuda
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder, describe_difference
 from imcap_ray.models.familiarity import Familiarity, mean_familiarity
@@ -68,9 +68,14 @@ def search_captions(
         on_step()
         return step(tokens, state)
 
-    results = beam_search(
-        counted_step, state, search=search, start_id=START_ID, end_id=END_ID, forbidden_ids=SUPPRESSED_TOKEN_IDS
+    candidates = next_tokens(
+        counted_step,
+        state,
+        num_candidates=search.beam_size,
+        end_id=END_ID,
+        forbidden_ids=SUPPRESSED_TOKEN_IDS,
     )
+    results = beam_search(candidates, num_images=len(features), search=search, start_id=START_ID, end_id=END_ID)
     return [
         [
             Caption(

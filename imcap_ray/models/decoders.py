@@ -15,7 +15,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from imcap_ray.config import DecoderConfig
 from imcap_ray.errors import ConfigError
-from imcap_ray.models.beam_search import State, Step
+from imcap_ray.models.beam_search import Candidates, Floats, Ints, NextTokens
+
+State = tuple[Tensor, ...]
+"""What a decoder remembers of the beams: tensors (B, K, ...)."""
+
+Step = Callable[[Tensor, State], tuple[Tensor, State]]
+"""Tokens (B, K) and state -> log-probabilities (B, K, V) of the next token, and the next state."""
 
 _Product = Callable[[Tensor], Tensor]
 """Multiplies vectors (..., D) by a matrix and adds a bias."""
@@ -45,15 +52,40 @@ class Decoder(nn.Module):
             image_of_caption: (N,) index into `features`.
         """
 
+    state_sizes: tuple[int, ...]
+    """Sizes of the tensors (B, K, size) of a search's state."""
+
+    _frozen: Any = None
+    """What `search_weights` has returned, once the weights do not change any more."""
+
     @abstractmethod
+    def memory(self, features: Tensor, weights: Any) -> tuple[Tensor, ...]:
+        """What the steps of a search need of the features (B, R, F): tensors (B, ...)."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor, state: State, memory: tuple[Tensor, ...], weights: Any) -> tuple[Tensor, State]:
+        """Tokens (B, K) and state to log-probabilities (B, K, V) of the next token and the next state."""
+
+    def search_weights(self, *, packed: bool = False) -> Any:
+        """What `memory` and `step` need of the weights.
+
+        Args:
+            packed: on a CPU, in the order in which its kernels read them.
+        """
+
+    def freeze(self, *, packed: bool = True) -> None:
+        """Compute once what searches need of the weights, which must not change from now on."""
+        self._frozen = self.search_weights(packed=packed)
+
     def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
         """The step function and the first state of a search over the images of features (B, R, F).
 
         Whatever depends on the features alone is computed here, once.
         """
-
-    def freeze(self) -> None:
-        """Compute once what searches need of the weights, which must not change from now on."""
+        weights = self._frozen or self.search_weights()
+        memory = self.memory(features, weights)
+        state = tuple(features.new_zeros(len(features), beam_size, size) for size in self.state_sizes)
+        return partial(self.step, memory=memory, weights=weights), state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +144,7 @@ class AttentionDecoder(Decoder):
         self.output_bias = nn.Parameter(torch.zeros(vocabulary_size))
         self.dropout = nn.Dropout(dropout)
         nn.init.normal_(self.embedding.weight, std=embedding_size**-0.5)
-        self._frozen: _SearchProducts | None = None
+        self.state_sizes = (hidden_size,) * 4
 
     def forward(self, features: Tensor, token_ids: Tensor, lengths: Tensor, image_of_caption: Tensor) -> Tensor:
         """As `Decoder.forward`."""
@@ -143,35 +175,28 @@ class AttentionDecoder(Decoder):
         predicted = run_lstm(self.language_lstm, _repack(positions, torch.cat([hidden.data, attended], dim=-1))).data
         return self._logits(drop(self._output(predicted, attended)))
 
-    def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
-        """As `Decoder.start`."""
-        num_images = features.shape[0]
+    def memory(self, features: Tensor, weights: _SearchProducts) -> tuple[Tensor, ...]:
+        """Keys, values and what the mean region adds to the gates of the first LSTM."""
         keys, values, mean = self._memory(features)
-        products = self._frozen or self._search_products(_linear)
-        image_gates = products.image_gates(mean).unsqueeze(1)  # (B, 1, 4 H)
+        return keys, values, weights.image_gates(mean).unsqueeze(1)
 
-        def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-            word_gates = functional.embedding(tokens, products.word_gates)
-            first = _next_state(word_gates + image_gates + products.history_gates(state[0]), state[1])
-            hidden = first[0]
-            attended = self.attend(products.query(hidden), keys, values)
-            second = _next_state(products.language(torch.cat([hidden, attended, state[2]], dim=-1)), state[3])
-            outputs = torch.tanh(products.output(torch.cat([second[0], attended], dim=-1)))
-            return functional.log_softmax(products.logits(outputs), dim=-1), (*first, *second)
-
-        blank = features.new_zeros(num_images, beam_size, self.attention_lstm.hidden_size)
-        return step, (blank, blank, blank, blank)
-
-    def freeze(self, *, packed: bool = True) -> None:
-        """Compute once what searches need of the weights, which must not change from now on.
-
-        Args:
-            packed: on a CPU, also store the weights in the order in which its kernels read them.
-        """
-        self._frozen = self._search_products(_packed_linear if packed else _linear)
+    def step(
+        self, tokens: Tensor, state: State, memory: tuple[Tensor, ...], weights: _SearchProducts
+    ) -> tuple[Tensor, State]:
+        """As `Decoder.step`."""
+        keys, values, image_gates = memory
+        word_gates = functional.embedding(tokens, weights.word_gates)
+        first = _next_state(word_gates + image_gates + weights.history_gates(state[0]), state[1])
+        hidden = first[0]
+        attended = self.attend(weights.query(hidden), keys, values)
+        second = _next_state(weights.language(torch.cat([hidden, attended, state[2]], dim=-1)), state[3])
+        outputs = torch.tanh(weights.output(torch.cat([second[0], attended], dim=-1)))
+        return functional.log_softmax(weights.logits(outputs), dim=-1), (*first, *second)
 
     @torch.no_grad()
-    def _search_products(self, linear: Callable[[Tensor, Tensor | None], _Product]) -> _SearchProducts:
+    def search_weights(self, *, packed: bool = False) -> _SearchProducts:
+        """As `Decoder.search_weights`."""
+        linear = _packed_linear if packed else _linear
         input_weight, hidden_weight, input_bias, hidden_bias = self.attention_lstm.all_weights[0]
         word_weight, image_weight = input_weight.tensor_split([self.embedding.embedding_dim], dim=1)
         language: list[Tensor] = [*self.language_lstm.all_weights[0]]
@@ -239,6 +264,7 @@ class MergeDecoder(Decoder):
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.lstm = nn.LSTM(embedding_size, hidden_size, batch_first=True)
         self.merge = nn.Linear(hidden_size, hidden_size)
+        self.state_sizes = (hidden_size,) * 2
         self.output = nn.Linear(hidden_size, vocabulary_size)
         self.dropout = nn.Dropout(dropout)
 
@@ -248,16 +274,14 @@ class MergeDecoder(Decoder):
         image_of_position = _pack(image_of_caption.unsqueeze(1).expand_as(token_ids), lengths).data
         return self._logits(hidden + self._image(features)[image_of_position])
 
-    def start(self, features: Tensor, beam_size: int) -> tuple[Step, State]:
-        """As `Decoder.start`."""
-        image = self._image(features).unsqueeze(1)
+    def memory(self, features: Tensor, weights: None) -> tuple[Tensor, ...]:
+        """The image's vector."""
+        return (self._image(features).unsqueeze(1),)
 
-        def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
-            hidden, state = _advance_lstm(self.lstm, self.embedding(tokens), state)
-            return functional.log_softmax(self._logits(hidden + image), dim=-1), state
-
-        blank = features.new_zeros(features.shape[0], beam_size, self.lstm.hidden_size)
-        return step, (blank, blank)
+    def step(self, tokens: Tensor, state: State, memory: tuple[Tensor, ...], weights: None) -> tuple[Tensor, State]:
+        """As `Decoder.step`."""
+        hidden, state = _advance_lstm(self.lstm, self.embedding(tokens), state)
+        return functional.log_softmax(self._logits(hidden + memory[0]), dim=-1), state
 
     def _image(self, features: Tensor) -> Tensor:
         return functional.relu(self.project_features(self.dropout(features.mean(dim=1))))
@@ -301,6 +325,43 @@ class DecoderEnsemble(nn.Module):
             return torch.stack(log_probs).mean(dim=0).log_softmax(dim=-1), tuple(states)
 
         return step, tuple(tensor for _, state in starts for tensor in state)
+
+
+def next_tokens(
+    step: Step, state: State, *, num_candidates: int, end_id: int, forbidden_ids: Sequence[int] = ()
+) -> NextTokens:
+    """The function with which a beam search asks a decoder for candidates. It keeps the state of the beams.
+
+    Args:
+        state: each tensor (B, K, ...), equal along K.
+        forbidden_ids: tokens that are never candidates.
+    """
+    state = tuple(tensor[:, :1] for tensor in state)
+    device = state[0].device
+    forbidden = torch.tensor(list(forbidden_ids), dtype=torch.long, device=device)
+
+    def candidates(tokens: Ints, parents: Ints) -> Candidates:
+        nonlocal state
+        beams = torch.from_numpy(parents).to(device)
+        log_probs, state = step(
+            torch.from_numpy(tokens).to(device), tuple(_gather_beams(part, beams) for part in state)
+        )
+        log_probs = log_probs.float().index_fill_(-1, forbidden, float("-inf"))
+        best = log_probs.topk(min(num_candidates, log_probs.shape[-1]), dim=-1)
+        return Candidates(best.indices.cpu().numpy(), _to_numpy(best.values), _to_numpy(log_probs[..., end_id]))
+
+    return candidates
+
+
+def _to_numpy(tensor: Tensor) -> Floats:
+    array: Floats = tensor.cpu().numpy()
+    return array
+
+
+def _gather_beams(tensor: Tensor, beams: Tensor) -> Tensor:
+    """Rows `beams` (B, K') of a tensor (B, K, ...), per image: (B, K', ...)."""
+    index = beams.reshape(*beams.shape, *(1,) * (tensor.dim() - 2))
+    return tensor.gather(1, index.expand(*beams.shape, *tensor.shape[2:]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

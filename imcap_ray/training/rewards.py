@@ -8,8 +8,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from imcap_ray.models.beam_search import sample
 from imcap_ray.models.decoders import Decoder
+from imcap_ray.models.sampling import sample
 from imcap_ray.scoring.cider import CiderD
 from imcap_ray.text.tokenizers import tokenize_words
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS, Vocabulary

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from imcap_ray.config import SearchConfig
-from imcap_ray.models.beam_search import Hypothesis, State, Step, beam_search, sample
+from imcap_ray.models.beam_search import Hypothesis, beam_search
+from imcap_ray.models.decoders import State, Step, next_tokens
+from imcap_ray.models.sampling import sample
 
 VOCABULARY_SIZE, START, END = 4, 0, 1
 MAX_LENGTH = 3
@@ -47,8 +49,14 @@ def search(
     model: Any, images: list[int], *, forbidden_ids: tuple[int, ...] = (), **options: Any
 ) -> list[list[Hypothesis]]:
     config = settings(**options)
-    step, state = model(images, config.beam_size)
-    return beam_search(step, state, search=config, start_id=START, end_id=END, forbidden_ids=forbidden_ids)
+    return search_with(*model(images, config.beam_size), config, forbidden_ids)
+
+
+def search_with(
+    step: Step, state: State, config: SearchConfig, forbidden_ids: tuple[int, ...] = ()
+) -> list[list[Hypothesis]]:
+    candidates = next_tokens(step, state, num_candidates=config.beam_size, end_id=END, forbidden_ids=forbidden_ids)
+    return beam_search(candidates, num_images=len(state[0]), search=config, start_id=START, end_id=END)
 
 
 def brute_force(model: Any, image: int, *, length_penalty: float = 0.0, forbidden: tuple[int, ...] = ()) -> list[Any]:
@@ -151,9 +159,7 @@ def test_the_end_is_forced_at_the_length_limit_and_included_in_the_score() -> No
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         return log_probs.expand(*tokens.shape, -1).clone(), state
 
-    ((sequences,),) = beam_search(
-        step, (torch.zeros(1, 1),), search=settings(beam_size=1, max_length=7), start_id=START, end_id=END
-    )
+    ((sequences,),) = search_with(step, (torch.zeros(1, 1),), settings(beam_size=1, max_length=7))
 
     assert sequences.token_ids == (2,) * 7
     assert sequences.num_tokens == 8
@@ -166,9 +172,7 @@ def test_an_empty_sequence_can_be_the_best() -> None:
     def step(tokens: Tensor, state: State) -> tuple[Tensor, State]:
         return log_probs.expand(*tokens.shape, -1).clone(), state
 
-    ((sequences,),) = beam_search(
-        step, (torch.zeros(1, 3),), search=settings(beam_size=3, max_length=5), start_id=START, end_id=END
-    )
+    ((sequences,),) = search_with(step, (torch.zeros(1, 3),), settings(beam_size=3, max_length=5))
 
     assert (sequences.token_ids, sequences.num_tokens) == ((), 1)
 
