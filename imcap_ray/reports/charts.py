@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imcap_ray.scoring.evaluation_report import HALF, CoveragePoint
+from imcap_ray.text.tokenizers import split_words
 
 WIDTH: Final = 360
 
@@ -122,10 +123,13 @@ class Cell(NamedTuple):
 
 
 def histogram_of_lengths(captions: Counter[str]) -> LengthHistogram | None:
-    """One bar for each number of words; the last bar collects the longest captions. None without captions."""
+    """One bar for each number of words, or of characters in scripts without spaces; the last bar collects the longest.
+
+    None without captions.
+    """
     lengths: Counter[int] = Counter()
     for caption, count in captions.items():
-        lengths[len(caption.split())] += count
+        lengths[len(split_words(caption))] += count
     if not lengths:
         return None
     shortest, longest = min(lengths), max(lengths)

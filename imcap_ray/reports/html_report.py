@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import pyarrow as pa
+from markupsafe import Markup
 
 from imcap_ray import storage
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, OK, UNFAMILIAR
@@ -213,7 +215,17 @@ def _template() -> jinja2.Template:
     )
     environment.filters["number"] = _number
     environment.filters["csp_hash"] = _csp_hash
+    environment.filters["direction"] = _direction
     return environment.get_template("report.html")
+
+
+def _direction(text: str) -> Markup:
+    """The attribute `dir` of an element with this text, if it begins in a script that is written from right to left.
+
+    `dir=auto` would not do: it does not look into `bdi` elements.
+    """
+    strong = (kind for kind in map(unicodedata.bidirectional, text) if kind in ("L", "R", "AL"))
+    return Markup("") if next(strong, "L") == "L" else Markup(' dir="rtl"')
 
 
 def _csp_hash(source: str) -> str:

@@ -25,6 +25,7 @@ from imcap_ray.cli.main import main
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ConfigError, ImageError, InputError, ModelError
 from imcap_ray.reports.cards import CHANGED, LoadImages
+from imcap_ray.reports.charts import histogram_of_lengths
 from imcap_ray.reports.html_report import HumanCaptions, write_report
 from imcap_ray.reports.model_section import ModelOfRun
 from imcap_ray.runs.captioned_images import CaptionedImageSource
@@ -646,6 +647,23 @@ def test_the_training_of_the_model_is_drawn_phase_by_phase(report: Report) -> No
     assert re.findall(r"(\d\.\d+) in epoch (\d)", scores) == [("0.600", "4")]
     assert len(page.all("polyline")) == 4
     assert len(page.all("circle")) == 10
+
+
+def test_captions_of_right_to_left_scripts_are_aligned_and_listed_from_right_to_left(report: Report) -> None:
+    arabic = "\u0643\u0644\u0628 \u0623\u0633\u0648\u062f"
+
+    page = report(ok("1.jpg", arabic), ok("2.jpg"), attend=attend_one_region, num_attended=2)
+
+    directions = [(kind, attributes.get("dir")) for kind in ("p", "div") for attributes in page.all(kind)
+                  if attributes.get("class") in ("caption", "words-attended")]  # fmt: skip
+    assert directions == [("p", "rtl"), ("p", None), ("div", "rtl"), ("div", None)]
+
+
+def test_lengths_of_captions_without_spaces_are_counted_in_characters() -> None:
+    chinese = histogram_of_lengths(Counter({"\u4e00\u53ea\u72d7": 1}))
+
+    assert chinese is not None
+    assert (chinese.shortest, chinese.longest) == (3, 3)
 
 
 @pytest.mark.parametrize("history", [[], HISTORY[:1], [{"epoch": 1}, {"epoch": 2, "cider_d": "much"}]])
