@@ -57,8 +57,8 @@ def check(data: str, **options: Any) -> None:
     from imcap_ray.models.decoders import find_decoder
 
     if options["outliers"]:
-        from imcap_ray.models.captioner import Captioner
         from imcap_ray.models.outliers import check_outliers
+        from imcap_ray.models.torch_captioner import load_torch_captioner
 
     recipe = load_recipe(options["recipe"], dict(parse_override(text) for text in options["overrides"]))
     find_decoder(recipe.decoder)
@@ -78,7 +78,9 @@ def check(data: str, **options: Any) -> None:
     )
     if options["outliers"]:
         result = result.with_findings(
-            check_outliers(dataset, Captioner.load(), on_progress=partial(reporter.report_images, task="outliers"))
+            check_outliers(
+                dataset, load_torch_captioner(), on_progress=partial(reporter.report_images, task="outliers")
+            )
         )
     if sys.stderr.isatty() and (options["decode"] or options["outliers"]) and not options["quiet"]:
         click.echo(CLEAR_LINE, err=True, nl=False)

@@ -39,7 +39,8 @@ def model(model: str | None, checked: str | None, model_options: tuple[tuple[str
     from dataclasses import asdict
 
     from imcap_ray.config import to_mapping
-    from imcap_ray.models.model_folder import WEIGHTS_FILE, read_model_folder
+    from imcap_ray.models.model_files import WEIGHTS_FILE
+    from imcap_ray.models.model_folder import read_model_folder
 
     folder = read_model_folder(model)
     facts = {

@@ -45,10 +45,10 @@ def quantize(model: str, data: str, output: str, **options: Any) -> None:
         num_images = quantize_model(model, dataset, output, encoder_weights=options["encoder_weights"])
     folder = read_model_folder(output)
     assert folder.int8
-    num_bytes = len(folder.int8.network.graph) + len(folder.int8.network.weights)
+    num_bytes = sum(map(len, folder.int8.files.values()))
     if options["as_json"]:
         fingerprint = folder.fingerprint_in(folder.precision)
         click.echo(json.dumps({"output": output, "images": num_images, "bytes": num_bytes, "fingerprint": fingerprint}))
     elif not options["quiet"]:
         size = f"{num_bytes / 1e6:.1f} MB"
-        print_line(f"{output}: quantised the CNN with {num_images} images; in int8 it has {size}", err=True)
+        print_line(f"{output}: quantised with {num_images} images; in int8 the model has {size}", err=True)

@@ -32,7 +32,7 @@ def suggest(captions: str, output: str, **options: Any) -> None:
     from dataclasses import asdict
 
     from imcap_ray.exports.suggestions import TABLE_FILE, suggest_images
-    from imcap_ray.models.captioner import Captioner
+    from imcap_ray.models.torch_captioner import load_torch_captioner
     from imcap_ray.runs.captioned_images import CaptionedImageSource
     from imcap_ray.runs.captions_table import refuse_replacement
 
@@ -42,7 +42,7 @@ def suggest(captions: str, output: str, **options: Any) -> None:
         captions,
         output,
         count=options["count"],
-        captioner=Captioner.load(),
+        captioner=load_torch_captioner(),
         images=CaptionedImageSource(captions, allow_outside_paths=options["allow_outside_paths"]),
         on_progress=reporter.report_images,
     )

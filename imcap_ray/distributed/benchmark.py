@@ -318,10 +318,10 @@ class _Alone:
         return len(pixels), time.perf_counter() - start
 
     def _caption(self, pixels: Any) -> None:
-        from imcap_ray.models.captioner import Captioner, search_captions
+        from imcap_ray.models.torch_captioner import TorchCaptioner, search_captions
 
         captioner = self._captioner
-        if not isinstance(captioner, Captioner):
+        if not isinstance(captioner, TorchCaptioner):
             captioner.caption_pixels(pixels)
             return
         import torch

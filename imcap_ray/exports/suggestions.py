@@ -21,9 +21,9 @@ from imcap_ray.data.schemas import OK, CaptionRow
 from imcap_ray.errors import ImageError, InputError, OutputError
 from imcap_ray.exports.captions_rows import CaptionsTable
 from imcap_ray.exports.text import guard_cell
-from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.familiarity import Floats
 from imcap_ray.models.outliers import pool_features
+from imcap_ray.models.torch_captioner import TorchCaptioner
 from imcap_ray.runs.captioned_images import CaptionedImageSource
 
 TABLE_FILE: Final = "captions.csv"
@@ -54,7 +54,7 @@ def suggest_images(
     output: str,
     *,
     count: int,
-    captioner: Captioner,
+    captioner: TorchCaptioner,
     images: CaptionedImageSource,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Suggestions:
@@ -127,7 +127,7 @@ def _rank(row: CaptionRow, column: str) -> tuple[float, str]:
 
 def _encode(
     rows: Sequence[CaptionRow],
-    captioner: Captioner,
+    captioner: TorchCaptioner,
     images: CaptionedImageSource,
     on_progress: Callable[[int, int], None],
 ) -> tuple[list[CaptionRow], Floats]:

@@ -66,11 +66,12 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, state: State, memory: tuple[Tensor, ...], weights: Any) -> tuple[Tensor, State]:
         """Tokens (B, K) and state to log-probabilities (B, K, V) of the next token and the next state."""
 
-    def search_weights(self, *, packed: bool = False) -> Any:
+    def search_weights(self, *, packed: bool = False, exported: bool = False) -> Any:
         """What `memory` and `step` need of the weights.
 
         Args:
-            packed: on a CPU, in the order in which its kernels read them.
+            packed: on a CPU, in the order in which torch's kernels read them.
+            exported: for a graph that OpenVINO computes.
         """
 
     def freeze(self, *, packed: bool = True) -> None:
@@ -96,8 +97,8 @@ class _SearchProducts:
     the search, which saves a quarter of a step's products.
     """
 
-    word_gates: Tensor
-    """(V, 4 H): what each word adds to the gates of the first LSTM."""
+    word_gates: Callable[[Tensor], Tensor]
+    """Tokens (...) -> what each word adds to the gates of the first LSTM (..., 4 H)."""
     image_gates: _Product
     """The mean region (..., H) -> what it adds to them."""
     history_gates: _Product
@@ -107,6 +108,8 @@ class _SearchProducts:
     """The first LSTM's output, the attended vector and the second LSTM's last output (..., 3 H) -> its gates."""
     output: _Product
     logits: _Product
+    is_exported: bool
+    """Whether the memory holds the keys as OpenVINO's kernels read them: (B, heads, H / heads, R), already scaled."""
 
 
 class AttentionDecoder(Decoder):
@@ -178,6 +181,8 @@ class AttentionDecoder(Decoder):
     def memory(self, features: Tensor, weights: _SearchProducts) -> tuple[Tensor, ...]:
         """Keys, values and what the mean region adds to the gates of the first LSTM."""
         keys, values, mean = self._memory(features)
+        if weights.is_exported:
+            keys = (keys * keys.shape[-1] ** -0.5).transpose(2, 3).contiguous()
         return keys, values, weights.image_gates(mean).unsqueeze(1)
 
     def step(
@@ -185,30 +190,41 @@ class AttentionDecoder(Decoder):
     ) -> tuple[Tensor, State]:
         """As `Decoder.step`."""
         keys, values, image_gates = memory
-        word_gates = functional.embedding(tokens, weights.word_gates)
+        word_gates = weights.word_gates(tokens)
         first = _next_state(word_gates + image_gates + weights.history_gates(state[0]), state[1])
         hidden = first[0]
-        attended = self.attend(weights.query(hidden), keys, values)
+        queries = weights.query(hidden)
+        if weights.is_exported:
+            attended = self.attend(queries, keys.transpose(2, 3), values, scale=1.0)
+        else:
+            attended = self.attend(queries, keys, values)
         second = _next_state(weights.language(torch.cat([hidden, attended, state[2]], dim=-1)), state[3])
         outputs = torch.tanh(weights.output(torch.cat([second[0], attended], dim=-1)))
         return functional.log_softmax(weights.logits(outputs), dim=-1), (*first, *second)
 
     @torch.no_grad()
-    def search_weights(self, *, packed: bool = False) -> _SearchProducts:
+    def search_weights(self, *, packed: bool = False, exported: bool = False) -> _SearchProducts:
         """As `Decoder.search_weights`."""
         linear = _packed_linear if packed else _linear
         input_weight, hidden_weight, input_bias, hidden_bias = self.attention_lstm.all_weights[0]
         word_weight, image_weight = input_weight.tensor_split([self.embedding.embedding_dim], dim=1)
         language: list[Tensor] = [*self.language_lstm.all_weights[0]]
         return _SearchProducts(
-            word_gates=functional.linear(self.embedding.weight, word_weight),
+            word_gates=self._word_gates(word_weight, as_table=not exported),
             image_gates=linear(image_weight, input_bias + hidden_bias),
             history_gates=linear(hidden_weight, None),
             query=linear(self.query.weight, self.query.bias),
             language=linear(torch.cat(language[:2], dim=1), language[2] + language[3]),
             output=linear(self.project_output.weight, self.project_output.bias),
             logits=linear(self.embedding.weight, self.output_bias),
+            is_exported=exported,
         )
+
+    def _word_gates(self, weight: Tensor, *, as_table: bool) -> Callable[[Tensor], Tensor]:
+        """Either look them up in a table (V, 4 H), or compute them, which takes less space in a file."""
+        if as_table:
+            return partial(functional.embedding, weight=functional.linear(self.embedding.weight, weight))
+        return lambda tokens: functional.linear(functional.embedding(tokens, self.embedding.weight), weight)
 
     def attention(self, features: Tensor, token_ids: Tensor) -> Tensor:
         """Attention weights (T, R) for the token that follows each token of a caption, averaged over the heads.
@@ -233,9 +249,9 @@ class AttentionDecoder(Decoder):
     def _split_heads(self, vectors: Tensor) -> Tensor:
         return vectors.reshape(*vectors.shape[:-1], self.num_heads, -1).transpose(1, 2)
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, *, scale: float | None = None) -> Tensor:
         """The attended vectors (I, Q, H) of Q queries per image (I, Q, H), by keys and values from `_memory`."""
-        attended = functional.scaled_dot_product_attention(self._split_heads(queries), keys, values)
+        attended = functional.scaled_dot_product_attention(self._split_heads(queries), keys, values, scale=scale)
         return attended.transpose(1, 2).flatten(2)
 
     def _output(self, predicted: Tensor, attended: Tensor) -> Tensor:

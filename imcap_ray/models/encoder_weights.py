@@ -1,4 +1,7 @@
-"""An encoder's name -> its ImageNet weights, from a package, torchvision or a file."""
+"""An encoder's name -> its ImageNet weights, from a package, torchvision or a file.
+
+Imports torch only when it loads them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Final
 
 from imcap_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 FINETUNED: Final = "fine-tuned"
 
@@ -102,6 +105,7 @@ def find_torchvision_weights(name: str) -> Callable[[], tuple[str, Path]]:
     """Return a function that downloads torchvision's ImageNet weights, and returns their source and path."""
 
     def find() -> tuple[str, Path]:
+        import torch
         from torchvision.models import get_model_weights
 
         weights: Any = get_model_weights(name).IMAGENET1K_V1
@@ -131,6 +135,8 @@ def drop_classifier(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_weights_file(cnn: nn.Module, path: Path, convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Load weights from a file into a CNN; ModelError if they do not fit."""
+    import torch
+
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

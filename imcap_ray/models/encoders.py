@@ -30,7 +30,6 @@ from imcap_ray.models.encoder_weights import (
     rename_lite_weights,
     rename_vgg16_weights,
 )
-from imcap_ray.models.quantized_encoder import QuantizedEncoder
 
 IMAGE_SIZE: Final = 224
 
@@ -230,7 +229,7 @@ class Encoder(nn.Module):
 class EncoderEnsemble(nn.Module):
     """Several CNNs: uint8 pixels (B, 3, S, S) -> features (B, R, sum of F), the channels of one CNN after the other."""
 
-    def __init__(self, encoders: Sequence[Encoder | QuantizedEncoder]) -> None:
+    def __init__(self, encoders: Sequence[Encoder]) -> None:
         super().__init__()
         self.encoders = nn.ModuleList(encoders)
         self.image_size = encoders[0].image_size

@@ -23,8 +23,8 @@ import safetensors
 import safetensors.numpy
 
 from imcap_ray.errors import ModelError
+from imcap_ray.models.model_files import FAMILIARITY_FILE
 
-FAMILIARITY_FILE: Final = "familiarity.safetensors"
 """File of a model folder."""
 
 MAX_DIRECTIONS: Final = 64

@@ -18,8 +18,8 @@ from imcap_ray.data.datasets.dataset import DatasetRow
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.schemas import UNFAMILIAR
 from imcap_ray.errors import ImageError
-from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity, Floats
+from imcap_ray.models.torch_captioner import TorchCaptioner
 
 NUM_EXAMPLES: Final = 20
 """Images that a finding names."""
@@ -42,7 +42,7 @@ Key = TypeVar("Key")
 
 def check_outliers(
     dataset: CaptionedImages,
-    captioner: Captioner,
+    captioner: TorchCaptioner,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Finding]:
@@ -110,7 +110,7 @@ def _some(features: Floats) -> Floats:
 
 
 def _encode_images(
-    dataset: CaptionedImages, captioner: Captioner, on_progress: Callable[[int, int], None]
+    dataset: CaptionedImages, captioner: TorchCaptioner, on_progress: Callable[[int, int], None]
 ) -> tuple[list[DatasetRow], Floats]:
     """The rows of the readable images, and the mean over all regions of their features (N, F)."""
 
@@ -127,7 +127,7 @@ def _encode_images(
 
 
 def pool_features(
-    captioner: Captioner, images: Iterable[tuple[Key, npt.NDArray[np.uint8]]]
+    captioner: TorchCaptioner, images: Iterable[tuple[Key, npt.NDArray[np.uint8]]]
 ) -> tuple[list[Key], Floats]:
     """The keys of images, and the mean over all regions of their features (N, F).
 

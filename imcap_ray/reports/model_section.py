@@ -12,7 +12,7 @@ from imcap_ray.errors import ImcapError, ModelError
 from imcap_ray.reports.cards import Attend
 
 if TYPE_CHECKING:
-    from imcap_ray.models.captioner import Captioner
+    from imcap_ray.models.torch_captioner import TorchCaptioner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class ModelOfRun:
 
 def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelOfRun:
     """Read the model of a run if it can be found and is the same; otherwise return a note with the reason."""
-    from imcap_ray.models.captioner import Captioner
     from imcap_ray.models.model_folder import read_model_folder
     from imcap_ray.models.plugin import is_plugin_name
+    from imcap_ray.models.torch_captioner import build_torch_captioner
 
     name = run.get("model")
     if not name or not isinstance(name, str):
@@ -40,7 +40,7 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
         return ModelOfRun(note=f"{name} is no model folder, so it is unknown where it looks" if with_attention else "")
     try:
         folder = read_model_folder(name)
-        if run.get("model_fingerprint") not in (None, folder.fingerprint):
+        if run.get("model_fingerprint") not in (None, *folder.fingerprints):
             raise ModelError(f"{name} is not the model that made these captions any more: its fingerprint differs")
         history = folder.metrics.get("history") or ()
         if not (isinstance(history, list | tuple) and all(isinstance(row, Mapping) for row in history)):
@@ -49,12 +49,12 @@ def read_model_of_run(run: Mapping[str, Any], *, with_attention: bool) -> ModelO
             return ModelOfRun(history=history)
         if folder.decoder.name != "attention":
             return ModelOfRun(history=history, note=f"{name} has a decoder without attention")
-        return ModelOfRun(history=history, attend=_attend_with(Captioner.load(name)))
+        return ModelOfRun(history=history, attend=_attend_with(build_torch_captioner(folder)))
     except (ImcapError, OSError) as error:
         return ModelOfRun(note=str(error) if with_attention else "")
 
 
-def _attend_with(captioner: Captioner) -> Attend:
+def _attend_with(captioner: TorchCaptioner) -> Attend:
     def attend(image: bytes, caption: str) -> list[tuple[str, np.ndarray[Any, Any]]]:
         return [(attended.word, attended.weights) for attended in captioner.attend(image, caption)]
 

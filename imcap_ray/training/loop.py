@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from imcap_ray.config import Recipe, TrainingConfig
 from imcap_ray.errors import ConfigError, ImcapError
 from imcap_ray.models.caption import Caption
-from imcap_ray.models.captioner import search_captions
 from imcap_ray.models.decoders import Decoder, build_decoder
 from imcap_ray.models.encoders import Encoder
-from imcap_ray.models.model_folder import select_tensors
+from imcap_ray.models.model_weights import select_tensors
+from imcap_ray.models.torch_captioner import search_captions
 from imcap_ray.runs.training_run import EpochMetrics
 from imcap_ray.scoring.evaluation_report import HALF, confidence_curve
 from imcap_ray.scoring.metrics import score

@@ -1,4 +1,4 @@
-"""A model folder and the images that it was trained on -> a folder with its CNN in int8 as well."""
+"""A model folder and the images that it was trained on -> a folder with the model in int8 as well."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.image_reading import read_rows, root_of
 from imcap_ray.data.manifest import image_columns_of
 from imcap_ray.errors import DatasetError, ImageError
-from imcap_ray.models.captioner import load_encoder
 from imcap_ray.models.familiarity import MIN_IMAGES, Familiarity
-from imcap_ray.models.model_folder import Int8Encoder, read_model_folder, refuse_existing, save_with_int8
-from imcap_ray.models.quantization import import_nncf, quantize_encoder
-from imcap_ray.models.quantized_encoder import QuantizedEncoder
+from imcap_ray.models.int8_captioner import Int8Networks
+from imcap_ray.models.model_folder import QuantizedModel, read_model_folder, refuse_existing, save_with_int8
+from imcap_ray.models.quantization import import_nncf, quantize_networks
+from imcap_ray.models.torch_captioner import load_decoder, load_encoder
 
 MAX_TRAINING_IMAGES: Final = 320
-"""Photographs that decide the ranges of the CNN's values."""
+"""Photographs that decide the ranges of the model's values."""
 
 MAX_VALIDATION_IMAGES: Final = 1000
 """Photographs by whose features familiarity is calibrated again."""
@@ -51,20 +50,23 @@ def quantize_model(
             f"{dataset.location}: expected at least {MIN_IMAGES} training images to quantise with, "
             f"{len(photographs)} can be read"
         )
-    network = quantize_encoder(encoder, photographs)
-    quantized = QuantizedEncoder(network, image_size=encoder.image_size)
-    familiarity = folder.familiarity and _calibrate(folder.familiarity, quantized, dataset)
-    save_with_int8(folder, Int8Encoder(network, familiarity), output)
+    decoder = load_decoder(folder, num_channels=encoder.num_channels)
+    image, step = quantize_networks(
+        encoder, decoder, photographs, search=folder.search, vocabulary_size=folder.vocabulary_size
+    )
+    networks = Int8Networks(image, step, vocabulary_size=folder.vocabulary_size)
+    familiarity = folder.familiarity and _calibrate(folder.familiarity, networks, dataset)
+    save_with_int8(folder, QuantizedModel(image, step, familiarity), output)
     return len(photographs)
 
 
-def _calibrate(familiarity: Familiarity, encoder: QuantizedEncoder, dataset: CaptionedImages) -> Familiarity | None:
+def _calibrate(familiarity: Familiarity, networks: Int8Networks, dataset: CaptionedImages) -> Familiarity | None:
     """Calibrate on the validation images, by their features in int8; None if they are too few."""
     if dataset.count_splits().get(VALIDATION, 0) < MIN_IMAGES:
         return None
     rows = dataset.split(VALIDATION)
-    photographs = _read_photographs(dataset, rows, MAX_VALIDATION_IMAGES, encoder.image_size)
-    features = [encoder(torch.from_numpy(pixels[None]))[0].mean(0).numpy() for pixels in photographs]
+    photographs = _read_photographs(dataset, rows, MAX_VALIDATION_IMAGES, networks.image_size)
+    features = [networks.encode(pixels[None])[0][0] for pixels in photographs]
     return familiarity.calibrate(np.stack(features)) if len(features) >= MIN_IMAGES else None
 
 

@@ -27,13 +27,14 @@ from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine, measure_run, steady_rate
 from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.errors import ImageError
-from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.decoders import AttentionDecoder
 from imcap_ray.models.encoders import build_encoder
-from imcap_ray.models.model_folder import read_model_folder, select_tensors
+from imcap_ray.models.model_folder import read_model_folder
+from imcap_ray.models.model_weights import select_tensors
+from imcap_ray.models.torch_captioner import TorchCaptioner, load_torch_captioner
 from imcap_ray.text.vocabulary import END_ID, START_ID
 
-Load = Callable[[], Captioner]
+Load = Callable[[], TorchCaptioner]
 
 
 @click.command()
@@ -51,7 +52,7 @@ def main(images: int, tutorial_images: int, rounds: int, our_model: bool, as_jso
     LSTM's state. The first two use our batched search. All alternatives run the model as torch does, in float32. Rates
     are steady ones, without start-up. The programs take turns, round by round.
     """
-    load = Captioner.load if our_model else _load_plain
+    load = load_torch_captioner if our_model else _load_plain
     programs: dict[str, Callable[[str, str], float]] = {
         "imcap caption": _caption_by_imcap,
         "DataLoader loop": partial(_caption_by_data_loader, load=load),
@@ -80,9 +81,9 @@ def _caption_by_imcap(source: str, output: str) -> float:
     return require_rate(measure_run(source, output).steady)
 
 
-def _load_plain() -> Captioner:
+def _load_plain() -> TorchCaptioner:
     """Load the bundled captioner as torch runs it: its CNN layer by layer, its decoder's weights unpacked."""
-    captioner, folder = Captioner.load(), read_model_folder()
+    captioner, folder = load_torch_captioner(), read_model_folder()
     assert isinstance(captioner.decoder, AttentionDecoder)
     captioner.decoder.freeze(packed=False)
     encoder = build_encoder(folder.encoder, folder.preprocessing, load_weights=False)
@@ -144,7 +145,7 @@ def _caption_by_ray_recipe(source: str, output: str, *, load: Load) -> float:
     ray.cloudpickle.register_pickle_by_value(sys.modules[RecipeCaptioner.__module__])
     dataset = (
         ray.data.read_images(source, mode="RGB")
-        .map(partial(_preprocess, image_size=Captioner.load().image_size))
+        .map(partial(_preprocess, image_size=load_torch_captioner().image_size))
         .map_batches(
             RecipeCaptioner,
             fn_constructor_args=(load,),
@@ -172,7 +173,7 @@ def _caption_one_by_one(source: str, output: str, *, load: Load, count: int, kee
 
 
 @torch.inference_mode()
-def _caption_one(captioner: Captioner, file: Path, *, keeps_state: bool) -> int:
+def _caption_one(captioner: TorchCaptioner, file: Path, *, keeps_state: bool) -> int:
     """Caption a photograph with a beam of Python lists; finished beams leave it.
 
     Args:

@@ -17,7 +17,7 @@ from shared import json_option, show
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine
 from imcap_ray.models.caption import COMPUTE_BATCH_SIZE
-from imcap_ray.models.captioner import Captioner, search_captions
+from imcap_ray.models.torch_captioner import load_torch_captioner, search_captions
 
 
 @click.command()
@@ -26,7 +26,7 @@ from imcap_ray.models.captioner import Captioner, search_captions
 @json_option
 def main(images: int, rounds: int, as_json: bool) -> None:
     """Images per second of the search alone, in batches as `imcap` does it and one by one, and whether both agree."""
-    captioner = Captioner.load()
+    captioner = load_torch_captioner()
     with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
         write_photographs(folder, images, (224, 224))
         pixels = np.stack([captioner.read_pixels(file) for file in sorted(Path(folder).rglob("*.jpg"))])

@@ -18,9 +18,9 @@ from shared import json_option, show
 from imcap_ray.config import EncoderConfig, PreprocessingConfig
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.image_inputs import read_image_input
-from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.encoders import Encoder, EncoderEnsemble, build_encoder
 from imcap_ray.models.familiarity import Familiarity, Floats
+from imcap_ray.models.torch_captioner import load_torch_captioner
 
 RESIDUALS = (32, 64, 128, 256)
 """Numbers of directions."""
@@ -43,7 +43,7 @@ def main(data: str, others: tuple[str, ...], model: str | None, encoder: str | N
 
     Also the share of the others among those that are as familiar as 95 % of the validation images.
     """
-    cnn = _build(encoder) if encoder else Captioner.load(model).encoder
+    cnn = _build(encoder) if encoder else load_torch_captioner(model).encoder
     dataset = load_dataset(data)
     features = {
         split: _encode(cnn, [row["image_path"] for row in dataset.split(split).to_pylist()])

@@ -39,9 +39,9 @@ from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.errors import ImageError
 from imcap_ray.models.caption import Caption
-from imcap_ray.models.captioner import Captioner, search_captions
 from imcap_ray.models.inference_optimization import optimize_for_inference
 from imcap_ray.models.model_folder import read_model_folder
+from imcap_ray.models.torch_captioner import TorchCaptioner, load_torch_captioner, search_captions
 from imcap_ray.training.loop import Learner, Phase, batch_maker, build_learner, caption_images, encode_images
 from imcap_ray.training.phases import CROSS_ENTROPY, FINETUNE, SELF_CRITICAL
 from imcap_ray.training.team import Team
@@ -138,8 +138,8 @@ class Job:
 
 def compare_captions(job: Job) -> None:
     """Caption the images on the CPU in float32, and on the device in each precision."""
-    pixels = _decode_all(job.read_files(), Captioner.load(device="cpu").image_size)
-    expected, rate = _caption_all(Captioner.load(device="cpu"), pixels)
+    pixels = _decode_all(job.read_files(), load_torch_captioner(device="cpu").image_size)
+    expected, rate = _caption_all(load_torch_captioner(device="cpu"), pixels)
     job.record("cpu", {"images_per_second": rate})
     for precision in ("float32", "float16"):
         captioner = load_in(precision, job.device)
@@ -149,7 +149,7 @@ def compare_captions(job: Job) -> None:
 
 def measure_parts(job: Job) -> None:
     """Images per second of decoding, of the model's parts, and of both together in one process."""
-    files, size = job.read_files(), Captioner.load(device="cpu").image_size
+    files, size = job.read_files(), load_torch_captioner(device="cpu").image_size
     one_core = files[: len(files) // _cores() + 1]
     decode = len(files) / job.seconds(lambda: _decode_all(files, size))
     job.record("decode", {"cores": _cores(), "images_per_second": round(decode, 1)})
@@ -164,7 +164,7 @@ def measure_parts(job: Job) -> None:
         job.record(f"{precision}_{batch_size}", {**measured, "limited_by": min(rates, key=lambda part: rates[part])})
 
 
-def _measure_batch(job: Job, captioner: Captioner, files: Sequence[bytes], batch: Tensor) -> dict[str, float]:
+def _measure_batch(job: Job, captioner: TorchCaptioner, files: Sequence[bytes], batch: Tensor) -> dict[str, float]:
     """Images per second of each part, for batches like this one."""
 
     def search(features: Tensor) -> object:
@@ -234,9 +234,9 @@ SECTIONS: Final[dict[str, tuple[Callable[[Job], None], int]]] = {
 # ---- Captioning
 
 
-def load_in(precision: str, device: torch.device) -> Captioner:
+def load_in(precision: str, device: torch.device) -> TorchCaptioner:
     """The bundled model whose CNN computes in float32, or in float16 as on a GPU."""
-    captioner = Captioner.load(device=device)
+    captioner = load_torch_captioner(device=device)
     encoder = captioner._trained_encoder
     if precision == "float16":
         encoder = optimize_for_inference(encoder, torch.device("cuda"))  # on a CPU as well, if slowly
@@ -244,7 +244,7 @@ def load_in(precision: str, device: torch.device) -> Captioner:
     return captioner
 
 
-def _describe(captioner: Captioner) -> dict[str, object]:
+def _describe(captioner: TorchCaptioner) -> dict[str, object]:
     """What the CNN has become; `optimize_for_inference` keeps float32 if float16 is too inexact."""
     filters = [parameter for parameter in captioner.encoder.parameters() if parameter.dim() == 4]
     return {
@@ -254,7 +254,7 @@ def _describe(captioner: Captioner) -> dict[str, object]:
     }
 
 
-def _caption_all(captioner: Captioner, pixels: np.ndarray[Any, Any]) -> tuple[list[Caption | None], float]:
+def _caption_all(captioner: TorchCaptioner, pixels: np.ndarray[Any, Any]) -> tuple[list[Caption | None], float]:
     """The best caption of each image, and images per second after a first batch."""
     captioner.caption_pixels(pixels[: captioner.compute_batch_size])
     start = time.perf_counter()
@@ -324,7 +324,7 @@ def _make_examples(job: Job) -> Examples:
 def _make_learner(phase: str, device: torch.device, sizes: Sizes) -> Learner:
     """The bundled model, without dropout, because a GPU draws other random numbers than a CPU."""
     folder = read_model_folder(None)
-    captioner = Captioner.load(device="cpu")
+    captioner = load_torch_captioner(device="cpu")
     recipe = load_recipe("lite2-finetuned", {"finetune.epochs": 1, "self_critical.epochs": 1, "training.epochs": 1})
     recipe = replace(
         recipe,

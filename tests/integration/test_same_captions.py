@@ -18,7 +18,8 @@ from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.decoders import Decoder
 from imcap_ray.models.encoders import build_encoder
 from imcap_ray.models.inference_optimization import optimize_for_inference
-from imcap_ray.models.model_folder import read_model_folder, select_tensors
+from imcap_ray.models.model_folder import read_model_folder
+from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.scoring.metrics import score
 from imcap_ray.text.vocabulary import END_ID, START_ID, SUPPRESSED_TOKEN_IDS
 

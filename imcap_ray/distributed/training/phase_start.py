@@ -15,7 +15,7 @@ from imcap_ray.distributed.training.checkpoints import choose_best
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoder_weights import FINETUNED, EncoderWeights
 from imcap_ray.models.encoders import Encoder
-from imcap_ray.models.model_folder import average_weights, select_tensors
+from imcap_ray.models.model_weights import average_weights, select_tensors
 from imcap_ray.runs.training_run import RUN_FOLDER, WEIGHTS_FILE, History
 from imcap_ray.training.phases import FINETUNE, SCORE, kind_of, phases
 

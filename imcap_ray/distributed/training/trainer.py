@@ -44,7 +44,8 @@ from imcap_ray.distributed.training.training_plan import PreparedTraining, count
 from imcap_ray.distributed.training.worker_group import run_workers, watch_room
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.encoder_weights import FINETUNED
-from imcap_ray.models.model_folder import ModelSettings, save_model_folder, select_tensors
+from imcap_ray.models.model_folder import ModelSettings, save_model_folder
+from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter

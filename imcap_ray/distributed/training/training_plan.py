@@ -22,7 +22,10 @@ from imcap_ray.distributed.training.phase_start import with_cnn_weights
 from imcap_ray.errors import InputError, OutputError
 from imcap_ray.models.decoders import find_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder, resolve_preprocessing
-from imcap_ray.models.model_folder import CONFIG_FILE, ModelFolder, average_models, read_model_folder, select_tensors
+from imcap_ray.models.model_averages import average_models
+from imcap_ray.models.model_files import CONFIG_FILE
+from imcap_ray.models.model_folder import ModelFolder, read_model_folder
+from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.runs.lease import has_foreign_files
 from imcap_ray.runs.training_run import CAPTIONS_FILE, SETTINGS_FILE, WORK_FOLDER, History, read_metrics
 from imcap_ray.text.escaping import short_value

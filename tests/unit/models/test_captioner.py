@@ -26,7 +26,9 @@ from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoder_weights import EncoderWeights
 from imcap_ray.models.encoders import Encoder, build_encoder
 from imcap_ray.models.inference_optimization import optimize_for_inference
-from imcap_ray.models.model_folder import average_models, default_model_folder, read_model_folder
+from imcap_ray.models.model_averages import average_models
+from imcap_ray.models.model_folder import default_model_folder, read_model_folder
+from imcap_ray.models.torch_captioner import TorchCaptioner
 from imcap_ray.text.vocabulary import Vocabulary
 from tests.small_data import IMAGE_SIZE, WORDS, jpeg, write_model_folder
 
@@ -58,7 +60,7 @@ def all_together(either_captioner: Captioner, pixels: np.ndarray[Any, Any]) -> F
 
 def error_of_reading(folder: Path) -> str:
     with pytest.raises(ModelError) as caught:
-        read_model_folder(folder)
+        _ = read_model_folder(folder).tensors
     return str(caught.value)
 
 
@@ -117,7 +119,7 @@ def test_nothing_is_moved_to_the_device_before_something_is_captioned() -> None:
     encoder = build_encoder(EncoderConfig(name="timm:test_efficientnet"), SMALL, load_weights=False)
     config = DecoderConfig(embedding_size=16, hidden_size=16, num_heads=2)
     decoder = build_decoder(config, num_channels=encoder.num_channels, vocabulary_size=5)
-    captioner = Captioner(
+    captioner = TorchCaptioner(
         encoder=encoder, decoder=decoder, vocabulary=Vocabulary(["dog"]), search=SearchConfig(), device="meta"
     )
 

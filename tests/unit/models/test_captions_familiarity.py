@@ -10,8 +10,10 @@ import pytest
 
 from imcap_ray.errors import ModelError
 from imcap_ray.models.captioner import Captioner, load_captioner
-from imcap_ray.models.familiarity import FAMILIARITY_FILE, Familiarity
-from imcap_ray.models.model_folder import average_models, read_model_folder
+from imcap_ray.models.familiarity import Familiarity
+from imcap_ray.models.model_averages import average_models
+from imcap_ray.models.model_files import FAMILIARITY_FILE
+from imcap_ray.models.model_folder import read_model_folder
 from tests.small_data import IMAGE_SIZE, write_model_folder
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (60, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)

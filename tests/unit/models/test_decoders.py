@@ -9,8 +9,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from imcap_ray.config import DecoderConfig, SearchConfig
 from imcap_ray.errors import ConfigError
-from imcap_ray.models.captioner import search_captions
 from imcap_ray.models.decoders import DECODERS, AttentionDecoder, Decoder, build_decoder, run_lstm
+from imcap_ray.models.torch_captioner import search_captions
 from imcap_ray.text.vocabulary import PADDING_ID, START_ID, Vocabulary
 
 NUM_IMAGES, NUM_REGIONS, NUM_CHANNELS = 3, 5, 12

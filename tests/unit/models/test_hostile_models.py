@@ -132,7 +132,7 @@ def test_any_field_value_loads_or_is_refused_in_one_line(folder: Path, name: str
         for text in [*(with_value(content, path, value) for value in EVIL_VALUES), without(content, path)]:
             (folder / name).write_text(text)
             try:
-                read_model_folder(folder)
+                _ = read_model_folder(folder).tensors
             except ModelError as error:
                 num_refused += 1
                 assert "\n" not in str(error) and len(str(error)) < 1000, (path, text[:200])

@@ -18,7 +18,7 @@ from imcap_ray.config import (
 from imcap_ray.errors import ConfigError
 from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoders import Encoder, build_encoder
-from imcap_ray.models.model_folder import select_tensors
+from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.text.vocabulary import END_ID, START_ID, Vocabulary
 from imcap_ray.training.batches import augmentation, make_batch
 from imcap_ray.training.loop import Phase, batch_maker, build_learner, unfreeze
