@@ -108,8 +108,8 @@ class PreprocessingConfig:
 class VocabularyConfig:
     """How captions are cut into tokens, and which tokens are kept."""
 
-    tokenizer: str = "ptb"
-    """A name in `imcap_ray.text.tokenizers.TOKENIZERS`."""
+    tokenizer: str = AUTO
+    """A name in `imcap_ray.text.tokenizers.TOKENIZERS`; `auto`: the one for the language of the training captions."""
     min_count: int = 4
     """A token seen less often than this in the training captions becomes unknown."""
 

@@ -168,10 +168,11 @@ split_option = click.option(
 
 tokenizer_option = click.option(
     "--tokenizer",
-    type=click.Choice(["ptb", "unicode", "seed"]),
-    default="ptb",
+    type=click.Choice([AUTO, "ptb", "unicode", "arabic", "seed"]),
+    default=AUTO,
     show_default=True,
-    help="What counts as a word: ptb for English, unicode for other languages, seed as the Keras tutorials clean it.",
+    help="What counts as a word: ptb for English, unicode for other languages, arabic with normalised letters, seed as "
+    "the Keras tutorials clean it; auto: ptb or unicode, by the language of the references.",
 )
 
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     "--start-from",
     metavar="MODEL",
     multiple=True,
-    help=f"Continue with this model: a folder, or {DEFAULT_MODEL} (the bundled one). It keeps its CNN, vocabulary and "
-    "decoder, and its image size unless preprocessing.image_size is set. Given several times, the models' weights are "
-    "averaged.",
+    help=f"Continue with this model: a folder, or {DEFAULT_MODEL} (the bundled one). It keeps its CNN, its decoder and "
+    "its vocabulary, to which the new words of DATA are added, and its image size unless preprocessing.image_size is "
+    "set. Given several times, the models' weights are averaged.",
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Seed of the weights, the order of images and the dropout."
@@ -140,7 +140,10 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
         if options["dry_run"]:
             for note in dataset.notes:
                 reporter.report(f"{dataset.location}: {note}")
-            plan = prepare_training(config, resources, data=dataset, cluster=cluster).plan()
+            prepared = prepare_training(config, resources, data=dataset, cluster=cluster)
+            if prepared.tokenizer_note:
+                reporter.report(prepared.tokenizer_note)
+            plan = prepared.plan()
         else:
             result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)
     if options["as_json"]:

@@ -28,7 +28,7 @@ from typing import Final, TypedDict, TypeVar
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.config import Recipe
+from imcap_ray.config import AUTO, Recipe
 from imcap_ray.data.datasets import DATASET_SCHEMA, SPLITS, TRAIN, VALIDATION, CaptionedImages
 from imcap_ray.data.datasets.dataset import DatasetRow, examples
 from imcap_ray.data.image_decoding import decode_image
@@ -40,7 +40,7 @@ from imcap_ray.data.schemas import ManifestRow
 from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.text.escaping import printable
 from imcap_ray.text.mojibake import ENCODING_FAULTS
-from imcap_ray.text.tokenizers import tokenize_words
+from imcap_ray.text.tokenizers import MIN_ENGLISH_WORDS, choose_tokenizer, share_of_english, tokenize_words
 from imcap_ray.web import is_web
 
 MAX_BAD_IMAGES: Final = 0.1
@@ -58,11 +58,6 @@ FEW_VALIDATION_IMAGES: Final = 50
 """Scores on fewer validation images depend so much on chance that the choice of the best epoch does too."""
 
 # Common in English captions, where a fifth of the words are these, and rare in other languages.
-_ENGLISH_WORDS: Final = frozenset(["the", "with", "of", "and", "on", "to", "at", "by", "from", "his", "her", "are"])
-
-MIN_ENGLISH_WORDS: Final = 0.05
-"""Share of the captions' words that are among `_ENGLISH_WORDS`, below which they do not seem to be English."""
-
 MAX_COMPARED_IMAGES: Final = 50_000
 """Among more images, near duplicates are not put into one split, because one process would have to read all images."""
 
@@ -228,6 +223,9 @@ def check_dataset(
     inspected = _inspect_existing(dataset, files, on_progress) if decode else []
     dataset, inspected = _keep_duplicates_together(dataset, inspected)
     rows: list[DatasetRow] = dataset.table.to_pylist()
+    if recipe.vocabulary.tokenizer == AUTO:
+        tokenizer, _ = choose_tokenizer(caption for row in rows for caption in row["captions"])
+        recipe = replace(recipe, vocabulary=replace(recipe.vocabulary, tokenizer=tokenizer))
     tokens = _count_tokens(rows, recipe.vocabulary.tokenizer)
     images: ImageFacts = {}
     findings = [*_check_splits(dataset), *_check_files(dataset, rows, files), *_check_captions(rows, tokens, recipe)]
@@ -672,8 +670,7 @@ def _check_captions(rows: Sequence[DatasetRow], tokens: _Tokens, recipe: Recipe)
 def _check_language(tokens: _Tokens, tokenizer: str) -> Iterator[Finding]:
     """Suggest the tokenizer for other languages if common English words are rare."""
     all_tokens = sum(tokens.by_split.values(), Counter())
-    num_english = sum(all_tokens[word] for word in _ENGLISH_WORDS)
-    if tokenizer == "ptb" and num_english < MIN_ENGLISH_WORDS * all_tokens.total():
+    if tokenizer == "ptb" and share_of_english(all_tokens) < MIN_ENGLISH_WORDS:
         rest = "to be in another language than English: --set vocabulary.tokenizer=unicode is made for those"
         yield from _findings(
             "language", [], f"caption seems {rest}", f"captions seem {rest}", count=len(tokens.lengths)

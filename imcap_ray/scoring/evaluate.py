@@ -12,10 +12,12 @@ from typing import Any, Final
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from imcap_ray.config import AUTO
 from imcap_ray.data.datasets import TEST, TRAIN, CaptionedImages
 from imcap_ray.errors import DatasetError
 from imcap_ray.runs.captions_table import open_captions, read_run
 from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate_texts
+from imcap_ray.text.tokenizers import choose_tokenizer
 
 ROWS_PER_SLICE: Final = 10_000
 
@@ -80,6 +82,7 @@ def evaluate_captions(
 
     Args:
         split: a split, or `ALL_SPLITS`.
+        tokenizer: a name in `TOKENIZERS`, or `auto`: the one for the language of the references.
         against: another captions table of the same images, to compare with.
 
     Raises:
@@ -95,6 +98,8 @@ def evaluate_captions(
     num_without_references = _ids_without_references(captions, references).length()
     images = references.split(split) if split else references.table
     counts = _count_captioned(captions, references)
+    if tokenizer == AUTO:
+        tokenizer, _ = choose_tokenizer(text for texts in _Values(images["captions"]) for text in texts)
     captions = _select(captions, images, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:

@@ -1,8 +1,11 @@
-"""Text of a caption -> tokens, by named tokenizers, and back. Knows nothing of vocabularies or scores.
+"""Text of a caption -> tokens, by named tokenizers, and back; captions -> the tokenizer for their language.
+
+Knows nothing of vocabularies or scores.
 
 ptb      the tokens captions are scored on: lower case, split like the Penn Treebank, no punctuation but brackets
 unicode  for languages other than English: runs of letters and digits; one token per character in scripts
          without spaces between words
+arabic   like unicode, without diacritics and tatweel, and with one form of alef, of ya and of ta marbuta
 seed     the cleaning of the Keras tutorials, for comparison with scores that are based on it
 """
 
@@ -10,8 +13,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
+from itertools import islice
 from typing import Final, Protocol
 
 from imcap_ray.errors import ConfigError
@@ -48,9 +53,53 @@ _SCRIPTS_WITHOUT_SPACES: Final = (
     "\uf900-\ufaff\U00020000-\U0003ffff"
 )
 
+# Diacritics and the tatweel are dropped, forms of a letter become one: the normalisation of ElJundi et al. 2020,
+# "Resources and End-to-End Neural Network Models for Arabic Image Captioning", without that of hamza.
+_ARABIC_FORMS: Final = str.maketrans(
+    dict.fromkeys("\u0622\u0623\u0625\u0671", "\u0627")  # alef with madda, hamza or wasla
+    | {"\u0649": "\u064a", "\u0629": "\u0647"}  # alef maqsura to ya, ta marbuta to ha
+    | dict.fromkeys(map(chr, [0x640, 0x670, *range(0x64B, 0x653)]))  # tatweel and diacritics
+)
+
+_LETTER: Final = re.compile(r"[^\W\d_]")
+
+_ARABIC_LETTER: Final = re.compile(r"[\u0620-\u064a\u066e-\u06d3\u06d5\u06fa-\u06fc\u0750-\u077f]")
+
+_ENGLISH_WORDS: Final = frozenset(["the", "with", "of", "and", "on", "to", "at", "by", "from", "his", "her", "are"])
+
+MIN_ENGLISH_WORDS: Final = 0.05
+"""Share of the captions' words that are among `_ENGLISH_WORDS`, below which they do not seem to be English."""
+
+_NUM_READ: Final = 10_000
+"""Captions that are enough to recognise their language."""
+
 
 class _TreebankTokenizer(Protocol):
     def tokenize(self, text: str) -> list[str]: ...
+
+
+def choose_tokenizer(captions: Iterable[str]) -> tuple[str, str]:
+    """The tokenizer for captions in their language, and the reason for the choice."""
+    texts = list(islice(captions, _NUM_READ))
+    text = " ".join(texts)
+    num_letters = max(1, len(_LETTER.findall(text)))
+    unspaced, arabic = (len(script.findall(text)) / num_letters for script in (_unspaced_character(), _ARABIC_LETTER))
+    if unspaced > 0.5:
+        reason = f"{unspaced:.0%} of the letters are of scripts without spaces between words; each is a token"
+        return "unicode", reason
+    if arabic > 0.5:
+        reason = f"{arabic:.0%} of the letters are Arabic; words keep their spelling, which `arabic` would normalise"
+        return "unicode", reason
+    counts = Counter(token for caption in texts for token in tokenize_ptb(caption))
+    share = share_of_english(counts)
+    if share >= MIN_ENGLISH_WORDS:
+        return "ptb", f"{share:.0%} of the words are common English ones"
+    return "unicode", f"only {share:.0%} of the words are common English ones"
+
+
+def share_of_english(counts: Counter[str]) -> float:
+    """The share of common English words among counted tokens."""
+    return sum(counts[word] for word in _ENGLISH_WORDS) / max(1, counts.total())
 
 
 def tokenize(text: str, tokenizer: str = "ptb") -> list[str]:
@@ -66,8 +115,8 @@ def tokenize_words(text: str, tokenizer: str) -> list[str]:
 
 
 def scoring_tokenizer(tokenizer: str) -> str:
-    """The tokenizer for scoring captions with these tokens: `unicode` for itself, `ptb` for all others."""
-    return tokenizer if tokenizer == "unicode" else "ptb"
+    """The tokenizer for scoring captions with these tokens: `unicode` and `arabic` for themselves, otherwise `ptb`."""
+    return tokenizer if tokenizer in ("unicode", "arabic") else "ptb"
 
 
 def detokenize(tokens: Sequence[str]) -> str:
@@ -106,6 +155,11 @@ def tokenize_unicode(text: str) -> list[str]:
     return [match.group() for match in _unicode_token().finditer(text)]
 
 
+def tokenize_arabic(text: str) -> list[str]:
+    """The tokens of `tokenize_unicode` after the normalisation of Arabic letters."""
+    return tokenize_unicode(unicodedata.normalize("NFC", text).translate(_ARABIC_FORMS))
+
+
 def tokenize_seed(text: str) -> list[str]:
     """Lower-case words of two or more letters from a to z: "a", "'s" and numbers are dropped."""
     words = re.sub(r"[^a-z\s]", "", text.lower()).split()
@@ -115,6 +169,7 @@ def tokenize_seed(text: str) -> list[str]:
 TOKENIZERS: Final[Mapping[str, Callable[[str], list[str]]]] = {
     "ptb": tokenize_ptb,
     "unicode": tokenize_unicode,
+    "arabic": tokenize_arabic,
     "seed": tokenize_seed,
 }
 

@@ -35,7 +35,7 @@ def main(data: str, epochs: int, encode: bool) -> None:
     captions = load_dataset(data).split(TRAIN)["captions"].to_pylist()
     words = Vocabulary.build(
         itertools.chain.from_iterable(captions),
-        tokenizer=recipe.vocabulary.tokenizer,
+        tokenizer="ptb",
         min_count=recipe.vocabulary.min_count,
     )
     max_length = recipe.training.max_caption_length

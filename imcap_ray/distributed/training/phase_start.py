@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe
 from imcap_ray.distributed.training.checkpoints import choose_best
 from imcap_ray.errors import ImcapError
+from imcap_ray.models.decoders import Decoder
 from imcap_ray.models.encoder_weights import FINETUNED, EncoderWeights
 from imcap_ray.models.encoders import Encoder
 from imcap_ray.models.model_weights import average_weights, select_tensors
@@ -115,3 +117,12 @@ def with_cnn_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     finetuned.weights = EncoderWeights(source=FINETUNED, sha256=digest.hexdigest())
     return finetuned
+
+
+def with_new_words(weights: Mapping[str, Tensor], decoder: Decoder) -> dict[str, Tensor]:
+    """Weights of a model for a decoder with more words, whose rows for the new words are the decoder's own."""
+    extended = dict(weights)
+    for name, initial in decoder.state_dict().items():
+        trained = weights[f"decoder.{name}"]
+        extended[f"decoder.{name}"] = torch.cat([trained, initial[len(trained) :]]) if initial.ndim else trained
+    return extended

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import ray
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from imcap_ray import storage
 from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
@@ -27,6 +29,7 @@ from imcap_ray.distributed.training.phase_start import (
     start_of_phase,
     start_weights_file,
     with_cnn_weights,
+    with_new_words,
 )
 from imcap_ray.distributed.training.train_worker import WorkerJob
 from imcap_ray.distributed.training.training_inputs import (
@@ -43,8 +46,9 @@ from imcap_ray.distributed.training.training_inputs import (
 from imcap_ray.distributed.training.training_plan import PreparedTraining, count_captions, prepare_training
 from imcap_ray.distributed.training.worker_group import run_workers, watch_room
 from imcap_ray.errors import ImcapError
+from imcap_ray.models.decoders import build_decoder
 from imcap_ray.models.encoder_weights import FINETUNED
-from imcap_ray.models.model_folder import ModelSettings, save_model_folder
+from imcap_ray.models.model_folder import ModelFolder, ModelSettings, save_model_folder
 from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.lease import Lease
@@ -208,25 +212,37 @@ class _Training:
         fix_validation(prepared.data, caches[VALIDATION], self.work, self.history, report=self.report)
         write_table(storage.join(self.work, CAPTIONS_FILE), prepared.data.table.cast(DATASET_SCHEMA))
         storage.write_bytes(storage.join(self.work, VOCABULARY_FILE), vocabulary.to_json().encode())
+        if prepared.tokenizer_note:
+            self.report(prepared.tokenizer_note)
         self.report(
             f"training {self.recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on "
             f"{self.train_images.num_rows:,} images, {prepared.workers}, {num_epochs(self.recipe)} epochs at most"
         )
         if start_model := prepared.start_model:
             first_phase = next(iter(phases(self.recipe)))
-            weights = safetensors.torch.save(start_model.tensors)
+            weights = safetensors.torch.save(self.weights_of(start_model))
             storage.write_bytes(start_weights_file(self.work, first_phase), weights)
         if self.history:
             self.report(f"resuming after epoch {len(self.history)}")
         elif start_model:
-            share = _share_of_unknown_words(self.train_images, vocabulary, self.recipe)
+            share = _share_of_unknown_words(self.train_images, start_model.vocabulary, self.recipe)
             self.report(
                 f"starting from {start_model.location}; {share:.1%} of the words in the training captions are not in "
-                "its vocabulary"
+                f"its vocabulary; {len(vocabulary) - len(start_model.vocabulary):,} words are added to it"
             )
         if not self.history:
             for line in describe_images(prepared, caches):
                 self.report(line)
+
+    def weights_of(self, start_model: ModelFolder) -> dict[str, Tensor]:
+        """The weights of the model that the training starts from, with rows for the words added to its vocabulary."""
+        torch.manual_seed(self.prepared.config.seed)
+        decoder = build_decoder(
+            self.recipe.decoder,
+            num_channels=self.prepared.encoder.num_channels,
+            vocabulary_size=len(self.prepared.vocabulary),
+        )
+        return with_new_words(start_model.tensors, decoder)
 
     def run_phases(self, caches: dict[str, FeatureCache]) -> None:
         """Run the phases that are left, and log their epochs."""

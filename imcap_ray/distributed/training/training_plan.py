@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.config import Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
+from imcap_ray.config import AUTO, Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
 from imcap_ray.data.dataset_check import keep_duplicates_together, require_usable
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
@@ -29,6 +29,7 @@ from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.runs.lease import has_foreign_files
 from imcap_ray.runs.training_run import CAPTIONS_FILE, SETTINGS_FILE, WORK_FOLDER, History, read_metrics
 from imcap_ray.text.escaping import short_value
+from imcap_ray.text.tokenizers import choose_tokenizer
 from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.loop import require_layer
 from imcap_ray.training.phases import CROSS_ENTROPY, kind_of, next_phase, num_epochs, phases
@@ -131,6 +132,8 @@ class PreparedTraining:
     start_model: ModelFolder | None
     encoder: Encoder
     vocabulary: Vocabulary
+    tokenizer_note: str
+    """Which tokenizer was chosen, and why; "" if the recipe or the model that the training starts from names it."""
     settings: dict[str, Any]
     """The contents of settings.json: everything that must not change between a training and its resumption."""
 
@@ -212,6 +215,7 @@ def prepare_training(
     require_layer(encoder, recipe.finetune.first_layer)
     model = storage.absolute(config.model)
     work = storage.join(model, WORK_FOLDER)
+    recipe, tokenizer_note = _with_tokenizer(recipe, train_images, recorded=_recorded_tokenizer(work))
     settings = _build_settings(data, recipe, encoder, config.seed)
     if start_model:
         settings["start_from"] = start_model.fingerprint
@@ -228,7 +232,8 @@ def prepare_training(
         workers=workers,
         start_model=start_model,
         encoder=encoder,
-        vocabulary=start_model.vocabulary if start_model else _build_vocabulary(train_images, recipe),
+        vocabulary=_build_vocabulary(train_images, recipe, start_model),
+        tokenizer_note=tokenizer_note,
         settings=settings,
     )
 
@@ -250,8 +255,34 @@ def _read_start(config: TrainingRunConfig) -> tuple[ModelFolder | None, Recipe]:
     return start_model, replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
 
 
-def _build_vocabulary(images: pa.Table, recipe: Recipe) -> Vocabulary:
+def _with_tokenizer(recipe: Recipe, images: pa.Table, *, recorded: str | None) -> tuple[Recipe, str]:
+    """The recipe with a tokenizer instead of `auto`, and a note if it was chosen here.
+
+    Args:
+        recorded: the tokenizer with which this training began.
+    """
+    if recipe.vocabulary.tokenizer != AUTO:
+        return recipe, ""
+    tokenizer, note = recorded, ""
+    if not tokenizer:
+        tokenizer, reason = choose_tokenizer(caption for texts in images["captions"].to_pylist() for caption in texts)
+        note = f"tokenizer {tokenizer}: {reason}"
+    return replace(recipe, vocabulary=replace(recipe.vocabulary, tokenizer=tokenizer)), note
+
+
+def _recorded_tokenizer(work: str) -> str | None:
+    try:
+        settings = json.loads(storage.read_bytes(storage.join(work, SETTINGS_FILE)))
+        return str(settings["recipe"]["vocabulary"]["tokenizer"])
+    except (OSError, ValueError, LookupError, TypeError):  # there is none yet, or it is refused below
+        return None
+
+
+def _build_vocabulary(images: pa.Table, recipe: Recipe, model: ModelFolder | None) -> Vocabulary:
+    """The words of the captions, after those of the model that the training starts from."""
     captions = (caption for captions in images["captions"].to_pylist() for caption in captions)
+    if model:
+        return model.vocabulary.extend(captions, min_count=recipe.vocabulary.min_count)
     return Vocabulary.build(captions, tokenizer=recipe.vocabulary.tokenizer, min_count=recipe.vocabulary.min_count)
 
 

@@ -341,7 +341,7 @@ def test_captions_in_the_wrong_encoding_are_found(
         ("A dog runs on the grass", True),
     ],
 )
-def test_captions_in_other_languages_get_the_advice_to_use_another_tokenizer(
+def test_captions_in_other_languages_get_another_tokenizer_or_the_advice_to_use_it(
     tmp_path: Path, caption: str, is_english: bool
 ) -> None:
     splits = ["train", "train", "validation"]
@@ -349,13 +349,15 @@ def test_captions_in_other_languages_get_the_advice_to_use_another_tokenizer(
         pa.table({"image_id": ["a", "b", "c"], "caption": [caption] * 3, "split": splits}), tmp_path / "a.parquet"
     )
     dataset = load_dataset(str(tmp_path / "a.parquet"))
-    unicode = load_recipe("lite2-attention", {"vocabulary.tokenizer": "unicode"})
+    ptb = load_recipe("lite2-attention", {"vocabulary.tokenizer": "ptb"})
 
-    advice = [one.text for one in check(tmp_path / "a.parquet").findings if one.code == "language"]
+    advice = [one.text for one in check_dataset(dataset, recipe=ptb).findings if one.code == "language"]
+    by_itself = check(tmp_path / "a.parquet")
 
     assert is_english == (not advice)
     assert all("--set vocabulary.tokenizer=unicode" in text for text in advice)
-    assert "language" not in [one.code for one in check_dataset(dataset, recipe=unicode).findings]
+    assert "language" not in [one.code for one in by_itself.findings]
+    assert by_itself.vocabulary["tokenizer"] == ("ptb" if is_english else "unicode")
 
 
 def test_few_validation_images_are_a_warning(

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from imcap_ray.errors import ConfigError
-from imcap_ray.text.tokenizers import PUNCTUATION_ALONE, TOKENIZERS, detokenize, split_words, tokenize
+from imcap_ray.text.tokenizers import (
+    PUNCTUATION_ALONE,
+    TOKENIZERS,
+    choose_tokenizer,
+    detokenize,
+    split_words,
+    tokenize,
+)
 from imcap_ray.text.vocabulary import Vocabulary
 
 COCO_PUNCTUATION = "'' ' `` ` . ? ! , : - -- ... ; \""
@@ -145,7 +152,7 @@ def test_detokenized_text_has_normal_punctuation(tokens: list[str], text: str):
 
 
 def test_the_error_for_an_unknown_tokenizer_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="must be one of ptb, unicode, seed, got 'moses'"):
+    with pytest.raises(ConfigError, match="must be one of ptb, unicode, arabic, seed, got 'moses'"):
         tokenize("a dog", "moses")
 
 
@@ -154,3 +161,39 @@ def test_importing_loads_neither_nltk_nor_torch_nor_ray():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
 
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+CHINESE = "\u4e00\u53ea\u72d7\u5728\u8349\u5730\u4e0a\u8dd1\u3002"
+ARABIC = "\u0643\u0644\u0628 \u0623\u0633\u0648\u062f \u0639\u0644\u0649 \u0627\u0644\u0639\u0634\u0628"
+
+
+@pytest.mark.parametrize(
+    ("caption", "tokenizer", "reason"),
+    [
+        ("A dog runs on the grass", "ptb", "33% of the words are common English ones"),
+        ("Ein Hund rennt \u00fcber den Rasen", "unicode", "only 0% of the words are common English ones"),
+        (CHINESE, "unicode", "100% of the letters are of scripts without spaces"),
+        (ARABIC, "unicode", "100% of the letters are Arabic; words keep their spelling"),
+    ],
+)
+def test_the_tokenizer_is_chosen_by_the_language_of_the_captions(caption: str, tokenizer: str, reason: str):
+    chosen, why = choose_tokenizer([caption] * 3)
+
+    assert chosen == tokenizer
+    assert why.startswith(reason)
+
+
+def test_arabic_tokens_have_one_form_of_each_letter_and_no_diacritics():
+    caption = (
+        "\u0623\u064f\u062e\u0631\u0649 \u0625\u0645\u0631\u0623\u0629\u060c \u062c\u0640\u0645\u064a\u0640\u0644\u064c"
+    )
+
+    assert tokenize(caption, "arabic") == [
+        "\u0627\u062e\u0631\u064a",
+        "\u0627\u0645\u0631\u0627\u0647",
+        "\u062c\u0645\u064a\u0644",
+    ]
+
+
+def test_captions_of_right_to_left_words_keep_their_order_and_spaces():
+    assert detokenize(tokenize(ARABIC, "unicode")) == ARABIC

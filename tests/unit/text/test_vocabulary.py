@@ -68,7 +68,7 @@ def test_a_special_token_in_a_caption_is_not_a_word() -> None:
     assert not set(vocabulary.tokens[len(SPECIAL_TOKENS) :]) & set(SPECIAL_TOKENS)
 
 
-@pytest.mark.parametrize("tokenizer", ["ptb", "unicode", "seed"])
+@pytest.mark.parametrize("tokenizer", ["ptb", "unicode", "arabic", "seed"])
 def test_a_vocabulary_round_trips_through_json(tokenizer: str) -> None:
     vocabulary = Vocabulary.build([*CAPTIONS, "ein Straßenhund läuft", "犬が走る"], tokenizer=tokenizer)
 
@@ -107,5 +107,14 @@ def test_a_repeated_token_is_refused() -> None:
 
 
 def test_an_unknown_tokenizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tokenizer must be one of ptb, unicode, seed, got 'bpe'"):
+    with pytest.raises(ConfigError, match="tokenizer must be one of ptb, unicode, arabic, seed, got 'bpe'"):
         Vocabulary.build(CAPTIONS, tokenizer="bpe")
+
+
+def test_an_extended_vocabulary_keeps_its_ids_and_appends_the_new_words_that_are_frequent_enough():
+    vocabulary = Vocabulary.build(["a dog", "a cat"])
+
+    extended = vocabulary.extend(["a viaduct", "a viaduct on a farm"], min_count=2)
+
+    assert extended.tokens == [*vocabulary.tokens, "viaduct"]
+    assert extended.tokenizer == vocabulary.tokenizer

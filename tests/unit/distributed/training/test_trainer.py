@@ -23,12 +23,14 @@ from imcap_ray.distributed import features
 from imcap_ray.distributed.cluster.connection import ClusterResources
 from imcap_ray.distributed.features import FeatureCache
 from imcap_ray.distributed.training.checkpoints import checkpoint_name
-from imcap_ray.distributed.training.phase_start import start_of_phase
+from imcap_ray.distributed.training.phase_start import start_of_phase, with_new_words
 from imcap_ray.distributed.training.trainer import _Training
 from imcap_ray.distributed.training.training_inputs import feature_folder, fix_validation
 from imcap_ray.distributed.training.training_plan import PreparedTraining, Workers, load_data, prepare_training
 from imcap_ray.distributed.training.worker_group import watch_room
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
+from imcap_ray.models.decoders import build_decoder
+from imcap_ray.models.model_folder import read_model_folder, select_tensors
 from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
@@ -56,6 +58,44 @@ def test_a_cluster_that_is_too_small_is_reported_once_per_occurrence() -> None:
 
 
 # ---- start weights of phases
+
+
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+def test_a_model_to_start_from_keeps_its_words_and_learns_those_of_the_data(name: str, tmp_path: Path) -> None:
+    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=2)
+    start_model = read_model_folder(small_data.write_model_folder(tmp_path / "start", decoder=name))
+    with (flickr8k / "Flickr8k.token.txt").open("a") as file:
+        file.writelines(f"0000_photo.jpg#{number}\ta viaduct in the grass\n" for number in range(5, 9))
+    recipe = load_recipe("lite2-attention", {"vocabulary.min_count": 4, "decoder.name": name})
+
+    prepared = prepare(flickr8k, tmp_path / "model", recipe=recipe, start_from=(start_model.location,))
+    decoder = build_decoder(
+        prepared.recipe.decoder,
+        num_channels=prepared.encoder.num_channels,
+        vocabulary_size=len(prepared.vocabulary),
+    )
+    weights = with_new_words(start_model.tensors, decoder)
+
+    assert prepared.vocabulary.tokens[: len(start_model.vocabulary)] == start_model.vocabulary.tokens
+    assert "viaduct" in prepared.vocabulary.tokens
+    decoder.load_state_dict(select_tensors("decoder.", weights))
+    assert weights.keys() == start_model.tensors.keys()
+    assert all(torch.equal(weights[name][: len(old)], old) for name, old in start_model.tensors.items() if old.ndim)
+
+
+def test_a_training_that_was_begun_with_a_tokenizer_resumes_with_it(tmp_path: Path) -> None:
+    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=2)
+    token_file = flickr8k / "Flickr8k.token.txt"
+    token_file.write_text(re.sub(r"\t.*", "\t\u7ea2\u72d7", token_file.read_text()))
+    begun(flickr8k, tmp_path / "before", ("cross_entropy", 0.1), **{"vocabulary.tokenizer": "ptb"})
+
+    new = prepare(flickr8k, tmp_path / "new")
+    before = prepare(flickr8k, tmp_path / "before", recipe=load_recipe("lite2-attention", small_data.TINY_TRAINING))
+
+    assert (new.recipe.vocabulary.tokenizer, before.recipe.vocabulary.tokenizer) == ("unicode", "ptb")
+    assert new.tokenizer_note.startswith("tokenizer unicode: 100% of the letters are of scripts without spaces")
+    assert before.tokenizer_note == ""
+
 
 PHASES = ("cross_entropy", "finetune", "self_critical")
 TWICE = ("cross_entropy", "finetune", "finetune", "finetune_2", "finetune_2", "self_critical")
@@ -205,6 +245,7 @@ def prepare(
     recipe: Recipe | None = None,
     column: str | None = None,
     features: Path | None = None,
+    start_from: tuple[str, ...] = (),
     **resources: Any,
 ) -> PreparedTraining:
     location = data.location if isinstance(data, CaptionedImages) else str(data)
@@ -213,6 +254,7 @@ def prepare(
         model=str(model),
         recipe=recipe or load_recipe("lite2-attention", small_data.TINY_TRAINING),
         image_column=column,
+        start_from=start_from,
     )
     options = ResourcesConfig(features=str(features) if features else None, **resources)
     return prepare_training(config, options, data=load_data(config), cluster=CLUSTER)
