@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FILES = (
     ROOT / "README.md",
     ROOT / "jobs" / "CAPTIONERS.md",
+    ROOT / "jobs" / "OWN_IMAGES.md",
     ROOT / "jobs" / "RESULTS.md",
     *sorted((ROOT / "jobs").glob("*.py")),
     *sorted((ROOT / "jobs" / "benchmarks").glob("*.py")),

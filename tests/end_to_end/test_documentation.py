@@ -40,6 +40,7 @@ LOCAL = (
     "suggest",
 )
 MEASURES = "bench"
+SPLITS = ["train"] * 8 + ["validation"] * 4
 SHOWN = [
     shown
     for shown in {" ".join(shown.words): shown for shown in shown_commands()}.values()
@@ -85,7 +86,12 @@ def folder(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pictures = home / "Pictures"
     shutil.rmtree(pictures, ignore_errors=True)
     shutil.copytree(photographs, pictures)
-    shutil.copytree(photographs, tmp_path / "development")
+    for name in ("development", "more-photos", "photos"):
+        shutil.copytree(photographs, tmp_path / name)
+    rows = [
+        f"{file.name},a dog runs,{split}" for file, split in zip(sorted(photographs.iterdir()), SPLITS, strict=True)
+    ]
+    (tmp_path / "photos" / "captions.csv").write_text("\n".join(["file_name,caption,split", *rows]))
     shutil.copy(next(photographs.iterdir()), tmp_path / "one.jpg")
     (tmp_path / "brightness.py").write_text(example_captioner())
     files = sorted(photographs.iterdir())
@@ -149,6 +155,8 @@ def test_documented_commands_run_as_shown(shown: Shown, folder: Path, captions: 
         (work / "settings.json").write_text(json.dumps({"recipe": {"training": {"epochs": 3}}}))
     elif command != "train":
         small_data.write_model_folder(folder / "runs" / "mine")
+    if "runs/photos" in arguments[2:]:  # a model to start from or to caption with, and not the one to be written
+        small_data.write_model_folder(folder / "runs" / "photos")
     if command == "quantize":  # eight images are too few
         shutil.rmtree(folder / "flickr8k")
         small_data.write_flickr8k(folder / "flickr8k", num_train=20, num_validation=4, num_test=0)
