@@ -41,11 +41,11 @@ class Vocabulary:
         kept = sorted((token for token, count in counts.items() if count >= min_count), key=lambda t: (-counts[t], t))
         return cls([token for token in kept if token not in SPECIAL_TOKENS], tokenizer=tokenizer)
 
-    def extend(self, captions: Iterable[str], *, min_count: int) -> Vocabulary:
+    def extend(self, captions: Iterable[str], *, tokenizer: str, min_count: int) -> Vocabulary:
         """This vocabulary with the tokens appended that occur at least `min_count` times in the captions."""
-        others = Vocabulary.build(captions, tokenizer=self.tokenizer, min_count=min_count)
+        others = Vocabulary.build(captions, tokenizer=tokenizer, min_count=min_count)
         added = [token for token in others.tokens if token not in self._ids]
-        return Vocabulary([*self.tokens[len(SPECIAL_TOKENS) :], *added], tokenizer=self.tokenizer)
+        return Vocabulary([*self.tokens[len(SPECIAL_TOKENS) :], *added], tokenizer=tokenizer)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -43,7 +42,12 @@ from imcap_ray.distributed.training.training_inputs import (
     report_unreadable,
     write_readable_images,
 )
-from imcap_ray.distributed.training.training_plan import PreparedTraining, count_captions, prepare_training
+from imcap_ray.distributed.training.training_plan import (
+    PreparedTraining,
+    count_captions,
+    prepare_training,
+    share_of_unknown_words,
+)
 from imcap_ray.distributed.training.worker_group import run_workers, watch_room
 from imcap_ray.errors import ImcapError
 from imcap_ray.models.decoders import build_decoder
@@ -65,7 +69,7 @@ from imcap_ray.runs.training_run import (
     recorded_end,
     write_metrics,
 )
-from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
+from imcap_ray.text.vocabulary import Vocabulary
 from imcap_ray.training.experiment_trackers import Trackers, tracking
 from imcap_ray.training.loop import Phase, StoppedError
 from imcap_ray.training.model_card import write_card
@@ -225,7 +229,7 @@ class _Training:
         if self.history:
             self.report(f"resuming after epoch {len(self.history)}")
         elif start_model:
-            share = _share_of_unknown_words(self.train_images, start_model.vocabulary, self.recipe)
+            share = share_of_unknown_words(self.train_images, start_model.vocabulary)
             self.report(
                 f"starting from {start_model.location}; {share:.1%} of the words in the training captions are not in "
                 f"its vocabulary; {len(vocabulary) - len(start_model.vocabulary):,} words are added to it"
@@ -382,10 +386,3 @@ def _describe_learning(metrics: EpochMetrics) -> str:
     if "train_reward" in metrics:
         return f"training reward {metrics['train_reward']:.3f}"
     return f"training loss {metrics['train_loss']:.3f}"
-
-
-def _share_of_unknown_words(images: pa.Table, vocabulary: Vocabulary, recipe: Recipe) -> float:
-    captions = [caption for image_captions in images["captions"].to_pylist() for caption in image_captions]
-    ids = [vocabulary.to_ids(caption, max_length=recipe.training.max_caption_length)[1:-1] for caption in captions]
-    is_unknown = Counter(token_id == UNKNOWN_ID for caption_ids in ids for token_id in caption_ids)
-    return is_unknown[True] / max(1, is_unknown.total())

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.config import AUTO, Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
+from imcap_ray.config import AUTO, MAX_LENGTH, Recipe, ResourcesConfig, TrainingRunConfig, to_mapping
 from imcap_ray.data.columns import ColumnOptions, find_image_column_by_type, read_image_column
 from imcap_ray.data.dataset_check import keep_duplicates_together, require_usable
 from imcap_ray.data.datasets import TRAIN, VALIDATION, CaptionedImages, load_dataset
@@ -30,12 +30,16 @@ from imcap_ray.runs.lease import has_foreign_files
 from imcap_ray.runs.training_run import CAPTIONS_FILE, SETTINGS_FILE, WORK_FOLDER, History, read_metrics
 from imcap_ray.text.escaping import short_value
 from imcap_ray.text.tokenizers import choose_tokenizer
-from imcap_ray.text.vocabulary import Vocabulary
+from imcap_ray.text.vocabulary import UNKNOWN_ID, Vocabulary
 from imcap_ray.training.loop import require_layer
 from imcap_ray.training.phases import CROSS_ENTROPY, kind_of, next_phase, num_epochs, phases
 
 CPUS_FOR_READING: Final = 1
 """CPUs in addition to the workers', with which Ray Data reads their images."""
+
+
+MAX_UNKNOWN_WORDS: Final = 0.5
+"""Share of words that a model does not know above which captions are taken to be of another language than its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +219,7 @@ def prepare_training(
     require_layer(encoder, recipe.finetune.first_layer)
     model = storage.absolute(config.model)
     work = storage.join(model, WORK_FOLDER)
-    recipe, tokenizer_note = _with_tokenizer(recipe, train_images, recorded=_recorded_tokenizer(work))
+    recipe, tokenizer_note = _with_tokenizer(recipe, train_images, start_model, recorded=_recorded_tokenizer(work))
     settings = _build_settings(data, recipe, encoder, config.seed)
     if start_model:
         settings["start_from"] = start_model.fingerprint
@@ -255,19 +259,31 @@ def _read_start(config: TrainingRunConfig) -> tuple[ModelFolder | None, Recipe]:
     return start_model, replace(recipe, preprocessing=resolve_preprocessing(recipe.encoder, recipe.preprocessing))
 
 
-def _with_tokenizer(recipe: Recipe, images: pa.Table, *, recorded: str | None) -> tuple[Recipe, str]:
+def _with_tokenizer(
+    recipe: Recipe, images: pa.Table, model: ModelFolder | None, *, recorded: str | None
+) -> tuple[Recipe, str]:
     """The recipe with a tokenizer instead of `auto`, and a note if it was chosen here.
 
     Args:
+        model: its tokenizer is used, unless most words are not in its vocabulary: then they are of another language.
         recorded: the tokenizer with which this training began.
     """
-    if recipe.vocabulary.tokenizer != AUTO:
-        return recipe, ""
-    tokenizer, note = recorded, ""
-    if not tokenizer:
+    tokenizer, note = recipe.vocabulary.tokenizer, ""
+    if model and share_of_unknown_words(images, model.vocabulary) < MAX_UNKNOWN_WORDS:
+        tokenizer = model.vocabulary.tokenizer
+    elif tokenizer == AUTO and recorded:
+        tokenizer = recorded
+    elif tokenizer == AUTO:
         tokenizer, reason = choose_tokenizer(caption for texts in images["captions"].to_pylist() for caption in texts)
         note = f"tokenizer {tokenizer}: {reason}"
     return replace(recipe, vocabulary=replace(recipe.vocabulary, tokenizer=tokenizer)), note
+
+
+def share_of_unknown_words(images: pa.Table, vocabulary: Vocabulary) -> float:
+    """The share of the words in the images' captions that are not in a vocabulary."""
+    captions = [caption for texts in images["captions"].to_pylist() for caption in texts]
+    ids = [token_id for caption in captions for token_id in vocabulary.to_ids(caption, max_length=MAX_LENGTH)[1:-1]]
+    return ids.count(UNKNOWN_ID) / max(1, len(ids))
 
 
 def _recorded_tokenizer(work: str) -> str | None:
@@ -281,9 +297,8 @@ def _recorded_tokenizer(work: str) -> str | None:
 def _build_vocabulary(images: pa.Table, recipe: Recipe, model: ModelFolder | None) -> Vocabulary:
     """The words of the captions, after those of the model that the training starts from."""
     captions = (caption for captions in images["captions"].to_pylist() for caption in captions)
-    if model:
-        return model.vocabulary.extend(captions, min_count=recipe.vocabulary.min_count)
-    return Vocabulary.build(captions, tokenizer=recipe.vocabulary.tokenizer, min_count=recipe.vocabulary.min_count)
+    start = model.vocabulary if model else Vocabulary([])
+    return start.extend(captions, tokenizer=recipe.vocabulary.tokenizer, min_count=recipe.vocabulary.min_count)
 
 
 def count_captions(images: pa.Table) -> int:
@@ -292,13 +307,12 @@ def count_captions(images: pa.Table) -> int:
 
 
 def _with_architecture(recipe: Recipe, model: ModelFolder) -> Recipe:
-    """The recipe with the CNN, preprocessing, tokenizer and decoder of a model; it keeps its own image size, if set."""
+    """The recipe with the CNN, preprocessing and decoder of a model; it keeps its own image size, if set."""
     image_size = recipe.preprocessing.image_size or model.preprocessing.image_size
     return replace(
         recipe,
         encoder=model.encoder,
         preprocessing=replace(model.preprocessing, image_size=image_size),
-        vocabulary=replace(recipe.vocabulary, tokenizer=model.vocabulary.tokenizer),
         decoder=replace(model.decoder, dropout=recipe.decoder.dropout),
     )
 

@@ -114,7 +114,7 @@ def test_an_unknown_tokenizer_is_refused() -> None:
 def test_an_extended_vocabulary_keeps_its_ids_and_appends_the_new_words_that_are_frequent_enough():
     vocabulary = Vocabulary.build(["a dog", "a cat"])
 
-    extended = vocabulary.extend(["a viaduct", "a viaduct on a farm"], min_count=2)
+    extended = vocabulary.extend(["a viaduct", "a viaduct on a farm"], tokenizer="unicode", min_count=2)
 
     assert extended.tokens == [*vocabulary.tokens, "viaduct"]
-    assert extended.tokenizer == vocabulary.tokenizer
+    assert extended.tokenizer == "unicode"

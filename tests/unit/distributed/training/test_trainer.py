@@ -35,6 +35,7 @@ from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.training_run import EpochMetrics, read_validation_ids, write_metrics
+from imcap_ray.text.tokenizers import tokenize
 from imcap_ray.text.vocabulary import Vocabulary
 from tests import small_data
 
@@ -95,6 +96,21 @@ def test_a_training_that_was_begun_with_a_tokenizer_resumes_with_it(tmp_path: Pa
     assert (new.recipe.vocabulary.tokenizer, before.recipe.vocabulary.tokenizer) == ("unicode", "ptb")
     assert new.tokenizer_note.startswith("tokenizer unicode: 100% of the letters are of scripts without spaces")
     assert before.tokenizer_note == ""
+
+
+@pytest.mark.parametrize(("caption", "tokenizer"), [("a dog", "ptb"), ("\u7ea2\u72d7", "unicode")])
+def test_a_model_to_start_from_keeps_its_tokenizer_unless_the_captions_are_in_another_language(
+    tmp_path: Path, caption: str, tokenizer: str
+) -> None:
+    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=4, num_validation=2)
+    token_file = flickr8k / "Flickr8k.token.txt"
+    token_file.write_text(re.sub(r"\t.*", f"\t{caption}", token_file.read_text()))
+    start = str(small_data.write_model_folder(tmp_path / "start"))
+
+    prepared = prepare(flickr8k, tmp_path / "model", start_from=(start,))
+
+    assert prepared.recipe.vocabulary.tokenizer == prepared.vocabulary.tokenizer == tokenizer
+    assert set(tokenize(caption, tokenizer)) <= set(prepared.vocabulary.tokens)
 
 
 PHASES = ("cross_entropy", "finetune", "self_critical")
