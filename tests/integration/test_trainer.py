@@ -192,7 +192,6 @@ def test_a_model_learns_to_caption_in_another_language(local_ray: ClusterResourc
             "lite2-attention",
             SMALL
             | {
-                "vocabulary.tokenizer": "unicode",
                 "training.batch_size": 1,
                 "training.epochs": 16,
                 "training.patience": 0,  # every image has the same caption, and CIDEr-D is 0
@@ -201,8 +200,10 @@ def test_a_model_learns_to_caption_in_another_language(local_ray: ClusterResourc
             },
         ),
     )
-    train(config, ResourcesConfig(), data=load_data(config), cluster=local_ray, reporter=ProgressReporter(None))
+    lines: list[str] = []
+    train(config, ResourcesConfig(), data=load_data(config), cluster=local_ray, reporter=ProgressReporter(lines.append))
 
+    assert [line for line in lines if line.startswith("tokenizer unicode: 100% of the letters")]
     [caption] = Captioner.load(tmp_path / "モデル").caption([small_data.jpeg(1)])
     assert caption.text == sentence
     assert read_model_folder(tmp_path / "モデル").metrics["validation"]["bleu_4"] == pytest.approx(1.0)
