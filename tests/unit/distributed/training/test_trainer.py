@@ -30,7 +30,8 @@ from imcap_ray.distributed.training.training_plan import PreparedTraining, Worke
 from imcap_ray.distributed.training.worker_group import watch_room
 from imcap_ray.errors import DatasetError, ImcapError, InputError, OutputError
 from imcap_ray.models.decoders import build_decoder
-from imcap_ray.models.model_folder import read_model_folder, select_tensors
+from imcap_ray.models.model_folder import read_model_folder
+from imcap_ray.models.model_weights import select_tensors
 from imcap_ray.runs.checksums import write_checksums
 from imcap_ray.runs.feature_folder import FeatureFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
