@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import csv
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def suggest(captions: Path, output: Path, captioner: Captioner, *, count: int) -
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / TABLE_FILE, encoding="utf-8", newline="") as file:
+    with open(folder / TABLE_FILE, encoding="utf-8-sig", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -43,6 +44,7 @@ def test_all_images_of_a_small_set_are_written_and_the_folder_is_a_data_set(
     rows = read_rows(tmp_path / "out")
     assert suggestions.num_images == len(rows) == len(ODD_NAMES)
     assert len({one["file_name"] for one in rows}) == len(rows)
+    assert (tmp_path / "out" / TABLE_FILE).read_bytes().startswith(codecs.BOM_UTF8), "for spreadsheets"
     data = load_dataset(str(tmp_path / "out"))
     assert data.table.num_rows == len(ODD_NAMES)
     shown = {guard_cell(" ".join(caption.split())) for caption in ODD_CAPTIONS}
