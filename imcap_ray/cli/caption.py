@@ -25,7 +25,7 @@ from imcap_ray.cli.options import (
 )
 from imcap_ray.config import CaptioningConfig, ResourcesConfig
 from imcap_ray.data.schemas import FAILED, UNFAMILIAR
-from imcap_ray.distributed.cluster.ray_environment import set_ray_environment
+from imcap_ray.distributed.cluster.ray_environment import means_own_ray, set_ray_environment
 from imcap_ray.errors import InputError
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import MIN_IMAGES, format_duration
@@ -195,9 +195,11 @@ def _start(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: boo
     """Connect to a cluster that can reach everything in the config, and load the captioner."""
     set_ray_environment(resources.address, verbose=verbose)
     from imcap_ray.distributed.captioning import connect_and_load
+    from imcap_ray.distributed.cluster.captioner_code import captioner_code
     from imcap_ray.distributed.cluster.connection import is_ray_job, refuse_relative_paths_in_job
     from imcap_ray.distributed.cluster.preflight import ADVICE, require_visible
     from imcap_ray.models.captioner_spec import CaptionerSpec, absolute_model, model_paths
+    from imcap_ray.models.plugin import is_plugin_name
 
     refuse_relative_paths_in_job({"OUTPUT": config.output})
     config = replace(
@@ -210,11 +212,13 @@ def _start(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: boo
     if not storage.exists(config.input):
         where = f" on the cluster: {config.input}: {ADVICE}" if is_ray_job() else f": {config.input}"
         raise InputError(f"no such input{where}")
-    cluster, captioner = connect_and_load(CaptionerSpec.of(config), resources, verbose=verbose)
+    modules = () if means_own_ray(resources.address) else captioner_code(config.models).modules
+    cluster, captioner = connect_and_load(CaptionerSpec.of(config), resources, modules=modules, verbose=verbose)
     reads = [("INPUT", config.input), *(("--model", path) for path in model_paths(config.models))]
     if config.encoder_weights:
         reads.append(("--encoder-weights", config.encoder_weights))
-    require_visible(cluster, reads=reads, writes={"OUTPUT": config.output})
+    plugins = [(name, config.model_options) for name in config.models if is_plugin_name(name)]
+    require_visible(cluster, reads=reads, writes={"OUTPUT": config.output}, plugins=plugins)
     return _Start(config, cluster, captioner)
 
 

@@ -37,6 +37,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     """Run an imcap COMMAND as a Ray job on a cluster, follow it, and return its exit code.
 
     The job needs neither the connection nor the terminal. A lost connection is restored, and --follow attaches again.
+    A captioner of your own (--model MODULE:FACTORY) is sent with the job, unless it is an installed package.
 
     \b
     imcap submit caption s3://bucket/images s3://bucket/captions
@@ -52,7 +53,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     if options["dry_run"] and command[:1] not in (("caption",), ("train",)):
         raise InputError(f"imcap submit --dry-run plans caption and train, got {' '.join(command[:1]) or '--follow'}")
     arguments = [*_with_absolute_paths(command[1:])] + ["--dry-run"] * options["dry_run"]
-    need = None
+    need, parameters = None, {}
     if command:
         # So that wrong usage, and inputs that this machine knows to be missing, are found here and not in the job.
         parent = click.get_current_context().parent
@@ -63,6 +64,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
         _refuse_relative_paths(command[0], parameters)
         need = _required_resources(command[0], parameters)
     from imcap_ray.distributed.cluster import jobs
+    from imcap_ray.distributed.cluster.captioner_code import captioner_code
 
     common = {
         "address": options["address"],
@@ -73,7 +75,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
     if options["follow"]:
         sys.exit(jobs.follow(options["follow"], **common))
     common |= {"submission_id": options["submission_id"], "wait": not options["no_wait"], "need": need}
-    sys.exit(jobs.submit([command[0], *arguments], **common))
+    sys.exit(jobs.submit([command[0], *arguments], code=captioner_code(parameters.get("models", ())), **common))
 
 
 _INPUTS = {

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
@@ -213,12 +214,12 @@ class CaptioningPlan:
 
 
 def connect_and_load(
-    load_captioner: LoadCaptioner, resources: ResourcesConfig, *, verbose: bool = False
+    load_captioner: LoadCaptioner, resources: ResourcesConfig, *, modules: Sequence[Path] = (), verbose: bool = False
 ) -> tuple[ClusterResources, ImageCaptioner]:
-    """Connect to Ray, and load the captioner while it starts. Raises what either raises."""
+    """Connect to Ray, and load the captioner while it starts. `modules`: see `connect`. Raises what either raises."""
     with ThreadPoolExecutor(1) as thread:
         captioner = thread.submit(load_captioner)
-        cluster = connect(resources.address, num_actors=resources.num_actors, verbose=verbose)
+        cluster = connect(resources.address, num_actors=resources.num_actors, modules=modules, verbose=verbose)
         return cluster, captioner.result()
 
 

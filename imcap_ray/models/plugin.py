@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Protocol, TypeAlias, cast
 
 import numpy as np
@@ -91,6 +91,23 @@ def is_plugin_name(name: str) -> bool:
     return not os.path.exists(name) and (bool(_FACTORY.fullmatch(name)) or name in plugin_names())
 
 
+def factory_module(name: str) -> str | None:
+    """The top-level module of MODULE:FACTORY; None if the captioner is named in another way."""
+    is_factory = _FACTORY.fullmatch(name) and not name.startswith(TRANSFORMERS)
+    return re.split("[.:]", name)[0] if is_factory else None
+
+
+def find_entry_point(name: str) -> EntryPoint | None:
+    """The entry point of this name, the first if several packages have one; None if no package has."""
+    return next(iter(entry_points(group=ENTRY_POINT_GROUP, name=name)), None)
+
+
+def search_current_folder() -> None:
+    """Let Python import from the current folder: `python -m imcap_ray` does, the command `imcap` does not."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
 def load_plugin(name: str, options: Options = ()) -> CaptionerPlugin:
     """Call the factory of this name with the options.
 
@@ -120,15 +137,18 @@ def _find_factory(name: str) -> Callable[..., Any]:
         from imcap_ray.models.transformers_captioner import TransformersCaptioner
 
         return TransformersCaptioner
-    if os.getcwd() not in sys.path:  # the command `imcap` does not have its folder there, `python -m imcap_ray` does
-        sys.path.append(os.getcwd())
+    search_current_folder()
     try:
         if _FACTORY.fullmatch(name):
             module, _, attribute = name.partition(":")
             factory: Any = getattr(importlib.import_module(module), attribute)
         else:
-            (entry_point,) = list(entry_points(group=ENTRY_POINT_GROUP, name=name))[:1]
+            entry_point = find_entry_point(name)
+            if not entry_point:
+                raise ModelError(f"no installed package has a captioner named {name}")
             factory = entry_point.load()
+    except ImcapError:
+        raise
     except Exception as error:
         raise ModelError(f"{name} cannot be imported: {_describe(error)}") from error
     if not callable(factory):

@@ -40,12 +40,15 @@ if behaviour == "go on":
 if behaviour == "connect":
     import ray
     ray.init(logging_level="ERROR")
-    print(json.dumps(ray.get(ray.remote(lambda: __import__("imcap_ray").__file__).remote())))
+    def find(name):
+        return __import__(name).__name__, __import__(name).__file__
+    print(json.dumps(ray.get([ray.remote(find).remote(name) for name in ["imcap_ray", *arguments]])))
 """
 
 SUBMIT = """
 import json, os, signal, sys, types
 from imcap_ray.distributed.cluster import jobs
+from imcap_ray.distributed.cluster.captioner_code import captioner_code
 from imcap_ray.errors import ImcapError
 
 # Where the tests run in the background of a shell, Ctrl-C is ignored and children inherit that.
@@ -63,7 +66,8 @@ job = os.environ.get("JOB")
 how = {"address": address, "echo": echo, "on_interrupt": os.environ.get("ON_INTERRUPT", "stop")}
 try:
     if command:
-        result = {"exit_code": jobs.submit(command, submission_id=job, **how)}
+        code = captioner_code(os.environ.get("MODELS", "").split())
+        result = {"exit_code": jobs.submit(command, submission_id=job, code=code, **how)}
     else:
         how["echo"] = lines.append
         result = {"exit_code": jobs.follow(job, **how)}
@@ -131,10 +135,19 @@ def test_the_exit_code_is_that_of_the_command(head):
     assert head.submit("exit", "3", RAY_AUTH_TOKEN=TOKEN)["exit_code"] == 3
 
 
-def test_the_package_is_sent_to_the_workers_too(head):
-    result = head.submit("connect", RAY_AUTH_TOKEN=TOKEN)
+def test_the_package_and_the_modules_of_captioners_are_sent_to_the_workers_too(head, tmp_path):
+    for name in ("one_file", "same_content"):
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "a_package").mkdir()
+    (tmp_path / "a_package" / "__init__.py").touch()
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    models = "one_file:Captioner same_content:Captioner a_package:make no_such:Thing"
+    words = ["connect", "one_file", "same_content", "a_package"]
+    result = head.submit(*words, RAY_AUTH_TOKEN=TOKEN, MODELS=models, PYTHONPATH=paths)
     assert result["exit_code"] == 0
-    assert any("py_modules_files" in line for line in result["lines"])  # Ray may print more while the job ends
+    assert "there is no module no_such here: no_such:Thing needs it on the cluster's nodes" in result["lines"]
+    (found,) = [json.loads(line) for line in result["lines"] if "py_modules_files" in line]  # Ray may print more
+    assert [name for name, file in found if "py_modules_files" in file] == ["imcap_ray", *words[1:]]
 
 
 def test_ctrl_c_stops_the_job(head):

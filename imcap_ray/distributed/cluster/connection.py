@@ -9,7 +9,7 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -99,6 +99,7 @@ def connect(
     address: str | None = None,
     *,
     num_actors: int | None = None,
+    modules: Sequence[Path] = (),
     verbose: bool = False,
 ) -> ClusterResources:
     """Connect this process to Ray and return its resources; further calls keep the connection.
@@ -107,6 +108,8 @@ def connect(
         address: HOST:PORT, or "auto" for the Ray that runs on this machine; None: RAY_ADDRESS, which is set inside a
             Ray job. "local", or nothing at all, starts a private Ray that ends with this process.
         num_actors: the private Ray gets logical CPUs for this many actors, unless the cores cannot carry them.
+        modules: files and package folders that are sent to the nodes of a cluster that this process joins. A job has
+            them already.
         verbose: whether to print Ray's own log lines.
 
     Raises:
@@ -129,7 +132,7 @@ def connect(
             folder = private_ray.start(num_cpus=num_cpus, verbose=verbose)
             _watch_gcs(clean_up=folder.remove_at_once)
         else:
-            _join(address, verbose=verbose)
+            _join(address, modules=() if is_ray_job() else modules, verbose=verbose)
             _watch_gcs(clean_up=lambda: None)
     silence_ray_logs(verbose=verbose)
     context = ray.data.DataContext.get_current()
@@ -264,7 +267,7 @@ def _is_connected(gcs_address: str) -> bool:
         return False
 
 
-def _join(address: str, *, verbose: bool) -> None:
+def _join(address: str, *, modules: Sequence[Path], verbose: bool) -> None:
     if "://" in address:
         raise ClusterError(
             f"expected HOST:PORT of a cluster this machine is part of, got {address}: "
@@ -280,7 +283,8 @@ def _join(address: str, *, verbose: bool) -> None:
             "give the HOST:PORT that `ray start --head` prints, usually with port 6379"
         )
     try:
-        private_ray.initialize(address=address, verbose=verbose)
+        environment = {"runtime_env": {"py_modules": list(map(str, modules))}} if modules else {}
+        private_ray.initialize(address=address, verbose=verbose, **environment)
     except AuthenticationError as error:
         reason = in_one_line(error).split(". ")[0]  # what follows is advice for administrators
         raise ClusterError(f"no access to the cluster at {address}: {reason}: {AUTHENTICATION_ADVICE}") from error

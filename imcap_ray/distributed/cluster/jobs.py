@@ -14,11 +14,13 @@ import platform
 import re
 import secrets
 import shlex
+import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final, cast
 
 import aiohttp
@@ -30,6 +32,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 import imcap_ray
 from imcap_ray import storage
+from imcap_ray.distributed.cluster.captioner_code import CaptionerCode, require_small
 from imcap_ray.distributed.cluster.connection import AUTHENTICATION_ADVICE, authentication_headers
 from imcap_ray.distributed.cluster.ray_environment import temporary_environment
 from imcap_ray.errors import ClusterError, ImcapError
@@ -48,9 +51,6 @@ SILENCE_SECONDS: Final = 60
 
 LOG_ATTEMPTS: Final = 3
 """Attempts to read the end of the log of a finished job."""
-
-MAX_PACKAGE_BYTES: Final = 200 * 2**20
-"""Largest package that is sent with a job. Ray keeps it in the head's memory, and refuses 512 MiB."""
 
 LOST: Final = (ConnectionError, RuntimeError, aiohttp.ClientError, requests.RequestException)
 """Errors of the client when the dashboard is unreachable or refuses a request."""
@@ -71,6 +71,7 @@ def submit(
     address: str | None,
     submission_id: str | None = None,
     need: tuple[str, float, float] | None = None,
+    code: CaptionerCode | None = None,
     wait: bool = True,
     on_interrupt: str = STOP,
     echo: Callable[[str], None],
@@ -83,6 +84,7 @@ def submit(
         address: the dashboard's, http://HOST:PORT. None means RAY_API_SERVER_ADDRESS, RAY_ADDRESS if it has that form,
             or port 8265 of this machine.
         need: a setting, and the CPUs and GPUs that it needs at once.
+        code: that of the command's captioners, whose modules are sent with the job too.
 
     Raises:
         ClusterError: the cluster cannot be reached or runs another Ray, reported within seconds.
@@ -92,9 +94,14 @@ def submit(
     dashboard = _connect(address, echo)
     if need:
         _report_shortage(dashboard, *need, echo)
+    code = code or CaptionerCode()
+    for note in code.notes:
+        echo(note)
     job = submission_id or f"imcap-{command[0]}-{secrets.token_hex(4)}"
     try:
-        dashboard.client().submit_job(**job_request(command), submission_id=job)
+        with TemporaryDirectory() as folder:
+            packages = [_as_package(module, Path(folder)) for module in code.modules]
+            dashboard.client().submit_job(**job_request(command, packages), submission_id=job)
     except requests.RequestException as error:
         raise ImcapError(
             f"lost {dashboard.name} while submitting the job: `{dashboard.follow_command(job)}` shows whether it runs"
@@ -126,33 +133,28 @@ def follow(job: str, *, address: str | None, on_interrupt: str = STOP, echo: Cal
     return _follow(_connect(address, echo), job, on_interrupt=on_interrupt, echo=echo)
 
 
-def require_small(package: Path) -> None:
-    """Raise ClusterError if the package's folder is too large to be sent to a cluster."""
-    left_out = {".git", ".venv", "venv", "__pycache__"}  # Ray leaves them out too
-    sizes = {
-        path: path.stat().st_size
-        for path in package.rglob("*")
-        if path.is_file() and not left_out & set(path.relative_to(package).parts)
-    }
-    total = sum(sizes.values())
-    if total > MAX_PACKAGE_BYTES:
-        largest = max(sizes, key=lambda path: sizes[path])
-        raise ClusterError(
-            f"{package} is sent with the job: expected at most {MAX_PACKAGE_BYTES >> 20} MiB, got {total >> 20} MiB: "
-            f"move files that are not part of the package, such as {largest}, out of it"
-        )
-
-
-def job_request(command: Sequence[str]) -> dict[str, Any]:
-    """The request with which a cluster runs `imcap COMMAND ...`.
+def job_request(command: Sequence[str], packages: Sequence[Path] = ()) -> dict[str, Any]:
+    """The request with which a cluster runs `imcap COMMAND ...`, which may import these packages.
 
     Ray passes the entry point to a shell, so every word is quoted, and shows it on the dashboard. The request contains
     nothing of this machine's environment, because nodes have credentials of their own.
     """
     return {
         "entrypoint": shlex.join(["python", "-m", "imcap_ray", *command]),
-        "runtime_env": {"py_modules": [str(Path(imcap_ray.__file__).parent)]},
+        "runtime_env": {"py_modules": [str(Path(imcap_ray.__file__).parent), *map(str, packages)]},
     }
+
+
+def _as_package(module: Path, folder: Path) -> Path:
+    """The folder of a package; that of a copy below `folder` for a module of one file, which Ray's client refuses."""
+    if module.is_dir():
+        return module
+    package = folder / module.stem
+    package.mkdir()
+    shutil.copyfile(module, package / "__init__.py")
+    # Ray knows a package by its files without the folder's name: a renamed module would not be sent again.
+    (package / f"{module.stem}.txt").touch()
+    return package
 
 
 def _dashboard_address(address: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Paths that a command reads and writes -> whether the cluster's nodes see them, checked before work begins.
+"""Paths and captioners that a command uses -> whether the cluster's nodes have them, checked before work begins.
 
 A path that exists only on the machine where the command was started is the commonest mistake with a cluster.
 """
@@ -15,36 +15,46 @@ from ray.exceptions import NodeDiedError, RayError, TaskUnschedulableError, Work
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from imcap_ray import storage
-from imcap_ray.distributed.cluster.connection import ClusterResources
+from imcap_ray.distributed.cluster.connection import ClusterResources, runtime_environment
 from imcap_ray.distributed.cluster.ray_messages import describe_error
 from imcap_ray.errors import ClusterError, ImcapError
+from imcap_ray.models.plugin import Options, load_plugin
 
 MAX_NODES_ASKED: Final = 16
 ANSWER_SECONDS: Final = 60
 """A node that has not answered by then is not waited for, because it may be starting or dying."""
 
+PLUGIN_ADVICE: Final = "every node must have what the captioner needs"
+
 ADVICE: Final = "give a URI, or a path of a file system that every node mounts"
 
 
 def require_visible(
-    resources: ClusterResources, *, reads: Sequence[tuple[str, str]], writes: Mapping[str, str]
+    resources: ClusterResources,
+    *,
+    reads: Sequence[tuple[str, str]],
+    writes: Mapping[str, str],
+    plugins: Sequence[tuple[str, Options]] = (),
 ) -> None:
     """Raise ClusterError unless the cluster's nodes see everything that is read, and everything that is written here.
 
-    A cluster of one node is not asked, because it sees what this process sees.
+    A single node is asked only for plug-ins, because it sees the same files as this process, but may import others.
 
     Args:
         reads: pairs of a name that the user knows and an absolute location, such as `("INPUT", "s3://bucket/images")`.
         writes: the same for output locations, which need not exist.
+        plugins: names and options of captioners, whose factories are called on the nodes, without their weights.
     """
-    if resources.nodes < 2:
+    if resources.nodes < 2 and (resources.is_local or not plugins):
         return
     with Marks(writes) as marks:
         task = ray.remote(num_cpus=0, max_retries=0)(find_problem)
+        environment = runtime_environment(gpus=0.0) if plugins else None
         nodes = {
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                reads, marks.locations
-            ): node["NodeManagerAddress"]
+            task.options(
+                runtime_env=environment,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+            ).remote(reads, marks.locations, plugins): node["NodeManagerAddress"]
             for node in _working_nodes()[:MAX_NODES_ASKED]
         }
         answered, _ = ray.wait(list(nodes), num_returns=len(nodes), timeout=ANSWER_SECONDS) if nodes else ([], [])
@@ -59,12 +69,15 @@ def require_visible(
                 raise ClusterError(f"on the cluster's node {nodes[reference]} {problem}")
 
 
-def find_problem(reads: Sequence[tuple[str, str]], marks: Mapping[str, str]) -> str:
+def find_problem(
+    reads: Sequence[tuple[str, str]], marks: Mapping[str, str], plugins: Sequence[tuple[str, Options]]
+) -> str:
     """What this machine does not see, in one line; "" if it sees everything.
 
     Args:
         reads: locations that must exist.
         marks: files that another machine has written, or locations in a store, which only has to answer.
+        plugins: names and options of captioners that must load here.
     """
     for name, location in reads:
         exists, problem = _check(name, location)
@@ -74,6 +87,11 @@ def find_problem(reads: Sequence[tuple[str, str]], marks: Mapping[str, str]) -> 
         exists, problem = _check(name, location)
         if problem or not (exists or storage.is_uri(location)):
             return problem or f"{name}: {storage.parent(location)} is another folder than on this machine: {ADVICE}"
+    for name, options in plugins:
+        try:
+            load_plugin(name, options)
+        except ImcapError as error:
+            return f"{error}: {PLUGIN_ADVICE}"
     return ""
 
 

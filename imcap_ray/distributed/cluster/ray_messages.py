@@ -23,6 +23,8 @@ _ACTOR_WITHOUT_OWNER: Final = "all references to the actor were removed"
 _OUT_OF_MEMORY: Final = re.compile(r"running low on memory|NODE_OUT_OF_MEMORY|Top \d+ memory users")
 """Parts of the pages, with the command lines of the node's processes, that Ray writes when a node's memory is full."""
 
+_OWN_ERROR: Final = re.compile(r"^imcap_ray\.errors\.\w+: ", re.MULTILINE)
+
 _NODE_MEMORY: Final = re.compile(r"Memory on the node \(IP: ([^,)]+).*? was ([\d.]+) ?\w+(?: used)? / ([\d.]+) ?(\w+)")
 
 
@@ -57,13 +59,15 @@ def silence_ray_logs(*, verbose: bool) -> None:
 
 def describe_error(error: BaseException) -> str:
     """The cause of an error of Ray in one line, from the tracebacks of its processes."""
-    # A chain of exceptions from other processes arrives as text, the first cause on top; the last indented line of a
-    # traceback is code, what follows is the exception.
+    # A chain of exceptions from other processes arrives as text, the first cause on top, of which our own messages tell
+    # more; the last indented line of a traceback is code, what follows is the exception.
     if _OUT_OF_MEMORY.search(str(error)):
         return without_ray_advice(str(error))
-    lines = str(error).split("The above exception was the direct cause")[0].strip().splitlines()
+    causes = str(error).split("The above exception was the direct cause")
+    cause = next((cause for cause in causes if _OWN_ERROR.search(cause)), causes[0])
+    lines = cause.strip().splitlines()
     last_code = max((number for number, line in enumerate(lines) if line.startswith("  ")), default=-1)
     text = without_ray_advice("\n".join(lines[last_code + 1 :])) or type(error).__name__
     if _ACTOR_WITHOUT_OWNER in text and os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         text += " If the cluster uses no token, set RAY_AUTH_MODE=disabled."
-    return re.sub(r"^imcap_ray\.errors\.\w+: ", "", text)  # our own messages need no class name
+    return _OWN_ERROR.sub("", text)  # our own messages need no class name

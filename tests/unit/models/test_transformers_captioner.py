@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +191,36 @@ def test_a_local_folder_gets_an_absolute_name(monkeypatch: pytest.MonkeyPatch, t
 
     assert absolute_model("hf:mine") == f"hf:{tmp_path / 'mine'}"
     assert absolute_model("hf:owner/name") == "hf:owner/name"
+
+
+def test_processes_that_share_a_cache_download_a_file_once(tmp_path: Path) -> None:
+    downloads: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            for name, value in {"ETag": '"abc"', "X-Repo-Commit": "0" * 40, "Content-Length": "4"}.items():
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            downloads.append(self.path)
+            time.sleep(1)
+            self.do_HEAD()
+            self.wfile.write(b"data")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    program = "from huggingface_hub import hf_hub_download as download; download('owner/name', 'model.safetensors')"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+        variables |= {"HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
+        processes = [
+            subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **variables}) for _ in range(3)
+        ]
+        assert [process.wait(timeout=50) for process in processes] == [0, 0, 0]
+        server.shutdown()
+
+    assert [path for path in downloads if "model.safetensors" in path] == ["/owner/name/resolve/main/model.safetensors"]

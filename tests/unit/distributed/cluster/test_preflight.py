@@ -26,6 +26,7 @@ from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.manifest import InputOptions, build_manifest
 from imcap_ray.distributed.captioning import CaptioningPlan, plan_captioning
 from imcap_ray.distributed.cluster import jobs
+from imcap_ray.distributed.cluster.captioner_code import MAX_PACKAGE_BYTES, require_small
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require
 from imcap_ray.distributed.cluster.preflight import ADVICE, Marks, find_problem, require_visible
 from imcap_ray.distributed.training.training_plan import PreparedTraining, TrainingPlan, prepare_training
@@ -55,11 +56,11 @@ def identity_of(input: Path) -> dict[str, Any]:
 
 def test_a_node_that_sees_everything_has_no_problem(tmp_path: Path) -> None:
     with Marks({"OUTPUT": str(tmp_path / "a" / "b")}) as marks:
-        assert find_problem([("INPUT", str(tmp_path))], marks.locations) == ""
+        assert find_problem([("INPUT", str(tmp_path))], marks.locations, ()) == ""
 
 
 def test_the_error_for_an_input_missing_on_a_node_names_it_and_a_remedy(tmp_path: Path) -> None:
-    problem = find_problem([("INPUT", str(tmp_path)), ("--model", str(tmp_path / "mine"))], {})
+    problem = find_problem([("INPUT", str(tmp_path)), ("--model", str(tmp_path / "mine"))], {}, ())
 
     assert problem.startswith(f"--model {tmp_path / 'mine'} ")
     assert problem.endswith(ADVICE)
@@ -71,7 +72,7 @@ def test_an_output_folder_on_the_local_disk_of_a_node_is_detected(tmp_path: Path
     others.mkdir()
     with Marks({"OUTPUT": str(mine)}) as marks:
         seen_there = {name: place.replace(str(mine), str(others)) for name, place in marks.locations.items()}
-        assert find_problem([], seen_there).startswith(f"OUTPUT: {others} is another folder than ")
+        assert find_problem([], seen_there, ()).startswith(f"OUTPUT: {others} is another folder than ")
 
 
 @pytest.mark.parametrize("place", [".", "a/b"], ids=["a folder", "one that does not exist yet"])
@@ -87,7 +88,7 @@ def test_a_store_error_is_one_line_without_secrets(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("imcap_ray.storage.exists", refuse)
 
-    problem = find_problem([("INPUT", "s3://bucket/x")], {})
+    problem = find_problem([("INPUT", "s3://bucket/x")], {}, ())
 
     assert problem == "INPUT s3://bucket/x cannot be read: When reading s3://***@bucket/x: AWS Error ACCESS_DENIED"
 
@@ -113,17 +114,17 @@ def test_nodes_that_autoscaling_can_add_count_as_available() -> None:
 def test_a_package_that_contains_data_is_not_uploaded(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with (tmp_path / "data" / "photographs.tar").open("wb") as file:
-        file.truncate(jobs.MAX_PACKAGE_BYTES + 1)  # takes no room
+        file.truncate(MAX_PACKAGE_BYTES + 1)  # takes no room
 
     with pytest.raises(ClusterError, match=r"expected at most 200 MiB, got 200 MiB: .*photographs\.tar"):
-        jobs.require_small(tmp_path)
+        require_small(tmp_path)
 
     shutil.move(tmp_path / "data", tmp_path / ".git")
-    jobs.require_small(tmp_path)
+    require_small(tmp_path)
 
 
 def test_the_package_itself_is_small_enough() -> None:
-    jobs.require_small(Path(imcap_ray.__file__).parent)
+    require_small(Path(imcap_ray.__file__).parent)
 
 
 # ---- wrong usage

@@ -73,3 +73,19 @@ def test_a_full_node_is_one_sentence_without_the_command_lines_of_others(text: s
 )
 def test_only_advice_for_ray_developers_is_removed(text: str, rest: str) -> None:
     assert without_ray_advice(text) == rest
+
+
+def test_our_own_message_tells_more_than_its_cause() -> None:
+    text = (
+        "ray::MapWorker(CaptionImages)\n"
+        '  File "plugin.py", line 1, in load\n    import needed\n'
+        "ModuleNotFoundError: No module named 'needed'\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        'Traceback (most recent call last):\n  File "plugin.py", line 2, in load\n    raise ModelError\n'
+        "imcap_ray.errors.ModelError: mine:Captioner cannot be imported: No module named 'needed'\n\n"
+        "The above exception was the direct cause of the following exception:\n\n"
+        'Traceback (most recent call last):\n  File "ray.py", line 3, in run\n    raise UserCodeException()\n'
+        "ray.exceptions.UserCodeException"
+    )
+
+    assert describe_error(RuntimeError(text)) == "mine:Captioner cannot be imported: No module named 'needed'"
