@@ -15,6 +15,7 @@ from imcap_ray.cli.options import column_options, dataset_column_options, outsid
 @click.option("--references", help="A data set whose captions are shown next to the generated ones.")
 @split_option
 @tokenizer_option
+@click.option("--against", metavar="CAPTIONS", help="Other captions of the same images, shown next to these.")
 @click.option("--output", help="The HTML file, path or URI. Default: report.html in the folder of CAPTIONS.")
 @click.option("--max-images", type=click.IntRange(0), default=1000, show_default=True, help="Photographs shown.")
 @click.option(
@@ -31,6 +32,7 @@ def report(
     captions: str,
     output: str | None,
     references: str | None,
+    against: str | None,
     split: str | None,
     tokenizer: str,
     **options: Any,
@@ -40,6 +42,7 @@ def report(
     \b
     imcap report captions/
     imcap report captions/ --references flickr8k/      next to human captions, the worst first
+    imcap report captions/ --against captions-before/  next to other captions, the most different first
     """
     from imcap_ray.reports.captions_report import References, write_captions_report
 
@@ -51,6 +54,7 @@ def report(
         captions,
         output,
         references=compared,
+        against=against,
         max_images=options["max_images"],
         num_attended=options["num_attended"],
         allow_outside_paths=options["allow_outside_paths"],

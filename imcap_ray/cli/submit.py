@@ -82,7 +82,7 @@ _INPUTS = {
     "caption": {"INPUT": "input", "--model": "models"},
     "train": {"DATA": "data", "--start-from": "start_from"},
     "evaluate": {"CAPTIONS": "captions", "REFERENCES": "references", "--against": "against"},
-    "report": {"CAPTIONS": "captions", "--references": "references"},
+    "report": {"CAPTIONS": "captions", "--references": "references", "--against": "against"},
 }
 """Parameters of a command that name its inputs, by the name that the user knows."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from imcap_ray import storage
@@ -11,6 +11,7 @@ from imcap_ray.data.columns import BY_NAME, ColumnOptions
 from imcap_ray.data.datasets import CaptionedImages, load_dataset
 from imcap_ray.errors import DatasetError, ImageError, InputError
 from imcap_ray.reports.cards import Row
+from imcap_ray.reports.comparison import Comparison, compare_captions
 from imcap_ray.reports.html_report import HumanCaptions, write_report
 from imcap_ray.reports.model_section import read_model_of_run
 from imcap_ray.runs.captioned_images import CaptionedImageSource
@@ -48,6 +49,7 @@ def write_captions_report(
     output: str | None = None,
     *,
     references: References | None = None,
+    against: str | None = None,
     max_images: int = 1000,
     num_attended: int = 4,
     allow_outside_paths: bool = False,
@@ -58,6 +60,7 @@ def write_captions_report(
 
     Args:
         output: the HTML file, path or URI. Default: report.html in the captions folder.
+        against: other captions of the same images, shown next to these.
         max_images, num_attended: see `write_report`.
     """
     table = open_captions(captions)
@@ -84,6 +87,8 @@ def write_captions_report(
             evaluation=evaluation,
             score_note=score_note,
         )
+    if against:
+        human = replace(human, comparison=_compare(captions, against))
     folders = [dataset.location] if dataset else []
     photographs = _Photographs(CaptionedImageSource(captions, folders=folders, allow_outside_paths=allow_outside_paths))
     run = read_run(captions) or {}
@@ -98,7 +103,27 @@ def write_captions_report(
         max_images=max_images,
     )
     notes = [f"without scores: {score_note}"] if score_note else []
+    if human.comparison:
+        notes += _unpaired(human.comparison)
     return WrittenReport(path=output, dataset=dataset, notes=[*notes, *photographs.notes()])
+
+
+def _compare(captions: str, against: str) -> Comparison:
+    """Compare two captions tables, labelled by the models of their runs, or by their locations if these are alike."""
+    locations = captions, against
+    names = [str((read_run(location) or {}).get("model") or location) for location in locations]
+    if names[0] == names[1]:
+        names = [f"{name} ({location})" for name, location in zip(names, locations, strict=True)]
+    comparison = compare_captions(open_captions(captions), open_captions(against), name=names[0], other_name=names[1])
+    if not comparison.differences:
+        raise InputError(f"{captions} and {against} have no captioned image in common")
+    return comparison
+
+
+def _unpaired(comparison: Comparison) -> Iterator[str]:
+    for name, images in ((comparison.name, comparison.only_own), (comparison.other_name, comparison.only_other)):
+        if images:
+            yield f"captioned only by {name}: {len(images):,} image{'s' * (len(images) != 1)}, the first is {images[0]}"
 
 
 def _image_scores(evaluation: EvaluationReport) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,8 +12,9 @@ import numpy as np
 
 from imcap_ray.data.schemas import FAILED, OK, UNFAMILIAR
 from imcap_ray.errors import ImageError, ImcapError
+from imcap_ray.reports.comparison import ComparedCaption, Comparison
 from imcap_ray.reports.pictures import Thumbnail, heat_map_of, thumbnail_of
-from imcap_ray.reports.summary import clip_message
+from imcap_ray.reports.summary import clip_message, known
 
 CHANGED: Final = "changed since it was captioned"
 """Shown in place of an image whose bytes are not those that were captioned."""
@@ -44,6 +44,10 @@ class Card:
     familiarity: float | None
     score: float | None
     references: Sequence[str]
+    compared: ComparedCaption | None
+    """With the caption of another captioner, if there is one."""
+    difference: float | None
+    """See `Comparison`."""
     thumbnail: str | None
     """Data URI; None if there is no picture."""
     no_thumbnail: str
@@ -84,6 +88,7 @@ def make_cards(
     load_images: LoadImages,
     references: Mapping[str, Sequence[str]],
     image_scores: Mapping[str, float],
+    comparison: Comparison | None = None,
 ) -> Iterator[Card]:
     """Make a card of each row. Images of failed rows are not loaded."""
     images = load_images([row for row in rows if row["status"] != FAILED])
@@ -93,10 +98,12 @@ def make_cards(
             status=row["status"],
             caption=row["caption"],
             other_captions=[caption for caption in row["captions"] or () if caption != row["caption"]],
-            confidence=_known(row["confidence"]),
-            familiarity=_known(row["familiarity"]),
+            confidence=known(row["confidence"]),
+            familiarity=known(row["familiarity"]),
             score=image_scores.get(row["image_id"]),
             references=references.get(row["image_id"], ()),
+            compared=comparison.of(row["image_id"], row["caption"]) if comparison else None,
+            difference=comparison.differences.get(row["image_id"]) if comparison else None,
             thumbnail=thumbnail,
             no_thumbnail=reason,
             duplicate_of=row["duplicate_of"] if reason != CHANGED else "",  # not the same file any more
@@ -113,7 +120,7 @@ def make_attention_examples(
 ) -> tuple[list[AttentionExample], str]:
     """Examples from the least to the most confident caption, and why there are none although some were asked for."""
     candidates = [row for row in rows if row["status"] == OK and row["caption"]]
-    candidates.sort(key=lambda row: -1.0 if _known(row["confidence"]) is None else row["confidence"])
+    candidates.sort(key=lambda row: -1.0 if known(row["confidence"]) is None else row["confidence"])
     if attend is None or not count or not candidates:
         return [], ""
     chosen = [candidates[i] for i in np.unique(np.linspace(0, len(candidates) - 1, count).round().astype(int))]
@@ -130,7 +137,7 @@ def make_attention_examples(
             reason = str(error)
             break
         words = [WordMap(word, heat_map_of(weights_of_word)) for word, weights_of_word in weights]
-        confidence = _known(row["confidence"])
+        confidence = known(row["confidence"])
         examples.append(AttentionExample(row["image_id"], row["caption"], confidence, thumbnail, words))
     return examples, "" if examples else reason
 
@@ -159,8 +166,3 @@ def _try_thumbnail(data: bytes | ImageError | None) -> tuple[str | None, str]:
         return thumbnail_of(data).uri, ""
     except ImageError as error:
         return None, CHANGED if error.code == "changed" else "no picture"
-
-
-def _known(value: float | None) -> float | None:
-    """The value, or None if it is NaN."""
-    return None if value is None or math.isnan(value) else value

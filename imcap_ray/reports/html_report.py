@@ -28,6 +28,7 @@ from imcap_ray.reports.charts import (
     histogram_of_scores,
     map_of_familiarity,
 )
+from imcap_ray.reports.comparison import Comparison
 from imcap_ray.reports.model_section import ModelOfRun
 from imcap_ray.reports.summary import ByImage, choose_cards, fill_null_texts, summarize, unambiguous_names
 from imcap_ray.scoring.evaluation_report import EvaluationReport
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HumanCaptions:
-    """Human captions of the images, and scores of the generated captions against them.
+    """Human captions of the images, scores of the generated captions against them, and other generated captions.
 
     Values are looked up by image_id, or by the file name if exactly one captioned image and one of theirs has it.
     """
@@ -50,6 +51,8 @@ class HumanCaptions:
     evaluation: EvaluationReport | None = None
     score_note: str = ""
     """Why there are no scores."""
+    comparison: Comparison | None = None
+    """With the captions of another captioner."""
 
 
 class ScoreCell(NamedTuple):
@@ -103,7 +106,8 @@ def write_report(
     _require_columns(captions)
     human, model, run = _by_image(human or HumanCaptions(), captions), model or ModelOfRun(), run or {}
     references, image_scores, evaluation = human.references, human.image_scores, human.evaluation
-    summary = summarize(captions, image_scores, references)
+    comparison = human.comparison
+    summary = summarize(captions, image_scores, references, comparison.differences if comparison else {})
     positions = choose_cards(summary, max_images=max_images)
     rows = fill_null_texts(captions.take(pa.array(positions, pa.int64()))).to_pylist()
     rows.sort(key=lambda row: row["image_id"])
@@ -132,7 +136,14 @@ def write_report(
         has_scores=bool(image_scores),
         has_familiarity=summary.num_with_familiarity > 0,
         unfamiliar=UNFAMILIAR,
-        cards=make_cards(rows, load_images=load_images, references=references, image_scores=image_scores),
+        comparison=comparison,
+        cards=make_cards(
+            rows,
+            load_images=load_images,
+            references=references,
+            image_scores=image_scores,
+            comparison=comparison,
+        ),
     )
     page.enable_buffering()
     with storage.replacing(storage.absolute(str(path))) as file:

@@ -65,6 +65,8 @@ class Summary:
     """By row; NaN for rows without one."""
     scores: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     """By row; NaN for rows without one."""
+    differences: Floats = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
+    """From the captions of another captioner, by row; NaN for rows without them."""
     num_without_references: int = 0
     """Counted only if there are references."""
 
@@ -94,12 +96,15 @@ class Summary:
 
 
 def summarize(
-    captions: pa.Table | ds.Dataset, image_scores: Mapping[str, float], references: Mapping[str, Sequence[str]]
+    captions: pa.Table | ds.Dataset,
+    image_scores: Mapping[str, float],
+    references: Mapping[str, Sequence[str]],
+    differences: Mapping[str, float],
 ) -> Summary:
-    """Count statuses, captions, errors and familiarity, and collect the confidence and score of each row."""
+    """Count statuses, captions, errors and familiarity; collect confidence, score and difference of each row."""
     summary = Summary()
     failed, unfamiliar = [summary.failed], [summary.unfamiliar]
-    confidences, scores = [summary.confidences], [summary.scores]
+    confidences, scores, differing = [summary.confidences], [summary.scores], [summary.differences]
     numbers = ["confidence", "familiarity"]
     for batch in _batches(captions, ["image_id", "status", "caption", *numbers, "error_code", "error_message"]):
         batch = fill_null_texts(batch)
@@ -113,8 +118,9 @@ def summarize(
         unfamiliar.append(familiarity < UNFAMILIAR)
         summary.num_with_familiarity += int(np.count_nonzero(~np.isnan(familiarity)))
         summary.familiarity_map += _count_cells(familiarity, confidences[-1])
-        image_ids = batch["image_id"].to_pylist() if image_scores or references else []
-        scores.append(_floats(map(image_scores.get, image_ids) if image_scores else [None] * len(batch)))
+        image_ids = batch["image_id"].to_pylist() if image_scores or references or differences else []
+        for columns, values in ((scores, image_scores), (differing, differences)):
+            columns.append(_floats(map(values.get, image_ids) if values else [None] * len(batch)))
         if references:
             summary.num_without_references += sum(image_id not in references for image_id in image_ids)
         failures = batch.filter(is_failed)
@@ -123,25 +129,27 @@ def summarize(
             summary.error_messages.setdefault(code.as_py(), clip_message(message.as_py()))
     summary.failed, summary.unfamiliar = np.concatenate(failed), np.concatenate(unfamiliar)
     summary.confidences, summary.scores = np.concatenate(confidences), np.concatenate(scores)
+    summary.differences = np.concatenate(differing)
     return summary
 
 
 def choose_cards(summary: Summary, *, max_images: int) -> list[int]:
     """Positions of the rows that become cards: all, or a sample of `max_images`.
 
-    A sample has the lowest scores, the least confident, some of the unfamiliar images, as many failures as fit, and an
-    even selection of the rest.
+    A sample has the lowest scores, the largest differences, the least confident, some of the unfamiliar images, as many
+    failures as fit, and an even selection of the rest.
     """
     failures, others = np.flatnonzero(summary.failed), np.flatnonzero(~summary.failed)
     num_failed = min(len(failures), max(int(max_images * _FAILED_SHARE), max_images - len(others)))
     num_others = min(len(others), max_images - num_failed)
     worst: set[int] = set()
     if num_others < len(others):
-        known = [values for values in (summary.scores, summary.confidences) if not np.isnan(values[others]).all()]
+        criteria = (summary.scores, -summary.differences, summary.confidences)
+        usable = [values for values in criteria if not np.isnan(values[others]).all()]
         unfamiliar = np.flatnonzero(summary.unfamiliar)
-        num_reasons = len(known) + (len(unfamiliar) > 0)
+        num_reasons = len(usable) + (len(unfamiliar) > 0)
         num_worst = int(num_others * _WORST_SHARE / max(1, num_reasons))
-        for values in known:
+        for values in usable:
             lowest = others[np.argsort(values[others], kind="stable")]  # NaN comes last
             worst.update(lowest[:num_worst].tolist())
         worst.update(_evenly(unfamiliar, min(num_worst, len(unfamiliar))))
@@ -165,7 +173,7 @@ class ByImage(Mapping[str, Value]):
     def __getitem__(self, image_id: str) -> Value:
         if image_id in self._values:
             return self._values[image_id]
-        name = _file_name(image_id)
+        name = file_name(image_id)
         if name not in self._names:
             raise KeyError(image_id)
         return self._values[name]
@@ -179,11 +187,11 @@ class ByImage(Mapping[str, Value]):
 
 def unambiguous_names(captions: pa.Table | ds.Dataset, image_ids: Set[str]) -> Set[str]:
     """Those of the ids that are file names, if no other id and only one captioned image has the name."""
-    counts = Counter(map(_file_name, image_ids))
+    counts = Counter(map(file_name, image_ids))
     names = {image_id for image_id in image_ids if counts.get(image_id) == 1}
     captioned = Counter[str]()
     for batch in _batches(captions, ["image_id"]):
-        file_names = map(_file_name, fill_null_texts(batch)["image_id"].to_pylist())
+        file_names = map(file_name, fill_null_texts(batch)["image_id"].to_pylist())
         captioned.update(name for name in file_names if name in names)
     return {name for name in names if captioned[name] == 1}
 
@@ -201,6 +209,11 @@ def clip_message(message: str) -> str:
     return message if len(message) <= _MESSAGE_LENGTH else message[: _MESSAGE_LENGTH - 1] + "…"
 
 
+def known(value: float | None) -> float | None:
+    """The value, or None if it is NaN."""
+    return None if value is None or math.isnan(value) else value
+
+
 def _batches(captions: pa.Table | ds.Dataset, columns: list[str]) -> Iterator[pa.RecordBatch]:
     if isinstance(captions, pa.Table):
         yield from captions.select(columns).to_batches()
@@ -208,7 +221,8 @@ def _batches(captions: pa.Table | ds.Dataset, columns: list[str]) -> Iterator[pa
         yield from captions.to_batches(columns=columns)
 
 
-def _file_name(image_id: str) -> str:
+def file_name(image_id: str) -> str:
+    """The image_id without folders."""
     return image_id.rpartition("/")[2]
 
 

@@ -48,7 +48,7 @@ _TYPOGRAPHIC: Final = str.maketrans(
 )
 
 # Thai, Lao, Myanmar, Khmer, kana and the Chinese characters.
-_SCRIPTS_WITHOUT_SPACES: Final = (
+SCRIPTS_WITHOUT_SPACES: Final = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\U00020000-\U0003ffff"
 )
@@ -220,7 +220,7 @@ def _combining_marks() -> str:
 
 @cache
 def _unspaced_character() -> re.Pattern[str]:
-    return re.compile(rf"(?=\w)[{_SCRIPTS_WITHOUT_SPACES}]{_combining_marks()}*")
+    return re.compile(rf"(?=\w)[{SCRIPTS_WITHOUT_SPACES}]{_combining_marks()}*")
 
 
 @cache

@@ -25,6 +25,7 @@ let cards = Array.from(gallery.children, (element, position) => ({
   confidence: number(element.dataset.confidence),
   familiarity: number(element.dataset.familiarity),
   score: number(element.dataset.score),
+  difference: number(element.dataset.difference),
   text: element.textContent.toLowerCase().replace(/\s+/g, " "),
 }));
 let limit = CARDS_AT_FIRST;
@@ -46,6 +47,7 @@ const orders = {
   highest: by("confidence", -1),
   least_familiar: by("familiarity", 1),
   most_familiar: by("familiarity", -1),
+  most_different: by("difference", -1),
   worst: by("score", 1),
   best: by("score", -1),
   status: (a, b) => statuses.indexOf(a.status) - statuses.indexOf(b.status) || a.position - b.position,
