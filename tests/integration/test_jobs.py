@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,8 +19,10 @@ import ray
 from imcap_ray.distributed.cluster.jobs import submit
 from imcap_ray.distributed.cluster.ray_environment import uses_tokens_found
 from imcap_ray.errors import ClusterError
+from imcap_ray.runs.captions_table import open_captions
 from tests.hang_guard import HANG_SECONDS
 from tests.ray_head import TOKEN, free_ports, running_head
+from tests.small_data import jpeg
 
 # A package of the same name in place of imcap_ray: what travels, how it is called and what comes back are the same.
 STAND_IN = """
@@ -89,6 +92,28 @@ except ClusterError as error:
 """
 
 
+PLUGIN = """
+from {helper} import Caption
+import numpy
+
+class Constant:
+    batch_size, resources, fingerprint = 8, {{"gpus": 0}}, "constant"
+
+    def prepare(self, image):
+        return numpy.zeros(1, numpy.uint8)
+
+    def caption(self, batch, num_captions):
+        return [[Caption("a caption")]] * len(batch)
+"""
+
+IMCAP = """
+import os, sys
+os.chdir(sys.argv.pop(1))
+from imcap_ray.cli.main import main
+main()
+"""
+
+
 @dataclass(frozen=True)
 class Head:
     folder: Path
@@ -115,7 +140,7 @@ class Head:
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    with running_head(num_cpus=2) as (folder, dashboard, address):
+    with running_head(num_cpus=4) as (folder, dashboard, address):
         (folder / "nobody").mkdir()
         (folder / "imcap_ray").mkdir()
         (folder / "imcap_ray" / "__init__.py").touch()
@@ -148,6 +173,35 @@ def test_the_package_and_the_modules_of_captioners_are_sent_to_the_workers_too(h
     assert "there is no module no_such here: no_such:Thing needs it on the cluster's nodes" in result["lines"]
     (found,) = [json.loads(line) for line in result["lines"] if "py_modules_files" in line]  # Ray may print more
     assert [name for name, file in found if "py_modules_files" in file] == ["imcap_ray", *words[1:]]
+
+
+def test_a_cluster_that_was_started_in_another_folder_gets_the_captioner_or_is_refused_in_one_line(head, tmp_path):
+    folders = [tmp_path / "project", tmp_path / "site-packages", tmp_path / "photographs"]
+    for folder in folders:
+        folder.mkdir()
+    project, installed, photographs = folders
+    (project / "mine.py").write_text(PLUGIN.format(helper="imcap_ray"))
+    (project / "needy.py").write_text(PLUGIN.format(helper="installed_here"))
+    (installed / "installed_here.py").write_text("from imcap_ray import Caption")
+    (photographs / "1.jpg").write_bytes(jpeg(1))
+    paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def caption(model):
+        words = ["caption", photographs, tmp_path / model, "--model", f"{model}:Constant", "--address", head.address]
+        return head.run(IMCAP, str(project), *map(str, words), RAY_AUTH_TOKEN=TOKEN, PYTHONPATH=paths)
+
+    done = caption("mine")
+    assert done.returncode == 0, done.stderr
+    assert open_captions(str(tmp_path / "mine")).to_table()["caption"].to_pylist() == ["a caption"]
+
+    done = caption("needy")
+    assert done.returncode == 2, done.stderr
+    message = (
+        r"imcap: on the cluster's node [\d.]+ needy:Constant cannot be imported: ModuleNotFoundError: "
+        "No module named 'installed_here': every node must have what the captioner needs"
+    )
+    assert re.fullmatch(message, done.stderr.splitlines()[-1])
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_stops_the_job(head):

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +19,7 @@ from imcap_ray.models.captioner_spec import CaptionerSpec
 from imcap_ray.runs.captioning_run import CaptioningSummary
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests.fakes import echo
-from tests.hang_guard import HANG_SECONDS
 from tests.plugins import Echo
-from tests.ray_head import running_head
 from tests.small_data import jpeg
 
 pytestmark = [
@@ -134,56 +128,3 @@ def test_a_captioner_that_needs_more_memory_than_there_is_is_refused(
         run(local_ray, photographs, tmp_path / "out", "tests.plugins:TooGreedy")
 
     assert not (tmp_path / "out").exists()
-
-
-PLUGIN = """
-from {helper} import Caption
-import numpy
-
-class Constant:
-    batch_size, resources, fingerprint = 8, {{"gpus": 0}}, "constant"
-
-    def prepare(self, image):
-        return numpy.zeros(1, numpy.uint8)
-
-    def caption(self, batch, num_captions):
-        return [[Caption("a caption")]] * len(batch)
-"""
-
-
-def test_a_cluster_that_was_started_in_another_folder_gets_the_captioner_or_is_refused_in_one_line(
-    photographs: Path, tmp_path: Path
-) -> None:
-    project, installed = tmp_path / "project", tmp_path / "environment" / "site-packages"
-    project.mkdir()
-    installed.mkdir(parents=True)
-    (project / "mine.py").write_text(PLUGIN.format(helper="imcap_ray"))
-    (project / "needy.py").write_text(PLUGIN.format(helper="installed_here"))
-    (installed / "installed_here.py").write_text("from imcap_ray import Caption")
-    paths = os.pathsep.join([str(Path(__file__).parents[2]), str(installed)])
-    with running_head(num_cpus=4, needs_token=False) as (_, _, address):
-
-        def caption(model: str) -> subprocess.CompletedProcess[str]:
-            words = ["caption", photographs, tmp_path / model, "--model", f"{model}:Constant", "--address", address]
-            return subprocess.run(
-                [sys.executable, "-m", "imcap_ray", *map(str, words)],
-                cwd=project,
-                env={**os.environ, "PYTHONPATH": paths},
-                capture_output=True,
-                text=True,
-                timeout=HANG_SECONDS,
-                check=False,
-            )
-
-        done = caption("mine")
-        assert done.returncode == 0, done.stderr
-        assert {row["caption"] for row in read(tmp_path / "mine").values()} == {"a caption"}
-
-        done = caption("needy")
-        assert done.returncode == 2, done.stderr
-        message = (
-            r"imcap: on the cluster's node [\d.]+ needy:Constant cannot be imported: ModuleNotFoundError: "
-            "No module named 'installed_here': every node must have what the captioner needs"
-        )
-        assert re.fullmatch(message, done.stderr.splitlines()[-1])
-        assert "Traceback" not in done.stderr
