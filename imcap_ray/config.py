@@ -356,6 +356,9 @@ class CaptioningConfig:
     """Start again; the old rows are removed when the new ones are complete."""
     retry_failed: bool = False
     """Caption images again that failed in an earlier run."""
+    existing: str | None = None
+    """Captions that images have already, in any of the formats of `imcap_ray.data.datasets`; path or URI. The run keeps
+    them, and captions only the other images."""
     prune: bool = False
     """Remove the rows of images that are no longer in the input; not with `limit`, which leaves images out."""
     batch_timeout: float | None = None

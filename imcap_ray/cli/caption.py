@@ -56,6 +56,11 @@ imcap caption one.jpg two.jpg"""
 @model_options
 @click.option("--recursive/--no-recursive", default=True, help="Include folders below INPUT.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Caption only the first N images.")
+@click.option(
+    "--existing",
+    metavar="CAPTIONS",
+    help="Captions that images have already, as imcap train reads them: kept, and only the rest is captioned.",
+)
 @click.option("--num-actors", type=click.IntRange(1), metavar="N", help="Processes. Default: 1 per GPU or core.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Images an actor takes at a time.")
 @click.option(
@@ -90,6 +95,8 @@ def caption(input: str, output: str | None, more_images: tuple[str, ...], **opti
     else:
         images = [input]
     config, resources = captioning_config(input, output or "", options), resources_config(options)
+    if output is None and config.existing:
+        raise InputError("--existing needs an OUTPUT: imcap caption INPUT OUTPUT --existing CAPTIONS")
     if output is None:
         _print_captions(images, config, resources, as_json=options["as_json"])
     elif options["dry_run"]:
@@ -206,6 +213,7 @@ def _start(config: CaptioningConfig, resources: ResourcesConfig, *, verbose: boo
         config,
         input=storage.absolute(config.input),
         output=storage.absolute(config.output),
+        existing=config.existing and storage.absolute(config.existing),
         models=tuple(map(absolute_model, config.models)),
         encoder_weights=config.encoder_weights and storage.absolute(config.encoder_weights),
     )
@@ -260,13 +268,15 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
         speed += f"{format_duration(summary.seconds)} in all; {summary.bound}"
     else:
         speed = "nothing to do, all were done before"
+    if summary.num_existing:
+        print_line(f"{summary.num_existing:,} captions existed before (caption_source is existing)", err=True)
     for line in _describe_familiarity(summary):
         print_line(line, err=True)
     print_line(f"{summary.output}: {counts}; {speed}", err=True)
 
 
 def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:
-    num_captioned = summary.num_images - summary.counts.get(FAILED, 0)
+    num_captioned = summary.num_images - summary.counts.get(FAILED, 0) - summary.num_existing
     if summary.num_unfamiliar is None and num_captioned:
         yield (
             "familiarity: unknown (another captioner, a model or output of an earlier version, or a model trained on "

@@ -79,7 +79,7 @@ def submit(command: tuple[str, ...], **options: Any) -> None:
 
 
 _INPUTS = {
-    "caption": {"INPUT": "input", "--model": "models"},
+    "caption": {"INPUT": "input", "--model": "models", "--existing": "existing"},
     "train": {"DATA": "data", "--start-from": "start_from"},
     "evaluate": {"CAPTIONS": "captions", "REFERENCES": "references", "--against": "against"},
     "report": {"CAPTIONS": "captions", "--references": "references", "--against": "against"},

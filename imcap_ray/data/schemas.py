@@ -6,7 +6,7 @@ from typing import Final, TypedDict
 
 import pyarrow as pa
 
-SCHEMA_VERSION: Final = "3"
+SCHEMA_VERSION: Final = "4"
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -64,13 +64,27 @@ CAPTIONS_SCHEMA: Final = pa.schema(
         ("format", pa.string()),
         ("sha256", pa.string()),
         ("duplicate_of", pa.string()),
+        ("caption_source", pa.string()),  # MODEL or EXISTING; "" without a caption
     ]
 )
+
+LATER_COLUMNS: Final = ("familiarity", "caption_source")
+"""Columns that outputs of earlier versions lack."""
+
+MODEL: Final = "model"
+
+EXISTING: Final = "existing"
+"""Source of a caption that the run did not make, see `CaptioningConfig.existing`."""
+
+
+def _without(*names: str) -> pa.Schema:
+    return pa.schema([field for field in CAPTIONS_SCHEMA if field.name not in names])
 
 
 CAPTIONS_SCHEMAS: Final = {
     SCHEMA_VERSION: CAPTIONS_SCHEMA,
-    "2": CAPTIONS_SCHEMA.remove(CAPTIONS_SCHEMA.get_field_index("familiarity")),
+    "3": _without("caption_source"),
+    "2": _without("caption_source", "familiarity"),
 }
 """Schemas of runs that can be resumed, by version. A run keeps its schema: all parts must have the same columns."""
 
@@ -97,6 +111,7 @@ class CaptionRow(TypedDict):
     format: str
     sha256: str
     duplicate_of: str
+    caption_source: str
 
 
 UNFAMILIAR: Final = 0.05

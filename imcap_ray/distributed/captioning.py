@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -15,9 +14,10 @@ from typing import Any, Final, NamedTuple
 import pyarrow as pa
 
 from imcap_ray import storage
-from imcap_ray.config import FLOAT32, CaptioningConfig, ResourcesConfig, to_mapping
+from imcap_ray.config import FLOAT32, CaptioningConfig, ResourcesConfig
 from imcap_ray.data.manifest import build_manifest
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK
+from imcap_ray.data.parquet_files import read_table
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, MODEL, OK
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require, require_memory
 from imcap_ray.distributed.cluster.gcs_watch import when_lost
 from imcap_ray.distributed.cluster.ray_messages import without_ray_advice
@@ -44,7 +44,8 @@ from imcap_ray.runs.captioning_run import (
     input_options,
     run_identity,
 )
-from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.captions_folder import CaptionsFolder, open_database
+from imcap_ray.runs.existing_captions import ExistingCaptions
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import MIN_IMAGES
 
@@ -138,6 +139,7 @@ class _Answer(NamedTuple):
     logprob: float = float("nan")
     num_tokens: int = 0
     duplicate_of: str = ""
+    caption_source: str = ""
 
     @classmethod
     def captioned(cls, captions: list[Caption]) -> _Answer:
@@ -150,6 +152,7 @@ class _Answer(NamedTuple):
             familiarity=best.familiarity,
             logprob=best.logprob,
             num_tokens=best.num_tokens,
+            caption_source=MODEL,
         )
 
     @classmethod
@@ -211,6 +214,8 @@ class CaptioningPlan:
     """See `InputSummary`."""
     id_column: str | None = None
     """See `InputSummary`."""
+    num_existing: int = 0
+    """Images whose captions exist and would be kept, as far as the images were counted."""
 
 
 def connect_and_load(
@@ -233,7 +238,8 @@ def plan_captioning(
     """
     config = _with_absolute_paths(config)
     num_actors, gpus = _choose_actors(resources, cluster, captioner.needs)
-    folder, known_from, keeps_rows = _folder_to_plan_for(config, captioner)
+    existing = ExistingCaptions.read(config.existing) if config.existing else None
+    folder, known_from, keeps_rows = _folder_to_plan_for(config, _identity(config, captioner, existing))
     with TemporaryDirectory() as manifest:
         summary = build_manifest(
             config.input,
@@ -242,10 +248,12 @@ def plan_captioning(
             output=config.output,
             known_from=known_from,
         )
+        note, num_existing = _count_existing(existing, [manifest, *([known_from] if known_from else [])])
     run = folder.read_run() or {}
     num_images, num_done, num_removed, notes = summary.num_images, 0, 0, summary.notes
     if summary.ignored:
         notes = (describe_ignored(config.input, summary.ignored), *notes)
+    notes += note
     if run and keeps_rows:  # then all images of its manifest were counted
         num_removed = 0 if summary.removed is None else summary.removed.size
         num_images = max(num_images + num_removed, folder.count_manifest())
@@ -254,7 +262,8 @@ def plan_captioning(
             notes += (describe_removed(num_removed, config),)
         if config.prune:
             num_images, num_done = num_images - num_removed, num_done - num_removed
-    num_new = max(0, num_images - num_done)
+    num_existing_done = folder.count_existing() if run and keeps_rows else 0
+    num_new = max(0, num_images - num_done - (num_existing - num_existing_done))
     rate = run.get("images_per_second") or folder.read_heartbeat().get("images_per_second")
     return CaptioningPlan(
         input=config.input,
@@ -272,13 +281,24 @@ def plan_captioning(
         notes=notes,
         image_column=summary.image_column,
         id_column=summary.id_column,
+        num_existing=num_existing,
     )
 
 
-def _folder_to_plan_for(config: CaptioningConfig, captioner: ImageCaptioner) -> tuple[CaptionsFolder, str | None, bool]:
+def _count_existing(existing: ExistingCaptions | None, manifests: list[str]) -> tuple[tuple[str, ...], int]:
+    """A line on the images that have captions already, and their number."""
+    if not existing:
+        return (), 0
+    with open_database() as database:
+        parts = [part for manifest in manifests for part in storage.list_work_tables(manifest)]
+        database.register("manifest", pa.concat_tables([read_table(part) for part in parts]))
+        count = existing.match(database)
+        return (existing.describe(database, count),), count
+
+
+def _folder_to_plan_for(config: CaptioningConfig, identity: dict[str, Any]) -> tuple[CaptionsFolder, str | None, bool]:
     """The folder that a run would write to, the manifest that it would continue, and whether it would keep its rows."""
     folder, overwrite = CaptionsFolder(config.output), config.overwrite
-    identity = _identity(config, captioner)
     if folder.is_being_replaced():  # the run would begin by putting the new rows in place
         folder = folder.next()
         overwrite = overwrite and not folder.is_of(identity)
@@ -315,18 +335,19 @@ def caption_images(
     """
     config, reporter = _with_absolute_paths(config), reporter or ProgressReporter(print)
     captioner = captioner or load_captioner()
+    existing = ExistingCaptions.read(config.existing) if config.existing else None
     pool = _actor_pool(resources, cluster, load_captioner, captioner, batch_timeout=config.batch_timeout)
     progress = Progress()
     with (
         _storage_errors(),
-        CaptioningRun.open(config, _identity(config, captioner), reporter=reporter) as run,
+        CaptioningRun.open(config, _identity(config, captioner, existing), reporter=reporter) as run,
         when_lost(run.record_failure),
     ):
-        run.list_images()
+        run.list_images(existing)
         pool = replace(pool, num_actors=min(pool.num_actors, max(1, num_blocks(run.num_pending))))
         if run.num_pending:
             reporter.report(_describe_start(run, pool))
-        files, has_index = _pipeline_files(run, captioner), True
+        files, has_index = _pipeline_files(run), True
         while run.num_pending:
             try:
                 with image_index(run, enabled=has_index) as index:
@@ -344,15 +365,21 @@ def caption_images(
 
 
 def _with_absolute_paths(config: CaptioningConfig) -> CaptioningConfig:
-    return replace(config, input=storage.absolute(config.input), output=storage.absolute(config.output))
+    return replace(
+        config,
+        input=storage.absolute(config.input),
+        output=storage.absolute(config.output),
+        existing=config.existing and storage.absolute(config.existing),
+    )
 
 
-def _identity(config: CaptioningConfig, captioner: ImageCaptioner) -> dict[str, Any]:
+def _identity(config: CaptioningConfig, captioner: ImageCaptioner, existing: ExistingCaptions | None) -> dict[str, Any]:
     return run_identity(
         config.input,
         fingerprint=captioner.fingerprint,
         search=captioner.search,
         precision=getattr(captioner, "precision", FLOAT32),  # captioners of others need not have one
+        existing=existing,
     )
 
 
@@ -389,20 +416,14 @@ def _actor_pool(
     )
 
 
-def _pipeline_files(run: CaptioningRun, captioner: ImageCaptioner) -> PipelineFiles:
+def _pipeline_files(run: CaptioningRun) -> PipelineFiles:
     return PipelineFiles(
         manifest=run.folder.manifest,
         root=run.config.input,
         output=run.folder.location,
         extension=run.folder.part_extension,
         work=run.folder.work,
-        schema=CAPTIONS_SCHEMAS[run.schema_version].with_metadata(
-            {
-                "imcap_ray.schema_version": run.schema_version,
-                "imcap_ray.model_fingerprint": captioner.fingerprint,
-                "imcap_ray.models.beam_search": json.dumps(to_mapping(captioner.search)),
-            }
-        ),
+        schema=run.schema,
         require_lease=run.lease.require,
     )
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, OK, CaptionRow
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, EXISTING, OK, CaptionRow
 from imcap_ray.errors import InputError, translate_errors
 from imcap_ray.runs.captions_table import open_captions, read_removed_ids
 
@@ -122,7 +122,7 @@ class CaptionsTable:
 
     def batches(self, columns: Iterable[str]) -> Iterator[tuple[pa.Table, LeftOut]]:
         """At least these columns of the rows to be exported, some thousand rows at a time; the number of the others."""
-        wanted = dict.fromkeys([*columns, "image_id", "status", "caption", *self._minima])
+        wanted = dict.fromkeys([*columns, "image_id", "status", "caption", "caption_source", *self._minima])
         for batch in self._read(list(wanted)):
             is_removed = pc.is_in(batch["image_id"], value_set=self._removed_ids)
             left_out = LeftOut(removed=pc.sum(is_removed).as_py() or 0)
@@ -136,6 +136,7 @@ class CaptionsTable:
             batch = batch.filter(is_captioned)
             for name, minimum in self._minima.items():
                 is_enough = pc.fill_null(pc.greater_equal(batch[name], minimum), False)
+                is_enough = pc.or_(is_enough, pc.equal(batch["caption_source"], EXISTING))  # its value is unknown
                 left_out.below[name] = pc.sum(pc.invert(is_enough)).as_py() or 0
                 batch = batch.filter(is_enough)
             if pc.any(pc.equal(batch["image_id"], "")).as_py():

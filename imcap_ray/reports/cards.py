@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from imcap_ray.data.schemas import FAILED, OK, UNFAMILIAR
+from imcap_ray.data.schemas import EXISTING, FAILED, OK, UNFAMILIAR
 from imcap_ray.errors import ImageError, ImcapError
 from imcap_ray.reports.comparison import ComparedCaption, Comparison
 from imcap_ray.reports.pictures import Thumbnail, heat_map_of, thumbnail_of
@@ -58,6 +58,8 @@ class Card:
     width: int
     height: int
     format: str
+    is_existing: bool
+    """Whether the caption is not the model's."""
 
     @property
     def is_unfamiliar(self) -> bool:
@@ -112,6 +114,7 @@ def make_cards(
             width=row["width"] or 0,
             height=row["height"] or 0,
             format=row["format"],
+            is_existing=row["caption_source"] == EXISTING,
         )
 
 
@@ -119,7 +122,7 @@ def make_attention_examples(
     rows: Sequence[Row], count: int, *, load_images: LoadImages, attend: Attend | None
 ) -> tuple[list[AttentionExample], str]:
     """Examples from the least to the most confident caption, and why there are none although some were asked for."""
-    candidates = [row for row in rows if row["status"] == OK and row["caption"]]
+    candidates = [row for row in rows if row["status"] == OK and row["caption"] and row["caption_source"] != EXISTING]
     candidates.sort(key=lambda row: -1.0 if known(row["confidence"]) is None else row["confidence"])
     if attend is None or not count or not candidates:
         return [], ""

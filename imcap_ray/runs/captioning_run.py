@@ -12,6 +12,7 @@ Knows neither Ray nor torch.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,10 +29,11 @@ from imcap_ray.config import FLOAT32, CaptioningConfig, PluginSearch, SearchConf
 from imcap_ray.data.columns import ColumnOptions
 from imcap_ray.data.input_listing import describe_kinds
 from imcap_ray.data.manifest import InputOptions, build_manifest
-from imcap_ray.data.schemas import FAILED, SCHEMA_VERSION
+from imcap_ray.data.schemas import CAPTIONS_SCHEMAS, FAILED, SCHEMA_VERSION
 from imcap_ray.errors import FailureBudgetError, ImcapError, InputChangedError, InputError
-from imcap_ray.runs.captions_folder import CaptionsFolder
+from imcap_ray.runs.captions_folder import NO_CAPTIONS, CaptionsFolder
 from imcap_ray.runs.captions_table import COMPLETE
+from imcap_ray.runs.existing_captions import ExistingCaptions
 from imcap_ray.runs.heartbeat import HEARTBEAT_SECONDS, CaptioningHeartbeat, now, repeating
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
@@ -63,6 +65,8 @@ class CaptioningSummary:
     """Rows of images that the input no longer has."""
     ignored: Mapping[str, int] = field(default_factory=dict)
     """Number of files of the input that are not images, by extension (".txt")."""
+    num_existing: int = 0
+    """Rows whose caption existed before, see `CaptioningConfig.existing`."""
     num_unfamiliar: int | None = None
     """Captioned images that are unlike what the model has learned from; None if the model cannot tell."""
 
@@ -78,7 +82,12 @@ class CaptioningSummary:
 
 
 def run_identity(
-    input: str, *, fingerprint: str, search: SearchConfig | PluginSearch, precision: str = FLOAT32
+    input: str,
+    *,
+    fingerprint: str,
+    search: SearchConfig | PluginSearch,
+    precision: str = FLOAT32,
+    existing: ExistingCaptions | None = None,
 ) -> dict[str, Any]:
     """What must not change between a run and its resumption, as run.json records it."""
     return {
@@ -86,6 +95,7 @@ def run_identity(
         "precision": precision,
         "model_fingerprint": fingerprint,
         "search": to_mapping(search),
+        "existing_captions": existing.fingerprint if existing else NO_CAPTIONS,
         "schema_version": SCHEMA_VERSION,
     }
 
@@ -137,6 +147,7 @@ class CaptioningRun:
         """Images that have a row."""
         self.num_new = 0
         """Images that had no row when they were listed."""
+        self._num_to_caption = 0
         self.num_not_in_input = 0
         """Images with a row that the input no longer has, as far as this run knows."""
         self._ignored: Mapping[str, int] = {}
@@ -144,7 +155,14 @@ class CaptioningRun:
         self._start = start
         self._before = folder.read_run()
         self.schema_version = str((self._before or identity)["schema_version"])
-        """See `CAPTIONS_SCHEMAS`."""
+        self.schema: pa.Schema = CAPTIONS_SCHEMAS[self.schema_version].with_metadata(
+            {
+                "imcap_ray.schema_version": self.schema_version,
+                "imcap_ray.model_fingerprint": identity["model_fingerprint"],
+                "imcap_ray.models.beam_search": json.dumps(identity["search"]),
+            }
+        )
+        """Columns of the parts."""
         self._record: dict[str, Any] = {
             **identity,
             "schema_version": self.schema_version,
@@ -197,8 +215,11 @@ class CaptioningRun:
 
     # --- the steps of a run ---
 
-    def list_images(self) -> None:
+    def list_images(self, existing: ExistingCaptions | None = None) -> None:
         """Bring the folder and its manifest up to date with the input.
+
+        Args:
+            existing: captions of images that are not to be captioned; their rows are written here.
 
         Raises:
             InputError: the input has no images, or others than this output may have; a new folder is removed again.
@@ -208,11 +229,13 @@ class CaptioningRun:
             self._write_state(RUNNING)  # whose folder it is, before anything else is in it
         num_deleted += self._list_input()
         self.num_images = self.folder.count_manifest()
+        num_added = self._add_existing(existing) if existing else 0
         self._count_done()
         was_complete = self._before is not None and self._before.get("state") == COMPLETE
         if not self.num_pending and (num_deleted or not was_complete):
             self.resolve_duplicates()
-        self.num_new = self.num_pending
+        self._num_to_caption = self.num_pending
+        self.num_new = self.num_pending + num_added
 
     def _delete_copies(self) -> int:
         num_copies = self.folder.recover()
@@ -251,6 +274,18 @@ class CaptioningRun:
             if number:
                 self._reporter.report(f"{number:,} image{'s' * (number != 1)} {reason}: to be captioned again")
         return num_changed + num_failed + self._prune(summary.removed)
+
+    def _add_existing(self, existing: ExistingCaptions) -> int:
+        """Write the rows of images whose captions exist; how many."""
+        num_added = 0
+        with self.folder.database() as database:
+            count = existing.match(database)
+            self._reporter.report(existing.describe(database, count))
+            for rows in existing.rows(database, self.schema):
+                self.lease.require()
+                self.folder.add_part(rows)
+                num_added += rows.num_rows
+        return num_added
 
     def _prune(self, removed: npt.NDArray[np.int64] | None) -> int:
         """Report images that the input no longer has, and record or remove them; how many were removed."""
@@ -302,7 +337,7 @@ class CaptioningRun:
         counts, error_counts = self.folder.count_rows()
         num_unfamiliar = self.folder.count_unfamiliar()
         seconds = time.time() - self._start
-        speed = self._reporter.mean_rate() if self.num_new >= MIN_IMAGES else None
+        speed = self._reporter.mean_rate() if self._num_to_caption >= MIN_IMAGES else None
         last_speed = (self._before or {}).get("images_per_second")
         summary = CaptioningSummary(
             input=self.config.input,
@@ -316,6 +351,7 @@ class CaptioningRun:
             bound=bound,
             num_not_in_input=self.num_not_in_input,
             ignored=self._ignored,
+            num_existing=self.folder.count_existing(),
             num_unfamiliar=num_unfamiliar,
         )
         # If this run was too short to measure its speed, that of an earlier run is kept for the next plan.

@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
@@ -41,7 +42,16 @@ from imcap_ray import storage
 from imcap_ray.config import FLOAT32
 from imcap_ray.data.manifest import manifest_part, update_manifest
 from imcap_ray.data.parquet_files import read_table, write_table
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA, CAPTIONS_SCHEMAS, DUPLICATE, FAILED, MANIFEST_SCHEMA, OK, UNFAMILIAR
+from imcap_ray.data.schemas import (
+    CAPTIONS_SCHEMA,
+    CAPTIONS_SCHEMAS,
+    DUPLICATE,
+    EXISTING,
+    FAILED,
+    MANIFEST_SCHEMA,
+    OK,
+    UNFAMILIAR,
+)
 from imcap_ray.errors import ImcapError, OutputError, translate_errors
 from imcap_ray.runs.captions_table import COMPLETE, NEXT_FOLDER, REMOVED_FILE, REPLACING, is_part, parse_run_file
 from imcap_ray.runs.lease import Lease, has_foreign_files
@@ -58,7 +68,7 @@ _FIRST_FILES: Final = tuple(f"{WORK_FOLDER}/{name}" for name in ("owner", HEARTB
 
 _ANSWER: Final = (
     *("caption", "captions", "confidence", "familiarity", "logprob", "num_tokens"),
-    *("error_code", "error_message"),
+    *("error_code", "error_message", "caption_source"),
 )
 
 _PENDING: Final = ".pending"
@@ -71,9 +81,13 @@ IDENTITY: Final = {
     "precision": "precision",
     "model_fingerprint": "model",
     "search": "search settings",
+    "existing_captions": "set of existing captions",
     "schema_version": "version of the schema",
 }
 """Entries of run.json that must not change between a run and its resumption, and their names in messages."""
+
+NO_CAPTIONS: Final = "none"
+"""`existing_captions` of a run that captions all images."""
 
 READ_AHEAD: Final = 16
 """Parts that are read at once: a store takes a tenth of a second for each, and there are thousands."""
@@ -194,7 +208,7 @@ class CaptionsFolder:
 
     def count_rows(self) -> tuple[dict[str, int], dict[str, int]]:
         """Number of rows that are recorded as done by status, and of failed ones by error code, the highest first."""
-        with self._database() as database:
+        with self.database() as database:
             rows = database.execute(
                 "SELECT status, error_code, count(*) FROM captions GROUP BY ALL ORDER BY 3 DESC, 1, 2"
             ).fetchall()
@@ -203,11 +217,21 @@ class CaptionsFolder:
             counts[status] = counts.get(status, 0) + number
         return counts, {code: number for _, code, number in rows if code}
 
+    def count_existing(self) -> int:
+        """Number of rows whose caption the run did not make."""
+        if "caption_source" not in _dataset(self.parts(), CAPTIONS_SCHEMA).schema.names:  # of an earlier version
+            return 0
+        with self.database() as database:
+            [(count,)] = database.execute(
+                f"SELECT count(*) FROM captions WHERE caption_source = '{EXISTING}'"
+            ).fetchall()
+        return int(count)
+
     def count_unfamiliar(self) -> int | None:
         """Number of images that are unlike what the model has learned from; None if no row has a familiarity."""
         if "familiarity" not in _dataset(self.parts(), CAPTIONS_SCHEMA).schema.names:  # of an earlier version
             return None
-        with self._database() as database:
+        with self.database() as database:
             known, unfamiliar = database.execute(
                 "SELECT count(*) FILTER (WHERE NOT isnan(familiarity)), "
                 f"count(*) FILTER (WHERE familiarity < {UNFAMILIAR}) FROM captions"
@@ -216,7 +240,7 @@ class CaptionsFolder:
 
     def verify_row_counts(self) -> None:
         """Raise ImcapError unless every image of the manifest is exactly one row."""
-        with self._database() as database:
+        with self.database() as database:
             lost, repeated = database.execute(
                 "SELECT count(*) FILTER (WHERE n = 0), count(*) FILTER (WHERE n > 1) FROM ("
                 "  SELECT sum(is_row) AS n FROM ("
@@ -316,11 +340,17 @@ class CaptionsFolder:
                 if first is not None and manifest_part(first) in names:
                     storage.remove(path)
 
-    # --- rows are deleted and changed ---
+    # --- rows are added, deleted and changed ---
+
+    def add_part(self, rows: pa.Table) -> None:
+        """Write rows that no pipeline makes, with their manifest_id, as a part of its own."""
+        name = f"{uuid.uuid4().hex}_{0:06}"
+        write_table(storage.join(self.location, name + self.part_extension), rows.drop_columns("manifest_id"))
+        write_table(storage.join(self.done, name), rows.select(["manifest_id"]).replace_schema_metadata())
 
     def delete_failed_rows(self) -> int:
         """Delete the rows of failed images, so that they are captioned again. Returns how many."""
-        with self._database() as database:
+        with self.database() as database:
             ids = _query(
                 database,
                 f"SELECT manifest_id, image_id FROM captions JOIN manifest USING (image_id) WHERE status = '{FAILED}'",
@@ -355,7 +385,7 @@ class CaptionsFolder:
         because that must not depend on which process was faster. If none of them was captioned, their rows are deleted,
         so that the images are captioned.
         """
-        with self._database() as database:
+        with self.database() as database:
             database.execute(
                 "CREATE TEMP TABLE twins AS SELECT sha256, image_id, manifest_id, status, duplicate_of "
                 "FROM captions JOIN manifest USING (image_id) WHERE sha256 <> '' AND "
@@ -499,18 +529,25 @@ class CaptionsFolder:
             storage.remove(heartbeat)
 
     @contextmanager
-    def _database(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def database(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A database with the tables `captions` and `manifest`, in bounded memory."""
-        with (
-            TemporaryDirectory() as folder,
-            translate_errors(duckdb.Error, to=ImcapError, message="a query over all rows failed"),
-            duckdb.connect() as database,
-        ):
-            database.execute(f"SET memory_limit = '{QUERY_MEMORY}'; SET preserve_insertion_order = false")
-            database.execute("SET temp_directory = ?", [folder])
+        with open_database() as database:
             database.register("captions", _dataset(self.parts(), CAPTIONS_SCHEMA))
             database.register("manifest", _dataset(storage.list_work_tables(self.manifest), MANIFEST_SCHEMA))
             yield database
+
+
+@contextmanager
+def open_database() -> Iterator[duckdb.DuckDBPyConnection]:
+    """An empty database in bounded memory; errors of queries are ImcapErrors."""
+    with (
+        TemporaryDirectory() as folder,
+        translate_errors(duckdb.Error, to=ImcapError, message="a query over all rows failed"),
+        duckdb.connect() as database,
+    ):
+        database.execute(f"SET memory_limit = '{QUERY_MEMORY}'; SET preserve_insertion_order = false")
+        database.execute("SET temp_directory = ?", [folder])
+        yield database
 
 
 def _agree(key: str, run: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
@@ -520,8 +557,8 @@ def _agree(key: str, run: Mapping[str, Any], identity: Mapping[str, Any]) -> boo
 
 
 def _recorded(key: str, run: Mapping[str, Any]) -> Any:
-    """An entry of run.json; earlier versions, which did not record the precision, captioned in float32."""
-    return run.get(key, FLOAT32 if key == "precision" else None)
+    """An entry of run.json, or what it was in versions that did not record it."""
+    return run.get(key, {"precision": FLOAT32, "existing_captions": NO_CAPTIONS}.get(key))
 
 
 def _dataset(files: list[str], schema: pa.Schema) -> pads.Dataset:

@@ -14,7 +14,7 @@ from imcap_ray import storage
 from imcap_ray.data.input_listing import packed_kind
 from imcap_ray.data.parquet_files import read_table
 from imcap_ray.data.parquet_images import refuse_pickles
-from imcap_ray.data.schemas import CAPTIONS_SCHEMA
+from imcap_ray.data.schemas import CAPTIONS_SCHEMA, LATER_COLUMNS
 from imcap_ray.errors import InputError, translate_errors
 
 COMPLETE: Final = "complete"
@@ -35,7 +35,8 @@ def is_part(path: str) -> bool:
 
 
 def open_captions(location: str) -> pads.Dataset:
-    """The captions of a folder or a Parquet file, to be read in batches; the familiarity is null if it is unknown.
+    """The captions of a folder or a Parquet file, to be read in batches; columns that an earlier version
+    did not write are null.
 
     If a run has written into the folder, other Parquet files there are left out.
 
@@ -59,8 +60,9 @@ def open_captions(location: str) -> pads.Dataset:
         columns = ", ".join(captions.schema.names) or "no Parquet file"
         raise InputError(f"{location} is no captions table: expected the columns image_id and caption, got {columns}")
     names = captions.schema.names
-    if "confidence" in names and "familiarity" not in names and len(set(names)) == len(names):  # of earlier versions
-        captions = captions.replace_schema(captions.schema.append(CAPTIONS_SCHEMA.field("familiarity")))
+    if "confidence" in names and len(set(names)) == len(names):
+        missing_fields = [CAPTIONS_SCHEMA.field(name) for name in LATER_COLUMNS if name not in names]
+        captions = captions.replace_schema(pa.schema([*captions.schema, *missing_fields], captions.schema.metadata))
     return captions
 
 

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from imcap_ray.config import AUTO
 from imcap_ray.data.datasets import TEST, TRAIN, CaptionedImages
+from imcap_ray.data.schemas import EXISTING
 from imcap_ray.errors import DatasetError
 from imcap_ray.runs.captions_table import open_captions, read_run
 from imcap_ray.scoring.evaluation_report import EvaluationReport, evaluate_texts
@@ -31,15 +32,16 @@ FEW_IMAGES: Final = 100
 
 
 def read_captions(location: str) -> pa.Table:
-    """Read image_id, caption, confidence and familiarity of a captions table (folder or Parquet file).
+    """Read image_id, caption, confidence, familiarity and is_existing of a captions table (folder or Parquet file).
 
     The caption is "" for an image without one, and confidence and familiarity are null or NaN if they are unknown.
+    `is_existing` is whether the caption is not the model's, see `CaptioningConfig.existing`.
 
     Raises:
         DatasetError: an id occurs more than once, or a column has the wrong type.
     """
     dataset = open_captions(location)
-    columns = ["image_id", "caption", *RANKINGS]
+    columns = ["image_id", "caption", "caption_source", *RANKINGS]
     try:
         table = dataset.to_table(columns=[name for name in columns if name in dataset.schema.names])
         num_rows = table.num_rows
@@ -51,6 +53,9 @@ def read_captions(location: str) -> pa.Table:
                 **{
                     name: table[name].cast(pa.float64()) if name in table.column_names else unknown for name in RANKINGS
                 },
+                "is_existing": pc.fill_null(pc.equal(table["caption_source"], EXISTING), False)
+                if "caption_source" in table.column_names
+                else pa.chunked_array([pa.repeat(False, num_rows)]),
             }
         )
         captions.validate(full=True)  # Parquet's readers do not check that text is UTF-8
@@ -76,6 +81,8 @@ def evaluate_captions(
     matches, they are matched by file name, as long as the name is unique in both tables. Captions of images that have
     no references in the data set are ignored, and the notes count them.
 
+    Images whose caption existed before are not scored, in neither table; the notes count them.
+
     With a split, captions of other images are ignored too. Without one, every image that has a caption must be in the
     data set, and the captions must cover one split or all images. If they cover the official test split and others, the
     test split is scored.
@@ -97,13 +104,17 @@ def evaluate_captions(
         split = None
     num_without_references = _ids_without_references(captions, references).length()
     images = references.split(split) if split else references.table
+    num_images = images.num_rows
+    images = _without_existing(images, captions, location)
+    if against is not None:
+        other_captions = match_ids(against, read_captions(against), references)
+        images = _without_existing(images, other_captions, against)
     counts = _count_captioned(captions, references)
     if tokenizer == AUTO:
         tokenizer, _ = choose_tokenizer(text for texts in _Values(images["captions"]) for text in texts)
     captions = _select(captions, images, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
-        other_captions = match_ids(against, read_captions(against), references)
         other_captions = _select(other_captions, images, against, f"images that {location} is scored on")
         other = (against, _Values(other_captions["caption"]))
     rankings = {name: captions[name].to_numpy() for name in RANKINGS}  # nan where unknown
@@ -116,7 +127,7 @@ def evaluate_captions(
         tokenizer=tokenizer,
         notes="; ".join(
             [
-                *_notes(location, num_without_references),
+                *_notes(location, num_without_references, num_images - images.num_rows),
                 *_warnings(split, counts, is_chosen=is_chosen, is_official=references.has_official_splits),
                 *_remark_on_few(images.num_rows),
                 *([] if against is None else _speeds(location, against)),
@@ -127,11 +138,14 @@ def evaluate_captions(
     )
 
 
-def _notes(location: str, num_without_references: int) -> Iterator[str]:
+def _notes(location: str, num_without_references: int, num_existing: int) -> Iterator[str]:
     """Yield facts that the scores depend on: the search, the model and the images."""
     if num_without_references:
         verb = "has" if num_without_references == 1 else "have"
         yield f"{num_without_references:,} captioned image{'s' * (verb == 'have')} {verb} no references"
+    if num_existing:
+        images = "1 image whose caption is" if num_existing == 1 else f"{num_existing:,} images whose captions are"
+        yield f"without {images} not the model's but existed before"
     run = read_run(location) or {}
     if isinstance(search := run.get("search"), dict) and "beam_size" in search:
         yield f"beam {search.get('beam_size')}, length penalty {search.get('length_penalty')}"
@@ -193,6 +207,17 @@ class _Values:
 
 def _text(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(pa.string())
+
+
+def _without_existing(images: pa.Table, captions: pa.Table, location: str) -> pa.Table:
+    """The images whose captions did not exist before the run; DatasetError if there are none."""
+    existing = captions["image_id"].filter(captions["is_existing"])
+    images = images.filter(pc.invert(pc.is_in(images["image_id"], value_set=existing)))
+    if not images.num_rows:
+        raise DatasetError(
+            f"{location} has no caption by a model to score: all captions of these images existed before (--existing)"
+        )
+    return images
 
 
 def _select(captions: pa.Table, images: pa.Table, location: str, description: str) -> pa.Table:

@@ -652,7 +652,7 @@ def test_an_output_of_an_earlier_version_resumes(run: Run, photographs: Path, tm
     (photographs / "even" / "twin.jpg").write_bytes((photographs / "odd" / "099.jpg").read_bytes())
     run(str(photographs), str(output), limit=60)
     for part in output.glob("*.parquet"):
-        pq.write_table(pq.read_table(part).drop_columns(["familiarity"]), part)
+        pq.write_table(pq.read_table(part).drop_columns(["familiarity", "caption_source"]), part)
     run_file = output / "_imcap" / "run.json"
     run_file.write_text(json.dumps(json.loads(run_file.read_text()) | {"schema_version": "2"}))
     before = read(output)
@@ -668,8 +668,31 @@ def test_an_output_of_an_earlier_version_resumes(run: Run, photographs: Path, tm
     assert summary.num_unfamiliar is None
     assert {row["image_id"]: row for row in before}.items() <= {row["image_id"]: row for row in rows}.items()
     assert {tuple(pq.read_schema(part).names) for part in output.glob("*.parquet")} == {tuple(rows[0])}
-    assert "familiarity" not in rows[0]
+    assert not {"familiarity", "caption_source"} & rows[0].keys()
     assert sorted(output.rglob("*.parquet")) == sorted(output.glob("*.parquet"))
+
+
+def test_a_stopped_run_with_existing_captions_resumes_and_captions_only_the_rest(
+    run: Run, photographs: Path, tmp_path: Path
+) -> None:
+    names = [str(path.relative_to(photographs)) for path in sorted(photographs.rglob("*.jpg"))]
+    existing, output = tmp_path / "existing.jsonl", tmp_path / "out"
+    existing.write_text(
+        "".join(json.dumps({"file_name": name, "caption": f"mine {name}"}) + "\n" for name in names[::3])
+    )
+    run(str(photographs), str(output), limit=40, existing=str(existing))
+    run_file = output / "_imcap" / "run.json"
+    run_file.write_text(json.dumps(json.loads(run_file.read_text()) | {"state": "running"}))
+
+    summary = run(str(photographs), str(output), existing=str(existing))
+
+    rows = {row["image_id"]: row for row in read(output)}
+    assert (len(rows), summary.num_existing) == (len(names), len(names[::3]))
+    for name in names:
+        is_existing = name in names[::3]
+        assert rows[name]["caption_source"] == ("existing" if is_existing else "model")
+        assert math.isnan(rows[name]["confidence"]) == is_existing
+        assert (rows[name]["caption"] == f"mine {name}") == is_existing
 
 
 def test_a_folder_without_images_creates_no_output(run: Run, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def row(image_id: str, caption: str = "a dog runs", **columns: Any) -> Row:
         "format": "jpeg",
         "sha256": "",
         "duplicate_of": "",
+        "caption_source": "model",
     } | columns
 
 
@@ -269,16 +270,28 @@ def test_images_below_a_familiarity_or_without_one_are_left_out_and_counted(tmp_
     assert summary.describe_left_out() == "2 below --min-familiarity"
 
 
-def test_captions_of_earlier_versions_are_exported_without_a_familiarity(tmp_path: Path) -> None:
+def test_captions_of_earlier_versions_are_exported_without_later_columns(tmp_path: Path) -> None:
     folder = write_captions(tmp_path / "captions", [row("a.jpg")])
     (part,) = folder.glob("*.parquet")
-    pq.write_table(pq.read_table(part).drop_columns(["familiarity"]), part)
+    pq.write_table(pq.read_table(part).drop_columns(["familiarity", "caption_source"]), part)
 
     export(folder, tmp_path / "out", "jsonl")
 
     assert json.loads((tmp_path / "out").read_text()) == {name: row("a.jpg")[name] for name in COLUMNS} | {
-        "familiarity": None
+        "familiarity": None,
+        "caption_source": "",
     }
+
+
+def test_existing_captions_are_exported_whatever_the_least_confidence(tmp_path: Path) -> None:
+    unknown = {"confidence": float("nan"), "familiarity": float("nan")}
+    rows = [row("a.jpg", "mine", caption_source="existing", **unknown), row("b.jpg", **unknown)]
+    folder = write_captions(tmp_path / "captions", rows)
+
+    export(folder, tmp_path / "out", "jsonl", min_confidence=0.3, min_familiarity=0.3)
+
+    exported = json.loads((tmp_path / "out").read_text())
+    assert (exported["captions"], exported["caption_source"]) == (["mine", "another one"], "existing")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -30,7 +30,7 @@ from imcap_ray.runs.status import CaptioningStatus, read_status
 
 IDENTITY = {
     **{"input": "/in", "precision": "float32", "model_fingerprint": "a" * 64},
-    **{"search": {"beam_size": 4}, "schema_version": "1"},
+    **{"search": {"beam_size": 4}, "existing_captions": "none", "schema_version": "1"},
 }
 
 RUN, OTHER = "0123456789abcdef" * 2, "fedcba9876543210" * 2

@@ -405,8 +405,8 @@ def test_ids_can_be_numbers_and_captions_can_be_missing(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image_id": [1, 2], "caption": ["x", None]}), path)
 
     assert read_captions(str(path)).to_pylist() == [
-        {"image_id": "1", "caption": "x", "confidence": None, "familiarity": None},
-        {"image_id": "2", "caption": "", "confidence": None, "familiarity": None},
+        {"image_id": "1", "caption": "x", "confidence": None, "familiarity": None, "is_existing": False},
+        {"image_id": "2", "caption": "", "confidence": None, "familiarity": None, "is_existing": False},
     ]
 
 
@@ -429,3 +429,20 @@ def test_captions_of_a_tar_are_scored_against_it_for_any_member_names(tmp_path: 
 
     assert report.protocol.num_images == len(image_ids) - 1 == 7
     assert "1 captioned image has no references" in report.protocol.notes
+
+
+def test_captions_that_existed_before_are_not_scored(tmp_path: Path) -> None:
+    references = tmp_path / "references.jsonl"
+    references.write_text("".join(f'{{"file_name": "{name}.jpg", "caption": "a dog runs"}}\n' for name in "abc"))
+    table = {"image_id": ["a.jpg", "b.jpg", "c.jpg"], "caption": ["a dog runs", "a cat", "a dog runs"]}
+    sources = ["model", "existing", "model"]
+    pq.write_table(pa.table(table | {"caption_source": sources}), tmp_path / "captions.parquet")
+    dataset = load_dataset(str(references))
+
+    report = evaluate_captions(str(tmp_path / "captions.parquet"), dataset, split="all")
+
+    assert report.num_images == 2
+    assert "1 image whose caption is not the model's" in report.notes
+    pq.write_table(pa.table(table | {"caption_source": ["existing"] * 3}), tmp_path / "captions.parquet")
+    with pytest.raises(DatasetError, match="no caption by a model to score"):
+        evaluate_captions(str(tmp_path / "captions.parquet"), dataset, split="all")
