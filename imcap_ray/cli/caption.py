@@ -41,6 +41,10 @@ _EPILOG = """INPUT is a folder, an image, Parquet or WebDataset tars. Every imag
 OUTPUT/*.parquet: its caption and confidence, or an error code. The same command again resumes, and captions new and
 changed images.
 
+--existing takes text files next to images, JSON lines, COCO's JSON, tables, or an earlier OUTPUT. Images match by path
+or id, or by file name if none does. Their rows have status ok, caption_source existing and no confidence. They are not
+read, so width, height, format and sha256 are unknown, and a broken image keeps its caption. About 1 KB of memory each.
+
 Exit codes: 0 done, 1 failed (the same command resumes), 2 wrong usage or input, 3 too many failed images.
 See "When things break" in the README.
 

@@ -16,7 +16,6 @@ import pyarrow as pa
 from imcap_ray import storage
 from imcap_ray.config import FLOAT32, CaptioningConfig, ResourcesConfig
 from imcap_ray.data.manifest import build_manifest
-from imcap_ray.data.parquet_files import read_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA, DUPLICATE, FAILED, MANIFEST_SCHEMA, MODEL, OK
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require, require_memory
 from imcap_ray.distributed.cluster.gcs_watch import when_lost
@@ -44,7 +43,7 @@ from imcap_ray.runs.captioning_run import (
     input_options,
     run_identity,
 )
-from imcap_ray.runs.captions_folder import CaptionsFolder, open_database
+from imcap_ray.runs.captions_folder import CaptionsFolder, open_database, open_manifests
 from imcap_ray.runs.existing_captions import ExistingCaptions
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from imcap_ray.runs.rate import MIN_IMAGES
@@ -290,8 +289,7 @@ def _count_existing(existing: ExistingCaptions | None, manifests: list[str]) -> 
     if not existing:
         return (), 0
     with open_database() as database:
-        parts = [part for manifest in manifests for part in storage.list_work_tables(manifest)]
-        database.register("manifest", pa.concat_tables([read_table(part) for part in parts]))
+        database.register("manifest", open_manifests(manifests))
         count = existing.match(database)
         return (existing.describe(database, count),), count
 

@@ -279,7 +279,12 @@ class CaptioningRun:
         """Write the rows of images whose captions exist; how many."""
         num_added = 0
         with self.folder.database() as database:
-            count = existing.match(database)
+            try:
+                count = existing.match(database)
+            except InputError:
+                if self._before is None:
+                    self.folder.discard()
+                raise
             self._reporter.report(existing.describe(database, count))
             for rows in existing.rows(database, self.schema):
                 self.lease.require()

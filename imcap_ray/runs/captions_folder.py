@@ -533,8 +533,13 @@ class CaptionsFolder:
         """A database with the tables `captions` and `manifest`, in bounded memory."""
         with open_database() as database:
             database.register("captions", _dataset(self.parts(), CAPTIONS_SCHEMA))
-            database.register("manifest", _dataset(storage.list_work_tables(self.manifest), MANIFEST_SCHEMA))
+            database.register("manifest", open_manifests([self.manifest]))
             yield database
+
+
+def open_manifests(folders: Sequence[str]) -> pads.Dataset:
+    """The rows of all these manifests."""
+    return pads.dataset([_dataset(storage.list_work_tables(folder), MANIFEST_SCHEMA) for folder in folders])
 
 
 @contextmanager

@@ -93,7 +93,8 @@ class ExistingCaptions:
             f"ORDER BY image_id LIMIT {NUM_EXAMPLES}"
         ).fetchall()
         names = examples((name for (name,) in unused), num_unused)
-        return f"{line}; {num_unused:,} with captions are not among the images of the input: {names}"
+        others = "other image with captions there is" if num_unused == 1 else "other images with captions there are"
+        return f"{line}; {num_unused:,} {others} not among those of this run: {names}"
 
     def rows(self, database: duckdb.DuckDBPyConnection, schema: pa.Schema) -> Iterator[pa.Table]:
         """The rows, with manifest_id, of images that `match` has found and that have none in the table `captions`."""

@@ -80,7 +80,9 @@ def test_captions_of_images_that_are_not_in_the_input_are_named(config: Captioni
 
     caption(config, lines)
 
-    assert any(line.endswith("1 with captions are not among the images of the input: z.jpg") for line in lines)
+    assert any(
+        line.endswith("1 other image with captions there is not among those of this run: z.jpg") for line in lines
+    )
 
 
 def test_text_files_next_to_images_match_by_path(config: CaptioningConfig) -> None:
@@ -105,6 +107,7 @@ def test_a_file_name_of_two_images_is_refused(config: CaptioningConfig) -> None:
 
     with pytest.raises(InputError, match=r"'elsewhere/a.jpg' of .* may be 'a.jpg' or 'below/a.jpg' of the input"):
         caption(config)
+    assert not Path(config.output).exists()
 
 
 def test_other_existing_captions_are_another_run(config: CaptioningConfig) -> None:

@@ -441,8 +441,8 @@ def test_captions_that_existed_before_are_not_scored(tmp_path: Path) -> None:
 
     report = evaluate_captions(str(tmp_path / "captions.parquet"), dataset, split="all")
 
-    assert report.num_images == 2
-    assert "1 image whose caption is not the model's" in report.notes
+    assert report.protocol.num_images == 2
+    assert "1 image whose caption is not the model's" in report.protocol.notes
     pq.write_table(pa.table(table | {"caption_source": ["existing"] * 3}), tmp_path / "captions.parquet")
     with pytest.raises(DatasetError, match="no caption by a model to score"):
         evaluate_captions(str(tmp_path / "captions.parquet"), dataset, split="all")
