@@ -273,7 +273,8 @@ def _print_summary(summary: CaptioningSummary, *, as_json: bool, quiet: bool) ->
     else:
         speed = "nothing to do, all were done before"
     if summary.num_existing:
-        print_line(f"{summary.num_existing:,} captions existed before (caption_source is existing)", err=True)
+        plural = "s" * (summary.num_existing != 1)
+        print_line(f"{summary.num_existing:,} existing caption{plural} kept (caption_source is existing)", err=True)
     for line in _describe_familiarity(summary):
         print_line(line, err=True)
     print_line(f"{summary.output}: {counts}; {speed}", err=True)

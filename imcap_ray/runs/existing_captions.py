@@ -85,7 +85,8 @@ class ExistingCaptions:
     def describe(self, database: duckdb.DuckDBPyConnection, count: int) -> str:
         """One line on the images that `match` has found, and on those that are not in the input."""
         num_unused = self.table.num_rows - self._count_matches(database, "DISTINCT existing_id")
-        line = f"{self.location}: {count:,} image{'s' * (count != 1)} of the input have a caption there, which is kept"
+        images = "1 image of the input has" if count == 1 else f"{count:,} images of the input have"
+        line = f"{self.location}: {images} a caption there, which is kept"
         if not num_unused:
             return line
         unused = database.execute(

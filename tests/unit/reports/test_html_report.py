@@ -881,3 +881,9 @@ def test_the_other_captions_of_an_image_are_listed_once(report: Report) -> None:
 
     assert "2 more captions a brown dog an animal" in page.text
     assert [page.text.count(caption) for caption in ("a brown dog", "an animal")] == [1, 1]
+
+
+def test_existing_captions_are_marked(report: Report) -> None:
+    page = report(ok("0.jpg", "a dog runs", caption_source="existing"), ok("1.jpg", "a cat sits"))
+
+    assert page.text.count("existing caption, not the model's") == 1
