@@ -10,6 +10,7 @@ B images, S pixels a side, F channels, K beams, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ class Int8Captioner(Captioner):
             beams.next_tokens, num_images=len(pixels), search=search, start_id=START_ID, end_id=END_ID
         )
         self.num_beam_steps += beams.num_steps
-        unknown = [float("nan")] * len(pixels)
+        unknown = [math.nan] * len(pixels)
         familiarity = mean_familiarity(self.familiarity, features).tolist() if self.familiarity else unknown
         captions: list[list[Caption] | ImageError] = []
         for hypotheses, familiar, is_finite in zip(
@@ -141,7 +142,7 @@ class Int8Networks:
         except (RuntimeError, ValueError) as error:
             raise _corrupt(error) from error
         if not fits:
-            raise ModelError("the networks in int8 do not fit together, or another vocabulary")
+            raise ModelError("the networks in int8 do not fit together, or belong to another vocabulary")
 
     def _read(self, network: Network) -> Any:
         try:

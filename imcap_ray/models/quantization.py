@@ -59,18 +59,18 @@ def quantize_networks(
     Raises:
         ConfigError: NNCF is not installed.
     """
-    image_model = _export_image_network(encoder, decoder, photographs[0])
-    step_model = _export_step_network(encoder, decoder, photographs[0])
-    networks = _Recorder(_serialize(image_model), _serialize(step_model), vocabulary_size=vocabulary_size)
+    image = _export_image_network(encoder, decoder, photographs[0])
+    step = _export_step_network(encoder, decoder, photographs[0])
+    networks = _Recorder(image, step, vocabulary_size=vocabulary_size)
     for photograph in photographs:
         _, *memory = networks.encode(photograph[None])
         state = BeamState(networks, memory, num_candidates=search.beam_size)
         beam_search(state.next_tokens, num_images=1, search=search, start_id=START_ID, end_id=END_ID)
     steps = networks.steps[:: -(-len(networks.steps) // MAX_STEPS)]
-    image = _quantize(image_model, [[photograph[None]] for photograph in photographs])
+    quantized_image = _quantize(image, [[photograph[None]] for photograph in photographs])
     # Attention, sums and products of activations take little time, and converting the memory of the images to int8 at
     # every step would take more.
-    return image, _quantize(step_model, steps, ignored=("ScaledDotProductAttention", "Add", "Multiply"))
+    return quantized_image, _quantize(step, steps, ignored=("ScaledDotProductAttention", "Add", "Multiply"))
 
 
 class _ImageNetwork(nn.Module):
@@ -99,33 +99,33 @@ class _StepNetwork(nn.Module):
 
 
 @torch.no_grad()
-def _export_image_network(encoder: Encoder, decoder: Decoder, photograph: npt.NDArray[np.uint8]) -> Any:
+def _export_image_network(encoder: Encoder, decoder: Decoder, photograph: npt.NDArray[np.uint8]) -> Network:
     pixels = torch.from_numpy(photograph[None])
     network = _ImageNetwork(copy.deepcopy(encoder), copy.deepcopy(decoder)).eval()
     model = import_openvino().convert_model(torch.export.export(network, (pixels,)))
     model.reshape(tuple(pixels.shape))
-    return model
+    return _serialize(model)  # while torch's tensors exist, because the model uses their memory
 
 
 @torch.no_grad()
-def _export_step_network(encoder: Encoder, decoder: Decoder, photograph: npt.NDArray[np.uint8]) -> Any:
+def _export_step_network(encoder: Encoder, decoder: Decoder, photograph: npt.NDArray[np.uint8]) -> Network:
     decoder = copy.deepcopy(decoder).eval().requires_grad_(False)
     features = encoder(torch.from_numpy(photograph[None])).repeat(2, 1, 1)
     memory = decoder.memory(features, decoder.search_weights(exported=True))
-    tokens = torch.zeros(2, 3, dtype=torch.long)
+    tokens, rows = torch.zeros(2, 2, 3, dtype=torch.long)  # different tensors: torch would take one for the other
     state = tuple(torch.zeros(2, 4, size) for size in decoder.state_sizes)
     images, beams, before = (Dim(name, max=_MAX_BATCH) for name in ("images", "beams", "before"))
     dynamic = ({0: images, 1: beams}, {0: images, 1: beams}, ({0: images, 1: before},) * len(state))
     program = torch.export.export(
         _StepNetwork(decoder),
-        (tokens, tokens, state, memory),
+        (tokens, rows, state, memory),
         dynamic_shapes=(*dynamic, ({0: images},) * len(memory)),
     )
     model = import_openvino().convert_model(program)
     shapes = [[-1, -1]] * 2 + [[-1, -1, size] for size in decoder.state_sizes]
     shapes += [[-1, *part.shape[1:]] for part in memory]
     model.reshape(dict(zip(model.inputs, shapes, strict=True)))
-    return model
+    return _serialize(model)
 
 
 class _Recorder(Int8Networks):
@@ -140,12 +140,14 @@ class _Recorder(Int8Networks):
         return super().step(inputs)
 
 
-def _quantize(model: Any, inputs: Sequence[Sequence[npt.NDArray[Any]]], *, ignored: Sequence[str] = ()) -> Network:
-    _, nncf = import_nncf()
+def _quantize(
+    network: Network, inputs: Sequence[Sequence[npt.NDArray[Any]]], *, ignored: Sequence[str] = ()
+) -> Network:
+    openvino, nncf = import_nncf()
     logging.getLogger("nncf").setLevel(logging.ERROR)
     return _serialize(
         nncf.quantize(
-            model,
+            openvino.Core().read_model(network.graph, network.weights),
             nncf.Dataset(inputs, list),
             subset_size=len(inputs),
             preset=nncf.QuantizationPreset.MIXED,  # activations may be asymmetric: as fast, and slightly better scores

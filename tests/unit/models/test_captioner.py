@@ -765,7 +765,8 @@ def test_the_number_of_captions_and_the_beam_size_can_be_given_for_a_call(
 
 def test_the_repr_of_a_captioner_names_its_model(captioner: Captioner, model_dir: Path) -> None:
     assert re.fullmatch(
-        rf"<Captioner {model_dir}: 64 x 64 pixels, \d+ tokens, SearchConfig\(beam_size=.*\), on cpu>", repr(captioner)
+        rf"<TorchCaptioner {model_dir}: 64 x 64 pixels, \d+ tokens, SearchConfig\(beam_size=.*\), on cpu>",
+        repr(captioner),
     )
 
 
@@ -778,7 +779,7 @@ def test_the_cnn_is_not_optimized_when_a_captioner_is_loaded_and_once_when_it_is
         optimized.append(optimize_for_inference(encoder, device))
         return optimized[-1]
 
-    monkeypatch.setattr("imcap_ray.models.captioner.optimize_for_inference", optimize)
+    monkeypatch.setattr("imcap_ray.models.torch_captioner.optimize_for_inference", optimize)
 
     captioner = Captioner.load(model_dir, device="cpu")
     assert not optimized
