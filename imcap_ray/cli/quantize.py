@@ -20,13 +20,12 @@ from imcap_ray.cli.options import column_options, dataset_column_options, output
 @outside_option
 @output_options
 def quantize(model: str, data: str, output: str, **options: Any) -> None:
-    """Copy the folder of MODEL to OUTPUT, with its CNN in int8 too: on a CPU it takes less than half the time.
+    """Copy the folder of MODEL to OUTPUT, with the model in int8 too: on a CPU it takes less than half the time.
 
     The copy captions in int8 by default; --precision float32 selects the weights of MODEL. DATA are the captioned
     images that the model was trained on, in any format of imcap train. 320 training images decide the ranges of the
-    CNN's values, and the validation images decide the familiarity. The captions change: compare the scores with imcap
-    evaluate. Needs OpenVINO and NNCF: pip install 'imcap_ray[quantize]'; captioning in int8 needs only
-    'imcap_ray[int8]'.
+    model's values, and the validation images decide the familiarity. The captions change: compare the scores with imcap
+    evaluate. Needs NNCF: pip install 'imcap_ray[quantize]'.
 
     \b
     imcap quantize runs/mine flickr8k/ runs/mine-int8

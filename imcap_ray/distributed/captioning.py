@@ -33,7 +33,7 @@ from imcap_ray.distributed.pipeline.image_pipeline import (
     num_blocks,
 )
 from imcap_ray.distributed.pipeline.progress import Progress
-from imcap_ray.errors import FullClusterError, ImageError, ImcapError, StalledError
+from imcap_ray.errors import ConfigError, FullClusterError, ImageError, ImcapError, StalledError
 from imcap_ray.models.caption import ActorNeeds, Caption, ImageCaptioner, compute_batch_size, no_memory
 from imcap_ray.runs.captioning_run import (
     CaptioningRun,
@@ -382,9 +382,16 @@ def _identity(config: CaptioningConfig, captioner: ImageCaptioner, existing: Exi
 
 
 def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources, needs: ActorNeeds) -> tuple[int, float]:
-    """The number of actors and the GPUs of each; ClusterError if there is no room for them."""
+    """The number of actors and the GPUs of each.
+
+    Raises:
+        ClusterError: there is no room for them.
+        ConfigError: the captioner cannot use GPUs.
+    """
     default_gpus = float(cluster.expects_gpus) if needs.gpus is None else needs.gpus
     gpus = default_gpus if resources.gpus_per_worker is None else resources.gpus_per_worker
+    if gpus and needs.no_gpus:
+        raise ConfigError(needs.no_gpus)
     num_fitting = require_memory(cluster, needs.memory)
     num_actors = resources.num_actors or int(min(default_num_actors(cluster, gpus), num_fitting))
     # Besides the actors, Ray Data needs a CPU to decode, and on a resumed run one to leave out what is done.

@@ -67,6 +67,8 @@ class ActorNeeds:
     """Images that it takes at a time; None: as many as the models of this package compute together."""
     gpus: float | None = None
     """GPUs; None: 1 if there are any."""
+    no_gpus: str = ""
+    """Why it cannot use GPUs, if it cannot."""
     memory: float = 0
     """Bytes of memory; 0: no more than any process."""
 

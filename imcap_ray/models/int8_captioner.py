@@ -79,7 +79,7 @@ class Int8Captioner(Captioner):
     @property
     def needs(self) -> ActorNeeds:
         """As `Captioner.needs`."""
-        return ActorNeeds(gpus=0)
+        return ActorNeeds(gpus=0, no_gpus=INT8_NEEDS_CPU)
 
     @property
     def compute_batch_size(self) -> int:
@@ -151,9 +151,13 @@ class Int8Networks:
             raise _corrupt(error) from error
 
     def _compile(self, model: Any) -> Any:
-        # One stream, because every process captions on cores of its own. What is not in int8 is computed in float32,
-        # also where a processor would compute it faster in bfloat16.
-        settings: dict[str, Any] = {"NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        # One stream, because every process captions on cores of its own; pinned, all would share the first one. What is
+        # not in int8 is computed in float32, also where a processor would compute it faster in bfloat16.
+        settings: dict[str, Any] = {
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
         if threads := os.environ.get("OMP_NUM_THREADS"):  # set by Ray to the CPUs that a process has reserved
             settings["INFERENCE_NUM_THREADS"] = int(threads)
         return self._core.compile_model(model, "CPU", settings).create_infer_request()
@@ -220,7 +224,7 @@ def import_openvino() -> Any:
             import openvino
     except ImportError as error:
         raise ConfigError(
-            f"captioning in int8 needs OpenVINO: pip install 'imcap_ray[int8]', or give --precision float32 ({error})"
+            f"captioning in int8 needs OpenVINO: pip install openvino, or give --precision float32 ({error})"
         ) from error
     return openvino
 

@@ -25,6 +25,7 @@ from imcap_ray.cli.main import main
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.models.captioner import Captioner
+from imcap_ray.models.torch_captioner import TorchCaptioner
 from imcap_ray.text.escaping import printable
 from tests import small_data
 
@@ -204,7 +205,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, photograph: 
     def broken(self: Captioner, *arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(Captioner, "caption_pixels", broken)
+    monkeypatch.setattr(TorchCaptioner, "caption_pixels", broken)
 
     result = imcap("caption", photograph, "--model", model_dir)
 
@@ -215,7 +216,7 @@ def test_ctrl_c_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, photograph: Pa
     def interrupted(self: Captioner, *arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Captioner, "caption_pixels", interrupted)
+    monkeypatch.setattr(TorchCaptioner, "caption_pixels", interrupted)
 
     result = imcap("caption", photograph, "--model", model_dir)
 

@@ -294,7 +294,7 @@ def test_a_corrupt_network_is_refused(networks: tuple[Network, Network], number:
 def test_without_openvino_the_error_says_what_to_install(int8_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
 
-    with pytest.raises(ConfigError, match=r"pip install 'imcap_ray\[int8\]', or give --precision float32"):
+    with pytest.raises(ConfigError, match=r"pip install openvino, or give --precision float32"):
         Captioner.load(int8_dir)
     assert Captioner.load(int8_dir, precision="float32").precision == "float32"
 
