@@ -94,7 +94,7 @@ precision_option = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default=AUTO,
-    help="Of the CNN. Default: as the model folder says; see imcap quantize.",
+    help="Of the computation. Default: as the model folder says; see imcap quantize.",
 )
 
 model_options = _options(

@@ -11,6 +11,7 @@ from typing import Any
 import click
 from shared import json_option, show
 
+from imcap_ray.cli.options import precision_option
 from imcap_ray.data.synthetic_images import write_photographs, write_table
 from imcap_ray.distributed.benchmark import (
     IMAGES_PER_ROUND,
@@ -30,11 +31,12 @@ LARGE_PIXELS = 4_000_000
 @click.option("--images", default=5000, show_default=True, help="Images of each size.")
 @click.option("--large-images", default=1000, show_default=True, help="Images of 4000 x 3000.")
 @click.option("--model", "models", multiple=True, help="Model folder. Default: the bundled model.")
+@precision_option
 @json_option
-def main(images: int, large_images: int, models: tuple[str, ...], as_json: bool) -> None:
+def main(images: int, large_images: int, models: tuple[str, ...], precision: str, as_json: bool) -> None:
     """Compare `imcap caption` with the limit of this machine: JPEGs of three sizes, as files and as a Parquet table."""
     runs: list[dict[str, Any]] = []
-    spec = CaptionerSpec(models=models)
+    spec = CaptionerSpec(models=models, precision=precision)
     for size in SIZES:
         with tempfile.TemporaryDirectory(prefix="imcap-bench-") as folder:
             count = large_images if size[0] * size[1] > LARGE_PIXELS else images

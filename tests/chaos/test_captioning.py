@@ -143,6 +143,7 @@ def test_a_node_that_never_returns_leaves_work_and_cpus_to_the_others(
     assert_complete(read(nodes.root / "captions"))
 
 
+@pytest.mark.slow
 def test_captioning_spreads_over_four_nodes(nodes: Nodes, read: Read) -> None:
     four = [nodes.cluster.add_node(num_cpus=2) for _ in range(4)]
 

@@ -135,6 +135,7 @@ def test_two_runs_whose_actors_hold_every_cpu_both_finish(cluster: SharedCluster
     assert_complete(read(tmp_path / "second"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cluster", [3], indirect=True)
 def test_a_run_on_a_full_cluster_reports_that_it_waits_and_starts_when_there_is_room(
     cluster: SharedCluster, tmp_path: Path, read: Read

@@ -176,6 +176,7 @@ def test_a_training_continues_from_a_model_and_keeps_its_cnn(
         run("onward", recipe=onward, recipe_name="self-critical", start_from=("flickr8k-lite2",))
 
 
+@pytest.mark.slow
 def test_a_model_learns_to_caption_in_another_language(local_ray: ClusterResources, tmp_path: Path) -> None:
     sentence = "赤い犬が草の上を走る"
     rows = []
@@ -227,6 +228,7 @@ def test_the_same_command_keeps_finished_work_and_another_command_is_refused(
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_finished_training_continues_with_more_epochs(run: Callable[..., TrainingResult], tmp_path: Path) -> None:
     metrics = tmp_path / "model" / "_training" / "metrics.jsonl"
     run(recipe=small_recipe(epochs=1, patience=0))
@@ -239,7 +241,7 @@ def test_a_finished_training_continues_with_more_epochs(run: Callable[..., Train
     assert len(read_model_folder(tmp_path / "model").metrics["history"]) == 3
 
 
-@pytest.mark.parametrize("phase", ["cross_entropy", "finetune"])
+@pytest.mark.parametrize("phase", ["cross_entropy", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_a_model_knows_the_familiarity_of_images_by_the_features_of_its_own_cnn(
     local_ray: ClusterResources, tmp_path: Path, phase: str
 ) -> None:
@@ -266,7 +268,7 @@ def test_a_model_knows_the_familiarity_of_images_by_the_features_of_its_own_cnn(
     assert not (tmp_path / "model" / "_training" / "familiarity").exists()
 
 
-@pytest.mark.parametrize("is_familiar", [True, False])
+@pytest.mark.parametrize("is_familiar", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_training_reports_if_most_images_are_unfamiliar_to_the_model_that_it_starts_from(
     local_ray: ClusterResources, tmp_path: Path, is_familiar: bool
 ) -> None:

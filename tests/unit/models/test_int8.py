@@ -112,19 +112,30 @@ def test_int8_captions_are_bit_identical_in_any_batch(
     assert captioner.caption_pixels(pixels[numbers]) == [all_together[number] for number in numbers]
 
 
-@pytest.mark.parametrize("decoder", ["attention", "lstm"])
-def test_every_decoder_captions_in_int8_almost_as_in_float32(tmp_path: Path, pixels: Pixels, decoder: str) -> None:
-    model = quantize(write_model_folder(tmp_path / "float32", decoder=decoder), pixels, tmp_path / "int8")
-    search = replace(read_model_folder(model).search, beam_size=5, num_captions=5)
+def test_every_decoder_captions_in_int8_almost_as_in_float32(int8_dir: Path, tmp_path: Path, pixels: Pixels) -> None:
+    merge = quantize(write_model_folder(tmp_path / "float32", decoder="lstm"), pixels, tmp_path / "int8")
 
-    in_int8, in_float32 = (
-        Captioner.load(model, precision=precision).caption_pixels(pixels, search) for precision in ("int8", "float32")
-    )
+    for model in (int8_dir, merge):
+        search = replace(read_model_folder(model).search, beam_size=5, num_captions=5)
+        in_int8, in_float32 = (
+            Captioner.load(model, precision=precision).caption_pixels(pixels, search)
+            for precision in ("int8", "float32")
+        )
+        for few, many in zip(in_int8, in_float32, strict=True):
+            assert isinstance(few, list) and isinstance(many, list)
+            assert len(few) == len({caption.text for caption in few}) == 5
+            assert few[0].confidence == pytest.approx(many[0].confidence, abs=0.1)
 
-    for few, many in zip(in_int8, in_float32, strict=True):
-        assert isinstance(few, list) and isinstance(many, list)
-        assert len(few) == len({caption.text for caption in few}) == 5
-        assert few[0].confidence == pytest.approx(many[0].confidence, abs=0.1)
+
+def test_the_bundled_model_captions_in_int8_without_quantising_it_first() -> None:
+    captioner = Captioner.load(precision="int8")
+    data = jpeg(1)
+
+    [caption] = captioner.caption([data])
+
+    assert isinstance(caption, Caption) and caption.text.startswith("a ")
+    assert 0 <= caption.familiarity <= 1
+    assert captioner.fingerprint != Captioner.load().fingerprint
 
 
 _HASH_FEATURES = """
