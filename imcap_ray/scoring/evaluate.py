@@ -97,11 +97,7 @@ def evaluate_captions(
     """
     captions = match_ids(location, read_captions(location), references)
     is_chosen = split is None
-    if split is None:
-        _refuse_unknown_images(location, captions, references)
-        split = _find_split(captions, references)
-    elif split == ALL_SPLITS:
-        split = None
+    split = _resolve_split(split, location, captions, references)
     num_without_references = _ids_without_references(captions, references).length()
     images = references.split(split) if split else references.table
     num_images = images.num_rows
@@ -115,8 +111,8 @@ def evaluate_captions(
     captions = _select(captions, images, location, f"{split or 'captioned'} images of {references.location}")
     other = None
     if against is not None:
-        other_captions = _select(other_captions, images, against, f"images that {location} is scored on")
-        other = (against, _Values(other_captions["caption"]))
+        others = _select(other_captions, images, against, f"images that {location} is scored on")
+        other = (against, _Values(others["caption"]))
     rankings = {name: captions[name].to_numpy() for name in RANKINGS}  # nan where unknown
     pa.default_memory_pool().release_unused()  # return the memory that reading took
     return evaluate_texts(
@@ -136,6 +132,14 @@ def evaluate_captions(
         rankings=rankings,
         against=other,
     )
+
+
+def _resolve_split(split: str | None, location: str, captions: pa.Table, references: CaptionedImages) -> str | None:
+    """The split to score, None for all images: the one that was named, or the one that the captions cover."""
+    if split is None:
+        _refuse_unknown_images(location, captions, references)
+        return _find_split(captions, references)
+    return None if split == ALL_SPLITS else split
 
 
 def _notes(location: str, num_without_references: int, num_existing: int) -> Iterator[str]:
