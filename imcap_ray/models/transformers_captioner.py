@@ -181,7 +181,7 @@ class TransformersCaptioner:
         with torch.inference_mode():
             generated = self._model.generate(
                 pixel_values=pixels,
-                **{name: tokens.expand(len(batch), -1) for name, tokens in self._texts.items()},
+                **{name: tokens.repeat(len(batch), 1) for name, tokens in self._texts.items()},  # BLIP writes to them
                 max_new_tokens=self._max_new_tokens,
                 num_beams=num_beams,
                 num_return_sequences=num_captions,

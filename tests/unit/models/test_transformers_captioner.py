@@ -118,6 +118,38 @@ def test_the_logprob_is_the_sum_over_the_tokens_up_to_the_end(folders: dict[str,
             assert caption.logprob == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
+def test_a_prompt_is_continued_and_is_not_part_of_the_caption(folders: dict[str, Path]) -> None:
+    prompt = "a dog"
+    captioner = load(folders["blip"], prompt=prompt)
+    model = captioner._plugin._model
+    processor = transformers.AutoProcessor.from_pretrained(folders["blip"])
+
+    results = captioner.caption_pixels(pixels_of(captioner))
+
+    for image, captions in zip(photographs(), results, strict=True):
+        inputs = processor(images=image, text=prompt, return_tensors="pt")
+        alone = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        text = processor.decode(alone[0], skip_special_tokens=True).strip()
+        assert captions[0].text == text.removeprefix(prompt).strip()
+    assert results != load(folders["blip"]).caption_pixels(pixels_of(captioner))
+
+
+def test_a_model_without_prompts_is_refused(folders: dict[str, Path]) -> None:
+    captioner = load(folders["vit-gpt2"], prompt="a dog")
+
+    with pytest.raises(ModelError, match="takes no prompt"):
+        captioner.caption_pixels(np.zeros((1, *captioner.preparation.shape), np.uint8))
+
+
+def test_bfloat16_computes_almost_what_float32_does(folder: Path) -> None:
+    narrow, wide = load(folder, precision="bfloat16"), load(folder)
+    pixels = pixels_of(wide)
+
+    assert {parameter.dtype for parameter in narrow._plugin._model.parameters()} == {torch.bfloat16}
+    for (few,), (many,) in zip(narrow.caption_pixels(pixels), wide.caption_pixels(pixels), strict=True):
+        assert few.confidence == pytest.approx(many.confidence, abs=0.3)
+
+
 def test_settings_and_weights_are_in_the_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
     other = write_blip(tmp_path / "other")
     weights = other / "model.safetensors"
