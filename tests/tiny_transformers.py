@@ -70,7 +70,7 @@ def write_vit_gpt2(folder: Path) -> Path:
 def _save(folder: Path, build: Callable[[], Any]) -> None:
     """Save a model with weights from a seed, and a tokenizer that knows WORDS."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     with torch.random.fork_rng(devices=()):
@@ -79,6 +79,9 @@ def _save(folder: Path, build: Callable[[], Any]) -> None:
     words = {word: number for number, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", words["[CLS]"]), ("[SEP]", words["[SEP]"])]
+    )
     names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token"), SPECIAL, strict=True))
     names |= {"bos_token": "[CLS]", "eos_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)

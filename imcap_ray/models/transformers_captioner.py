@@ -166,7 +166,10 @@ class TransformersCaptioner:
         if not hasattr(processor, "tokenizer"):
             raise ModelError(f"hf:{self.name} takes no prompt")
         inputs = processor(images=Image.new("RGB", (64, 64)), text=self._prompt, return_tensors="pt")
-        return {name: inputs[name].to(self._device) for name in ("input_ids", "attention_mask") if name in inputs}
+        # GIT would continue after the end token that its processor writes; BLIP removes it itself.
+        end = -1 if self._config.model_type == "git" else None
+        names = [name for name in ("input_ids", "attention_mask") if name in inputs]
+        return {name: inputs[name][:, :end].to(self._device) for name in names}
 
     def caption(self, batch: npt.NDArray[np.uint8], num_captions: int) -> Sequence[Sequence[Caption] | ImageError]:
         """Generate the captions by greedy or beam search, the most probable one first."""

@@ -118,20 +118,25 @@ def test_the_logprob_is_the_sum_over_the_tokens_up_to_the_end(folders: dict[str,
             assert caption.logprob == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
-def test_a_prompt_is_continued_and_is_not_part_of_the_caption(folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ["blip", "git"])
+def test_a_prompt_is_continued_and_is_not_part_of_the_caption(folders: dict[str, Path], name: str) -> None:
     prompt = "a dog"
-    captioner = load(folders["blip"], prompt=prompt)
+    captioner = load(folders[name], prompt=prompt)
     model = captioner._plugin._model
-    processor = transformers.AutoProcessor.from_pretrained(folders["blip"])
+    processor = transformers.AutoProcessor.from_pretrained(folders[name])
 
     results = captioner.caption_pixels(pixels_of(captioner))
 
     for image, captions in zip(photographs(), results, strict=True):
         inputs = processor(images=image, text=prompt, return_tensors="pt")
+        if name == "git":  # as in its documentation: without an end token
+            inputs = {key: inputs[key][:, :-1] for key in ("input_ids", "attention_mask")} | {
+                "pixel_values": inputs["pixel_values"]
+            }
         alone = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         text = processor.decode(alone[0], skip_special_tokens=True).strip()
         assert captions[0].text == text.removeprefix(prompt).strip()
-    assert results != load(folders["blip"]).caption_pixels(pixels_of(captioner))
+    assert results != load(folders[name]).caption_pixels(pixels_of(captioner))
 
 
 def test_a_model_without_prompts_is_refused(folders: dict[str, Path]) -> None:
