@@ -62,8 +62,9 @@ CHECKSUMS: Final = "sha256"
 _INT8_CARD: Final = """
 ## Precision
 
-The model is here twice: in float32, and quantised to int8 with photographs of the training set (no weight was trained).
-By default it captions in int8; `--precision float32` selects the other one. Scores in this card are those of float32.
+This folder holds the model twice: in float32, and quantised to int8 with photographs of the training set (no weight was
+trained). By default it captions in int8; `--precision float32` selects the other one. Scores in this card are those of
+float32.
 """
 
 
@@ -144,10 +145,12 @@ class ModelFolder(ModelSettings):
             raise ModelError(f"{self.location}: {error}") from error
 
     def resolve_precision(self, precision: str) -> str:
-        """Return `float32` or `int8` for one of `PRECISIONS`; ModelError if this model is not there in int8."""
+        """Return `float32` or `int8` for one of `PRECISIONS`; ModelError if this model has no int8 version."""
         resolved = self.precision if precision == AUTO else precision
         if resolved == INT8 and self.int8 is None:
-            raise ModelError(f"{self.location} is not there in int8: use imcap quantize, or give --precision float32")
+            raise ModelError(
+                f"{self.location} has no int8 version: make one with imcap quantize, or give --precision float32"
+            )
         return resolved
 
     def fingerprint_in(self, precision: str) -> str:

@@ -85,17 +85,6 @@ def test_without_openvino_captioning_ends_with_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_gpus_for_a_model_in_int8_are_refused_before_work(quantized: Path, tmp_path: Path) -> None:
-    (images := tmp_path / "images").mkdir()
-    (images / "one.jpg").write_bytes(jpeg(1))
-
-    result = imcap("caption", images, tmp_path / "captions", "--model", quantized, "--gpus-per-worker", 1)
-
-    assert result.exit_code == 2
-    assert "this model captions in int8, which is computed on CPUs: give --precision float32" in result.stderr
-    assert not (tmp_path / "captions").exists()
-
-
 def test_without_nncf_quantising_ends_with_one_line(
     model: Path, flickr8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,7 +236,7 @@ def test_a_quantised_folder_captions_in_int8_and_on_request_as_its_original_in_f
 
 
 def test_a_folder_that_was_not_quantised_captions_in_float32_only(model_dir: Path) -> None:
-    with pytest.raises(ModelError, match="is not there in int8: use imcap quantize"):
+    with pytest.raises(ModelError, match="has no int8 version: make one with imcap quantize"):
         Captioner.load(model_dir, precision="int8")
 
 

@@ -30,7 +30,8 @@ from imcap_ray.distributed.cluster.captioner_code import MAX_PACKAGE_BYTES, requ
 from imcap_ray.distributed.cluster.connection import ClusterResources, connect, require
 from imcap_ray.distributed.cluster.preflight import ADVICE, Marks, find_problem, require_visible
 from imcap_ray.distributed.training.training_plan import PreparedTraining, TrainingPlan, prepare_training
-from imcap_ray.errors import ClusterError, InputError, OutputError
+from imcap_ray.errors import ClusterError, ConfigError, InputError, OutputError
+from imcap_ray.models.caption import ActorNeeds
 from imcap_ray.runs.captioning_run import CaptioningRun, run_identity
 from imcap_ray.runs.captions_folder import CaptionsFolder
 from imcap_ray.runs.progress_reporter import ProgressReporter
@@ -49,6 +50,18 @@ def plan_of(input: Path, output: Path | str, *, num_actors: int | None = None, *
 
 def identity_of(input: Path) -> dict[str, Any]:
     return run_identity(str(input), fingerprint=EchoCaptioner().fingerprint, search=EchoCaptioner().search)
+
+
+def test_gpus_for_a_captioner_that_cannot_use_them_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "one.jpg").write_bytes(small_data.jpeg(1))
+    config = CaptioningConfig(input=str(tmp_path / "images"), output=str(tmp_path / "captions"))
+    captioner = EchoCaptioner()
+    captioner.needs = ActorNeeds(gpus=0, no_gpus="this captioner computes on CPUs")
+    cluster = replace(RESOURCES, gpus=2)
+
+    with pytest.raises(ConfigError, match="this captioner computes on CPUs"):
+        plan_captioning(config, ResourcesConfig(gpus_per_worker=1), cluster=cluster, captioner=captioner)
 
 
 # ---- access of the nodes
