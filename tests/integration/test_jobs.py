@@ -265,7 +265,7 @@ def test_a_token_is_found_where_ray_documents_it(head, where):
     if not uses_tokens_found():
         variables["RAY_AUTH_MODE"] = "token"
     joined = head.run(CONNECT, head.address, **variables)
-    assert "ClusterResources(is_local=False, cpus=2.0" in joined.stdout
+    assert "ClusterResources(is_local=False, cpus=4.0" in joined.stdout
     assert [line for line in joined.stderr.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
 
 
