@@ -192,8 +192,7 @@ class TransformersCaptioner:
                 return_dict_in_generate=True,
                 output_scores=True,
             )
-            tokens = generated.sequences[:, -len(generated.scores) :]  # (B * N, T)
-            logprobs = _token_logprobs(generated, tokens)
+            tokens, logprobs = _generated_tokens(generated)
         is_end = torch.isin(tokens, torch.tensor(self._end_ids, device=self._device))
         is_part = is_end.cumsum(1) - is_end.long() == 0  # up to the first end token
         texts = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -205,16 +204,19 @@ class TransformersCaptioner:
         return [captions[number * num_captions : (number + 1) * num_captions] for number in range(count)]
 
 
-def _token_logprobs(generated: Any, tokens: Any) -> Any:
-    """Log-probability of each generated token (B * N, T)."""
+def _generated_tokens(generated: Any) -> tuple[Any, Any]:
+    """The generated tokens (B * N, T) and their log-probabilities."""
     import torch
 
     beams = getattr(generated, "beam_indices", None)
+    # A beam search may go on after the last token of its results.
+    length = len(generated.scores) if beams is None else beams.shape[1]
+    tokens = generated.sequences[:, -length:]
     columns = []
-    for position, scores in enumerate(generated.scores):
+    for position, scores in enumerate(generated.scores[:length]):
         rows = torch.arange(len(tokens), device=tokens.device) if beams is None else beams[:, position].clamp(min=0)
         columns.append(scores.float().log_softmax(-1)[rows, tokens[:, position]])
-    return torch.stack(columns, dim=1)
+    return tokens, torch.stack(columns, dim=1)
 
 
 def _import_transformers(name: str) -> Any:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from imcap_ray.errors import ConfigError, ModelError
+from imcap_ray.errors import ConfigError, ImageError, ModelError
 from imcap_ray.models.captioner_spec import CaptionerSpec, absolute_model
+from tests.small_data import jpeg
 from tests.tiny_transformers import WRITERS, write_blip
 
 transformers = pytest.importorskip("transformers")
@@ -153,6 +154,16 @@ def test_bfloat16_computes_almost_what_float32_does(folder: Path) -> None:
     assert {parameter.dtype for parameter in narrow._plugin._model.parameters()} == {torch.bfloat16}
     for (few,), (many,) in zip(narrow.caption_pixels(pixels), wide.caption_pixels(pixels), strict=True):
         assert few.confidence == pytest.approx(many.confidence, abs=0.3)
+
+
+def test_a_beam_search_that_goes_on_after_its_results_has_captions(folders: dict[str, Path]) -> None:
+    captioner = load(folders["vit-gpt2"], num_beams="2", batch_size="1")
+    decoded = [captioner.preparation(jpeg(number)).pixels for number in range(24)]
+
+    results = captioner.caption_pixels(np.stack(decoded))
+
+    assert not [result for result in results if isinstance(result, ImageError)]
+    assert min(captions[0].num_tokens for captions in results) < 8
 
 
 def test_settings_and_weights_are_in_the_fingerprint(folders: dict[str, Path], tmp_path: Path) -> None:
