@@ -61,7 +61,7 @@ def total(scrape):
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
 deadline = time.monotonic() + 60
-while time.monotonic() < deadline and total(scrapes[-1]) < summary.num_images:
+while time.monotonic() < deadline and not (scrapes and total(scrapes[-1]) >= summary.num_images):
     time.sleep(0.5)
 time.sleep(3)  # for what would be counted twice
 ended.set()
