@@ -155,6 +155,8 @@ def test_documented_commands_run_as_shown(shown: Shown, folder: Path, captions: 
         (work / "settings.json").write_text(json.dumps({"recipe": {"training": {"epochs": 3}}}))
     elif command != "train":
         small_data.write_model_folder(folder / "runs" / "mine")
+    if command == "train" and arguments[0] == "to-correct/":  # which `imcap suggest` makes
+        small_data.write_flickr8k(folder / "to-correct", num_train=6, num_validation=3, num_test=0)
     if "runs/photos" in arguments[2:]:  # a model to start from or to caption with, and not the one to be written
         small_data.write_model_folder(folder / "runs" / "photos")
     if command == "quantize":  # eight images are too few
