@@ -356,7 +356,7 @@ class CaptioningRun:
             bound=bound,
             num_not_in_input=self.num_not_in_input,
             ignored=self._ignored,
-            num_existing=self.folder.count_existing(),
+            num_existing=self.folder.count_existing() if self._record["existing_captions"] != NO_CAPTIONS else 0,
             num_unfamiliar=num_unfamiliar,
         )
         # If this run was too short to measure its speed, that of an earlier run is kept for the next plan.
