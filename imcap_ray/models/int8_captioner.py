@@ -110,7 +110,7 @@ class Int8Captioner(Captioner):
         familiarity = mean_familiarity(self.familiarity, features).tolist() if self.familiarity else unknown
         captions: list[list[Caption] | ImageError] = []
         for hypotheses, familiar, is_finite in zip(
-            results, familiarity, np.isfinite(features.sum(axis=1)).tolist(), strict=True
+            results, familiarity, np.all(np.isfinite(features), axis=1).tolist(), strict=True
         ):
             found = [
                 Caption(self.vocabulary.to_text(one.token_ids), one.logprob, one.num_tokens, familiar)

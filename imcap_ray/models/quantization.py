@@ -27,9 +27,6 @@ from imcap_ray.text.vocabulary import END_ID, START_ID
 MAX_STEPS: Final = 100
 """Steps of searches that decide the ranges of the decoder's values."""
 
-_MAX_BATCH: Final = 2**20
-"""Limit of images and beams that torch wants to know of."""
-
 
 def import_nncf() -> tuple[Any, Any]:
     """The modules OpenVINO and NNCF; ConfigError that says how to install them."""
@@ -114,7 +111,7 @@ def _export_step_network(encoder: Encoder, decoder: Decoder, photograph: npt.NDA
     memory = decoder.memory(features, decoder.search_weights(exported=True))
     tokens, rows = torch.zeros(2, 2, 3, dtype=torch.long)  # different tensors: torch would take one for the other
     state = tuple(torch.zeros(2, 4, size) for size in decoder.state_sizes)
-    images, beams, before = (Dim(name, max=_MAX_BATCH) for name in ("images", "beams", "before"))
+    images, beams, before = (Dim(name) for name in ("images", "beams", "before"))
     dynamic = ({0: images, 1: beams}, {0: images, 1: beams}, ({0: images, 1: before},) * len(state))
     program = torch.export.export(
         _StepNetwork(decoder),

@@ -584,7 +584,10 @@ def test_the_default_model_is_inside_the_package_and_small() -> None:
     folder = Path(default_model_folder())
 
     assert folder.parent.parent.name == "imcap_ray"
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= 40_000_000  # in float32 and in int8
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    num_int8_bytes = sum(size for name, size in sizes.items() if "int8" in name)
+    assert sum(sizes.values()) - num_int8_bytes <= 25_000_000
+    assert num_int8_bytes <= 18_000_000
 
 
 def test_the_bundled_model_can_be_given_by_name_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
