@@ -66,10 +66,9 @@ def _hash_files(folder: str, names: list[str]) -> dict[str, str | None]:
 
 
 def _hash_file(location: str) -> str | None:
-    filesystem, path = storage.resolve(location)
     digest = hashlib.sha256()
     try:
-        with filesystem.open_input_stream(path) as stream:
+        with storage.open_file(location) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except FileNotFoundError:

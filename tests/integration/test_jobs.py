@@ -188,7 +188,9 @@ def test_a_cluster_that_was_started_in_another_folder_gets_the_captioner_or_is_r
 
     def caption(model):
         words = ["caption", photographs, tmp_path / model, "--model", f"{model}:Constant", "--address", head.address]
-        return head.run(IMCAP, str(project), *map(str, words), RAY_AUTH_TOKEN=TOKEN, PYTHONPATH=paths)
+        return head.run(
+            IMCAP, str(project), *map(str, words), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, PYTHONPATH=paths
+        )
 
     done = caption("mine")
     assert done.returncode == 0, done.stderr
