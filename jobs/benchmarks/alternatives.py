@@ -23,10 +23,12 @@ import torch
 from PIL import Image
 from shared import decode_whole, json_option, require_rate, show
 
+from imcap_ray.cli.options import precision_option
 from imcap_ray.data.synthetic_images import write_photographs
 from imcap_ray.distributed.benchmark import Rate, describe_machine, measure_run, steady_rate
 from imcap_ray.distributed.cluster.machine import available_cores
 from imcap_ray.errors import ImageError
+from imcap_ray.models.captioner_spec import CaptionerSpec
 from imcap_ray.models.decoders import AttentionDecoder
 from imcap_ray.models.encoders import build_encoder
 from imcap_ray.models.model_folder import read_model_folder
@@ -42,8 +44,9 @@ Load = Callable[[], TorchCaptioner]
 @click.option("--tutorial-images", default=100, show_default=True, help="Images for the loops over single images.")
 @click.option("--rounds", default=3, show_default=True)
 @click.option("--our-model", is_flag=True, help="Give the alternatives our fused CNN and our packed decoder too.")
+@precision_option
 @json_option
-def main(images: int, tutorial_images: int, rounds: int, our_model: bool, as_json: bool) -> None:
+def main(images: int, tutorial_images: int, rounds: int, our_model: bool, precision: str, as_json: bool) -> None:
     """Compare `imcap caption` with four other programs around the same model.
 
     A PyTorch DataLoader with a worker for each core, whose batches the main process captions; Ray Data's documented
@@ -54,7 +57,7 @@ def main(images: int, tutorial_images: int, rounds: int, our_model: bool, as_jso
     """
     load = load_torch_captioner if our_model else _load_plain
     programs: dict[str, Callable[[str, str], float]] = {
-        "imcap caption": _caption_by_imcap,
+        "imcap caption": partial(_caption_by_imcap, precision=precision),
         "DataLoader loop": partial(_caption_by_data_loader, load=load),
         "Ray's recipe": partial(_caption_by_ray_recipe, load=load),
         "tutorial loop": partial(_caption_one_by_one, load=load, count=tutorial_images, keeps_state=False),
@@ -70,15 +73,15 @@ def main(images: int, tutorial_images: int, rounds: int, our_model: bool, as_jso
                     rates[name].append(pool.submit(caption, source, f"{folder}/{name}-{number}").result())
                 click.echo(f"round {number + 1}, {name}: {rates[name][-1]:.1f} images/s", err=True)
     ours = Rate(tuple(rates["imcap caption"]))
-    result: dict[str, Any] = {"machine": describe_machine(), "images": images}
+    result: dict[str, Any] = {"machine": describe_machine(), "images": images, "precision": precision}
     for name, values in rates.items():
         rate = Rate(tuple(values))
         result[name] = rate.to_dict() | {"ours_is_times": round(ours.median / rate.median, 2)}
     show(result, as_json)
 
 
-def _caption_by_imcap(source: str, output: str) -> float:
-    return require_rate(measure_run(source, output).steady)
+def _caption_by_imcap(source: str, output: str, *, precision: str) -> float:
+    return require_rate(measure_run(source, output, spec=CaptionerSpec(precision=precision)).steady)
 
 
 def _load_plain() -> TorchCaptioner:
