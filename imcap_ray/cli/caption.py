@@ -43,7 +43,8 @@ changed images.
 
 --existing takes text files next to images, JSON lines, COCO's JSON, tables, or an earlier OUTPUT. Images match by path
 or id, or by file name if none does. Their rows have status ok, caption_source existing and no confidence. They are not
-read, so width, height, format and sha256 are unknown, and a broken image keeps its caption. About 1 KB of memory each.
+read, so width, height, format and sha256 are unknown (0 or empty), a broken image keeps its caption, and a copy of such
+an image under another name is captioned by the model. About 1 KB of memory each.
 
 Exit codes: 0 done, 1 failed (the same command resumes), 2 wrong usage or input, 3 too many failed images.
 See "When things break" in the README.

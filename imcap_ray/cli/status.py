@@ -61,6 +61,9 @@ def _describe_captioning(status: CaptioningStatus) -> list[str]:
         lines.append(status.waiting)
     if status.counts:
         lines.append(describe_counts(status.counts, status.error_counts))
+    if status.num_existing:
+        plural = "s" * (status.num_existing != 1)
+        lines.append(f"{status.num_existing:,} existing caption{plural} kept (caption_source is existing)")
     if status.num_unfamiliar:
         subject = "image is" if status.num_unfamiliar == 1 else "images are"
         lines.append(f"{status.num_unfamiliar:,} captioned {subject} unlike what the model has learned from")

@@ -60,6 +60,8 @@ class CaptioningStatus:
     """Failed rows by error code."""
     num_unfamiliar: int | None
     """Captioned images that are unlike what the model has learned from; None if the model cannot tell."""
+    num_existing: int
+    """Rows whose caption existed before, see `CaptioningConfig.existing`."""
     images_per_second: float | None
     """Speed of the last two minutes while it runs; when it is complete, of the last run long enough to measure it."""
     seconds_left: float | None
@@ -120,7 +122,7 @@ def _captioning_status(
         state = RUNNING if is_alive else SILENT
     if is_replacing and state == COMPLETE:
         state = REPLACING
-    counts, error_counts, num_unfamiliar = _count_rows(folder)
+    counts, error_counts, num_unfamiliar, num_existing = _count_rows(folder)
     num_images, num_done = folder.count_manifest(), sum(counts.values())
     waiting = _describe_waiting(heartbeat) if state == RUNNING and num_done < num_images else ""
     source = heartbeat if state == RUNNING else run if state in (COMPLETE, REPLACING) else {}
@@ -136,6 +138,7 @@ def _captioning_status(
         counts=counts,
         error_counts=error_counts,
         num_unfamiliar=num_unfamiliar,
+        num_existing=num_existing,
         images_per_second=rate,
         seconds_left=(num_images - num_done) / rate if rate and state == RUNNING else None,
         started=str(heartbeat.get("started") or run.get("started", "")),
@@ -152,14 +155,14 @@ def _describe_waiting(heartbeat: Mapping[str, Any]) -> str:
     return f"no image was captioned in the last {idle:.0f} s" if idle is not None and idle >= IDLE_SECONDS else ""
 
 
-def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int], int | None]:
+def _count_rows(folder: CaptionsFolder) -> tuple[dict[str, int], dict[str, int], int | None, int]:
     """See `CaptioningStatus`."""
     for _ in range(_READ_ATTEMPTS - 1):
         try:
-            return *folder.count_rows(), folder.count_unfamiliar()
+            return *folder.count_rows(), folder.count_unfamiliar(), folder.count_existing()
         except (ImcapError, FileNotFoundError):
             time.sleep(1)
-    return *folder.count_rows(), folder.count_unfamiliar()
+    return *folder.count_rows(), folder.count_unfamiliar(), folder.count_existing()
 
 
 def _training_status(model: str, work: str) -> TrainingStatus:

@@ -79,6 +79,8 @@ def _read(source: Source) -> CaptionedImages:
             if source.contents and format.covers_folder:
                 return _with_other_images(dataset, source.contents)
             return dataset
+    if source.contents and sidecars.has_only_caption_files(source.contents):
+        raise DatasetError(f"{source.location} has text files but no images: put them next to the images they caption")
     compressed = replace(source, is_deep=source.contents is not None).files_of_kind("compressed tar")
     reason = f"; {describe_compressed_tars(compressed)}" if compressed else ""
     expected = "; ".join(format.description for format in (*FORMATS, _LAST))

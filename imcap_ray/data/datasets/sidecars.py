@@ -66,6 +66,13 @@ def find_captioned_images(contents: FolderContents) -> list[str]:
     return [name for names in images.values() for name in names]
 
 
+def has_only_caption_files(contents: FolderContents) -> bool:
+    """Whether a folder has text files of captions, and neither images nor any other files."""
+    names = [file.name for file in storage.list_files(contents.location, is_skipped=is_hidden_folder)]
+    visible = [name for name in names if not name.rpartition("/")[2].startswith(".")]
+    return bool(visible) and all(extension_of(name) in ("txt", "caption") for name in visible)
+
+
 def _list_by_stem(contents: FolderContents) -> tuple[dict[str, list[str]], dict[str, list[str]], list[str]]:
     """The images and the caption files below a folder, by the caption files' names without extension.
 

@@ -9,15 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from click.testing import CliRunner
 
+from imcap_ray.cli.main import main
 from imcap_ray.config import CaptioningConfig, SearchConfig
-from imcap_ray.errors import InputError, OutputError
+from imcap_ray.errors import DatasetError, InputError, OutputError
 from imcap_ray.runs import captions_folder
 from imcap_ray.runs.captioning_run import CaptioningRun, CaptioningSummary, run_identity
 from imcap_ray.runs.captions_table import open_captions
 from imcap_ray.runs.existing_captions import ExistingCaptions
 from imcap_ray.runs.progress_reporter import ProgressReporter
+from imcap_ray.runs.status import CaptioningStatus, read_status
 from tests.small_data import jpeg
 from tests.unit.runs.test_captioning_run import write_rows
 
@@ -92,6 +97,75 @@ def test_text_files_next_to_images_match_by_path(config: CaptioningConfig) -> No
     caption(replace(config, existing=str(below)))
 
     assert captions_of(config) == MODEL | {"below/a.jpg": ["one", "two"]}
+
+
+def write_in(format: str, location: Path, captions: Mapping[str, str]) -> None:
+    """Write captions of images in a format of `load_dataset`."""
+    names, texts = list(captions), list(captions.values())
+    if format == "parquet":
+        pq.write_table(pa.table({"image_id": names, "caption": texts}), location)
+    elif format == "csv":
+        location.write_text("".join(f"{name},{text}\n" for name, text in [("image", "caption"), *captions.items()]))
+    else:
+        images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+        annotations = [{"id": number, "image_id": number, "caption": text} for number, text in enumerate(texts)]
+        location.write_text(json.dumps({"images": images, "annotations": annotations}))
+
+
+@pytest.mark.parametrize("format", ["parquet", "csv", "json"])
+def test_captions_are_read_in_the_formats_of_data_sets(format: str, config: CaptioningConfig, tmp_path: Path) -> None:
+    write_in(format, tmp_path / f"texts.{format}", {"b.jpg": "one", "below/a.jpg": "two"})
+
+    caption(replace(config, existing=str(tmp_path / f"texts.{format}")))
+
+    assert captions_of(config) == MODEL | {"b.jpg": ["one"], "below/a.jpg": ["two"]}
+
+
+def test_an_earlier_output_is_kept(config: CaptioningConfig, tmp_path: Path) -> None:
+    write_existing(config, {"b.jpg": ["one", "two"]})
+    caption(config)
+
+    later = replace(config, existing=config.output, output=str(tmp_path / "later"))
+    assert caption(later).num_existing == 4
+    assert captions_of(later) == captions_of(config) == MODEL | {"b.jpg": ["one", "two"]}
+
+
+def test_text_files_without_images_are_refused_in_a_line(config: CaptioningConfig, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "b.txt").write_text("one")
+
+    with pytest.raises(DatasetError, match="texts has text files but no images: put them next to the images they cap"):
+        caption(replace(config, existing=str(tmp_path / "texts")))
+    assert not Path(config.output).exists()
+
+
+def test_a_copy_of_an_image_with_a_caption_is_captioned_by_the_model(config: CaptioningConfig) -> None:
+    (Path(config.input) / "copy.jpg").write_bytes((Path(config.input) / "b.jpg").read_bytes())
+    write_existing(config, {"b.jpg": ["one"]})
+
+    caption(config)
+
+    assert captions_of(config) == MODEL | {"b.jpg": ["one"], "copy.jpg": ["says copy.jpg"]}
+
+
+def test_a_limit_grows_over_images_with_captions(config: CaptioningConfig) -> None:
+    write_existing(config, {"a.jpg": ["one"], "below/c.jpg": ["two"]})
+
+    assert caption(replace(config, limit=2)).num_existing == 1
+    assert caption(config).num_existing == 2
+    assert captions_of(config) == MODEL | {"a.jpg": ["one"], "below/c.jpg": ["two"]}
+
+
+def test_the_status_counts_existing_captions(config: CaptioningConfig) -> None:
+    write_existing(config, {"b.jpg": ["one"], "below/a.jpg": ["two"]})
+    caption(config)
+
+    status = read_status(config.output)
+    assert isinstance(status, CaptioningStatus) and status.num_existing == 2
+    assert (
+        "2 existing captions kept (caption_source is existing)"
+        in CliRunner().invoke(main, ["status", config.output]).output
+    )
 
 
 def test_file_names_match_if_no_id_does(config: CaptioningConfig) -> None:
