@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,22 @@ RECIPE: Final = small_data.TINY_TRAINING | {
 }
 
 
+PLUG_IN: Final = """
+import socket
+import numpy as np
+from imcap_ray import Caption
+
+class Hostname:
+    batch_size, resources, fingerprint = 1, {"gpus": 0}, "hostname"
+
+    def prepare(self, image):
+        return np.asarray(image.resize((8, 8)))
+
+    def caption(self, batch, num_captions):
+        return [[Caption(socket.gethostname())] for _ in batch]
+"""
+
+
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     with running_hosts(tmp_path_factory.mktemp("hosts")) as hosts:
@@ -40,6 +57,27 @@ def host_with(hosts: Hosts, name: str) -> Host:
 
     wait_until(matching_hosts, hosts.output)
     return matching_hosts()[0]
+
+
+def test_a_captioner_that_only_one_host_has_is_sent_to_the_others(hosts: Hosts, tmp_path: Path) -> None:
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    for number in range(16):
+        (photographs / f"{number:02}.jpg").write_bytes(small_data.jpeg(number))
+    source = hosts.put(photographs, f"{BUCKET}/for-plug-in")
+    (tmp_path / "hostname_captioner.py").write_text(PLUG_IN)
+    private = "/tmp/ray/plug-in"  # the head's own
+    hosts.head.run("sh", "-c", f"mkdir {private} && cp {tmp_path}/hostname_captioner.py {private}")
+    command = f"cd {private} && exec {sys.executable} -m imcap_ray"
+    words = ["caption", source, f"{BUCKET}/by-plug-in", "--model", "hostname_captioner:Hostname"]
+    words += ["--address", hosts.address, "--num-actors", 2]
+
+    hosts.head.run("sh", "-c", f'{command} "$@"', "sh", *words, timeout=300)
+
+    rows = hosts.rows(f"{BUCKET}/by-plug-in")
+    assert [row["image_id"] for row in rows] == sorted(path.name for path in photographs.iterdir())
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["caption"] for row in rows} <= {host.name for host in hosts.alive()}  # none of which has the file
 
 
 def test_a_lost_host_loses_no_image(hosts: Hosts, model_dir: Path, captioner: Captioner, tmp_path: Path) -> None:
