@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -345,11 +346,12 @@ def measure_run(
         ImcapError: the error of the run.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    arguments = [input, output, spec.models, spec.options, time.time(), num_actors, batch_size]
+    arguments = [input, output, time.time(), num_actors, batch_size]
+    spec_hex = pickle.dumps(spec).hex()
     # Start as the command does. Multiprocessing would also import the caller's main module, and with it torch.
     program = f"from {__name__} import _send_run; _send_run()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(sender.fileno()), json.dumps(arguments)],
+        [sys.executable, "-c", program, str(sender.fileno()), spec_hex, json.dumps(arguments)],
         pass_fds=[sender.fileno()],
         env={**os.environ, **ray_variables("local", verbose=False)},
     )
@@ -371,8 +373,8 @@ def measure_run(
 
 def _send_run() -> None:
     sender = Connection(int(sys.argv[1]), readable=False)
-    input, output, models, options, *others = json.loads(sys.argv[2])
-    spec = CaptionerSpec(models=tuple(models), options=tuple((name, value) for name, value in options))
+    spec = pickle.loads(bytes.fromhex(sys.argv[2]))
+    input, output, *others = json.loads(sys.argv[3])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that every `finally` block runs
     try:
         sender.send(watch_run(input, output, spec, *others))

@@ -221,11 +221,13 @@ def _generated_tokens(generated: Any) -> tuple[Any, Any]:
 
 def _import_transformers(name: str) -> Any:
     try:
+        import huggingface_hub
         import transformers
     except ImportError as error:
         raise ModelError(
             f"hf:{name} needs the library transformers ({error}): pip install 'imcap_ray[transformers]'"
         ) from error
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it warns of each attempt
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

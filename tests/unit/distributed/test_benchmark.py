@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from imcap_ray.data.synthetic_images import write_photographs, write_table
-from imcap_ray.distributed.benchmark import Comparison, Limit, Rate, RunSpeed, some_files, steady_rate
-from imcap_ray.errors import InputError
+from imcap_ray.distributed.benchmark import Comparison, Limit, Rate, RunSpeed, measure_run, some_files, steady_rate
+from imcap_ray.errors import ImcapError, InputError
+from imcap_ray.models.captioner_spec import CaptionerSpec
+from tests.small_data import jpeg, write_model_folder
 
 pytestmark = pytest.mark.unit
 
@@ -113,3 +115,13 @@ def test_a_folder_without_a_readable_image_cannot_be_benchmarked(tmp_path: Path)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match="none of 1 of its 1 images can be read"):
         some_files(str(tmp_path), 3)
+
+
+def test_a_measured_run_has_the_precision_of_its_captioner(tmp_path):
+    model, images = tmp_path / "model", tmp_path / "images"
+    write_model_folder(model)
+    images.mkdir()
+    (images / "1.jpg").write_bytes(jpeg(1))
+    spec = CaptionerSpec(models=(str(model),), precision="int8")
+    with pytest.raises(ImcapError, match="int8"):
+        measure_run(str(images), str(tmp_path / "captions"), spec=spec)
