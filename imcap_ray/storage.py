@@ -25,7 +25,6 @@ from pyarrow import NativeFile, PythonFile, fs
 
 from imcap_ray import web
 from imcap_ray.errors import ImcapError, InputError
-from imcap_ray.file_systems import RetriedReads
 
 S3_ATTEMPTS: Final = 11
 """Number of attempts of a request to S3, unless AWS_MAX_ATTEMPTS is set. The first retry is immediate, and the waits
@@ -40,9 +39,14 @@ _CHUNK_HEADER: Final = re.compile(rb"[0-9a-fA-F]+(;chunk-signature=[0-9a-f]+)?\r
 """Beginning of an upload that is encoded as `aws-chunked`."""
 _READ_BACK_ATTEMPTS: Final = 3
 
+_FIRST_WAIT_SECONDS: Final = 0.05
 _REACHABLE_SECONDS: Final = 11.0
 _REACHABLE_TIMEOUT_SECONDS: Final = 3.0
 _REACHABLE_PAUSE_SECONDS: Final = 0.25
+
+# pyarrow's buffer for a response of S3 is as large as the object. If an error's text is longer than that, neither
+# pyarrow nor the AWS library knows the error, and neither tries again.
+_LOST_ANSWER: Final = "Failed to flush response stream"
 
 _ESCAPE: Final = re.compile(r"\\+x([89a-f][0-9a-f]|5c)")
 _ESCAPE_BYTES: Final = re.compile(_ESCAPE.pattern.encode())
@@ -276,10 +280,8 @@ def resolve(location: str) -> tuple[fs.FileSystem, str]:
     return _remote(scheme, authority), path
 
 
-class _S3(fs.PyFileSystem):  # type: ignore[misc]
+class _S3(fs.S3FileSystem):  # type: ignore[misc]
     """S3 with retries, which survive pickling; pyarrow's own pickling loses the number of attempts.
-
-    pyarrow itself does not repeat each kind of failed read, see `RetriedReads`.
 
     The AWS library's "standard" strategy spends 5 of 500 tokens on each retry and never gets them back: after 100
     retries in a process it would stop retrying. The "default" strategy counts the retries of each request separately.
@@ -294,14 +296,13 @@ class _S3(fs.PyFileSystem):  # type: ignore[misc]
         if "endpoint_override" in endpoint:
             # Otherwise the AWS library appends a checksum to each upload, in an encoding that not every store decodes.
             os.environ.setdefault(_CHECKSUM_VARIABLE, "when_required")
-        s3 = fs.S3FileSystem(
+        super().__init__(
             retry_strategy=fs.AwsDefaultS3RetryStrategy(max_attempts=attempts - 1),  # it counts retries
             connect_timeout=timeout_seconds,
             request_timeout=timeout_seconds,
             allow_delayed_open=True,  # a small object in one request instead of the three of a multipart upload
             **endpoint,
         )
-        super().__init__(RetriedReads(s3, attempts))
         self._arguments: dict[str, Any] = {
             "attempts": attempts,
             "timeout_seconds": timeout_seconds,
@@ -382,10 +383,6 @@ def _remote(scheme: str, authority: str) -> fs.FileSystem:
             return fs.PyFileSystem(fs.FSSpecHandler(fsspec.core.url_to_fs(root)[0]))
         except (ImportError, ValueError, OSError) as error:
             raise InputError(hide_secrets(f"cannot open {root}: {arrow_error}; {error}")) from error
-
-
-def _is_fsspec(filesystem: fs.FileSystem) -> bool:
-    return isinstance(filesystem, fs.PyFileSystem) and isinstance(filesystem.handler, fs.FSSpecHandler)
 
 
 def exists(location: str) -> bool:
@@ -469,7 +466,7 @@ def describe_file(location: str) -> ListedFile:
             return ListedFile(location, name, 0, 0)
         size = status.st_size if stat.S_ISREG(status.st_mode) else 0
         return ListedFile(location, name, size, _int64_or_unknown(status.st_mtime_ns))
-    if _is_fsspec(filesystem):  # fsspec caches, and others write to the store
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec caches, and others write to the store
         filesystem.handler.fs.invalidate_cache()
     info = filesystem.get_file_info(path)
     return ListedFile(location, name, info.size or 0, _int64_or_unknown(info.mtime_ns or 0))
@@ -589,7 +586,7 @@ def _list_wanted(folder: str, wanted: Mapping[str, str]) -> list[ListedFile]:
         try:
             entries = _entries_remote(filesystem, path)
         except FileNotFoundError:
-            if not _is_fsspec(filesystem):
+            if not isinstance(filesystem, fs.PyFileSystem):
                 raise
             filesystem.handler.fs.ls(path)  # pyarrow reports a folder that fsspec cannot list as missing
             entries = _entries_remote(filesystem, path)
@@ -699,7 +696,7 @@ def _list_remote(filesystem: fs.FileSystem, path: str) -> list[tuple[str, bool, 
 
 
 def _entries_remote(filesystem: fs.FileSystem, path: str) -> list[fs.FileInfo]:
-    if _is_fsspec(filesystem):  # fsspec caches listings, and others write to the store
+    if isinstance(filesystem, fs.PyFileSystem):  # fsspec caches listings, and others write to the store
         filesystem.handler.fs.invalidate_cache()
     entries: list[fs.FileInfo] = filesystem.get_file_info(fs.FileSelector(path, recursive=False))
     return entries
@@ -726,7 +723,7 @@ def read_bytes(location: str, *, max_bytes: int | None = None) -> bytes:
         # Not through pyarrow: this is twice as fast, and its errors have types.
         return Path(path).read_bytes() if max_bytes is None else _read_regular(path, location, max_bytes)
     with _translate_read_errors(location):
-        return _read_remote(filesystem, path, max_bytes)
+        return _retry_lost_answers(lambda: _read_once(filesystem, path, max_bytes))
 
 
 def read_beginning(location: str, num_bytes: int) -> bytes:
@@ -740,9 +737,9 @@ def read_beginning(location: str, num_bytes: int) -> bytes:
         with open(path, "rb", buffering=0) as file:
             return file.read(num_bytes)
     with _translate_read_errors(location):
-        if _is_fsspec(filesystem):  # a file of fsspec reads megabytes ahead
+        if isinstance(filesystem, fs.PyFileSystem):  # a file of fsspec reads megabytes ahead
             return bytes(filesystem.handler.fs.cat_file(path, start=0, end=num_bytes))
-        return _read_remote(filesystem, path, num_bytes=num_bytes)
+        return _retry_lost_answers(lambda: _read_once(filesystem, path, num_bytes=num_bytes))
 
 
 @contextmanager
@@ -801,7 +798,19 @@ _SPECIAL_FILES: Final = (
 )
 
 
-def _read_remote(
+def _retry_lost_answers(read: Callable[[], bytes]) -> bytes:
+    for attempt in range(1, _s3_attempts()):
+        try:
+            return read()
+        except OSError as error:
+            if _LOST_ANSWER not in str(error):
+                raise
+            if attempt > 1:
+                time.sleep(_FIRST_WAIT_SECONDS * 2 ** (attempt - 2))
+    return read()
+
+
+def _read_once(
     filesystem: fs.FileSystem, path: str, max_bytes: int | None = None, *, num_bytes: int | None = None
 ) -> bytes:
     with filesystem.open_input_file(path) as file:  # not a stream, which takes a request for every 256 KB

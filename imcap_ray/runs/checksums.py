@@ -66,9 +66,10 @@ def _hash_files(folder: str, names: list[str]) -> dict[str, str | None]:
 
 
 def _hash_file(location: str) -> str | None:
+    filesystem, path = storage.resolve(location)
     digest = hashlib.sha256()
     try:
-        with storage.open_file(location) as stream:
+        with filesystem.open_input_stream(path) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
     except FileNotFoundError:

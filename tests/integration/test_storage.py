@@ -14,14 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from imcap_ray import storage
-from imcap_ray.data.parquet_files import write_table
 from imcap_ray.data.schemas import CAPTIONS_SCHEMA
 from imcap_ray.errors import ImcapError, InputError
 from imcap_ray.exports.captions_rows import ExportSummary
 from imcap_ray.exports.export import ExportOptions, export_captions
 from imcap_ray.runs.captioned_images import CaptionedImageSource
-from imcap_ray.runs.captions_folder import open_database
-from imcap_ray.runs.captions_table import open_captions
 from tests import small_data
 from tests.flaky_s3 import Fault, S3Store
 
@@ -67,22 +64,6 @@ def test_a_store_that_throttles_a_fifth_of_all_requests_answers_seven_hundred_re
 
     assert read == [location.encode() for location in locations]
     assert s3.proxy.num_faults > 250
-
-
-@pytest.mark.parametrize("fault", [500, 503, "reset", "cut"])
-def test_small_tables_in_an_unreliable_store_are_queried_completely(s3: S3Store, fault: Fault) -> None:
-    ids = [f"{number}.jpg" for number in range(30)]
-    for image_id in ids:
-        row = dict.fromkeys(CAPTIONS_SCHEMA.names) | {"image_id": image_id, "caption": "a dog"}
-        write_table(f"{s3.uri}/{image_id}.parquet", pa.Table.from_pylist([row], schema=CAPTIONS_SCHEMA))
-    s3.proxy.every, s3.proxy.fault = 5, fault
-
-    captions = open_captions(s3.uri)
-    assert sorted(captions.to_table()["image_id"].to_pylist()) == sorted(ids)
-    with open_database() as database:
-        database.register("captions", captions)
-        assert database.execute("SELECT count(DISTINCT image_id) FROM captions").fetchall() == [(len(ids),)]
-    assert s3.proxy.num_faults > len(ids) // 2
 
 
 def write_all(locations: list[str]) -> None:
