@@ -5,7 +5,6 @@ torch is imported inside functions, because a run that is measured imports this 
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -346,12 +345,11 @@ def measure_run(
         ImcapError: the error of the run.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    arguments = [input, output, time.time(), num_actors, batch_size]
-    spec_hex = pickle.dumps(spec).hex()
+    arguments = pickle.dumps((input, output, spec, time.time(), num_actors, batch_size)).hex()
     # Start as the command does. Multiprocessing would also import the caller's main module, and with it torch.
     program = f"from {__name__} import _send_run; _send_run()"
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(sender.fileno()), spec_hex, json.dumps(arguments)],
+        [sys.executable, "-c", program, str(sender.fileno()), arguments],
         pass_fds=[sender.fileno()],
         env={**os.environ, **ray_variables("local", verbose=False)},
     )
@@ -373,11 +371,10 @@ def measure_run(
 
 def _send_run() -> None:
     sender = Connection(int(sys.argv[1]), readable=False)
-    spec = pickle.loads(bytes.fromhex(sys.argv[2]))
-    input, output, *others = json.loads(sys.argv[3])
+    arguments = pickle.loads(bytes.fromhex(sys.argv[2]))
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that every `finally` block runs
     try:
-        sender.send(watch_run(input, output, spec, *others))
+        sender.send(watch_run(*arguments))
     except ImcapError as error:
         sender.send(error)
 
