@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import platform
 import signal
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -345,7 +345,7 @@ def measure_run(
         ImcapError: the error of the run.
     """
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    arguments = pickle.dumps((input, output, spec, time.time(), num_actors, batch_size)).hex()
+    arguments = repr((input, output, asdict(spec), time.time(), num_actors, batch_size))
     # Start as the command does. Multiprocessing would also import the caller's main module, and with it torch.
     program = f"from {__name__} import _send_run; _send_run()"
     process = subprocess.Popen(
@@ -371,10 +371,10 @@ def measure_run(
 
 def _send_run() -> None:
     sender = Connection(int(sys.argv[1]), readable=False)
-    arguments = pickle.loads(bytes.fromhex(sys.argv[2]))
+    input, output, spec, *others = literal_eval(sys.argv[2])
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that every `finally` block runs
     try:
-        sender.send(watch_run(*arguments))
+        sender.send(watch_run(input, output, CaptionerSpec(**spec), *others))
     except ImcapError as error:
         sender.send(error)
 
