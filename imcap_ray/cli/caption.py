@@ -64,7 +64,8 @@ imcap caption one.jpg two.jpg"""
 @click.option(
     "--existing",
     metavar="CAPTIONS",
-    help="Captions that images have already, as imcap train reads them: kept, and only the rest is captioned.",
+    help="Captions that images have already, as imcap train reads them, or an earlier OUTPUT: kept, and only the rest "
+    "is captioned.",
 )
 @click.option("--num-actors", type=click.IntRange(1), metavar="N", help="Processes. Default: 1 per GPU or core.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Images an actor takes at a time.")

@@ -395,7 +395,8 @@ def _choose_actors(resources: ResourcesConfig, cluster: ClusterResources, needs:
     num_fitting = require_memory(cluster, needs.memory)
     num_actors = resources.num_actors or int(min(default_num_actors(cluster, gpus), num_fitting))
     # Besides the actors, Ray Data needs a CPU to decode, and on a resumed run one to leave out what is done.
-    require(cluster, cpus=num_actors + 2, gpus=num_actors * gpus, what=f"--num-actors {num_actors}")
+    what = f"--num-actors {num_actors}" if resources.num_actors else "captioning"
+    require(cluster, cpus=num_actors + 2, gpus=num_actors * gpus, what=what)
     return num_actors, gpus
 
 

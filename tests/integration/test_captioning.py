@@ -695,6 +695,27 @@ def test_a_stopped_run_with_existing_captions_resumes_and_captions_only_the_rest
         assert (rows[name]["caption"] == f"mine {name}") == is_existing
 
 
+def test_a_retry_of_failed_images_keeps_existing_captions(run: Run, photographs: Path, tmp_path: Path) -> None:
+    names = [str(path.relative_to(photographs)) for path in sorted(photographs.rglob("*.jpg"))]
+    existing, output = tmp_path / "existing.jsonl", tmp_path / "out"
+    existing.write_text(json.dumps({"file_name": names[0], "caption": "mine"}))
+    good = (photographs / names[1]).read_bytes()
+    for name in names[:3]:  # the first has a caption and is not read
+        (photographs / name).write_bytes(b"no photograph")
+    run(str(photographs), str(output), limit=10, existing=str(existing))
+    before = {row["image_id"]: row for row in read(output)}
+    (photographs / names[1]).write_bytes(good)
+
+    summary = run(str(photographs), str(output), limit=10, existing=str(existing), retry_failed=True)
+
+    rows = {row["image_id"]: row for row in read(output)}
+    assert (summary.num_new, summary.counts) == (2, {"ok": 9, "failed": 1})
+    assert [before[name]["status"] for name in names[:3]] == ["ok", "failed", "failed"]
+    assert [rows[name]["status"] for name in names[:3]] == ["ok", "ok", "failed"]
+    assert (rows[names[0]]["caption"], rows[names[0]]["caption_source"]) == ("mine", "existing")
+    assert {name for name in rows if str(rows[name]) != str(before[name])} == {names[1]}  # NaN is not equal to itself
+
+
 def test_a_folder_without_images_creates_no_output(run: Run, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "notes.txt").write_text("no image")

@@ -198,10 +198,10 @@ def _report_failures(loaded: pa.Table, log: Any) -> None:
 def _without_repeated(loaded: pa.Table, index: Any) -> pa.Table:
     """The same rows, without the pixels of images whose bytes were read before."""
     has_pixels = pa.compute.equal(loaded["error_code"], "")
-    known = loaded.filter(has_pixels).select(["manifest_id", "sha256"])
-    if not known.num_rows:
+    known = loaded.select(["manifest_id", "sha256"]).filter(has_pixels)  # in this order: a filter copies the columns
+    answers = ray.get(index.are_repeated.remote(*known.to_pydict().values())) if known.num_rows else []
+    if not any(answers):
         return loaded
-    answers = ray.get(index.are_repeated.remote(*known.to_pydict().values()))
     repeated = pa.array([id_ for id_, answer in zip(known["manifest_id"].to_pylist(), answers, strict=True) if answer])
     is_repeated = pa.compute.is_in(loaded["manifest_id"], value_set=repeated.cast(pa.int64()))
     pixels = pa.compute.if_else(is_repeated, pa.scalar(None, loaded.schema.field("pixels").type), loaded["pixels"])
