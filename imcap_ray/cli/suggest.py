@@ -18,7 +18,7 @@ from imcap_ray.cli.options import output_options, outside_option
 @outside_option
 @output_options
 def suggest(captions: str, output: str, **options: Any) -> None:
-    """Choose images of CAPTIONS whose captions by people would help a model most, and write them to OUT.
+    """Choose images of CAPTIONS for people to caption next, and write them to OUT.
 
     They are among the least confident and the least familiar images, and as different from each other as possible by
     the features of the bundled model's CNN. OUT is a new folder with small copies of the images and captions.csv.
