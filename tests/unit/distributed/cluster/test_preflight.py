@@ -388,6 +388,13 @@ def test_a_plan_refuses_everything_that_the_run_would_refuse(tmp_path: Path, pho
         plan(tmp_path / "out")
 
 
+def test_an_error_about_a_small_cluster_names_no_option_that_was_not_given(tmp_path: Path, photographs: Path) -> None:
+    config = CaptioningConfig(input=str(photographs), output=str(tmp_path / "out"))
+
+    with pytest.raises(ClusterError, match="^captioning needs 3 CPUs, the cluster has 2: ask for less, or add nodes$"):
+        plan_captioning(config, ResourcesConfig(), cluster=replace(RESOURCES, cpus=2), captioner=EchoCaptioner())
+
+
 def test_a_plan_of_a_training_reports_its_epochs_and_writes_nothing(tmp_path: Path) -> None:
     data = load_dataset(str(small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=3)))
     settings = small_data.TINY_TRAINING | {"training.epochs": 3, "finetune.epochs": 2}
