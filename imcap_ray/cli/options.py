@@ -168,11 +168,12 @@ split_option = click.option(
 
 tokenizer_option = click.option(
     "--tokenizer",
-    type=click.Choice([AUTO, "ptb", "unicode", "arabic", "seed"]),
+    type=click.Choice([AUTO, "ptb", "unicode", "arabic", "jieba", "seed"]),
     default=AUTO,
     show_default=True,
-    help="What counts as a word: ptb for English, unicode for other languages, arabic with normalised letters, seed as "
-    "the Keras tutorials clean it; auto: ptb or unicode, by the language of the references.",
+    help="What counts as a word: ptb for English, unicode for other languages (characters of Chinese), arabic with "
+    "normalised letters, jieba for Chinese words, seed as the Keras tutorials clean it; auto: ptb or unicode, by the "
+    "language of the references.",
 )
 
 

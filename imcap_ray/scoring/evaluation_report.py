@@ -66,6 +66,8 @@ class Protocol:
     """Other facts that the scores depend on, such as the beam size."""
     nltk_version: str
     definitions: str = DEFINITIONS
+    tokenizer_package: str = ""
+    """Another package than nltk that cuts the words, with its version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +186,7 @@ class EvaluationReport:
             f"{protocol.num_images} images" + (f" ({protocol.split})" if protocol.split else ""),
             f"{references} references per image",
             f"{self.scores.num_distinct_captions} distinct captions",
-            f"tokenizer {protocol.tokenizer} (nltk {protocol.nltk_version})",
+            f"tokenizer {protocol.tokenizer} ({protocol.tokenizer_package or f'nltk {protocol.nltk_version}'})",
             protocol.definitions,
             f'best constant caption "{self.floor_caption}"',
             *(_describe_half(ranking, curve) for ranking, curve in self._curves().items()),
@@ -259,6 +261,7 @@ def evaluate_texts(
             split=split,
             notes=notes,
             nltk_version=version("nltk"),
+            tokenizer_package=f"rjieba {version('rjieba')}" if tokenizer == "jieba" else "",
         ),
         scores=summarize_rows(rows, corpus, hypotheses),
         intervals=_compute_intervals(resamples[0]),

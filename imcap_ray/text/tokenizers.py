@@ -6,6 +6,7 @@ ptb      the tokens captions are scored on: lower case, split like the Penn Tree
 unicode  for languages other than English: runs of letters and digits; one token per character in scripts
          without spaces between words
 arabic   like unicode, without diacritics and tatweel, and with one form of alef, of ya and of ta marbuta
+jieba    words of Chinese instead of characters, as publications on Chinese captions score them
 seed     the cleaning of the Keras tutorials, for comparison with scores that are based on it
 """
 
@@ -115,12 +116,16 @@ def tokenize_words(text: str, tokenizer: str) -> list[str]:
 
 
 def scoring_tokenizer(tokenizer: str) -> str:
-    """The tokenizer for scoring captions with these tokens: `unicode` and `arabic` for themselves, otherwise `ptb`."""
-    return tokenizer if tokenizer in ("unicode", "arabic") else "ptb"
+    """The tokenizer for scoring captions with these tokens.
+
+    It is the one that `choose_tokenizer` names for the language, or `arabic` for itself, so that the scores of models
+    with words and with characters can be compared.
+    """
+    return {"unicode": "unicode", "arabic": "arabic", "jieba": "unicode"}.get(tokenizer, "ptb")
 
 
 def detokenize(tokens: Sequence[str]) -> str:
-    """Readable text with these ptb tokens: "'s" and characters of scripts without spaces are not separated."""
+    """Readable text with these tokens: there is no space before "'s" or next to a script without spaces."""
     text = ""
     previous = ""
     for token in tokens:
@@ -160,6 +165,18 @@ def tokenize_arabic(text: str) -> list[str]:
     return tokenize_unicode(unicodedata.normalize("NFC", text).translate(_ARABIC_FORMS))
 
 
+def tokenize_jieba(text: str) -> list[str]:
+    """Chinese words, found by jieba's dictionary and hidden Markov model, and case-folded runs of other letters.
+
+    Raises `ConfigError` if rjieba is not installed.
+    """
+    tokens: list[str] = []
+    for piece in _jieba_cut()(unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC))):
+        words = tokenize_unicode(piece)
+        tokens += ["".join(words)] if _unspaced_character().search(piece) else words
+    return tokens
+
+
 def tokenize_seed(text: str) -> list[str]:
     """Lower-case words of two or more letters from a to z: "a", "'s" and numbers are dropped."""
     words = re.sub(r"[^a-z\s]", "", text.lower()).split()
@@ -170,6 +187,7 @@ TOKENIZERS: Final[Mapping[str, Callable[[str], list[str]]]] = {
     "ptb": tokenize_ptb,
     "unicode": tokenize_unicode,
     "arabic": tokenize_arabic,
+    "jieba": tokenize_jieba,
     "seed": tokenize_seed,
 }
 
@@ -177,10 +195,10 @@ TOKENIZERS: Final[Mapping[str, Callable[[str], list[str]]]] = {
 def _is_joined(previous: str, token: str) -> bool:
     if token in CONTRACTIONS:
         return previous[-1].isalnum() and previous not in CONTRACTIONS
-    if previous.isascii() or token.isascii():
+    if previous.isascii() and token.isascii():
         return False
     character = _unspaced_character()
-    return character.fullmatch(previous) is not None and character.fullmatch(token) is not None
+    return character.match(token) is not None or re.search(rf"(?:{character.pattern})\Z", previous) is not None
 
 
 def _clean(word: str) -> str:
@@ -209,6 +227,16 @@ def _treebank_tokenizer() -> _TreebankTokenizer:
 
     tokenizer: _TreebankTokenizer = TreebankWordTokenizer()
     return tokenizer
+
+
+@cache
+def _jieba_cut() -> Callable[[str], list[str]]:
+    try:
+        from rjieba import cut
+    except ImportError as error:
+        raise ConfigError(f"the tokenizer jieba needs rjieba: pip install 'imcap_ray[chinese]' ({error})") from error
+    cut_words: Callable[[str], list[str]] = cut
+    return cut_words
 
 
 @cache

@@ -59,9 +59,8 @@ class Optimization:
         encoder_learning_rate: the CNN's learning rate.
         temperature: divides the logits, as in sampling.
         forbidden_ids: tokens whose probability is zero, as in sampling. If they were part of the gradient, nothing
-        would
-            limit their logits: on Flickr8k the unknown word took all probability within two epochs, and CIDEr-D fell
-            from 0.54 to 0.48.
+            would limit their logits: on Flickr8k the unknown word took all probability within two epochs, and CIDEr-D
+            fell from 0.54 to 0.48.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from nltk.tokenize.treebank import TreebankWordTokenizer
 
 from imcap_ray.errors import ConfigError
+from imcap_ray.text import tokenizers
 from imcap_ray.text.tokenizers import (
     PUNCTUATION_ALONE,
     TOKENIZERS,
@@ -134,6 +135,31 @@ def test_unicode_tokens_are_words_or_characters_of_unspaced_scripts(text: str, t
     assert tokenize(detokenize(tokens), "unicode") == tokens
 
 
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("一个穿着泳装的女人躺在海水里。", ["一个", "穿着", "泳装", "的", "女人", "躺", "在", "海水", "里"]),
+        ("3个穿T恤的DJ,在公园", ["3", "个", "穿", "t恤", "的", "dj", "在", "公园"]),
+    ],
+)
+def test_jieba_tokens_are_chinese_words(text: str, tokens: list[str]):
+    assert tokenize(text, "jieba") == tokens
+
+
+def test_chinese_words_and_characters_become_the_same_text():
+    text = "穿t恤的男孩和2只狗"
+
+    assert detokenize(tokenize(text, "jieba")) == detokenize(tokenize(text, "unicode")) == text
+
+
+def test_a_missing_segmenter_is_an_error_that_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "rjieba", None)
+    tokenizers._jieba_cut.cache_clear()
+
+    with pytest.raises(ConfigError, match=r"jieba needs rjieba: pip install 'imcap_ray\[chinese\]'"):
+        tokenize("狗", "jieba")
+
+
 def test_seed_tokens_are_words_of_at_least_two_letters():
     assert tokenize("A dog's 2 T-shirts, in the U.S.", "seed") == ["dogs", "tshirts", "in", "the", "us"]
 
@@ -143,7 +169,8 @@ def test_seed_tokens_are_words_of_at_least_two_letters():
     [
         (["the", "dog", "'s", "ball", "is", "n't", "red"], "the dog's ball isn't red"),
         (["'s", "dog"], "'s dog"),
-        (["红", "色", "的", "狗", "runs", "far"], "红色的狗 runs far"),
+        (["2", "只", "红", "色", "的", "狗", "和", "t", "恤"], "2只红色的狗和t恤"),
+        (["t", "シ", "ャ", "ツ", "と", "dj"], "tシャツとdj"),
         ([], ""),
     ],
 )
@@ -152,7 +179,7 @@ def test_detokenized_text_has_normal_punctuation(tokens: list[str], text: str):
 
 
 def test_the_error_for_an_unknown_tokenizer_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="must be one of ptb, unicode, arabic, seed, got 'moses'"):
+    with pytest.raises(ConfigError, match="must be one of ptb, unicode, arabic, jieba, seed, got 'moses'"):
         tokenize("a dog", "moses")
 
 

@@ -107,7 +107,7 @@ def test_a_repeated_token_is_refused() -> None:
 
 
 def test_an_unknown_tokenizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tokenizer must be one of ptb, unicode, arabic, seed, got 'bpe'"):
+    with pytest.raises(ConfigError, match="tokenizer must be one of ptb, unicode, arabic, jieba, seed, got 'bpe'"):
         Vocabulary.build(CAPTIONS, tokenizer="bpe")
 
 
