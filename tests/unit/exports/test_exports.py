@@ -18,7 +18,9 @@ from random import Random
 from typing import Any, get_args
 from urllib.parse import unquote
 
+import duckdb
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -157,7 +159,9 @@ def unguarded(cell: str) -> str:
 
 
 def read_csv(output: Path, cache: Path) -> dict[str, str]:
-    with output.open(encoding="utf-8", newline="") as file:
+    assert pyarrow.csv.read_csv(output).column_names == duckdb.read_csv(str(output)).columns == list(COLUMNS)
+    assert output.read_bytes().startswith("\ufeff".encode())  # without it Excel misreads what is not ASCII
+    with output.open(encoding="utf-8-sig", newline="") as file:
         return {unguarded(exported["image_id"]): unguarded(exported["caption"]) for exported in csv.DictReader(file)}
 
 
@@ -530,7 +534,7 @@ def test_csv_follows_rfc_4180_and_numbers_are_numbers(tmp_path: Path) -> None:
     export(folder, tmp_path / "out.csv", "csv")
 
     head, line, end = (tmp_path / "out.csv").read_bytes().split(b"\r\n")
-    assert head.decode() == ",".join(COLUMNS)
+    assert head.decode("utf-8-sig") == ",".join(COLUMNS)
     assert line.startswith(
         b'a.jpg,,"says ""hi"", leaves","[""says \\""hi\\"", leaves"", ""another one""]",0.5,0.75,-1.5,4,ok'
     )
@@ -912,8 +916,11 @@ def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_restored(image
     assert not re.match(r"__[^/]*__($|/)", f"{key}.jpg"), "webdataset would treat it as metadata"
     assert not key.startswith("/")
     assert not {"..", "."} & set(key.split("/"))
-    assert image_id.startswith(unquote(key))
-    assert not keep_extension or unquote(key) == image_id
+    if "%-" in key:  # shortened, which needs a folder or name of 240 bytes, of at most four for a letter
+        assert len(image_id) >= 60
+    else:
+        assert image_id.startswith(unquote(key))
+        assert not keep_extension or unquote(key) == image_id
 
 
 @settings(seconds_in_all, max_examples=5)
