@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from imcap_ray.data.datasets import DATASET_SCHEMA, CaptionedImages, load_datase
 from imcap_ray.data.manifest import build_manifest
 from imcap_ray.errors import DatasetError, InputError
 from imcap_ray.scoring.evaluate import evaluate_captions, read_captions
-from imcap_ray.scoring.evaluation_report import SHARES, CoveragePoint, rank
+from imcap_ray.scoring.evaluation_report import SHARES, CoveragePoint, evaluate, rank
 from tests.small_data import jpeg, write_flickr8k, write_tar
 
 REFERENCES = {
@@ -446,3 +447,15 @@ def test_captions_that_existed_before_are_not_scored(tmp_path: Path) -> None:
     pq.write_table(pa.table(table | {"caption_source": ["existing"] * 3}), tmp_path / "captions.parquet")
     with pytest.raises(DatasetError, match="no caption by a model to score"):
         evaluate_captions(str(tmp_path / "captions.parquet"), dataset, split="all")
+
+
+def test_chinese_is_scored_by_characters_or_words_and_the_report_names_the_segmenter() -> None:
+    captions = {"a.jpg": "一只狗在奔跑", "b.jpg": "女人在海水里"}
+    references = {"a.jpg": ["一只狗在草地上奔跑。"], "b.jpg": ["穿着泳装的女人在海水里。"]}
+
+    characters = evaluate(captions, references, tokenizer="unicode")
+    words = evaluate(captions, references, tokenizer="jieba")
+
+    assert words.scores.bleu_4 < characters.scores.bleu_4  # fewer n-grams of words match
+    assert f"tokenizer jieba (rjieba {version('rjieba')})" in words.to_text()
+    assert "rjieba" not in characters.to_text()
