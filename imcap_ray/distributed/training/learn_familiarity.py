@@ -90,7 +90,7 @@ def describe_images(prepared: PreparedTraining, caches: dict[str, FeatureCache])
         if share >= _MOST:
             yield (
                 f"{share:.0%} of the training images are unlike what {start_model.location} has learned from: "
-                "fine-tuning its CNN ([finetune] in the recipe) is worth the time"
+                "a training without --start-from may give a better model"
             )
 
 
