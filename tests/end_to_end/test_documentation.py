@@ -168,8 +168,10 @@ def test_documented_commands_run_as_shown(shown: Shown, folder: Path, captions: 
     # A hundred epochs take four minutes however few the images are, and so do five phases.
     fewer = [f"{phase}.epochs=1" for phase in ("training", "finetune", "self_critical")]
     once = [f"{phase}.repetitions=1" for phase in ("finetune", "self_critical")]
-    fewer = {"vgg16-lstm": fewer[:1], "lite2-finetuned": fewer + once}.get(shown.words[-1], [])
-    settings = [word for setting in fewer for word in ("--set", setting)]
+    fewer_of = {"vgg16-lstm": fewer[:1], "small-domain": fewer[:2], "lite2-finetuned": fewer + once}
+    settings = [
+        word for recipe in fewer_of if recipe in shown.words for few in fewer_of[recipe] for word in ("--set", few)
+    ]
     if "brightness:" in shown.line:  # a Ray that runs already does not see a captioner in the current folder
         alone = run_alone(shown.words)
         exit_code, output = alone.returncode, alone.stderr
