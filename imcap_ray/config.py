@@ -182,6 +182,8 @@ class TrainingConfig:
 
     epochs: int = 20
     """Passes over the training images, each with every caption of every image once; 0: this phase is skipped."""
+    min_steps: int = 0
+    """Optimizer steps that `epochs` is raised for, if so many epochs have fewer: a few images need more epochs."""
     batch_size: int = 32
     """Images per optimizer step over all workers, each with all its captions."""
     optimizer: str = "adamw"
@@ -221,7 +223,7 @@ class TrainingConfig:
         )
         for name in ("batch_size", "max_caption_length"):
             _require(getattr(self, name) >= 1, f"training.{name}", "at least 1", getattr(self, name))
-        for name in ("epochs", "warmup_steps", "weight_decay", "gradient_clip", "crops", "patience"):
+        for name in ("epochs", "min_steps", "warmup_steps", "weight_decay", "gradient_clip", "crops", "patience"):
             _require(getattr(self, name) >= 0, f"training.{name}", "at least 0", getattr(self, name))
         _require(0 < self.min_crop_area <= 1, "training.min_crop_area", "in (0, 1]", self.min_crop_area)
         for name in ("label_smoothing", "ema_decay"):
@@ -235,6 +237,8 @@ class FinetuneConfig:
 
     epochs: int = 0
     """Passes over the training images; 0: the CNN is not trained."""
+    min_steps: int = 0
+    """As in `training`."""
     learning_rate: float = 2e-4
     """Peak learning rate of the decoder."""
     encoder_learning_rate: float = 5e-5
@@ -251,7 +255,7 @@ class FinetuneConfig:
     their weights (Wortsman et al., Model soups, 2022)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "patience"):
+        for name in ("epochs", "min_steps", "patience"):
             _require(getattr(self, name) >= 0, f"finetune.{name}", "at least 0", getattr(self, name))
         _require(self.repetitions >= 1, "finetune.repetitions", "at least 1", self.repetitions)
         for name in ("learning_rate", "encoder_learning_rate"):

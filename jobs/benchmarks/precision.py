@@ -5,6 +5,7 @@ python jobs/benchmarks/precision.py runs/mine-int8 ~/Pictures --references flick
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -63,6 +64,7 @@ def main(model: str, images: str, references: str | None, rounds: int, model_ima
             "imcap caption, images/s": {name: Rate(tuple(values)).to_dict() for name, values in whole.items()},
             "ratio of imcap caption": round(float(np.median(whole[INT8]) / np.median(whole[FLOAT32])), 2),
             "same captions": round(float(same), 3),
+            "SHA-256 of the captions in int8": _hash_captions(captions[INT8]),
             "scores": scores,
         },
         as_json,
@@ -92,6 +94,11 @@ def _imcap(*arguments: str) -> dict[str, Any]:
 def _read_captions(output: str) -> dict[str, str]:
     rows = open_captions(output).to_table(columns=["image_id", "caption"]).to_pylist()
     return {row["image_id"]: row["caption"] for row in rows}
+
+
+def _hash_captions(captions: dict[str, str]) -> str:
+    """The same on all processors, if their captions are."""
+    return hashlib.sha256(json.dumps(captions, sort_keys=True).encode()).hexdigest()
 
 
 if __name__ == "__main__":

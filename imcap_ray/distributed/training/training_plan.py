@@ -136,8 +136,9 @@ class PreparedTraining:
     start_model: ModelFolder | None
     encoder: Encoder
     vocabulary: Vocabulary
-    tokenizer_note: str
-    """Which tokenizer was chosen, and why; "" if the recipe or the model that the training starts from names it."""
+    notes: tuple[str, ...]
+    """What the data decided: the tokenizer, unless the recipe or the model that the training starts from names it, and
+    a larger number of epochs."""
     settings: dict[str, Any]
     """The contents of settings.json: everything that must not change between a training and its resumption."""
 
@@ -219,7 +220,8 @@ def prepare_training(
     require_layer(encoder, recipe.finetune.first_layer)
     model = storage.absolute(config.model)
     work = storage.join(model, WORK_FOLDER)
-    recipe, tokenizer_note = _with_tokenizer(recipe, train_images, start_model, recorded=_recorded_tokenizer(work))
+    recipe, note = _with_tokenizer(recipe, train_images, start_model, recorded=_recorded_tokenizer(work))
+    recipe, more_epochs = _with_enough_epochs(recipe, train_images.num_rows)
     settings = _build_settings(data, recipe, encoder, config.seed)
     if start_model:
         settings["start_from"] = start_model.fingerprint
@@ -237,7 +239,7 @@ def prepare_training(
         start_model=start_model,
         encoder=encoder,
         vocabulary=_build_vocabulary(train_images, recipe, start_model),
-        tokenizer_note=tokenizer_note,
+        notes=(*filter(None, [note]), *more_epochs),
         settings=settings,
     )
 
@@ -277,6 +279,23 @@ def _with_tokenizer(
         tokenizer, reason = choose_tokenizer(caption for texts in images["captions"].to_pylist() for caption in texts)
         note = f"tokenizer {tokenizer}: {reason}"
     return replace(recipe, vocabulary=replace(recipe.vocabulary, tokenizer=tokenizer)), note
+
+
+def _with_enough_epochs(recipe: Recipe, num_images: int) -> tuple[Recipe, list[str]]:
+    """The recipe with as many epochs as each phase's `min_steps` needs, and a note for each phase that has more."""
+    steps_per_epoch = -(-num_images // recipe.training.batch_size)
+    changes: dict[str, Any] = {}
+    notes = []
+    for name in ("training", "finetune"):
+        phase = getattr(recipe, name)
+        epochs = -(-phase.min_steps // steps_per_epoch)
+        if 0 < phase.epochs < epochs:
+            changes[name] = replace(phase, epochs=epochs)
+            notes.append(
+                f"{name}.epochs is {epochs}, not {phase.epochs}, because {name}.min_steps is {phase.min_steps:,} and "
+                f"an epoch has {steps_per_epoch:,} steps"
+            )
+    return replace(recipe, **changes), notes
 
 
 def share_of_unknown_words(images: pa.Table, vocabulary: Vocabulary) -> float:
@@ -380,6 +399,12 @@ def _read_settings(location: str, model: str) -> dict[str, Any]:
             f"{location} is corrupt, so it is unknown what was trained in {model} ({error}): restore the file, or "
             "choose another folder"
         ) from error
+    if isinstance(recipe := settings.get("recipe"), dict):  # an earlier version wrote fewer settings, and trained so
+        settings["recipe"] = recipe | {
+            section: defaults | recipe.get(section, {})
+            for section, defaults in to_mapping(Recipe()).items()
+            if isinstance(recipe.get(section, {}), dict)
+        }
     return settings
 
 
@@ -406,7 +431,7 @@ def _refuse_other_column(model: str, data: CaptionedImages) -> None:
 def _is_longer(name: str, before: Any, now: Any) -> bool:
     """Whether a setting differs only in that a training takes more epochs."""
     _, _, setting = name.rpartition(".")
-    if setting not in ("epochs", "patience") or not isinstance(before, int) or not isinstance(now, int):
+    if setting not in ("epochs", "min_steps", "patience") or not isinstance(before, int) or not isinstance(now, int):
         return False
     if setting == "patience":  # 0: without limit
         before, now = before or sys.maxsize, now or sys.maxsize
