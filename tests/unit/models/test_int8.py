@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from imcap_ray.cli.demo_images import sample_photographs
 from imcap_ray.config import DecoderConfig, EncoderConfig, PreprocessingConfig, SearchConfig
 from imcap_ray.data.image_decoding import decode_image
 from imcap_ray.errors import ConfigError, ModelError, OutputError
@@ -136,6 +137,26 @@ def test_the_bundled_model_captions_in_int8_without_quantising_it_first() -> Non
     assert isinstance(caption, Caption) and caption.text.startswith("a ")
     assert 0 <= caption.familiarity <= 1
     assert captioner.fingerprint != Captioner.load().fingerprint
+
+
+def test_int8_captions_of_the_bundled_model_are_those_of_an_amd_processor_without_vnni() -> None:
+    """Written down on an AMD EPYC that has AVX2 and no AVX-512; other processors run other kernels."""
+    there = {
+        "astronaut.png": ("a man in a red shirt is standing in front of a crowd", -11.263),
+        "camera.png": ("a man in a black hat is holding a camera", -9.773),
+        "chelsea.png": ("a person is sitting on a table", -8.024),
+        "coffee.png": ("a black and white dog is sitting on a red carpet", -12.201),
+        "hubble_deep_field.jpg": ("a person is standing in front of a crowd", -9.455),
+        "rocket.jpg": ("a black and white dog is standing in front of a lake", -11.695),
+    }
+    samples = sample_photographs()
+
+    captions = Captioner.load(precision="int8").caption([sample.path.read_bytes() for sample in samples])
+
+    here = {sample.file_name: caption for sample, caption in zip(samples, captions, strict=True)}
+    assert {name: caption.text for name, caption in here.items()} == {name: text for name, (text, _) in there.items()}
+    for name, (_, logprob) in there.items():
+        assert here[name].logprob == pytest.approx(logprob, abs=0.02)
 
 
 _HASH_FEATURES = """
