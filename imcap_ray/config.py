@@ -182,10 +182,10 @@ class TrainingConfig:
 
     epochs: int = 20
     """Passes over the training images, each with every caption of every image once; 0: this phase is skipped."""
-    min_steps: int = 0
-    """Optimizer steps that `epochs` is raised for, if so many epochs have fewer: a few images need more epochs."""
     batch_size: int = 32
     """Images per optimizer step over all workers, each with all its captions."""
+    min_steps: int = 0
+    """Optimizer steps that `epochs` is raised for, if so many epochs have fewer: a few images need more epochs."""
     optimizer: str = "adamw"
     """`adamw` or `adam`."""
     learning_rate: float = 5e-4

@@ -471,9 +471,15 @@ def _tiff_tag(image: Image.Image, tag: int) -> object:
 
 
 def _is_read_in_one_scan(jpeg: bytes) -> bool:
-    """Whether the first scan of a JPEG that is not progressive has all colours: decoders then read no other scan."""
+    """Whether the first scan of a JPEG that is not progressive has all colours: decoders then read no other scan.
+
+    False if it comes after more segments than `_open` reads.
+    """
     num_colours, position = 0, 2
-    while segment := JPEG_SEGMENT.search(jpeg, position):
+    for _ in range(_MAX_HEADER_READS):
+        segment = JPEG_SEGMENT.search(jpeg, position)
+        if not segment:
+            return False
         start = segment.end()
         if segment[0] in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc9"):  # sequential: baseline, extended, arithmetic
             num_colours = int.from_bytes(jpeg[start + 7 : start + 8], "big")
