@@ -185,7 +185,7 @@ class TrainingConfig:
     batch_size: int = 32
     """Images per optimizer step over all workers, each with all its captions."""
     min_steps: int = 0
-    """Optimizer steps that `epochs` is raised for, if so many epochs have fewer: a few images need more epochs."""
+    """Minimum number of optimizer steps. If `epochs` gives fewer, as with few images, it is raised; 0: no minimum."""
     optimizer: str = "adamw"
     """`adamw` or `adam`."""
     learning_rate: float = 5e-4
@@ -238,7 +238,7 @@ class FinetuneConfig:
     epochs: int = 0
     """Passes over the training images; 0: the CNN is not trained."""
     min_steps: int = 0
-    """As in `training`."""
+    """Minimum number of optimizer steps, as in `training`."""
     learning_rate: float = 2e-4
     """Peak learning rate of the decoder."""
     encoder_learning_rate: float = 5e-5

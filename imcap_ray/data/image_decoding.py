@@ -473,7 +473,7 @@ def _tiff_tag(image: Image.Image, tag: int) -> object:
 def _is_read_in_one_scan(jpeg: bytes) -> bool:
     """Whether the first scan of a JPEG that is not progressive has all colours: decoders then read no other scan.
 
-    False if it comes after more segments than `_open` reads.
+    False if that scan is not among the first `_MAX_HEADER_READS` segments.
     """
     num_colours, position = 0, 2
     for _ in range(_MAX_HEADER_READS):

@@ -140,7 +140,7 @@ def test_the_bundled_model_captions_in_int8_without_quantising_it_first() -> Non
 
 
 def test_int8_captions_of_the_bundled_model_are_those_of_an_amd_processor_without_vnni() -> None:
-    """Written down on an AMD EPYC that has AVX2 and no AVX-512; other processors run other kernels."""
+    """Recorded on an AMD EPYC with AVX2 and no AVX-512. Other processors use other kernels."""
     there = {
         "astronaut.png": ("a man in a red shirt is standing in front of a crowd", -11.263),
         "camera.png": ("a man in a black hat is holding a camera", -9.773),
