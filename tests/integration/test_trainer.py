@@ -285,7 +285,7 @@ def test_a_training_reports_if_most_images_are_unfamiliar_to_the_model_that_it_s
 
     train(config, resources, data=load_data(config), cluster=local_ray, reporter=ProgressReporter(lines.append))
 
-    warnings = [line for line in lines if "fine-tuning its CNN" in line]
+    warnings = [line for line in lines if f"unlike what {start} has learned from" in line]
     assert len(warnings) == (0 if is_familiar else 1)
 
 
