@@ -21,7 +21,6 @@ from imcap_ray.distributed.training.trainer import TrainingResult, train
 from imcap_ray.distributed.training.training_plan import load_data, prepare_training
 from imcap_ray.errors import ClusterError, ImcapError, OutputError
 from imcap_ray.models.captioner import Captioner
-from imcap_ray.models.familiarity import Familiarity
 from imcap_ray.models.model_folder import read_model_folder
 from imcap_ray.runs.lease import Lease
 from imcap_ray.runs.progress_reporter import ProgressReporter
@@ -266,27 +265,6 @@ def test_a_model_knows_the_familiarity_of_images_by_the_features_of_its_own_cnn(
     # Each validation image has a rank of its own, apart from the rounding of the stored weights.
     assert np.sort(values) == pytest.approx(np.arange(1, 25) / 25, abs=0.1)
     assert not (tmp_path / "model" / "_training" / "familiarity").exists()
-
-
-@pytest.mark.parametrize("is_familiar", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_a_training_reports_if_most_images_are_unfamiliar_to_the_model_that_it_starts_from(
-    local_ray: ClusterResources, tmp_path: Path, is_familiar: bool
-) -> None:
-    data = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=40)
-    captioner = Captioner.load(small_data.write_model_folder(tmp_path / "plain"))
-    pixels = np.stack([captioner.read_pixels(path) for path in sorted(data.rglob("*.jpg")) if path.stat().st_size])
-    features = captioner.encode(pixels).mean(1).numpy()
-    if not is_familiar:
-        features = 1 + 1e-3 * np.random.default_rng(0).normal(size=features.shape)
-    start = small_data.write_model_folder(tmp_path / "start", familiarity=Familiarity.fit(features[:20], features[20:]))
-    recipe = load_recipe("lite2-attention", {"training.epochs": 1, "training.batch_size": 4})
-    config = make_config(data, tmp_path / "model", recipe=recipe, start_from=(str(start),))
-    resources, lines = ResourcesConfig(features=str(tmp_path / "features")), list[str]()
-
-    train(config, resources, data=load_data(config), cluster=local_ray, reporter=ProgressReporter(lines.append))
-
-    warnings = [line for line in lines if f"unlike what {start} has learned from" in line]
-    assert len(warnings) == (0 if is_familiar else 1)
 
 
 def test_a_training_that_lost_its_lease_stops_and_writes_no_more(
