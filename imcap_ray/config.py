@@ -184,8 +184,6 @@ class TrainingConfig:
     """Passes over the training images, each with every caption of every image once; 0: this phase is skipped."""
     batch_size: int = 32
     """Images per optimizer step over all workers, each with all its captions."""
-    min_steps: int = 0
-    """Minimum number of optimizer steps. If `epochs` gives fewer, as with few images, it is raised; 0: no minimum."""
     optimizer: str = "adamw"
     """`adamw` or `adam`."""
     learning_rate: float = 5e-4
@@ -223,7 +221,7 @@ class TrainingConfig:
         )
         for name in ("batch_size", "max_caption_length"):
             _require(getattr(self, name) >= 1, f"training.{name}", "at least 1", getattr(self, name))
-        for name in ("epochs", "min_steps", "warmup_steps", "weight_decay", "gradient_clip", "crops", "patience"):
+        for name in ("epochs", "warmup_steps", "weight_decay", "gradient_clip", "crops", "patience"):
             _require(getattr(self, name) >= 0, f"training.{name}", "at least 0", getattr(self, name))
         _require(0 < self.min_crop_area <= 1, "training.min_crop_area", "in (0, 1]", self.min_crop_area)
         for name in ("label_smoothing", "ema_decay"):
@@ -237,8 +235,6 @@ class FinetuneConfig:
 
     epochs: int = 0
     """Passes over the training images; 0: the CNN is not trained."""
-    min_steps: int = 0
-    """Minimum number of optimizer steps, as in `training`."""
     learning_rate: float = 2e-4
     """Peak learning rate of the decoder."""
     encoder_learning_rate: float = 5e-5
@@ -255,7 +251,7 @@ class FinetuneConfig:
     their weights (Wortsman et al., Model soups, 2022)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "min_steps", "patience"):
+        for name in ("epochs", "patience"):
             _require(getattr(self, name) >= 0, f"finetune.{name}", "at least 0", getattr(self, name))
         _require(self.repetitions >= 1, "finetune.repetitions", "at least 1", self.repetitions)
         for name in ("learning_rate", "encoder_learning_rate"):

@@ -141,8 +141,8 @@ def _run(config: TrainingRunConfig, resources: ResourcesConfig, options: dict[st
             for note in dataset.notes:
                 reporter.report(f"{dataset.location}: {note}")
             prepared = prepare_training(config, resources, data=dataset, cluster=cluster)
-            for note in prepared.notes:
-                reporter.report(note)
+            if prepared.tokenizer_note:
+                reporter.report(prepared.tokenizer_note)
             plan = prepared.plan()
         else:
             result = run_training(config, resources, data=dataset, cluster=cluster, reporter=reporter)

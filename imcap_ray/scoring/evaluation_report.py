@@ -29,6 +29,7 @@ from imcap_ray.scoring.metrics import (
 )
 from imcap_ray.scoring.ngram_statistics import MATCHES, MAX_ORDER, MEANS, REFERENCE_LENGTH, TOTALS, Corpus, Frequencies
 from imcap_ray.text.escaping import markdown, printable
+from imcap_ray.text.tokenizers import tokenizer_package
 
 DEFINITIONS: Final = (
     "corpus BLEU, closest reference length, no smoothing; ROUGE-L with beta 1.2, best precision and best "
@@ -67,7 +68,7 @@ class Protocol:
     nltk_version: str
     definitions: str = DEFINITIONS
     tokenizer_package: str = ""
-    """Another package than nltk that cuts the words, with its version."""
+    """Package that segments the words, and its version; "" if it is nltk or ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,7 +262,7 @@ def evaluate_texts(
             split=split,
             notes=notes,
             nltk_version=version("nltk"),
-            tokenizer_package=f"rjieba {version('rjieba')}" if tokenizer == "jieba" else "",
+            tokenizer_package=tokenizer_package(tokenizer),
         ),
         scores=summarize_rows(rows, corpus, hypotheses),
         intervals=_compute_intervals(resamples[0]),

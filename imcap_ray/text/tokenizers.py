@@ -2,11 +2,11 @@
 
 Knows nothing of vocabularies or scores.
 
-ptb      the tokens captions are scored on: lower case, split like the Penn Treebank, no punctuation but brackets
+ptb      for English: lower case, split like the Penn Treebank, no punctuation except brackets
 unicode  for languages other than English: runs of letters and digits; one token per character in scripts
          without spaces between words
 arabic   like unicode, without diacritics and tatweel, and with one form of alef, of ya and of ta marbuta
-jieba    words of Chinese instead of characters, as publications on Chinese captions score them
+jieba    Chinese words instead of characters, for scores that can be compared with publications
 seed     the cleaning of the Keras tutorials, for comparison with scores that are based on it
 """
 
@@ -17,6 +17,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
+from importlib.metadata import version
 from itertools import islice
 from typing import Final, Protocol
 
@@ -48,11 +49,12 @@ _TYPOGRAPHIC: Final = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "--", "\u2014": "--"} | {"\u2026": "..."}
 )
 
-# Thai, Lao, Myanmar, Khmer, kana and the Chinese characters.
-SCRIPTS_WITHOUT_SPACES: Final = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uf900-\ufaff\U00020000-\U0003ffff"
+_KANA_AND_CHINESE: Final = (
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 )
+
+SCRIPTS_WITHOUT_SPACES: Final = f"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff{_KANA_AND_CHINESE}"
+"""Ranges of a character class: Thai, Lao, Myanmar, Khmer, kana and Chinese, which have no spaces between words."""
 
 # Diacritics and the tatweel are dropped, forms of a letter become one: the normalisation of ElJundi et al. 2020,
 # "Resources and End-to-End Neural Network Models for Arabic Image Captioning", without that of hamza.
@@ -61,6 +63,8 @@ _ARABIC_FORMS: Final = str.maketrans(
     | {"\u0649": "\u064a", "\u0629": "\u0647"}  # alef maqsura to ya, ta marbuta to ha
     | dict.fromkeys(map(chr, [0x640, 0x670, *range(0x64B, 0x653)]))  # tatweel and diacritics
 )
+
+_KANA_OR_CHINESE: Final = re.compile(f"[{_KANA_AND_CHINESE}]")
 
 _LETTER: Final = re.compile(r"[^\W\d_]")
 
@@ -116,16 +120,18 @@ def tokenize_words(text: str, tokenizer: str) -> list[str]:
 
 
 def scoring_tokenizer(tokenizer: str) -> str:
-    """The tokenizer for scoring captions with these tokens.
+    """The tokenizer for scoring the captions of a model with this tokenizer.
 
-    It is the one that `choose_tokenizer` names for the language, or `arabic` for itself, so that the scores of models
-    with words and with characters can be compared.
+    Chinese is scored by characters even if the model learned words, so that such models can be compared.
     """
     return {"unicode": "unicode", "arabic": "arabic", "jieba": "unicode"}.get(tokenizer, "ptb")
 
 
 def detokenize(tokens: Sequence[str]) -> str:
-    """Readable text with these tokens: there is no space before "'s" or next to a script without spaces."""
+    """Readable text of these tokens.
+
+    There is no space before "'s", between characters of scripts without spaces, or next to kana and Chinese.
+    """
     text = ""
     previous = ""
     for token in tokens:
@@ -166,15 +172,21 @@ def tokenize_arabic(text: str) -> list[str]:
 
 
 def tokenize_jieba(text: str) -> list[str]:
-    """Chinese words, found by jieba's dictionary and hidden Markov model, and case-folded runs of other letters.
+    """Chinese words, segmented by jieba's dictionary and hidden Markov model; Latin letters are case-folded.
 
-    Raises `ConfigError` if rjieba is not installed.
+    For Chinese only: the vowel signs of other scripts are dropped. Raises `ConfigError` if rjieba is not installed.
     """
+    text = unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC)).encode("utf-8", "replace").decode()
     tokens: list[str] = []
-    for piece in _jieba_cut()(unicodedata.normalize("NFC", text.translate(_TYPOGRAPHIC))):
+    for piece in _jieba_cut()(text.upper()):  # in capitals, like "T\u6064" (T-shirt) in jieba's dictionary
         words = tokenize_unicode(piece)
         tokens += ["".join(words)] if _unspaced_character().search(piece) else words
     return tokens
+
+
+def tokenizer_package(tokenizer: str) -> str:
+    """The package that segments the words, and its version; "" if it is nltk or ours."""
+    return f"rjieba {version('rjieba')}" if tokenizer == "jieba" else ""
 
 
 def tokenize_seed(text: str) -> list[str]:
@@ -195,10 +207,11 @@ TOKENIZERS: Final[Mapping[str, Callable[[str], list[str]]]] = {
 def _is_joined(previous: str, token: str) -> bool:
     if token in CONTRACTIONS:
         return previous[-1].isalnum() and previous not in CONTRACTIONS
-    if previous.isascii() and token.isascii():
+    before, after = previous[-1], token[0]
+    if before.isascii() and after.isascii():
         return False
-    character = _unspaced_character()
-    return character.match(token) is not None or re.search(rf"(?:{character.pattern})\Z", previous) is not None
+    is_unspaced = _unspaced_end().search(previous) and _unspaced_character().match(token)
+    return bool(is_unspaced or _KANA_OR_CHINESE.match(before) or _KANA_OR_CHINESE.match(after))
 
 
 def _clean(word: str) -> str:
@@ -249,6 +262,11 @@ def _combining_marks() -> str:
 @cache
 def _unspaced_character() -> re.Pattern[str]:
     return re.compile(rf"(?=\w)[{SCRIPTS_WITHOUT_SPACES}]{_combining_marks()}*")
+
+
+@cache
+def _unspaced_end() -> re.Pattern[str]:
+    return re.compile(rf"(?:{_unspaced_character().pattern})\Z")
 
 
 @cache

@@ -216,8 +216,8 @@ class _Training:
         fix_validation(prepared.data, caches[VALIDATION], self.work, self.history, report=self.report)
         write_table(storage.join(self.work, CAPTIONS_FILE), prepared.data.table.cast(DATASET_SCHEMA))
         storage.write_bytes(storage.join(self.work, VOCABULARY_FILE), vocabulary.to_json().encode())
-        for note in prepared.notes:
-            self.report(note)
+        if prepared.tokenizer_note:
+            self.report(prepared.tokenizer_note)
         self.report(
             f"training {self.recipe.decoder.name} decoder, {len(vocabulary):,} tokens, on "
             f"{self.train_images.num_rows:,} images, {prepared.workers}, {num_epochs(self.recipe)} epochs at most"

@@ -136,9 +136,8 @@ class PreparedTraining:
     start_model: ModelFolder | None
     encoder: Encoder
     vocabulary: Vocabulary
-    notes: tuple[str, ...]
-    """Messages about what was chosen for these data: the tokenizer, unless the recipe or the start model names it, and
-    epochs that were raised to reach `min_steps`."""
+    tokenizer_note: str
+    """Which tokenizer was chosen, and why; "" if the recipe or the model that the training starts from names it."""
     settings: dict[str, Any]
     """The contents of settings.json: everything that must not change between a training and its resumption."""
 
@@ -220,8 +219,7 @@ def prepare_training(
     require_layer(encoder, recipe.finetune.first_layer)
     model = storage.absolute(config.model)
     work = storage.join(model, WORK_FOLDER)
-    recipe, about_tokenizer = _with_tokenizer(recipe, train_images, start_model, recorded=_recorded_tokenizer(work))
-    recipe, about_epochs = _with_enough_epochs(recipe, train_images.num_rows)
+    recipe, tokenizer_note = _with_tokenizer(recipe, train_images, start_model, recorded=_recorded_tokenizer(work))
     settings = _build_settings(data, recipe, encoder, config.seed)
     if start_model:
         settings["start_from"] = start_model.fingerprint
@@ -239,7 +237,7 @@ def prepare_training(
         start_model=start_model,
         encoder=encoder,
         vocabulary=_build_vocabulary(train_images, recipe, start_model),
-        notes=(*about_tokenizer, *about_epochs),
+        tokenizer_note=tokenizer_note,
         settings=settings,
     )
 
@@ -263,42 +261,22 @@ def _read_start(config: TrainingRunConfig) -> tuple[ModelFolder | None, Recipe]:
 
 def _with_tokenizer(
     recipe: Recipe, images: pa.Table, model: ModelFolder | None, *, recorded: str | None
-) -> tuple[Recipe, list[str]]:
-    """The recipe with a tokenizer instead of `auto`, and a message if it was chosen here.
+) -> tuple[Recipe, str]:
+    """The recipe with a tokenizer instead of `auto`, and a note if it was chosen here.
 
     Args:
         model: its tokenizer is used, unless most words are not in its vocabulary: then they are of another language.
         recorded: the tokenizer with which this training began.
     """
-    tokenizer, notes = recipe.vocabulary.tokenizer, []
+    tokenizer, note = recipe.vocabulary.tokenizer, ""
     if model and share_of_unknown_words(images, model.vocabulary) < MAX_UNKNOWN_WORDS:
         tokenizer = model.vocabulary.tokenizer
     elif tokenizer == AUTO and recorded:
         tokenizer = recorded
     elif tokenizer == AUTO:
         tokenizer, reason = choose_tokenizer(caption for texts in images["captions"].to_pylist() for caption in texts)
-        notes = [f"tokenizer {tokenizer}: {reason}"]
-    return replace(recipe, vocabulary=replace(recipe.vocabulary, tokenizer=tokenizer)), notes
-
-
-def _with_enough_epochs(recipe: Recipe, num_images: int) -> tuple[Recipe, list[str]]:
-    """The recipe with `epochs` raised where `min_steps` requires it, and a message about each.
-
-    `min_steps` is 0 in it: a training is recorded and resumed by its epochs.
-    """
-    steps_per_epoch = -(-num_images // recipe.training.batch_size)
-    changes: dict[str, Any] = {}
-    notes = []
-    for name in ("training", "finetune"):
-        phase = getattr(recipe, name)
-        epochs = phase.epochs and max(phase.epochs, -(-phase.min_steps // steps_per_epoch))  # 0 skips the phase
-        changes[name] = replace(phase, epochs=epochs, min_steps=0)
-        if epochs > phase.epochs:
-            notes.append(
-                f"{name}.epochs raised from {phase.epochs} to {epochs}: {name}.min_steps is {phase.min_steps:,}, and "
-                f"an epoch has {steps_per_epoch:,} steps"
-            )
-    return replace(recipe, **changes), notes
+        note = f"tokenizer {tokenizer}: {reason}"
+    return replace(recipe, vocabulary=replace(recipe.vocabulary, tokenizer=tokenizer)), note
 
 
 def share_of_unknown_words(images: pa.Table, vocabulary: Vocabulary) -> float:
@@ -402,14 +380,12 @@ def _read_settings(location: str, model: str) -> dict[str, Any]:
             f"{location} is corrupt, so it is unknown what was trained in {model} ({error}): restore the file, or "
             "choose another folder"
         ) from error
-    if isinstance(
-        recipe := settings.get("recipe"), dict
-    ):  # settings that are newer than this training had their defaults
-        settings["recipe"] = recipe | {
-            section: defaults | recipe.get(section, {})
-            for section, defaults in to_mapping(Recipe()).items()
-            if isinstance(recipe.get(section, {}), dict)
-        }
+    recipe = settings.get("recipe")
+    if isinstance(recipe, dict):
+        # A setting that did not exist when the training began had its default value.
+        for section, defaults in to_mapping(Recipe()).items():
+            if isinstance(recorded := recipe.get(section, {}), dict):
+                recipe[section] = defaults | recorded
     return settings
 
 

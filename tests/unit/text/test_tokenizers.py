@@ -140,10 +140,16 @@ def test_unicode_tokens_are_words_or_characters_of_unspaced_scripts(text: str, t
     [
         ("一个穿着泳装的女人躺在海水里。", ["一个", "穿着", "泳装", "的", "女人", "躺", "在", "海水", "里"]),
         ("3个穿T恤的DJ,在公园", ["3", "个", "穿", "t恤", "的", "dj", "在", "公园"]),
+        ("红色t恤衫 \ud800", ["红色", "t恤衫"]),
     ],
 )
 def test_jieba_tokens_are_chinese_words(text: str, tokens: list[str]):
     assert tokenize(text, "jieba") == tokens
+
+
+@pytest.mark.parametrize("text", ["穿T恤的男孩", "红色T恤衫", "AA制", "卡拉OK"])
+def test_jieba_finds_the_same_words_in_capitals_and_lower_case(text: str):
+    assert tokenize(text, "jieba") == tokenize(text.lower(), "jieba")
 
 
 def test_chinese_words_and_characters_become_the_same_text():
@@ -152,7 +158,7 @@ def test_chinese_words_and_characters_become_the_same_text():
     assert detokenize(tokenize(text, "jieba")) == detokenize(tokenize(text, "unicode")) == text
 
 
-def test_a_missing_segmenter_is_an_error_that_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
+def test_the_error_for_a_missing_rjieba_shows_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "rjieba", None)
     tokenizers._jieba_cut.cache_clear()
 
@@ -171,6 +177,7 @@ def test_seed_tokens_are_words_of_at_least_two_letters():
         (["'s", "dog"], "'s dog"),
         (["2", "只", "红", "色", "的", "狗", "和", "t", "恤"], "2只红色的狗和t恤"),
         (["t", "シ", "ャ", "ツ", "と", "dj"], "tシャツとdj"),
+        (["สุ", "2", "นั", "ข"], "สุ 2 นัข"),
         ([], ""),
     ],
 )

@@ -95,9 +95,8 @@ def test_a_training_that_was_begun_with_a_tokenizer_resumes_with_it(tmp_path: Pa
     before = prepare(flickr8k, tmp_path / "before", recipe=load_recipe("lite2-attention", small_data.TINY_TRAINING))
 
     assert (new.recipe.vocabulary.tokenizer, before.recipe.vocabulary.tokenizer) == ("unicode", "ptb")
-    [note] = new.notes
-    assert note.startswith("tokenizer unicode: 100% of the letters are of scripts without spaces")
-    assert before.notes == ()
+    assert new.tokenizer_note.startswith("tokenizer unicode: 100% of the letters are of scripts without spaces")
+    assert before.tokenizer_note == ""
 
 
 @pytest.mark.parametrize(("caption", "tokenizer"), [("a dog", "ptb"), ("\u7ea2\u72d7", "unicode")])
@@ -366,50 +365,11 @@ def test_more_epochs_need_more_patience_if_the_score_no_longer_improved(flickr8k
         prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, patience=1))
 
 
-@pytest.mark.parametrize(
-    ("settings", "epochs", "notes"),
-    [  # six images in batches of four are two steps
-        ({"training.min_steps": 7}, {"cross_entropy": 4}, ["training.epochs raised from 2 to 4"]),
-        ({"training.min_steps": 4}, {"cross_entropy": 2}, []),
-        (
-            {"training.epochs": 0, "finetune.epochs": 1, "finetune.min_steps": 5, "training.min_steps": 9},
-            {"finetune": 3},
-            ["finetune.epochs raised from 1 to 3"],
-        ),
-    ],
-)
-def test_epochs_are_raised_until_a_phase_has_min_steps(
-    tmp_path: Path, settings: dict[str, int], epochs: dict[str, int], notes: list[str]
-) -> None:
-    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=2)
-    changes = {"training.epochs": 2, "training.batch_size": 4, "vocabulary.tokenizer": "ptb"} | settings
-    recipe = load_recipe("lite2-attention", small_data.TINY_TRAINING | changes)
-
-    prepared = prepare(flickr8k, tmp_path / "model", recipe=recipe)
-
-    assert prepared.plan().num_epochs == epochs
-    assert [note.partition(":")[0] for note in prepared.notes] == notes
-
-
-def test_a_training_may_get_more_steps(tmp_path: Path) -> None:
-    flickr8k = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=6, num_validation=2)  # two steps an epoch
-    few = {"training.epochs": 1, "training.min_steps": 8}
-    recipe = begun(flickr8k, tmp_path / "model", ("cross_entropy", 0.1), **few)
-
-    plan = prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, min_steps=20)).plan()
-
-    assert (plan.num_epochs, plan.num_epochs_done) == ({"cross_entropy": 10}, 1)
-    with pytest.raises(OutputError, match=r"another training.epochs \(4, now 2\): choose another folder"):
-        prepare(flickr8k, tmp_path / "model", recipe=longer(recipe, min_steps=4))
-
-
-def test_a_training_of_a_version_with_fewer_settings_resumes_with_their_defaults(
-    flickr8k: Path, tmp_path: Path
-) -> None:
+def test_a_training_begun_before_a_setting_existed_resumes_with_its_default(flickr8k: Path, tmp_path: Path) -> None:
     recipe = begun(flickr8k, tmp_path / "model", ("cross_entropy", 0.1))
     location = tmp_path / "model" / "_training" / "settings.json"
     settings = json.loads(location.read_text())
-    del settings["recipe"]["training"]["min_steps"], settings["recipe"]["self_critical"]["bleu_weight"]
+    del settings["recipe"]["self_critical"]["bleu_weight"]
     location.write_text(json.dumps(settings))
 
     prepare(flickr8k, tmp_path / "model", recipe=recipe)
