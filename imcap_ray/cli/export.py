@@ -47,8 +47,8 @@ def export(captions: str, output: str, **options: Any) -> None:
     
     coco        annotations for pycocotools' COCO(OUT), and OUT_results.json for its loadRes
     jsonl       one JSON object a line
-    csv         the same as a table for spreadsheets: UTF-8 with a byte order mark, and a ' before text that
-                they would run (=...)
+    csv         a table for spreadsheets: UTF-8 with a byte order mark; text that a spreadsheet would run as a
+                formula (=...) gets a ' in front
     sidecar     a .txt for each image in the folder OUT, with the same path as the image in the input;
                 a.jpg.txt and a.png.txt where several would be a.txt
     hf          Parquet files with images and captions in the folder OUT, for datasets.load_dataset(OUT)

@@ -171,9 +171,9 @@ tokenizer_option = click.option(
     type=click.Choice([AUTO, "ptb", "unicode", "arabic", "jieba", "seed"]),
     default=AUTO,
     show_default=True,
-    help="What counts as a word: ptb for English, unicode for other languages (characters of Chinese), arabic with "
-    "normalised letters, jieba for Chinese words, seed as the Keras tutorials clean it; auto: ptb or unicode, by the "
-    "language of the references.",
+    help="How captions are split into words: ptb for English; unicode for other languages (Chinese by character); "
+    "arabic with normalised letters; jieba for Chinese words (needs imcap_ray[chinese]); seed as in the Keras "
+    "tutorials. auto: ptb or unicode, by the language of the references.",
 )
 
 

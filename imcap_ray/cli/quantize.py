@@ -20,10 +20,11 @@ from imcap_ray.cli.options import column_options, dataset_column_options, output
 @outside_option
 @output_options
 def quantize(model: str, data: str, output: str, **options: Any) -> None:
-    """Copy the folder of MODEL to OUTPUT, with the model in int8 too: less than half the time on a CPU with VNNI.
+    """Copy the folder of MODEL to OUTPUT and add the model in int8.
 
-    The copy captions in int8 by default; --precision float32 selects the weights of MODEL. DATA are the captioned
-    images that the model was trained on, in any format of imcap train. 320 training images decide the ranges of the
+    On a CPU with VNNI, int8 takes less than half the time. The copy captions in int8 by default; --precision float32
+    selects the weights of MODEL. DATA are the captioned images that the model was trained on, in any format of imcap
+    train. 320 training images decide the ranges of the
     model's values, and the validation images decide the familiarity. The captions change: compare the scores with imcap
     evaluate. Needs NNCF: pip install 'imcap_ray[quantize]'.
 

@@ -157,7 +157,7 @@ def _write(rows: Sequence[CaptionRow], images: Iterable[bytes | ImageError], out
         storage.write_bytes(storage.join(output, name), _shrink(data))
         cells = (row["caption"], row["confidence"], row["familiarity"], row["image_id"])
         writer.writerow([name, *(guard_cell(cell) if isinstance(cell, str) else cell for cell in cells)])
-    # With a byte order mark, without which Excel takes the bytes of Arabic or Chinese for Latin letters.
+    # With a byte order mark, because without one Excel does not recognise UTF-8.
     storage.write_bytes(storage.join(output, TABLE_FILE), text.getvalue().encode("utf-8-sig"))
 
 

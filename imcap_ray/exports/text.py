@@ -33,7 +33,7 @@ def write_jsonl(rows: Iterator[CaptionRow], output: str) -> None:
 def write_csv(rows: Iterator[CaptionRow], output: str) -> None:
     """Write CSV, with `guard_cell` applied to text that a spreadsheet would run.
 
-    It begins with a byte order mark: without one Excel takes Chinese or Arabic captions for Western European text.
+    The file begins with a byte order mark, because without one Excel does not recognise UTF-8.
     """
     with storage.replacing(output) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")

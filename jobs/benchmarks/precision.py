@@ -97,7 +97,7 @@ def _read_captions(output: str) -> dict[str, str]:
 
 
 def _hash_captions(captions: dict[str, str]) -> str:
-    """One line to compare the captions of two machines by."""
+    """Hash of all captions, to compare two machines."""
     return hashlib.sha256(json.dumps(captions, sort_keys=True).encode()).hexdigest()
 
 

@@ -166,11 +166,15 @@ def test_documented_commands_run_as_shown(shown: Shown, folder: Path, captions: 
         small_data.write_model_folder(folder / "runs" / "mine-int8")
 
     # A hundred epochs take four minutes however few the images are, and so do five phases.
-    fewer = [f"{phase}.epochs=1" for phase in ("training", "finetune", "self_critical")]
+    one_epoch = [f"{phase}.epochs=1" for phase in ("training", "finetune", "self_critical")]
     once = [f"{phase}.repetitions=1" for phase in ("finetune", "self_critical")]
-    fewer_of = {"vgg16-lstm": fewer[:1], "small-domain": fewer[:2], "lite2-finetuned": fewer + once}
+    shorter = {"vgg16-lstm": one_epoch[:1], "small-domain": one_epoch[:2], "lite2-finetuned": one_epoch + once}
     settings = [
-        word for recipe in fewer_of if recipe in shown.words for few in fewer_of[recipe] for word in ("--set", few)
+        word
+        for recipe, changes in shorter.items()
+        if recipe in shown.words
+        for change in changes
+        for word in ("--set", change)
     ]
     if "brightness:" in shown.line:  # a Ray that runs already does not see a captioner in the current folder
         alone = run_alone(shown.words)

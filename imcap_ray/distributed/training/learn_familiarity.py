@@ -89,8 +89,8 @@ def describe_images(prepared: PreparedTraining, caches: dict[str, FeatureCache])
         share = share_unfamiliar(start_model.familiarity.of(features[TRAIN]))
         if share >= _MOST:
             yield (
-                f"{share:.0%} of the training images are unlike what {start_model.location} has learned from: "
-                "a training without --start-from may give a better model"
+                f"{share:.0%} of the training images are unlike those that {start_model.location} was trained on: "
+                "training without --start-from may give a better model"
             )
 
 

@@ -907,7 +907,9 @@ paths = st.lists(st.text(alphabet="a._%/\n\0é-"), min_size=1).map("/".join) | a
 
 
 @given(image_id=paths.filter(bool), keep_extension=st.booleans())
-def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_restored(image_id: str, keep_extension: bool) -> None:
+def test_webdataset_splits_a_name_after_our_key_and_the_id_of_a_short_name_can_be_restored(
+    image_id: str, keep_extension: bool
+) -> None:
     from webdataset.tariterators import base_plus_ext
 
     key = webdataset_key(image_id, keep_extension=keep_extension)
@@ -916,8 +918,9 @@ def test_webdataset_splits_a_name_after_our_key_and_the_id_can_be_restored(image
     assert not re.match(r"__[^/]*__($|/)", f"{key}.jpg"), "webdataset would treat it as metadata"
     assert not key.startswith("/")
     assert not {"..", "."} & set(key.split("/"))
-    if "%-" in key:  # shortened, which needs a folder or name of 240 bytes, of at most four for a letter
+    if "%-" in key:  # shortened: only names longer than about 240 bytes are, and a letter has at most four
         assert len(image_id) >= 60
+        assert re.search(r"%-[0-9a-f]{24}(/|$)", key)
     else:
         assert image_id.startswith(unquote(key))
         assert not keep_extension or unquote(key) == image_id

@@ -139,9 +139,9 @@ def test_the_bundled_model_captions_in_int8_without_quantising_it_first() -> Non
     assert captioner.fingerprint != Captioner.load().fingerprint
 
 
-def test_int8_captions_of_the_bundled_model_are_those_of_an_amd_processor_without_vnni() -> None:
-    """Recorded on an AMD EPYC with AVX2 and no AVX-512. Other processors use other kernels."""
-    there = {
+def test_the_bundled_model_captions_in_int8_as_on_an_amd_processor_without_vnni() -> None:
+    """The captions were recorded on an AMD EPYC with AVX2 and no AVX-512; other processors use other kernels."""
+    recorded = {
         "astronaut.png": ("a man in a red shirt is standing in front of a crowd", -11.263),
         "camera.png": ("a man in a black hat is holding a camera", -9.773),
         "chelsea.png": ("a person is sitting on a table", -8.024),
@@ -153,10 +153,10 @@ def test_int8_captions_of_the_bundled_model_are_those_of_an_amd_processor_withou
 
     captions = Captioner.load(precision="int8").caption([sample.path.read_bytes() for sample in samples])
 
-    here = {sample.file_name: caption for sample, caption in zip(samples, captions, strict=True)}
-    assert {name: caption.text for name, caption in here.items()} == {name: text for name, (text, _) in there.items()}
-    for name, (_, logprob) in there.items():
-        assert here[name].logprob == pytest.approx(logprob, abs=0.02)
+    assert [sample.file_name for sample in samples] == list(recorded)
+    for caption, (text, logprob) in zip(captions, recorded.values(), strict=True):
+        assert caption.text == text
+        assert caption.logprob == pytest.approx(logprob, abs=0.02)
 
 
 _HASH_FEATURES = """
