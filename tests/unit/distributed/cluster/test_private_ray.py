@@ -54,9 +54,10 @@ def test_a_ray_that_does_not_start_is_retried_once_or_until_the_time_limit_of_th
     assert os.environ["RAY_TMPDIR"] == str(short_folder)
 
     monkeypatch.setenv(START_TIMEOUT_VARIABLE, "1")
+    started = time.monotonic()
     with pytest.raises(RayStartError):
         start(num_cpus=1, verbose=False)
-    assert attempts[-1] - attempts[2] >= 0.8
+    assert time.monotonic() - started >= 0.8
     assert list(short_folder.iterdir()) == []
 
 
