@@ -294,5 +294,5 @@ def _describe_familiarity(summary: CaptioningSummary) -> Iterator[str]:
         yield (
             f"{summary.num_unfamiliar:,} of {num_captioned:,} captioned images {verb} unlike what this model has "
             f"learned from (familiarity below {UNFAMILIAR:g}): their captions are guesses; training on your own "
-            "images helps: imcap train --start-from"
+            "images helps: imcap train"
         )
