@@ -20,6 +20,7 @@ WORDS = (
     *("water", "snow", "red", "blue", "black", "white", "runs", "jumps", "sits", "plays", "holds", "is", "at"),
 )
 IMAGE_SIZE = 64
+FEATURE_SIZE = 48
 ODD_KEY = "odd.jpg.1"
 """A key of the token file that, as in the real one, is in no split and has no file."""
 
@@ -151,3 +152,11 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]]) -
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def features_of(number: int, *, seed: int, kind: int = 0) -> np.ndarray:
+    """Return features of images of a kind, which lie near a subspace of their own."""
+    random = np.random.default_rng(seed)
+    basis = np.random.default_rng(100 + kind).normal(size=(4, FEATURE_SIZE))
+    noise = 0.1 * random.normal(size=(number, FEATURE_SIZE))
+    return (3 + random.normal(size=(number, 4)) @ basis + noise).astype(np.float32)

@@ -24,9 +24,9 @@ def quantize(model: str, data: str, output: str, **options: Any) -> None:
 
     On a CPU with VNNI, int8 takes less than half the time. The copy captions in int8 by default; --precision float32
     selects the weights of MODEL. DATA are the captioned images that the model was trained on, in any format of imcap
-    train. 320 training images decide the ranges of the
-    model's values, and the validation images decide the familiarity. The captions change: compare the scores with imcap
-    evaluate. Needs NNCF: pip install 'imcap_ray[quantize]'.
+    train. 320 training images decide the ranges of the model's values, and the validation images decide the
+    familiarity. The captions change: compare the scores with imcap evaluate. Needs NNCF: pip install
+    'imcap_ray[quantize]'.
 
     \b
     imcap quantize runs/mine flickr8k/ runs/mine-int8

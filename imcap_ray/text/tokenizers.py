@@ -127,6 +127,11 @@ def scoring_tokenizer(tokenizer: str) -> str:
     return {"unicode": "unicode", "arabic": "arabic", "jieba": "unicode"}.get(tokenizer, "ptb")
 
 
+def tokenizer_package(tokenizer: str) -> str:
+    """The package that segments the words, and its version; "" if it is nltk or ours."""
+    return f"rjieba {version('rjieba')}" if tokenizer == "jieba" else ""
+
+
 def detokenize(tokens: Sequence[str]) -> str:
     """Readable text of these tokens.
 
@@ -182,11 +187,6 @@ def tokenize_jieba(text: str) -> list[str]:
         words = tokenize_unicode(piece)
         tokens += ["".join(words)] if _unspaced_character().search(piece) else words
     return tokens
-
-
-def tokenizer_package(tokenizer: str) -> str:
-    """The package that segments the words, and its version; "" if it is nltk or ours."""
-    return f"rjieba {version('rjieba')}" if tokenizer == "jieba" else ""
 
 
 def tokenize_seed(text: str) -> list[str]:

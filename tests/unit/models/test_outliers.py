@@ -9,23 +9,13 @@ from PIL import Image
 from imcap_ray.data.datasets import load_dataset
 from imcap_ray.models.captioner import Captioner
 from imcap_ray.models.outliers import check_outliers, compare_with, find_outliers, share_unfamiliar
-from tests.small_data import write_flickr8k
-
-CHANNELS = 48
-
-
-def features_of(number: int, *, seed: int, kind: int = 0) -> np.ndarray:
-    """Return features of images of a kind, which lie near a subspace of their own."""
-    random = np.random.default_rng(seed)
-    basis = np.random.default_rng(100 + kind).normal(size=(4, CHANNELS))
-    noise = 0.1 * random.normal(size=(number, CHANNELS))
-    return (3 + random.normal(size=(number, 4)) @ basis + noise).astype(np.float32)
+from tests.small_data import FEATURE_SIZE, features_of, write_flickr8k
 
 
 def test_a_few_images_of_other_kinds_are_outliers_and_the_most_unusual_is_the_first() -> None:
     features = features_of(300, seed=1)
     features[7] = features_of(1, seed=2, kind=1)
-    features[200] = 9 * np.random.default_rng(3).normal(size=CHANNELS)
+    features[200] = 9 * np.random.default_rng(3).normal(size=FEATURE_SIZE)
 
     outliers = find_outliers(features)
 
@@ -43,7 +33,7 @@ def test_among_few_images_there_are_no_outliers(number: int) -> None:
 
 
 def test_equal_images_are_no_outliers() -> None:
-    assert len(find_outliers(np.ones((200, CHANNELS), np.float32))) == 0
+    assert len(find_outliers(np.ones((200, FEATURE_SIZE), np.float32))) == 0
 
 
 def test_a_split_of_another_kind_is_unlike_the_training_images() -> None:

@@ -53,11 +53,12 @@ def test_a_ray_that_does_not_start_is_retried_once_or_until_the_time_limit_of_th
     assert [folder.parent for folder in folders] == [short_folder, short_folder]
     assert os.environ["RAY_TMPDIR"] == str(short_folder)
 
-    monkeypatch.setenv(START_TIMEOUT_VARIABLE, "1")
+    monkeypatch.setenv(START_TIMEOUT_VARIABLE, "2")
     started = time.monotonic()
     with pytest.raises(RayStartError):
         start(num_cpus=1, verbose=False)
-    assert time.monotonic() - started >= 0.8
+    assert time.monotonic() - started >= 2
+    assert len(attempts) - 2 > 2
     assert list(short_folder.iterdir()) == []
 
 

@@ -16,16 +16,7 @@ from imcap_ray.models.familiarity import Familiarity
 from imcap_ray.runs.progress_reporter import ProgressReporter
 from tests import small_data
 
-CHANNELS = 16
 CLUSTER = ClusterResources(is_local=True, cpus=2, gpus=0, nodes=1, physical_cores=2)
-
-
-def features_of(number: int, *, seed: int, kind: int) -> np.ndarray:
-    """Return features of images of a kind, which lie near a subspace of their own."""
-    random = np.random.default_rng(seed)
-    basis = np.random.default_rng(kind).normal(size=(2, CHANNELS))
-    noise = 0.1 * random.normal(size=(number, CHANNELS))
-    return random.normal(size=(number, 2)) @ basis + noise
 
 
 def write_cache(folder: Path, image_ids: list[str], features: np.ndarray) -> FeatureCache:
@@ -36,7 +27,7 @@ def write_cache(folder: Path, image_ids: list[str], features: np.ndarray) -> Fea
     ]
     folder.mkdir()
     pq.write_table(pa.Table.from_pylist(rows, FEATURES_SCHEMA), folder / "part.parquet")
-    return FeatureCache(str(folder), (1, 1, CHANNELS), len(image_ids), [], parts=["part.parquet"])
+    return FeatureCache(str(folder), (1, 1, features.shape[1]), len(image_ids), [], parts=["part.parquet"])
 
 
 @pytest.mark.parametrize("is_familiar", [True, False])
@@ -44,7 +35,9 @@ def test_a_training_reports_if_most_images_are_unfamiliar_to_the_model_that_it_s
     tmp_path: Path, is_familiar: bool
 ) -> None:
     kind = 0 if is_familiar else 1
-    familiarity = Familiarity.fit(features_of(60, seed=1, kind=kind), features_of(60, seed=2, kind=kind))
+    familiarity = Familiarity.fit(
+        small_data.features_of(60, seed=1, kind=kind), small_data.features_of(60, seed=2, kind=kind)
+    )
     start = str(small_data.write_model_folder(tmp_path / "start", familiarity=familiarity))
     data = small_data.write_flickr8k(tmp_path / "flickr8k", num_train=40, num_validation=20)
     config = TrainingRunConfig(data=str(data), model=str(tmp_path / "model"), recipe=Recipe(), start_from=(start,))
@@ -52,14 +45,12 @@ def test_a_training_reports_if_most_images_are_unfamiliar_to_the_model_that_it_s
     caches = {}
     for split in ("train", "validation"):
         image_ids = prepared.data.split(split)["image_id"].to_pylist()
-        caches[split] = write_cache(tmp_path / split, image_ids, features_of(len(image_ids), seed=3, kind=0))
-
+        caches[split] = write_cache(tmp_path / split, image_ids, small_data.features_of(len(image_ids), seed=3, kind=0))
     lines: list[str] = []
 
     _Training.begin(prepared, CLUSTER, ProgressReporter(lines.append)).write_inputs(caches)
 
     advice = [line for line in lines if "--start-from" in line]
-
     expected = (
         f"100% of the training images are unlike those that {start} was trained on: "
         "training without --start-from may give a better model"
